@@ -1,0 +1,1 @@
+"""Benchmark clients, workloads and reports."""

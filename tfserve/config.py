@@ -1,0 +1,172 @@
+"""Every setting, and how they come together: command line beats YAML file beats default.
+
+Unknown keys and bad values are errors that name the key. The names are vLLM's where the idea is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import yaml
+
+from tfserve.errors import ConfigError
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How requests share the device.
+
+    The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
+    (SGLang's new_token_ratio): it starts at `reserve_ratio`, decays over `reserve_decay_steps` steps to
+    `reserve_min_ratio`, and rises again after a wrong guess. `reserve_clip_tokens` caps what one request is charged.
+    """
+
+    policy: Literal["fcfs", "fcfs-chunked"] = "fcfs-chunked"
+    reserve_ratio: float = 0.7
+    reserve_min_ratio: float = 0.098
+    reserve_decay_steps: int = 600
+    reserve_clip_tokens: int = 4096
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    max_queued_requests: int = 1024
+    max_body_bytes: int = 4 * 1024 * 1024
+    keep_alive_s: float = 10.0
+    drain_timeout: float = 30.0
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
+
+    `model` is a local directory in Hugging Face format, a hub id, or "demo" (prepared by `tfserve demo-model`).
+    None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
+    `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["int8"] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention_backend: Literal["auto", "torch"] = "auto"
+    threads: int | None = None
+    engine_process: Literal["auto", "on", "off"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_gib: float = 2.0
+    num_gpu_blocks_override: int | None = None
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    debug_checks: bool = False
+    scheduler: SchedulerConfig = SchedulerConfig()
+    server: ServerConfig = ServerConfig()
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that no machine could honour."""
+        for key, low in (
+            ("threads", 1),
+            ("max_model_len", 2),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("block_size", 1),
+            ("num_gpu_blocks_override", 2),
+        ):
+            value = getattr(self, key)
+            if value is not None and value < low:
+                raise ConfigError(key, f"must be at least {low}, got {value}")
+        if not self.model:
+            raise ConfigError("model", "must name a model directory, a hub id, or 'demo'")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                "gpu_memory_utilization", f"must be above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
+        if self.kv_cache_gib <= 0:
+            raise ConfigError("kv_cache_gib", f"must be above 0, got {self.kv_cache_gib}")
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                "tensor_parallel_size", f"only 1 is supported: one GPU per engine, got {self.tensor_parallel_size}"
+            )
+        if not 0 <= self.server.port <= 65535:
+            raise ConfigError("server.port", f"must be between 0 and 65535, got {self.server.port}")
+        self._check_scheduler()
+
+    def _check_scheduler(self) -> None:
+        sched = self.scheduler
+        if not 0 <= sched.reserve_min_ratio <= sched.reserve_ratio <= 1:
+            raise ConfigError("scheduler.reserve_ratio", "needs 0 <= reserve_min_ratio <= reserve_ratio <= 1")
+        if sched.reserve_decay_steps < 1:
+            raise ConfigError("scheduler.reserve_decay_steps", f"must be at least 1, got {sched.reserve_decay_steps}")
+        if sched.reserve_clip_tokens < 1:
+            raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> EngineConfig:
+    """Build a config from a YAML file (or none) and overrides whose keys may be dotted, as "scheduler.policy".
+
+    Override values may be strings, as a command line gives them. Raises ConfigError naming the key.
+    """
+    tree = _read_yaml(path) if path else {}
+    for dotted, value in overrides.items():
+        *parents, leaf = dotted.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(dotted, f"{parent!r} is not a section")
+        node[leaf] = value
+    return config_from(tree, source=str(path) if path else "")
+
+
+def config_from(tree: Mapping[str, Any], source: str = "") -> EngineConfig:
+    """Build a config from plain data. Raises ConfigError naming the key; `source` tells where the data came from."""
+    if "model" not in tree:
+        raise ConfigError("model", "is required: a model directory, a hub id, or 'demo'" + _origin(source))
+    _reject_unknown(tree, EngineConfig, "", source)
+    try:
+        return msgspec.convert(tree, EngineConfig, strict=False)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$.")
+        raise ConfigError(where.rstrip("`"), message + _origin(source)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError("", f"cannot read {path}: {error.strerror}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("", f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError("", f"{path} must hold `key: value` lines, starting with `model:`")
+    return tree
+
+
+def _reject_unknown(tree: Mapping[str, Any], struct: type[msgspec.Struct], prefix: str, source: str) -> None:
+    """Name an unknown key and the nearest known one, which msgspec's own message does not."""
+    import difflib
+
+    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    for key, value in tree.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"{prefix}{key}", f"is not a setting; {hint}{_origin(source)}")
+        section = known[key]
+        if isinstance(section, type) and issubclass(section, msgspec.Struct) and isinstance(value, Mapping):
+            _reject_unknown(value, section, f"{prefix}{key}.", source)
+
+
+def _origin(source: str) -> str:
+    return f" (in {source})" if source else ""

@@ -1,0 +1,1 @@
+"""Scheduling, the engine loop and the embedding API."""

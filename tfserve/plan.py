@@ -1,0 +1,124 @@
+"""What the rooms hand each other: one step's plan and result, and the protocols they meet behind. Torch-free.
+
+A plan is immutable data: it can be logged, and replayed on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NewType, Protocol
+
+import msgspec
+
+from tfserve.types import RequestId, SamplingParams, TokenLogprob
+
+BlockId = NewType("BlockId", int)
+Row = NewType("Row", int)
+"""A request's seat in the runner: its line of the block table and of the sampler's state, in [0, max_num_seqs)."""
+
+Fence = NewType("Fence", int)
+"""The number of a step; passed once that step has finished on the device."""
+
+NULL_BLOCK = BlockId(0)
+"""Reserved: never allocated, always finite; padding rows read and write it."""
+
+
+class RowInit(msgspec.Struct, frozen=True):
+    """A request takes (or re-takes, after a preemption) a row: what the runner must know that a step does not say.
+
+    `token_ids` are all tokens known so far, `num_prompt_tokens` of them the user's; penalties count from them.
+    `blocks` is the whole block table so far, before this step's `new_blocks`. `seed` is the resolved 64-bit seed.
+    `eos_token_ids` are what `min_tokens` forbids beside the request's own stop tokens.
+    """
+
+    row: Row
+    req: RequestId
+    params: SamplingParams
+    seed: int
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    blocks: tuple[BlockId, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class SeqStep(msgspec.Struct, frozen=True):
+    """One request's share of a step: compute tokens [start, start + n).
+
+    `token_ids` are those n tokens; None means n = 1 and the token is the row's last sampled one, which the device has.
+    `new_blocks` extend the row's block table before the step. `sample` asks for the token after the last position.
+    """
+
+    req: RequestId
+    row: Row
+    start: int
+    n: int
+    sample: bool
+    token_ids: tuple[int, ...] | None
+    new_blocks: tuple[BlockId, ...] = ()
+
+
+class StepPlan(msgspec.Struct, frozen=True):
+    """One step: rows leave, rows enter, then `seqs` run, the first `n_decode` of them decodes (n = 1)."""
+
+    step: Fence
+    seqs: tuple[SeqStep, ...]
+    n_decode: int
+    entered: tuple[RowInit, ...] = ()
+    released_rows: tuple[Row, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed by this step over all requests."""
+        return sum(seq.n for seq in self.seqs)
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
+
+    `device_s` is the time the device spent on the step, by the device's own clock.
+    """
+
+    step: Fence
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]
+    device_s: float
+
+
+class InFlight(Protocol):
+    """A launched step."""
+
+    @property
+    def fence(self) -> Fence:
+        """The step's number."""
+        ...
+
+    def ready(self) -> bool:
+        """True once `result` would not block."""
+        ...
+
+    def result(self) -> StepResult:
+        """The step's outcome; waits for the device. Raises what the step raised."""
+        ...
+
+
+class Runner(Protocol):
+    """Turns a plan into tokens. Owns rows (block tables, sampling state); owns no request and no block."""
+
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Start a step; steps run in launch order."""
+        ...
+
+
+class Clock(Protocol):
+    """Time, injected, so that the same loop runs in real and in virtual time."""
+
+    def now(self) -> float:
+        """Seconds; monotonic."""
+        ...
+
+    def wait(self, until: float | None) -> None:
+        """Sleep until `until` (None: no limit) or until somebody calls `notify`, whichever is first."""
+        ...
+
+    def notify(self) -> None:
+        """Wake the sleeper, now or at its next `wait`; safe from any thread."""
+        ...

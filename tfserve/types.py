@@ -1,0 +1,171 @@
+"""What a user asks for and gets back. Torch-free; what crosses a thread or a process is a msgspec Struct."""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+from tfserve.errors import RequestError
+
+RequestId = str
+
+MAX_LOGPROBS = 20
+"""Most alternatives a request may ask for per token (OpenAI's limit for chat)."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended; STOP and LENGTH are OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to choose tokens and when to stop. Defaults are OpenAI's; `temperature=0` is greedy.
+
+    `top_k=0` and `min_p=0` switch the filter off. `logprobs=k` returns the chosen token's log probability and the k
+    most likely alternatives; they are taken from the model's distribution before temperature and filters. `seed` makes the
+    request's random numbers a function of (seed, position) alone; without it the engine draws a seed at arrival.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def verify(self, vocab_size: int) -> None:
+        """Raise RequestError naming the first field whose value cannot be served with a vocabulary of `vocab_size`."""
+        enough = self.max_tokens is None or self.max_tokens >= 1
+        _require(enough, "max_tokens", self.max_tokens, "an integer of at least 1")
+        _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer of at least 0")
+        most = math.inf if self.max_tokens is None else self.max_tokens
+        _require(self.min_tokens <= most, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        _require(0 <= self.temperature <= 2, "temperature", self.temperature, "between 0 and 2")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k >= -1, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        penalty = self.repetition_penalty
+        _require(0 < penalty < math.inf, "repetition_penalty", penalty, "a finite number above 0")
+        _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
+        _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
+        for token, bias in (self.logit_bias or {}).items():
+            _require(0 <= token < vocab_size, "logit_bias", token, f"keyed by token ids in [0, {vocab_size})")
+            _require(-100 <= bias <= 100, "logit_bias", bias, "between -100 and 100 for every token")
+        in_range = self.seed is None or -(2**63) <= self.seed < 2**63
+        _require(in_range, "seed", self.seed, "a 64-bit integer")
+        _require(all(self.stop), "stop", list(self.stop), "non-empty strings")
+        for token in self.stop_token_ids:
+            _require(0 <= token < vocab_size, "stop_token_ids", token, f"token ids in [0, {vocab_size})")
+        top = self.logprobs
+        _require(top is None or 0 <= top <= MAX_LOGPROBS, "logprobs", top, f"between 0 and {MAX_LOGPROBS}")
+
+
+def _require(ok: bool, param: str, value: object, meaning: str) -> None:
+    if not ok:
+        raise RequestError(param, f"{param} must be {meaning}, got {value!r}")
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability (natural log) of one generated token and of the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
+    """When things happened to a request, in seconds of the engine's clock, and how often it was interrupted."""
+
+    arrival_s: float
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    num_preemptions: int = 0
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """Text and tokens of one request: everything since the previous output when streamed, all of it from `generate`.
+
+    `finish_reason` is None until the last output. `stop_reason` is the stop string or stop token id that ended the
+    request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR.
+    """
+
+    request_id: RequestId
+    text: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_output_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    times: RequestTimes | None = None
+
+    @property
+    def finished(self) -> bool:
+        """True on the last output of the request."""
+        return self.finish_reason is not None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A picture of the engine after a step. Times in seconds of the engine's clock, KV in blocks."""
+
+    now_s: float
+    step: int
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    block_size: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_finished: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded and on what, printed at start: `concurrency` is how many requests of max_model_len fit in KV."""
+
+    model: str
+    architecture: str
+    num_parameters: int
+    dtype: str
+    quantization: str | None
+    device: str
+    attention_backend: str
+    policy: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    kv_bytes_per_token: int
+    threads: int
+    load_s: float
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV cache that requests can use (one block is reserved)."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def concurrency(self) -> float:
+        """How many requests of full length fit in the KV cache at once."""
+        return self.kv_tokens / self.max_model_len
