@@ -1,0 +1,123 @@
+"""The `tfserve` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tfserve import __version__
+from tfserve.bench.cli import add_bench_parser
+from tfserve.config import EngineConfig, load_config
+from tfserve.errors import ConfigError, TfserveError
+
+_SETTINGS_HELP = "any setting as --key value, e.g. --max-num-seqs 16, --server.port 9000, --scheduler.policy fcfs"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 when the engine failed, 2 for what the user must change."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_settings", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.settings = rest
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        code: int = args.func(args)
+    except TfserveError as error:
+        print(f"tfserve: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, str]:
+    """Turn `--max-num-seqs 16 --server.port=9000` into settings. Raises ConfigError for a word that is no setting."""
+    settings: dict[str, str] = {}
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError("", f"unexpected argument {word!r}: settings are given as --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ConfigError(key, "needs a value: --key value")
+            value = queue.pop(0)
+        settings[key.replace("-", "_")] = value
+    return settings
+
+
+def config_from_args(target: str, words: Sequence[str]) -> EngineConfig:
+    """The config of a YAML file, or of a model directory, hub id or "demo", with settings from the command line."""
+    settings: dict[str, Any] = dict(parse_settings(words))
+    if Path(target).suffix in {".yaml", ".yml"}:
+        return load_config(Path(target), settings)
+    return load_config(None, {"model": target, **settings})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tfserve", description="Serve a language model to people who read as it writes."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model over HTTP", epilog=_SETTINGS_HELP)
+    serve.add_argument("target", help="YAML file, model directory, hub id, or 'demo'")
+    serve.set_defaults(func=_serve, takes_settings=True)
+
+    generate = commands.add_parser("generate", help="answer one prompt in the terminal", epilog=_SETTINGS_HELP)
+    generate.add_argument("target", help="YAML file, model directory, hub id, or 'demo'")
+    generate.add_argument("prompt")
+    generate.add_argument("--max-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--raw", action="store_true", help="send the prompt as it is, without the chat template")
+    generate.set_defaults(func=_generate, takes_settings=True)
+
+    demo = commands.add_parser("demo-model", help="prepare SmolLM2-135M-Instruct, the model called 'demo'")
+    demo.set_defaults(func=_demo_model)
+
+    gguf = commands.add_parser("import-gguf", help="convert a Llama or Qwen2 GGUF file into a Hugging Face directory")
+    gguf.add_argument("file", type=Path)
+    gguf.add_argument("directory", type=Path)
+    gguf.set_defaults(func=_import_gguf)
+
+    add_bench_parser(commands)
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from tfserve.http.server import serve
+
+    return serve(config_from_args(args.target, args.settings))
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from tfserve.generate import generate
+
+    return generate(
+        config_from_args(args.target, args.settings), args.prompt, args.max_tokens, args.temperature, args.raw
+    )
+
+
+def _demo_model(_: argparse.Namespace) -> int:
+    from tfserve.model.demo import prepare_demo_model
+
+    print(prepare_demo_model())
+    return 0
+
+
+def _import_gguf(args: argparse.Namespace) -> int:
+    from tfserve.model.gguf_import import import_gguf
+
+    print(import_gguf(args.file, args.directory))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

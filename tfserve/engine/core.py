@@ -1,0 +1,193 @@
+"""EngineCore: the loop. Take requests, schedule, run, commit, hand out."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Collection
+
+from tfserve.engine.messages import AbortRequest, AddRequest, Shutdown, StepOutputs, ToCore, TokenOutput
+from tfserve.engine.request import Request
+from tfserve.engine.scheduler import Scheduler
+from tfserve.model.detokenizer import Detokenizer
+from tfserve.model.tokenizer import Tokenizer
+from tfserve.plan import Clock, Fence, Runner, StepPlan, StepResult
+from tfserve.types import EngineStats, FinishReason, RequestId
+
+logger = logging.getLogger(__name__)
+
+
+class Inbox:
+    """Messages on their way to the core; any thread may put."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._messages: deque[ToCore] = deque()
+        self._clock = clock
+
+    def put(self, message: ToCore) -> None:
+        """Leave a message and wake the loop."""
+        self._messages.append(message)
+        self._clock.notify()
+
+    def take(self) -> list[ToCore]:
+        """All messages so far, in order."""
+        taken = []
+        while self._messages:
+            taken.append(self._messages.popleft())
+        return taken
+
+
+class EngineCore:
+    """Runs requests to their end. Everything it touches is injected; `emit` gets every step's outputs.
+
+    One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on.
+    Exceptions outside the runner are bugs in our own bookkeeping: they leave `run`.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Clock,
+        tokenizer: Tokenizer,
+        eos_token_ids: Collection[int],
+        seed: int,
+        emit: Callable[[StepOutputs], None],
+        debug_checks: bool = False,
+    ) -> None:
+        self.inbox = Inbox(clock)
+        self._scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self._tokenizer = tokenizer
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._seeds = random.Random(seed)
+        self._emit = emit
+        self._debug_checks = debug_checks
+        self._requests: dict[RequestId, Request] = {}
+        self._outputs: list[TokenOutput] = []
+        self._step = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._num_finished = 0
+        self._stopping = False
+
+    def run(self) -> None:
+        """Loop until a Shutdown message; what is unfinished then ends as aborted."""
+        while not self._stopping:
+            if not self.step():
+                self._clock.wait(None)
+        for request in list(self._requests.values()):
+            self._finish(request, FinishReason.ABORT)
+        self._flush()
+
+    def step(self) -> bool:
+        """One turn of the loop; False when there was nothing to run."""
+        self._take_messages()
+        plan = None if self._stopping else self._scheduler.schedule(Fence(self._step), self._clock.now())
+        if plan is not None:
+            self._step += 1
+            self._run_plan(plan)
+        self._flush()
+        if self._debug_checks:
+            self._scheduler.check()
+        return plan is not None
+
+    def stats(self) -> EngineStats:
+        """The present state in numbers."""
+        kv = self._scheduler.kv
+        return EngineStats(
+            now_s=self._clock.now(),
+            step=self._step,
+            num_waiting=len(self._scheduler.waiting),
+            num_running=len(self._scheduler.running),
+            num_blocks=kv.num_blocks,
+            num_free_blocks=kv.num_free_blocks,
+            block_size=kv.block_size,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_output_tokens=self._num_output_tokens,
+            num_finished=self._num_finished,
+        )
+
+    def _take_messages(self) -> None:
+        for message in self.inbox.take():
+            match message:
+                case AddRequest():
+                    self._add(message)
+                case AbortRequest():
+                    request = self._requests.get(message.request_id)
+                    if request is not None:
+                        self._finish(request, FinishReason.ABORT)
+                case Shutdown():
+                    self._stopping = True
+
+    def _add(self, message: AddRequest) -> None:
+        params = message.params
+        request = Request(
+            id=message.request_id,
+            params=params,
+            token_ids=message.prompt_token_ids,
+            num_prompt_tokens=len(message.prompt_token_ids),
+            max_tokens=params.max_tokens or 0,
+            seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+            arrival_s=message.arrival_s,
+            eos_token_ids=self._eos_token_ids,
+            detokenizer=Detokenizer.for_params(self._tokenizer, params) if params.stop else None,
+        )
+        self._requests[request.id] = request
+        self._num_prompt_tokens += request.num_prompt_tokens
+        self._scheduler.add(request)
+
+    def _run_plan(self, plan: StepPlan) -> None:
+        try:
+            result = self._runner.launch(plan).result()
+        except Exception as error:  # whatever a kernel raises must not end other people's streams
+            logger.exception("step %d failed", plan.step)
+            self._fail(plan, f"{type(error).__name__}: {error}")
+        else:
+            self._commit(plan, result)
+
+    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+        now_s = self._clock.now()
+        sampled = iter(zip(result.tokens, result.logprobs, strict=True))
+        for seq in plan.seqs:
+            request = self._scheduler.advance(seq)
+            if not seq.sample:
+                continue
+            token, logprob = next(sampled)
+            if request is None:
+                continue
+            self._num_output_tokens += 1
+            finish = request.append(token, now_s)
+            logprobs = None if logprob is None else [logprob]
+            if finish is None:
+                self._outputs.append(TokenOutput(request.id, [token], logprobs))
+            else:
+                self._finish(request, finish[0], TokenOutput(request.id, [token], logprobs, stop_reason=finish[1]))
+
+    def _fail(self, plan: StepPlan, error: str) -> None:
+        """End every request the failed step touched; those that merely took a row in it too, for it may be unset."""
+        touched = {seq.req for seq in plan.seqs} | {entry.req for entry in plan.entered}
+        for req in touched:
+            request = self._requests.get(req)
+            if request is not None:
+                self._finish(request, FinishReason.ERROR, TokenOutput(req, error=error))
+
+    def _finish(self, request: Request, reason: FinishReason, last: TokenOutput | None = None) -> None:
+        """Free everything the request holds and tell the front, with what it produced last."""
+        self._scheduler.finish(request)
+        del self._requests[request.id]
+        request.finished_s = self._clock.now()
+        self._num_finished += 1
+        last = last or TokenOutput(request.id)
+        self._outputs.append(
+            TokenOutput(request.id, last.token_ids, last.logprobs, reason, last.stop_reason, last.error, request.times)
+        )
+
+    def _flush(self) -> None:
+        if self._outputs:
+            outputs, self._outputs = self._outputs, []
+            self._emit(StepOutputs(outputs, self.stats()))

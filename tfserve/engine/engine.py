@@ -1,0 +1,263 @@
+"""Engine: the embedding API, and what the HTTP server is built on. Torch-free unless the core runs in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from tfserve.config import EngineConfig
+from tfserve.engine.link import connect
+from tfserve.engine.messages import AbortRequest, AddRequest, StepOutputs, TokenOutput
+from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
+from tfserve.engine.validation import validate
+from tfserve.errors import EngineDeadError, QueueFullError, RequestError
+from tfserve.model.detokenizer import Detokenizer
+from tfserve.model.resolve import resolve_model
+from tfserve.model.tokenizer import Tokenizer
+from tfserve.types import EngineInfo, EngineStats, RequestId, RequestOutput, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+
+_NO_PROGRESS_S = 120.0
+"""Requests are outstanding and no step has ended for this long: the engine is stuck (a CPU prefill step takes 1 s)."""
+
+
+class Engine:
+    """A model being served. Safe to use from several threads; two engines can live in one process.
+
+    Blocks while the model loads. Raises ConfigError for settings this machine cannot meet, ModelError for a checkpoint
+    that cannot be loaded. Use as a context manager, or call `shutdown`.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        path = resolve_model(config.model)
+        self.config = msgspec.structs.replace(
+            config,
+            model=str(path),
+            served_model_name=config.served_model_name or config.model.rstrip("/").split("/")[-1],
+        )
+        self.tokenizer = Tokenizer.from_dir(path)
+        self._sinks: dict[RequestId, RequestStream | Collector] = {}
+        self._ids = itertools.count()
+        self._stats: EngineStats | None = None
+        self._last_news_s = time.monotonic()
+        self._finish_interval_s = 1.0
+        self._last_finish_s = time.monotonic()
+        self._death: str | None = None
+        self._on_death: list[Callable[[str], None]] = []
+        self._state_lock = threading.Lock()
+        self._link = connect(self.config, self._deliver, self._die)
+        self.info: EngineInfo = self._link.info
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Run prompts to their end and return one output each, in order; blocks.
+
+        A prompt is text or token ids; `params` is one for all or one for each. Raises RequestError before anything runs
+        if one of them cannot be served, EngineDeadError if the engine ends meanwhile. A request that fails alone has
+        `finish_reason` ERROR.
+        """
+        batch = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(batch):
+            raise RequestError("params", f"{len(batch)} prompts need as many SamplingParams (or one), got {len(each)}")
+        messages = [
+            self._prepare(prompt, one or SamplingParams(), None) for prompt, one in zip(batch, each, strict=True)
+        ]
+        collectors = [Collector(self._buffer(message)) for message in messages]
+        for message, collector in zip(messages, collectors, strict=True):
+            self._send(message, collector)
+        try:
+            return [collector.result() for collector in collectors]
+        except BaseException:
+            for message in messages:
+                self.abort(message.request_id)
+            raise
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
+        """Yield a request's output as it comes; leaving the iteration early aborts the request. Errors as `submit`."""
+        stream = self.submit(prompt, params or SamplingParams())
+        try:
+            while True:
+                output = await stream.next()
+                if output is not None:
+                    yield output
+                    if output.finished:
+                        return
+        finally:
+            stream.abort()
+
+    def submit(self, prompt: Prompt, params: SamplingParams, *, request_id: RequestId | None = None) -> RequestStream:
+        """Start a request; must be called on a running event loop.
+
+        Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
+        wait already, EngineDeadError.
+        """
+        self._check_queue()
+        message = self._prepare(prompt, params, request_id)
+        stream = RequestStream(self._buffer(message), self.abort)
+        self._send(message, stream)
+        return stream
+
+    def abort(self, request_id: RequestId) -> None:
+        """Stop a request and free what it holds; unknown and finished ids are ignored. Its stream ends as aborted."""
+        if request_id in self._sinks and self._death is None:
+            try:
+                self._link.send(AbortRequest(request_id))
+            except EngineDeadError:
+                logger.debug("abort of %s: the engine is gone", request_id)
+
+    def stats(self) -> EngineStats:
+        """The engine's state after its last step."""
+        if self._stats is not None:
+            return self._stats
+        info = self.info
+        return EngineStats(
+            now_s=time.monotonic(),
+            step=0,
+            num_waiting=0,
+            num_running=0,
+            num_blocks=info.num_blocks,
+            num_free_blocks=info.num_blocks - 1,
+            block_size=info.block_size,
+            num_preemptions=0,
+            num_prompt_tokens=0,
+            num_output_tokens=0,
+            num_finished=0,
+        )
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError when the engine has ended, or when requests wait and no step ends."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        silent_s = time.monotonic() - self._last_news_s
+        if self._sinks and silent_s > _NO_PROGRESS_S:
+            raise EngineDeadError(f"no progress for {silent_s:.0f} s with {len(self._sinks)} requests outstanding")
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        """Have `callback(reason)` called, from any thread, if the engine ends unexpectedly; at once if it has."""
+        with self._state_lock:
+            self._on_death.append(callback)
+            reason = self._death
+        if reason is not None:
+            callback(reason)
+
+    def shutdown(self, timeout_s: float = 10.0) -> None:
+        """Abort what is left and end the engine; idempotent. Returns when it has ended."""
+        with self._state_lock:
+            already, self._death = self._death, self._death or "the engine was shut down"
+        if already == "the engine was shut down":
+            return
+        self._link.close(timeout_s)
+        self._release_all("the engine was shut down")
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams, request_id: RequestId | None) -> AddRequest:
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        request_id = request_id if request_id is not None else f"req-{next(self._ids)}"
+        if request_id in self._sinks:
+            raise RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
+        return AddRequest(request_id, token_ids, validate(token_ids, params, self.info), time.monotonic())
+
+    def _buffer(self, message: AddRequest) -> OutputBuffer:
+        detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
+        return OutputBuffer(message.request_id, len(message.prompt_token_ids), detokenizer)
+
+    def _send(self, message: AddRequest, sink: RequestStream | Collector) -> None:
+        with self._state_lock:
+            if self._death is not None:
+                raise EngineDeadError(self._death)
+            if not self._sinks:
+                self._last_news_s = time.monotonic()
+            self._sinks[message.request_id] = sink
+        try:
+            self._link.send(message)
+        except EngineDeadError:
+            self._sinks.pop(message.request_id, None)
+            raise
+
+    def _check_queue(self) -> None:
+        limit = self.config.server.max_queued_requests
+        stats = self.stats()
+        waiting = len(self._sinks) - stats.num_running
+        # A burst that has not been scheduled yet counts as waiting, but has room to run.
+        if waiting >= limit and len(self._sinks) >= self.info.max_num_seqs + limit:
+            retry_after_s = max(1.0, self._finish_interval_s * (waiting - limit + 1))
+            raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
+
+    def _deliver(self, message: StepOutputs) -> None:
+        """Hand a step's outputs to their readers: one hop per event loop, not one per request."""
+        self._stats = message.stats
+        self._last_news_s = time.monotonic()
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream | Collector, TokenOutput]]] = {}
+        for output in message.outputs:
+            if output.finish_reason is None:
+                sink = self._sinks.get(output.request_id)
+            else:
+                sink = self._sinks.pop(output.request_id, None)
+                self._note_finish()
+            if sink is None:
+                continue
+            if sink.loop is None:
+                sink.put(output)
+            else:
+                by_loop.setdefault(sink.loop, []).append((sink, output))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, batch)
+            except RuntimeError:  # the loop is closed: its readers are gone
+                for _, output in batch:
+                    self.abort(output.request_id)
+
+    def _note_finish(self) -> None:
+        """Keep a moving average of the time between finishes: how soon a place in the queue comes free."""
+        now_s = time.monotonic()
+        self._finish_interval_s += 0.1 * (now_s - self._last_finish_s - self._finish_interval_s)
+        self._last_finish_s = now_s
+
+    def _die(self, reason: str) -> None:
+        with self._state_lock:
+            if self._death is not None:
+                return
+            self._death = reason
+            callbacks = list(self._on_death)
+        logger.error("engine dead: %s", reason)
+        self._release_all(reason)
+        for callback in callbacks:
+            callback(reason)
+
+    def _release_all(self, reason: str) -> None:
+        """End every open stream with the news."""
+        while self._sinks:
+            _, sink = self._sinks.popitem()
+            if sink.loop is None:
+                sink.die(reason)
+            elif not sink.loop.is_closed():
+                sink.loop.call_soon_threadsafe(sink.die, reason)
+
+
+def _put_all(batch: list[tuple[RequestStream | Collector, TokenOutput]]) -> None:
+    for sink, output in batch:
+        sink.put(output)
+
+
+def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))

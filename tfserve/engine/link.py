@@ -1,0 +1,185 @@
+"""How the front reaches the core: a thread of this process or a process of its own, behind one protocol. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import msgspec
+
+from tfserve.config import EngineConfig
+from tfserve.engine.messages import Failed, Ready, Shutdown, StepOutputs, ToCore, ToFront
+from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError
+from tfserve.types import EngineInfo
+
+Deliver = Callable[[StepOutputs], None]
+OnDeath = Callable[[str], None]
+
+
+class CoreLink(Protocol):
+    """A running core. `deliver` and `on_death` (given at construction) are called from a thread of the link."""
+
+    info: EngineInfo
+
+    def send(self, message: ToCore) -> None:
+        """Hand a message over; raises EngineDeadError if nobody is there to take it."""
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """End the core, aborting what is left; returns when it has ended."""
+        ...
+
+
+def connect(config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+    """Start a core as `config.engine_process` says and wait until it is ready. Raises ConfigError or ModelError."""
+    if config.engine_process == "on":
+        return ProcessLink(config, deliver, on_death)
+    return ThreadLink(config, deliver, on_death)
+
+
+class ThreadLink:
+    """The core in a daemon thread: nothing is encoded, `deliver` runs in the core's thread."""
+
+    def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> None:
+        # Only here does the front's process import torch.
+        from tfserve.engine.build import build_core
+
+        self._on_death = on_death
+        self._closing = False
+        core, self.info = build_core(config, deliver)
+        self._inbox = core.inbox
+        self._thread = threading.Thread(target=self._run, args=(core.run,), name="tfserve-core", daemon=True)
+        self._thread.start()
+
+    def send(self, message: ToCore) -> None:
+        """See CoreLink."""
+        if not self._thread.is_alive():
+            raise EngineDeadError("the engine thread has ended")
+        self._inbox.put(message)
+
+    def close(self, timeout_s: float) -> None:
+        """See CoreLink. A thread cannot be killed: one that is still in a step after the timeout is left to finish."""
+        self._closing = True
+        self._inbox.put(Shutdown())
+        self._thread.join(timeout_s)
+
+    def _run(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except Exception as error:
+            self._on_death(f"the engine loop failed: {type(error).__name__}: {error}")
+            raise
+        if not self._closing:
+            self._on_death("the engine loop ended unasked")
+
+
+class ProcessLink:
+    """The core in a process of its own, over a socket pair that is also the life line: whoever sees it close ends.
+
+    The child is started by subprocess, not by multiprocessing, so that user scripts need no __main__ guard and the
+    front need not import torch.
+    """
+
+    def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> None:
+        self._deliver = deliver
+        self._on_death = on_death
+        self._closing = False
+        self._lock = threading.Lock()
+        self._conn, child_end = Pipe()
+        environment = dict(os.environ)
+        if config.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(config.threads)
+        with child_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tfserve.engine.process", str(child_end.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(child_end.fileno(),),
+                env=environment,
+            )
+        try:
+            self._conn.send_bytes(msgspec.msgpack.encode(config))
+            self.info = self._await_ready()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            self._conn.close()
+            raise
+        self._reader = threading.Thread(target=self._read, name="tfserve-engine-reader", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """The core's process id."""
+        return self._process.pid
+
+    def send(self, message: ToCore) -> None:
+        """See CoreLink."""
+        frame = msgspec.msgpack.encode(message)
+        try:
+            with self._lock:
+                self._conn.send_bytes(frame)
+        except OSError:
+            raise EngineDeadError("the engine process is gone") from None
+
+    def close(self, timeout_s: float) -> None:
+        """See CoreLink. A process that does not end in time is killed."""
+        self._closing = True
+        try:
+            self.send(Shutdown())
+            self._process.wait(timeout_s)
+        except (EngineDeadError, subprocess.TimeoutExpired):
+            self._process.kill()
+        self._process.wait()
+        self._reader.join(timeout_s)
+        self._conn.close()
+
+    def _await_ready(self) -> EngineInfo:
+        try:
+            message = receive(self._conn)
+        except EOFError:
+            raise EngineDeadError(f"the engine process ended while loading: {self._exit_status()}") from None
+        match message:
+            case Ready():
+                return message.info
+            case Failed():
+                self._process.wait()
+                raise _startup_error(message)
+        raise AssertionError(f"unexpected first message {message!r}")
+
+    def _read(self) -> None:
+        reason = None
+        try:
+            while True:
+                match receive(self._conn):
+                    case StepOutputs() as outputs:
+                        self._deliver(outputs)
+                    case Failed() as failed:
+                        reason = f"the engine failed: {failed.message}"
+        except (EOFError, OSError):
+            pass
+        if not self._closing:
+            self._on_death(reason or f"the engine process died: {self._exit_status()}")
+
+    def _exit_status(self) -> str:
+        code = self._process.wait()
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+_decoder = msgspec.msgpack.Decoder(ToFront)
+
+
+def receive(conn: Connection) -> ToFront:
+    """The next message of a core. Raises EOFError when it is gone."""
+    message: ToFront = _decoder.decode(conn.recv_bytes())
+    return message
+
+
+def _startup_error(failed: Failed) -> TfserveError:
+    return ModelError(failed.message) if failed.key is None else ConfigError(failed.key, failed.message)

@@ -1,0 +1,95 @@
+"""Request: one generation from arrival to finish, as the scheduler and the loop see it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from tfserve.model.detokenizer import Detokenizer
+from tfserve.plan import Row
+from tfserve.types import FinishReason, RequestId, RequestTimes, SamplingParams
+
+
+class RequestState(enum.Enum):
+    """Where a request is: WAITING has no row and no KV, RUNNING has both, FINISHED has neither."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """`token_ids` are the prompt and then the output; [0, num_computed_tokens) of them have KV.
+
+    There is no prefill phase and no decode phase: a request catches num_computed_tokens up with num_tokens.
+    `max_tokens` is resolved: never None. `detokenizer` exists only where stop strings must be looked for.
+    `device_has_token`: the newest token was sampled in the row held now, so a step need not send it.
+    """
+
+    id: RequestId
+    params: SamplingParams
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_tokens: int
+    seed: int
+    arrival_s: float
+    eos_token_ids: frozenset[int]
+    detokenizer: Detokenizer | None = None
+    state: RequestState = RequestState.WAITING
+    row: Row | None = None
+    num_computed_tokens: int = 0
+    device_has_token: bool = False
+    num_preemptions: int = 0
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+    stop_token_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Merge the tokens that end this request."""
+        eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
+        self.stop_token_ids = eos | frozenset(self.params.stop_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens it may still generate."""
+        return self.max_tokens - self.num_output_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """True when only the newest token lacks KV and the device has it."""
+        return self.device_has_token and self.num_computed_tokens == self.num_tokens - 1
+
+    @property
+    def times(self) -> RequestTimes:
+        """The request's time stamps, for its outputs."""
+        return RequestTimes(
+            self.arrival_s, self.first_scheduled_s, self.first_token_s, self.finished_s, self.num_preemptions
+        )
+
+    def append(self, token: int, now_s: float) -> tuple[FinishReason, str | int | None] | None:
+        """Take a sampled token; how the request finished with it (and the stop string or token), or None."""
+        self.token_ids.append(token)
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+        if self.num_output_tokens >= self.params.min_tokens and token in self.stop_token_ids:
+            own = token in self.params.stop_token_ids
+            return FinishReason.STOP, token if own else None
+        if self.detokenizer is not None:
+            self.detokenizer.push((token,))
+            if self.detokenizer.stopped is not None:
+                return FinishReason.STOP, self.detokenizer.stopped
+        if self.num_output_tokens >= self.max_tokens:
+            return FinishReason.LENGTH, None
+        return None

@@ -1,0 +1,47 @@
+"""Everything that can be wrong with a request, found before it reaches the loop. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from tfserve.errors import RequestError
+from tfserve.types import EngineInfo, SamplingParams
+
+
+def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) -> SamplingParams:
+    """Params with max_tokens resolved, for a prompt of token ids. Raises RequestError naming the field at fault."""
+    try:
+        # An embedding user's Struct was never type-checked; a server's was, and passes unchanged.
+        params = msgspec.convert(msgspec.to_builtins(params), SamplingParams)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise RequestError("params", f"sampling parameters: {error}") from None
+    _check_tokens(prompt, info.vocab_size)
+    params.verify(info.vocab_size)
+    room = info.max_model_len - len(prompt)
+    if room < 1:
+        raise RequestError(
+            "prompt",
+            f"the prompt has {len(prompt)} tokens; the model's limit is {info.max_model_len} with at least one token of"
+            " output. Shorten the prompt",
+            "context_length_exceeded",
+        )
+    if params.max_tokens is None:
+        return msgspec.structs.replace(params, max_tokens=room)
+    if params.max_tokens > room:
+        raise RequestError(
+            "max_tokens",
+            f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed the model's limit of"
+            f" {info.max_model_len}; shorten the prompt or ask for at most {room}",
+            "context_length_exceeded",
+        )
+    return params
+
+
+def _check_tokens(prompt: Sequence[int], vocab_size: int) -> None:
+    if not prompt:
+        raise RequestError("prompt", "the prompt is empty; it must have at least one token")
+    for token in prompt:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise RequestError("prompt", f"token id {token!r} is not in the vocabulary [0, {vocab_size})")
