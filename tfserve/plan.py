@@ -5,6 +5,7 @@ A plan is immutable data: it can be logged, and replayed on a machine without a 
 
 from __future__ import annotations
 
+import enum
 from typing import NewType, Protocol
 
 import msgspec
@@ -17,6 +18,46 @@ Row = NewType("Row", int)
 
 Fence = NewType("Fence", int)
 """The number of a step; passed once that step has finished on the device."""
+
+CopyId = NewType("CopyId", int)
+"""Names one copy for its whole life; never reused."""
+
+
+class Direction(enum.Enum):
+    """STORE is device to host, LOAD is host to device."""
+
+    STORE = "store"
+    LOAD = "load"
+
+
+class After(msgspec.Struct, frozen=True):
+    """What must have finished before a copy may start: steps (by fence) and other copies (by id)."""
+
+    fence: Fence | None = None
+    copies: tuple[CopyId, ...] = ()
+
+
+class Copy(msgspec.Struct, frozen=True):
+    """Move tokens [tok0, tok0 + ntok) of one block between the tiers, in `dir`'s direction."""
+
+    id: CopyId
+    dir: Direction
+    dev: BlockId
+    host: BlockId
+    tok0: int
+    ntok: int
+    after: After = After()
+
+
+class Ack(msgspec.Struct, frozen=True):
+    """A copy has ended. Only an acknowledgement moves a cursor or frees a block. Times by the clock of the link."""
+
+    id: CopyId
+    ok: bool
+    nbytes: int
+    start_s: float
+    end_s: float
+
 
 NULL_BLOCK = BlockId(0)
 """Reserved: never allocated, always finite; padding rows read and write it."""
@@ -105,6 +146,22 @@ class Runner(Protocol):
 
     def launch(self, plan: StepPlan) -> InFlight:
         """Start a step; steps run in launch order."""
+        ...
+
+
+class TransferEngine(Protocol):
+    """Moves bytes between the tiers; owns no cache state. Copies of one direction run in submission order."""
+
+    def submit(self, copies: tuple[Copy, ...]) -> None:
+        """Queue copies; each starts when its `after` is done and its link is free."""
+        ...
+
+    def poll(self) -> list[Ack]:
+        """Acknowledgements since the last call, in order of completion; never blocks."""
+        ...
+
+    def cancel(self, ids: set[CopyId]) -> set[CopyId]:
+        """Drop those that have not started; returns which. The others' acknowledgements still come."""
         ...
 
 
