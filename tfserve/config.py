@@ -16,18 +16,57 @@ from tfserve.errors import ConfigError
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How requests share the device.
+    """How requests share the device. Times in seconds, rates in tokens/s; tokenflow.md sections 5 and 7 say why.
 
     The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
     (SGLang's new_token_ratio): it starts at `reserve_ratio`, decays over `reserve_decay_steps` steps to
     `reserve_min_ratio`, and rises again after a wrong guess. `reserve_clip_tokens` caps what one request is charged.
+
+    Time sharing: `schedule_interval_s` between full passes (events wake it earlier); a reader with less than
+    `critical_s` unread needs the device; `buffer_scale_s` and `gamma` shape the penalty for a buffer that runs low;
+    `buffer_conservativeness` times the switching time must be unread before somebody leaves for a newcomer;
+    `min_residency_s` and `swap_gap_s` keep exchanges rare; `relief_s` is how much worse off than a resident somebody
+    must be to displace it although it cannot afford it; `background_patience_s` is how many unread seconds a request
+    without a rate counts as; `min_prefill_share` of the time goes to prompts even while readers run dry; `watermark`
+    is the share of device blocks kept free. `default_rate` is for requests that name none. `overload` says what a
+    new request meets when the rates add up to more than the capacity. `generate_ahead_s` stops decoding, under every
+    policy, whoever has more than that unread (None: never). The last four switch parts off, for ablations.
     """
 
-    policy: Literal["fcfs", "fcfs-chunked"] = "fcfs-chunked"
+    policy: Literal[
+        "fcfs",
+        "fcfs-chunked",
+        "fcfs-reserve",
+        "fcfs-greedy",
+        "round-robin",
+        "earliest-underflow",
+        "andes",
+        "andes-offload",
+        "tokenflow",
+    ] = "fcfs-chunked"
     reserve_ratio: float = 0.7
     reserve_min_ratio: float = 0.098
     reserve_decay_steps: int = 600
     reserve_clip_tokens: int = 4096
+    schedule_interval_s: float = 0.5
+    critical_s: float = 1.0
+    buffer_scale_s: float = 1.0
+    gamma: float = 1.0
+    buffer_conservativeness: float = 1.5
+    min_residency_s: float = 1.0
+    swap_gap_s: float = 2.0
+    relief_s: float = 5.0
+    working_set_step: float = 0.1
+    background_patience_s: float = 10.0
+    min_prefill_share: float = 0.6
+    watermark: float = 0.02
+    default_rate: float = 20.0
+    overload: Literal["queue", "share", "shed"] = "queue"
+    generate_ahead_s: float | None = None
+    offload: bool = True
+    write_through: bool = True
+    load_evict_overlap: bool = True
+    priority_writes: bool = True
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,6 +147,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("scheduler.reserve_decay_steps", f"must be at least 1, got {sched.reserve_decay_steps}")
         if sched.reserve_clip_tokens < 1:
             raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
+        for key in ("schedule_interval_s", "buffer_scale_s", "default_rate"):
+            if not getattr(sched, key) > 0:
+                raise ConfigError(f"scheduler.{key}", f"must be above 0, got {getattr(sched, key)}")
+        for key in _NOT_NEGATIVE:
+            value = getattr(sched, key)
+            if value is not None and not value >= 0:
+                raise ConfigError(f"scheduler.{key}", f"must not be negative, got {value}")
+        for key in ("working_set_step", "min_prefill_share", "watermark"):
+            if not 0 <= getattr(sched, key) < 1:
+                raise ConfigError(f"scheduler.{key}", f"must be at least 0 and below 1, got {getattr(sched, key)}")
+
+
+_NOT_NEGATIVE = (
+    "critical_s",
+    "gamma",
+    "buffer_conservativeness",
+    "min_residency_s",
+    "swap_gap_s",
+    "relief_s",
+    "background_patience_s",
+    "generate_ahead_s",
+)
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> EngineConfig:

@@ -2,67 +2,156 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+import enum
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
+from tfserve.engine.token_buffer import Floats
+from tfserve.engine.tracker import Columns, Ints, Mask, Phase
+from tfserve.plan import Direction
 from tfserve.types import RequestId
 
 
-class Candidate(msgspec.Struct, frozen=True, array_like=True):
-    """One live request in a Snapshot, in tokens. `num_remaining` is what it may still generate."""
+class ResumeBy(enum.Enum):
+    """How a preempted request gets its KV back: LOAD copies it from the host, RECOMPUTE gives it up."""
 
-    id: RequestId
-    num_prompt: int
-    num_output: int
-    num_computed: int
-    num_remaining: int
-
-    @property
-    def num_uncomputed(self) -> int:
-        """Tokens whose KV is still to be computed."""
-        return self.num_prompt + self.num_output - self.num_computed
+    LOAD = "load"
+    RECOMPUTE = "recompute"
 
 
-class Snapshot(msgspec.Struct, frozen=True):
-    """The state a policy decides on. `waiting` is the head of the queue, at most `num_free_rows` requests of it.
+@dataclass(frozen=True, slots=True)
+class MemoryView:
+    """Both tiers, in blocks of `block_size` tokens. `num_blocks` are those that requests can use."""
 
-    `blocks_needed` is how many new blocks the decode step of all running requests takes.
-    """
-
-    now_s: float
-    running: Sequence[Candidate]
-    waiting: Sequence[Candidate]
-    num_free_rows: int
     block_size: int
     num_blocks: int
     num_free_blocks: int
+    num_host_blocks: int = 0
+    num_free_host_blocks: int = 0
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.block_size)
 
-    def next_token_blocks(self, request: Candidate) -> int:
-        """New blocks that the request's next decode step takes: 1 when its last block is full."""
-        return int(request.num_uncomputed == 1 and request.num_computed % self.block_size == 0)
+class CostView(Protocol):
+    """What a policy asks of the CostModel, where each question is explained."""
+
+    @property
+    def prefill_s_per_token(self) -> float:
+        """Seconds per prompt token."""
+        ...
+
+    def step_s(self, n_decode: float, decode_ctx: float, n_prefill: float = 0, prefill_ctx: float = 0) -> float:
+        """Seconds of a step."""
+        ...
+
+    def recompute_s(self, num_tokens: npt.ArrayLike) -> Floats:
+        """Seconds of computing tokens anew."""
+        ...
+
+    def switch_s(
+        self, evict_tokens: npt.ArrayLike, load_tokens: npt.ArrayLike, num_tokens: npt.ArrayLike
+    ) -> tuple[Floats, Floats]:
+        """Seconds of a round trip by transfer, by recompute."""
+        ...
+
+    def queue_s(self, direction: Direction) -> float:
+        """Seconds until a copy would start."""
+        ...
+
+    def gamma(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
+        """Capacity in generated tokens/s."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state a policy decides on: every live request, both memory tiers, the costs. Read only."""
+
+    now_s: float
+    columns: Columns
+    memory: MemoryView
+    cost: CostView
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    @property
+    def num_free_rows(self) -> int:
+        """Requests that may still join the batch."""
+        phase = self.columns.phase
+        return self.max_num_seqs - int(np.count_nonzero((phase == Phase.RUNNING) | (phase == Phase.LOADING)))
+
+    def blocks_for(self, num_tokens: npt.NDArray[Any]) -> Ints:
+        """Blocks that hold these many tokens, elementwise."""
+        return np.ceil(num_tokens / self.memory.block_size).astype(np.int64)
+
+    @property
+    def is_decoding(self) -> Mask:
+        """Requests on the device that lack only their newest token."""
+        c = self.columns
+        return (c.phase == Phase.RUNNING) & (c.num_uncomputed == 1) & (c.num_output > 0)
+
+    @property
+    def next_step_blocks(self) -> Ints:
+        """New blocks that each decoding request's next token takes: 1 where the last block is full."""
+        return (self.is_decoding & (self.columns.num_computed % self.memory.block_size == 0)).astype(np.int64)
+
+    @property
+    def clean_blocks(self) -> Ints:
+        """Device blocks of each request that the host has too: preempting it frees these at once."""
+        c = self.columns
+        whole = np.where(c.host_tokens >= c.num_computed, c.device_blocks, c.host_tokens // self.memory.block_size)
+        return np.minimum(whole, c.device_blocks)
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What to do before the coming step.
+    """What to do before the coming step, in this order: preempt, resume, admit.
 
-    `admit` waiting requests get a row, in this order; `preempt` running ones lose theirs and their KV (they
-    recompute). `decode` says whether requests that only lack their newest token run in a step with prefill chunks.
+    `preempt` takes running requests off the device: LOAD keeps their KV on the host (PAUSED), RECOMPUTE gives it up
+    (WAITING). `resume` brings paused ones back. `admit` gives waiting ones a row, those preempted before included.
+    `order` names who gets prompt tokens first; whoever is not named comes after, in order of admission. `decode` says
+    whether requests that only lack their newest token run in a step with prompt tokens, `prefill_tokens` caps those.
+    `reject` are waiting requests to refuse, each with the seconds after which to try again. `wake_s` is when the policy
+    wants to be asked again even if nothing happens.
     """
 
     admit: tuple[RequestId, ...] = ()
-    preempt: tuple[RequestId, ...] = ()
+    preempt: tuple[tuple[RequestId, ResumeBy], ...] = ()
+    resume: tuple[tuple[RequestId, ResumeBy], ...] = ()
+    reject: tuple[tuple[RequestId, float], ...] = ()
+    order: tuple[RequestId, ...] = ()
     decode: bool = True
+    prefill_tokens: int | None = None
+    wake_s: float | None = None
 
 
 class Policy(Protocol):
-    """Who runs. Called once per step."""
+    """Who runs. Called once per step; what it remembers between calls is its own."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Answer for the coming step; must admit the head of the queue when nothing runs."""
+        """Answer for the coming step; must let somebody run when nothing does and anything waits."""
         ...
+
+
+def held_back(columns: Columns, generate_ahead_s: float | None) -> Mask:
+    """Requests not to decode now, under any policy: their readers have more than `generate_ahead_s` unread."""
+    if generate_ahead_s is None:
+        return np.zeros(len(columns), np.bool_)
+    return ~np.isnan(columns.rate) & (columns.time_to_empty_s > generate_ahead_s)
+
+
+def next_release_s(columns: Columns, now_s: float, generate_ahead_s: float | None) -> float | None:
+    """When the first request held back on the device may go on; None if none is. The loop may sleep until then."""
+    if generate_ahead_s is None:
+        return None
+    held = held_back(columns, generate_ahead_s) & (columns.phase == Phase.RUNNING)
+    if not held.any():
+        return None
+    return now_s + float(columns.time_to_empty_s[held].min()) - generate_ahead_s
+
+
+def write_order(columns: Columns) -> tuple[RequestId, ...]:
+    """Running requests in the order in which to store their KV: the fullest buffer, likeliest to leave, first."""
+    rows = np.flatnonzero((columns.phase == Phase.RUNNING) & (columns.num_computed > columns.host_tokens))
+    return columns.ids_of(rows[np.lexsort((columns.seq[rows], -columns.time_to_empty_s[rows]))])

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tfserve.config import SchedulerConfig
-from tfserve.engine.policies.fcfs import Fcfs, FcfsChunked
+from tfserve.engine.policies.andes import Andes, AndesOffload
+from tfserve.engine.policies.controls import EarliestUnderflow, RoundRobin
+from tfserve.engine.policies.fcfs import Fcfs, FcfsChunked, FcfsGreedy, FcfsReserve
+from tfserve.engine.policies.tokenflow import TokenFlow
 from tfserve.engine.policy import Policy
 
-_POLICIES = {"fcfs": Fcfs, "fcfs-chunked": FcfsChunked}
+_POLICIES: dict[str, Callable[[SchedulerConfig], Policy]] = {
+    "fcfs": Fcfs,
+    "fcfs-chunked": FcfsChunked,
+    "fcfs-reserve": FcfsReserve,
+    "fcfs-greedy": FcfsGreedy,
+    "round-robin": RoundRobin,
+    "earliest-underflow": EarliestUnderflow,
+    "andes": Andes,
+    "andes-offload": AndesOffload,
+    "tokenflow": TokenFlow,
+}
 
 
 def make_policy(config: SchedulerConfig) -> Policy:

@@ -1,11 +1,12 @@
-"""First come, first served, with conservative admission (SGLang's scheduler; tokenflow.md section 7)."""
+"""First come, first served: conservative, reserving and greedy admission (tokenflow.md section 7)."""
 
 from __future__ import annotations
 
-import math
+import numpy as np
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.policy import Candidate, Decision, Snapshot
+from tfserve.engine.policy import Decision, ResumeBy, Snapshot
+from tfserve.engine.tracker import Ints, Phase, Rows
 from tfserve.types import RequestId
 
 _RETRACT_AHEAD_STEPS = 20
@@ -13,7 +14,7 @@ _RETRACT_AHEAD_STEPS = 20
 
 
 class Fcfs:
-    """Prefill first: while somebody has a prompt to compute, decoding waits.
+    """Prefill first: while somebody has a prompt to compute, decoding waits (SGLang's scheduler).
 
     A candidate is charged its whole prompt and max_tokens, a running request `ratio` of what it may still generate. The
     ratio decays with every decode step; when memory runs out all the same, the requests with the fewest output tokens
@@ -29,59 +30,100 @@ class Fcfs:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Preempt what the next decode step has no blocks for, else admit what fits."""
-        if not snapshot.running:
+        c = snapshot.columns
+        running = c.in_phase(Phase.RUNNING)
+        if not len(running):
             self.ratio = self._config.reserve_ratio
-        preempt = self._overflow(snapshot)
-        admit = () if preempt else self._admissible(snapshot)
-        prefill = bool(admit) or any(r.num_uncomputed > 1 for r in snapshot.running)
+        victims = self._overflow(snapshot, running)
+        admit = () if victims else admissible(snapshot, self.ratio, self._config.reserve_clip_tokens)
+        prefill = bool(admit) or bool((~snapshot.is_decoding[running]).any())
         decode = self.decodes_beside_prefill or not prefill
-        if decode and not preempt:
+        if decode and not victims:
             self.ratio = max(self.ratio - self._decay, self._config.reserve_min_ratio)
-        return Decision(admit=admit, preempt=preempt, decode=decode)
+        return Decision(
+            admit=admit, preempt=tuple((req, ResumeBy.RECOMPUTE) for req in c.ids_of(victims)), decode=decode
+        )
 
-    def _admissible(self, snapshot: Snapshot) -> tuple[RequestId, ...]:
-        """Waiting requests, in order, whose charge fits into what running ones leave, in blocks."""
-        free = snapshot.num_free_blocks - sum(self._reserve(r, snapshot) for r in snapshot.running)
-        admit: list[RequestId] = []
-        for candidate in snapshot.waiting[: snapshot.num_free_rows]:
-            charge = snapshot.blocks_for(candidate.num_uncomputed + self._clip(candidate.num_remaining))
-            # An empty engine takes anything: what was validated fits alone.
-            alone = not snapshot.running and not admit
-            if charge > free and not alone:
-                break
-            free -= charge
-            admit.append(candidate.id)
-        return tuple(admit)
-
-    def _overflow(self, snapshot: Snapshot) -> tuple[RequestId, ...]:
+    def _overflow(self, snapshot: Snapshot, running: Rows) -> list[int]:
         """Running requests to preempt so that the others' next tokens have blocks; one always stays."""
-        keep = sorted(snapshot.running, key=lambda r: (-r.num_output, r.num_prompt))
-        free = snapshot.num_free_blocks
-        victims: list[Candidate] = []
-        while len(keep) > 1 and sum(map(snapshot.next_token_blocks, keep)) > free:
+        c = snapshot.columns
+        keep = running[self._keep_order(snapshot, running)].tolist()
+        missing = int(snapshot.next_step_blocks[running].sum()) - snapshot.memory.num_free_blocks
+        victims: list[int] = []
+        while len(keep) > 1 and missing > 0:
             victim = keep.pop()
             victims.append(victim)
-            free += snapshot.blocks_for(victim.num_computed)
+            missing -= int(snapshot.next_step_blocks[victim] + snapshot.blocks_for(c.num_computed[victim]))
         if victims:
-            self._raise_ratio(keep)
-        return tuple(v.id for v in victims)
+            self._on_overflow(c.num_output[keep], c.num_remaining[keep])
+        return victims
 
-    def _raise_ratio(self, kept: list[Candidate]) -> None:
-        generated = sum(r.num_output for r in kept) + _RETRACT_AHEAD_STEPS * len(kept)
-        allowed = sum(r.num_output + r.num_remaining for r in kept)
+    def _keep_order(self, snapshot: Snapshot, running: Rows) -> Rows:
+        """Positions in `running`, those to preempt first at the end."""
+        c = snapshot.columns
+        return np.lexsort((c.num_prompt[running], -c.num_output[running]))
+
+    def _on_overflow(self, num_output: Ints, num_remaining: Ints) -> None:
+        """Raise the ratio to what those that stay may still need."""
+        generated = int(num_output.sum()) + _RETRACT_AHEAD_STEPS * len(num_output)
+        allowed = int((num_output + num_remaining).sum())
         self.ratio = min(1.0, generated / max(1, allowed))
-
-    def _reserve(self, running: Candidate, snapshot: Snapshot) -> int:
-        """Free blocks that a running request is expected to take: its uncomputed tokens and a share of its output."""
-        output = self.ratio * self._clip(running.num_remaining)
-        expected = running.num_computed + running.num_uncomputed + math.ceil(output)
-        return snapshot.blocks_for(expected) - snapshot.blocks_for(running.num_computed)
-
-    def _clip(self, tokens: int) -> int:
-        return min(tokens, self._config.reserve_clip_tokens)
 
 
 class FcfsChunked(Fcfs):
     """Prefill chunks fill up the steps of those that decode (Sarathi; SGLang's mixed chunked prefill)."""
 
     decodes_beside_prefill = True
+
+
+class FcfsReserve(Fcfs):
+    """Everything a request may generate is reserved at its admission: nobody is ever preempted."""
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Admit what fits with its whole output, prefill first."""
+        admit = admissible(snapshot, 1.0, None)
+        running = snapshot.columns.phase == Phase.RUNNING
+        prefill = bool(admit) or bool((running & ~snapshot.is_decoding).any())
+        return Decision(admit=admit, decode=not prefill)
+
+
+class FcfsGreedy(Fcfs):
+    """Nothing is reserved: admit while blocks are free, preempt the youngest when they run out (vLLM's scheduler)."""
+
+    decodes_beside_prefill = True
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Preempt what the next decode step has no blocks for, else admit whose prompt fits."""
+        self.ratio = 0.0
+        c = snapshot.columns
+        victims = self._overflow(snapshot, c.in_phase(Phase.RUNNING))
+        admit = () if victims else admissible(snapshot, 0.0, 0)
+        return Decision(admit=admit, preempt=tuple((req, ResumeBy.RECOMPUTE) for req in c.ids_of(victims)))
+
+    def _keep_order(self, snapshot: Snapshot, running: Rows) -> Rows:
+        return np.argsort(snapshot.columns.seq[running])
+
+    def _on_overflow(self, num_output: Ints, num_remaining: Ints) -> None:
+        """Guess nothing: there is no ratio to raise."""
+
+
+def admissible(snapshot: Snapshot, ratio: float, clip: int | None) -> tuple[RequestId, ...]:
+    """Waiting requests, in order of arrival, whose charge fits into what admitted ones leave.
+
+    A waiting request is charged its tokens and all it may generate, an admitted one `ratio` of that; `clip` bounds what
+    one may generate. Paused requests count with all their KV: they were promised it.
+    """
+    c, free_rows = snapshot.columns, snapshot.num_free_rows
+    waiting = c.in_phase(Phase.WAITING)[: max(free_rows, 0)]
+    if not len(waiting):
+        return ()
+    remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)
+    admitted = c.phase != Phase.WAITING
+    expected = snapshot.blocks_for(c.num_tokens + np.ceil(ratio * remaining)) - c.device_blocks
+    free = snapshot.memory.num_free_blocks - int(expected[admitted].sum())
+    charge = np.cumsum(snapshot.blocks_for(c.num_tokens[waiting] + remaining[waiting]))
+    fits = int(np.searchsorted(charge, free, side="right"))
+    if fits == 0 and not admitted.any():
+        # An empty engine takes anything: what was validated fits alone.
+        fits = 1
+    return c.ids_of(waiting[:fits])

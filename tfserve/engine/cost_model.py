@@ -1,0 +1,222 @@
+"""CostModel: how long steps and copies take, learnt from those that ran. Torch-free."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from tfserve.engine.token_buffer import Floats
+from tfserve.plan import Ack, Direction
+
+_WINDOW = 256
+"""Steps remembered: seconds of decoding, so that the model follows a machine that slows down."""
+
+_REFIT_STEPS = 16
+_COPIES = 64
+_PRIOR_STRENGTH = 1e-3
+"""Weight of the prior beside one step of the window, in squared relative error: it only decides what steps leave open."""
+
+_OUTLIER = 3.0
+"""A step this many typical errors off the fit (a page fault, a neighbour's burst) stops pulling harder."""
+
+
+class StepSample(msgspec.Struct, frozen=True):
+    """One step and its `seconds`.
+
+    `decode_ctx` is the sum of the decodes' context lengths; `prefill_ctx` counts attended pairs of the prefill chunks:
+    the sum over chunks of n * (start + n / 2).
+    """
+
+    n_decode: int
+    decode_ctx: float
+    n_prefill: int
+    prefill_ctx: float
+    seconds: float
+
+    def features(self) -> tuple[float, float, float, float, float]:
+        """What the step time is linear in."""
+        return (1.0, self.n_decode, self.decode_ctx, self.n_prefill, self.prefill_ctx)
+
+
+class StepCoefficients(msgspec.Struct, frozen=True):
+    """Seconds: per step, per decoding request, per token of its context, per prompt token, per attended pair."""
+
+    step: float = 5e-3
+    decode: float = 5e-5
+    decode_ctx: float = 2e-8
+    prefill: float = 5e-5
+    prefill_ctx: float = 1e-9
+
+
+class CostModel:
+    """Predicts step times and copy times. It starts from `prior` and follows the last steps and copies.
+
+    `store_bps` and `load_bps` are bytes/s to start from; `max_num_seqs` bounds the batch that `gamma` may imagine.
+    Calibration is `observe_step` on a few steps before the first request.
+    """
+
+    def __init__(
+        self,
+        *,
+        kv_bytes_per_token: int,
+        max_num_seqs: int,
+        prior: StepCoefficients | None = None,
+        store_bps: float = 5e9,
+        load_bps: float = 5e9,
+    ) -> None:
+        prior = prior or StepCoefficients()
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self._max_num_seqs = max_num_seqs
+        self._prior = np.array(msgspec.structs.astuple(prior), np.float64)
+        self._beta = self._prior.copy()
+        self._steps: deque[tuple[float, ...]] = deque(maxlen=_WINDOW)
+        self._seconds: deque[float] = deque(maxlen=_WINDOW)
+        self._num_steps = 0
+        self._links = {Direction.STORE: _Link(store_bps), Direction.LOAD: _Link(load_bps)}
+
+    @property
+    def prefill_s_per_token(self) -> float:
+        """Seconds that one more prompt token adds to a step, attention over a long context not included."""
+        return float(self._beta[3])
+
+    def bandwidth(self, direction: Direction) -> float:
+        """Bytes/s of the copies that ended last."""
+        return self._links[direction].bytes_per_s
+
+    def step_s(self, n_decode: float, decode_ctx: float, n_prefill: float = 0, prefill_ctx: float = 0) -> float:
+        """Predicted seconds of a step; arguments as StepSample's."""
+        return float(self._beta @ (1.0, n_decode, decode_ctx, n_prefill, prefill_ctx))
+
+    def recompute_s(self, num_tokens: npt.ArrayLike) -> Floats:
+        """Seconds that computing this many tokens from nothing adds to the steps it joins; elementwise."""
+        n = np.asarray(num_tokens, np.float64)
+        return n * (self._beta[3] + self._beta[4] * n / 2)
+
+    def copy_s(self, direction: Direction, num_tokens: npt.ArrayLike) -> Floats:
+        """Seconds that the link needs for this many tokens of KV, queueing not included; elementwise."""
+        n = np.asarray(num_tokens, np.float64)
+        return n * (self._kv_bytes_per_token / self.bandwidth(direction))
+
+    def switch_s(
+        self, evict_tokens: npt.ArrayLike, load_tokens: npt.ArrayLike, num_tokens: npt.ArrayLike
+    ) -> tuple[Floats, Floats]:
+        """Seconds of a round trip by transfer and by recompute, elementwise.
+
+        By transfer: what is not yet on the host goes out, `load_tokens` come in, each behind its queue. By recompute:
+        all `num_tokens` anew.
+        """
+        out = self.queue_s(Direction.STORE) + self.copy_s(Direction.STORE, evict_tokens)
+        back = self.queue_s(Direction.LOAD) + self.copy_s(Direction.LOAD, load_tokens)
+        return out + back, self.recompute_s(num_tokens)
+
+    def queue_s(self, direction: Direction) -> float:
+        """Seconds until a copy submitted now would start."""
+        link = self._links[direction]
+        return link.queued_bytes / link.bytes_per_s
+
+    def gamma(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
+        """Capacity in generated tokens/s: the best over batches of `mean_ctx` tokens each that fit in `kv_tokens`.
+
+        `prefill_per_output` prompt (or recomputed) tokens are computed for every token generated, and take their share.
+        """
+        # With non-negative coefficients a larger batch never generates less per second.
+        batch = max(1.0, min(self._max_num_seqs, kv_tokens / max(mean_ctx, 1.0)))
+        token_s = self.step_s(batch, batch * mean_ctx) / batch
+        return 1.0 / (token_s + prefill_per_output * self.prefill_s_per_token)
+
+    def observe_step(self, sample: StepSample) -> None:
+        """Learn from a finished step."""
+        if sample.seconds <= 0:
+            return
+        self._steps.append(sample.features())
+        self._seconds.append(sample.seconds)
+        self._num_steps += 1
+        # The first steps say most; later ones change little each.
+        if self._num_steps < _REFIT_STEPS or self._num_steps % _REFIT_STEPS == 0:
+            self._beta = _fit(np.array(self._steps), np.array(self._seconds), self._prior)
+
+    def calibrate(self, samples: Iterable[StepSample]) -> None:
+        """Make these steps the prior, for what the running window leaves open, and forget the window."""
+        rows = list(samples)
+        x = np.array([sample.features() for sample in rows])
+        self._prior = _fit(x, np.array([sample.seconds for sample in rows]), self._prior)
+        self._beta = self._prior.copy()
+        self._steps.clear()
+        self._seconds.clear()
+
+    def observe_submit(self, direction: Direction, nbytes: int) -> None:
+        """Copies of this many bytes joined the queue."""
+        self._links[direction].queued_bytes += nbytes
+
+    def observe_cancel(self, direction: Direction, nbytes: int) -> None:
+        """Copies of this many bytes left the queue without having run."""
+        self._links[direction].leave(nbytes)
+
+    def observe_copy(self, direction: Direction, ack: Ack) -> None:
+        """A copy ended: it leaves the queue, and shows the link's bandwidth if it went well."""
+        link = self._links[direction]
+        link.leave(ack.nbytes)
+        if ack.ok and ack.end_s > ack.start_s:
+            link.measure(ack.nbytes, ack.end_s - ack.start_s)
+
+
+class _Link:
+    """One direction: bytes waiting, and the bandwidth over the last copies."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self.queued_bytes = 0
+        self.bytes_per_s = bytes_per_s
+        self._copies: deque[tuple[int, float]] = deque(maxlen=_COPIES)
+
+    def leave(self, nbytes: int) -> None:
+        self.queued_bytes = max(0, self.queued_bytes - nbytes)
+
+    def measure(self, nbytes: int, seconds: float) -> None:
+        self._copies.append((nbytes, seconds))
+        self.bytes_per_s = sum(n for n, _ in self._copies) / sum(s for _, s in self._copies)
+
+
+def _fit(x: Floats, y: Floats, prior: Floats) -> Floats:
+    """Non-negative coefficients with the least squared relative error, drawn to `prior` where steps tell nothing.
+
+    x is [steps, features], y their seconds [steps].
+    """
+    # Relative error: a decode step of 5 ms counts as much as a prefill of 500. Recent half counts double.
+    weight = np.where(np.arange(len(y)) >= len(y) // 2, 2.0, 1.0) / y**2
+    scale = np.where(prior > 0, prior, 1e-12)
+    beta = _solve(x, y, weight, prior, scale)
+    error = np.abs(x @ beta - y) / y
+    typical = float(np.median(error))
+    if typical > 0:
+        weight = weight * np.minimum(1.0, _OUTLIER * typical / np.maximum(error, 1e-12))
+        beta = _solve(x, y, weight, prior, scale)
+    return beta
+
+
+def _solve(x: Floats, y: Floats, weight: Floats, prior: Floats, scale: Floats) -> Floats:
+    """Ridge towards `prior` in units of `scale`, all coefficients non-negative."""
+    # In units of the prior all unknowns are near 1, whatever their dimension.
+    xs = x * scale
+    gram = (xs * weight[:, None]).T @ xs + _PRIOR_STRENGTH * np.eye(len(scale))
+    target = (xs * weight[:, None]).T @ y + _PRIOR_STRENGTH * prior / scale
+    best = np.linalg.solve(gram, target)
+    if (best < 0).any():
+        best = _non_negative(gram, target)
+    return best * scale
+
+
+def _non_negative(gram: Floats, target: Floats) -> Floats:
+    """The minimum of x'Gx/2 - t'x over x >= 0, nearly: drop what turns negative, solve for the others again."""
+    active = np.ones(len(target), np.bool_)
+    best = np.zeros_like(target)
+    while active.any():
+        best = np.zeros_like(target)
+        best[active] = np.linalg.solve(gram[np.ix_(active, active)], target[active])
+        if (best >= 0).all():
+            break
+        active &= best > 0
+    return best

@@ -1,0 +1,186 @@
+"""What every policy that shares the device over time needs: when to look, who fits, how to get from here to there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.policy import Decision, ResumeBy, Snapshot
+from tfserve.engine.token_buffer import Floats
+from tfserve.engine.tracker import Ints, Mask, Phase, Rows
+from tfserve.types import RequestId
+
+_EVENT_GAPS = 10
+"""Events may wake the scheduler this many times per interval."""
+
+
+class Ticker:
+    """When a full pass is due: every interval, at a time asked for, and soon after something happened."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._last_s = -np.inf
+        self._last_events = -1
+        self.timer_s = np.inf
+
+    def due(self, now_s: float, num_events: int) -> bool:
+        """True if a pass should run now. A step that ends a hair before the time asked for counts as at it."""
+        since = now_s - self._last_s + 1e-9
+        woken = num_events != self._last_events or now_s + 1e-9 >= self.timer_s
+        return since >= self._interval_s or (woken and since >= self._interval_s / _EVENT_GAPS)
+
+    def ran(self, now_s: float, num_events: int) -> None:
+        """A pass has run; the timer is to be set anew."""
+        self._last_s = now_s
+        self._last_events = num_events
+        self.timer_s = np.inf
+
+    @property
+    def next_s(self) -> float:
+        """When a pass is due if nothing happens; the first is due at once."""
+        return float(min(self._last_s + self._interval_s, self.timer_s))
+
+
+def usable_blocks(snapshot: Snapshot, watermark: float) -> int:
+    """Device blocks to fill; what is left over takes the tokens of the steps to come."""
+    return snapshot.memory.num_blocks - int(np.ceil(watermark * snapshot.memory.num_blocks))
+
+
+def resident_blocks(snapshot: Snapshot, growth_tokens: float = 1.0) -> Ints:
+    """Device blocks each request needs to run until it has `growth_tokens` more, or has ended; elementwise."""
+    c = snapshot.columns
+    tokens = c.num_tokens + np.minimum(growth_tokens, np.maximum(c.num_remaining, 0))
+    return np.maximum(snapshot.blocks_for(tokens), np.where(c.phase == Phase.RUNNING, c.device_blocks, 0))
+
+
+def stream_speed(snapshot: Snapshot) -> float:
+    """Tokens/s that each decoding request gets with the present batch."""
+    c = snapshot.columns
+    running = c.phase == Phase.RUNNING
+    count = max(int(np.count_nonzero(running)), 1)
+    return 1.0 / snapshot.cost.step_s(count, float(c.num_tokens[running].sum()))
+
+
+def return_s(snapshot: Snapshot) -> tuple[Floats, Mask]:
+    """Seconds until each request off the device could decode, by the faster way; and whether that is by loading.
+
+    Loading brings what the host has; what it lacks is recomputed. Requests with nothing on the host cannot load.
+    """
+    c = snapshot.columns
+    on_device = np.where(c.phase == Phase.PAUSED, c.device_blocks * snapshot.memory.block_size, 0)
+    load_s, recompute_s = snapshot.cost.switch_s(0, np.maximum(c.host_tokens - on_device, 0), c.num_tokens)
+    load_s = load_s + snapshot.cost.prefill_s_per_token * np.maximum(c.num_computed - c.host_tokens, 0)
+    loads = (c.phase == Phase.PAUSED) & (load_s <= recompute_s)
+    return np.where(loads, load_s, recompute_s), loads
+
+
+def round_trip_s(snapshot: Snapshot, *, offload: bool) -> tuple[Floats, Mask]:
+    """Seconds that leaving the device and coming back costs each resident; and whether that is by the host."""
+    c = snapshot.columns
+    dirty = np.maximum(c.num_computed - c.host_tokens, 0)
+    transfer_s, recompute_s = snapshot.cost.switch_s(dirty, c.num_computed, c.num_tokens)
+    by_host = (transfer_s <= recompute_s) & offload
+    return np.where(by_host, transfer_s, recompute_s), by_host
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a choice of residents must fit into: blocks each row needs, blocks and seats there are."""
+
+    need: Ints
+    capacity: int
+    max_rows: int
+
+
+def fill(order: Rows, sizes: Sizes) -> Rows:
+    """Rows of `order`, best first, that fit together; one that does not is passed over. Never empty if any exist."""
+    chosen: list[int] = []
+    free = sizes.capacity
+    for row, blocks in zip(order.tolist(), sizes.need[order].tolist(), strict=True):
+        if len(chosen) == sizes.max_rows:
+            break
+        if blocks <= free or not chosen:
+            chosen.append(row)
+            free -= blocks
+    return np.array(chosen, np.intp)
+
+
+def exchange(snapshot: Snapshot, leave: Iterable[int], come: Iterable[int], *, offload: bool) -> Decision:
+    """The orders that take `leave` off the device and bring `come` onto it, each by its cheaper way.
+
+    A request keeps its KV on the host if there is room for what is not there yet.
+    """
+    c, leave, come = snapshot.columns, list(leave), list(come)
+    _, by_host = round_trip_s(snapshot, offload=offload)
+    _, loads = return_s(snapshot)
+    room = snapshot.memory.num_free_host_blocks
+    preempt: list[tuple[RequestId, ResumeBy]] = []
+    for row in leave:
+        missing = int(c.device_blocks[row] - snapshot.clean_blocks[row]) if by_host[row] else 0
+        keeps = bool(by_host[row]) and missing <= room
+        room -= missing if keeps else 0
+        preempt.append((c.ids[row], ResumeBy.LOAD if keeps else ResumeBy.RECOMPUTE))
+    paused = [row for row in come if c.phase[row] == Phase.PAUSED]
+    return Decision(
+        admit=c.ids_of([row for row in come if c.phase[row] == Phase.WAITING]),
+        preempt=tuple(preempt),
+        resume=tuple((c.ids[row], ResumeBy.LOAD if loads[row] else ResumeBy.RECOMPUTE) for row in paused),
+    )
+
+
+def out_of_blocks(snapshot: Snapshot) -> bool:
+    """True if the next token of every decoding request has no block."""
+    return int(snapshot.next_step_blocks.sum()) > snapshot.memory.num_free_blocks
+
+
+class TimeShared:
+    """Base of the controls: a pass ranks everybody, fills the device in that order, and exchanges accordingly."""
+
+    offload = True
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._ticker = Ticker(config.schedule_interval_s)
+        self._exchange_s = -np.inf
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        """Exchange every interval; in between, when something happened or blocks run out, only fill up or shed."""
+        c = snapshot.columns
+        if not len(c):
+            return Decision()
+        if snapshot.now_s + 1e-9 >= self._exchange_s:
+            self._exchange_s = snapshot.now_s + self._config.schedule_interval_s
+            decision = self._pass(snapshot, self._sizes(snapshot))
+        elif self._ticker.due(snapshot.now_s, c.num_events) or out_of_blocks(snapshot):
+            decision = self._pass(snapshot, self._sizes(snapshot), keep=c.in_phase(Phase.RUNNING))
+        else:
+            return Decision(wake_s=self._exchange_s)
+        self._ticker.ran(snapshot.now_s, c.num_events)
+        return msgspec.structs.replace(decision, wake_s=self._exchange_s)
+
+    def rank(self, snapshot: Snapshot, sizes: Sizes) -> Rows:
+        """All rows but those being loaded, best first; `fill` takes the first that fit."""
+        raise NotImplementedError
+
+    def _sizes(self, snapshot: Snapshot) -> Sizes:
+        need = resident_blocks(snapshot, self._config.schedule_interval_s * stream_speed(snapshot))
+        loading = snapshot.columns.phase == Phase.LOADING
+        capacity = usable_blocks(snapshot, self._config.watermark) - int(need[loading].sum())
+        return Sizes(need, capacity, snapshot.max_num_seqs - int(np.count_nonzero(loading)))
+
+    def _pass(self, snapshot: Snapshot, sizes: Sizes, keep: Rows | None = None) -> Decision:
+        """Fill the device by rank, with `keep` in front, and say what that changes."""
+        c = snapshot.columns
+        order = self.rank(snapshot, sizes)
+        if keep is not None:
+            resident = np.isin(order, keep)
+            order = np.concatenate([order[resident], order[~resident]])
+        chosen = fill(order, sizes)
+        running = c.in_phase(Phase.RUNNING)
+        leave = running[~np.isin(running, chosen)]
+        come = chosen[c.phase[chosen] != Phase.RUNNING]
+        return exchange(snapshot, leave.tolist(), come.tolist(), offload=self.offload and self._config.offload)

@@ -1,0 +1,129 @@
+"""How many requests the node can promise to feed, and what those meet whom it cannot (tokenflow.md section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.policy import Snapshot
+from tfserve.engine.tracker import Mask, Phase, Rows
+from tfserve.plan import Direction
+
+_LEAVE_FALLBACK = 0.9
+"""Share of the capacity at which first come first served ends again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is promised against what there is. `capacity` and `demand` in tokens/s; `bound` in requests."""
+
+    capacity: float
+    demand: float
+    bound: float
+    num_members: int
+
+
+def members(snapshot: Snapshot) -> Mask:
+    """Requests that have been let in: on the device, on the host, or preempted after their first token."""
+    c = snapshot.columns
+    return (c.phase != Phase.WAITING) | (c.num_output > 0)
+
+
+def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
+    """Capacity, demand and the most requests that both rates and memory allow.
+
+    Capacity is Gamma over batches of requests of average length at half of their output, less the share of their
+    prompts, and of recomputing what is preempted where nothing is offloaded.
+    """
+    c, memory = snapshot.columns, snapshot.memory
+    member = members(snapshot)
+    output = max(float(c.expected_output.mean()), 1.0)
+    prompt = float(c.num_prompt.mean())
+    prefill = prompt / output
+    if not config.offload:
+        prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
+    capacity = snapshot.cost.gamma(prompt + output / 2, memory.num_blocks * memory.block_size, prefill)
+    reads = ~np.isnan(c.rate)
+    demand = float(c.rate[reads & member].sum())
+    blocks = -(-(prompt + output) // memory.block_size)
+    bound = (memory.num_blocks + (memory.num_host_blocks if config.offload else 0)) / blocks
+    if reads.any() and config.overload != "share":
+        bound = min(bound, capacity / float(c.rate[reads].mean()))
+    return Load(capacity, demand, bound, int(np.count_nonzero(member)))
+
+
+@dataclass(slots=True)
+class WorkingSet:
+    """How large the working set may be now, and whether admission has fallen back to first come first served."""
+
+    size: float | None = None
+    is_fallback: bool = False
+
+    def move(self, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> None:
+        """One interval: towards the bound, or down while copies queue for longer than that; never below what is resident.
+
+        It starts at the bound, so that a first burst is let in at once.
+        """
+        step = config.working_set_step
+        if self.size is None:
+            self.size = load.bound
+        queue_s = max(snapshot.cost.queue_s(direction) for direction in Direction)
+        if queue_s > config.schedule_interval_s:
+            self.size *= 1 - step
+        else:
+            most = step * max(load.bound, self.size)
+            self.size += min(max(load.bound - self.size, -most), most)
+        resident = np.isin(snapshot.columns.phase, (Phase.RUNNING, Phase.LOADING))
+        self.size = max(self.size, float(np.count_nonzero(resident)))
+
+    def room_for(self, newcomers: Rows, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> int:
+        """How many of `newcomers`, in this order, may join: the set has room and all rates together can be met.
+
+        When they cannot, admission falls back until they can be met with a tenth to spare. An empty node lets the first in
+        whatever it asks for.
+        """
+        if config.overload == "share":
+            return self._room(load, len(newcomers))
+        rates = np.nan_to_num(snapshot.columns.rate[newcomers])
+        demand = load.demand + np.cumsum(rates)
+        if self.is_fallback and len(newcomers) and demand[0] > _LEAVE_FALLBACK * load.capacity and load.num_members:
+            return 0
+        feasible = int(np.count_nonzero(demand <= load.capacity + 1e-9))
+        if load.num_members == 0 and len(newcomers):
+            feasible = max(feasible, 1)
+        self.is_fallback = feasible < len(newcomers)
+        return self._room(load, feasible)
+
+    def _room(self, load: Load, wanted: int) -> int:
+        size = load.bound if self.size is None else self.size
+        return max(min(int(size + 1e-6) - load.num_members, wanted), int(load.num_members == 0 and wanted > 0))
+
+
+def predicted_wait_s(snapshot: Snapshot, config: SchedulerConfig, num_ahead: int | None = None) -> float:
+    """Seconds until the node could promise to feed one more reader, behind `num_ahead` waiting ones (None: all).
+
+    Members are taken to share the capacity in proportion to their rates until each has its expected length.
+    """
+    c = snapshot.columns
+    if not len(c):
+        return 0.0
+    load, member = measure(snapshot, config), members(snapshot)
+    rate = np.nan_to_num(c.rate)
+    newcomers = int(np.count_nonzero(~member)) if num_ahead is None else num_ahead
+    mean = float(rate.mean()) or config.default_rate
+    missing = load.demand + mean * (newcomers + 1) - load.capacity
+    prefill_s = float(snapshot.cost.recompute_s(c.num_uncomputed[c.num_output == 0]).sum())
+    if missing <= 0:
+        return prefill_s
+    speed = np.maximum(rate[member], 1e-9) * load.capacity / max(load.demand, 1e-9)
+    ends = np.maximum(c.expected_output[member] - c.num_output[member], 1.0) / speed
+    order = np.argsort(ends)
+    freed = np.cumsum(rate[member][order])
+    if not len(freed) or freed[-1] <= 0:
+        return prefill_s
+    # Once all present members have gone, those ahead in the queue take their turns: whole generations of them.
+    generations = missing // freed[-1]
+    index = min(int(np.searchsorted(freed, missing - generations * freed[-1])), len(freed) - 1)
+    return float(prefill_s + generations * ends[order][-1] + ends[order][index])

@@ -1,0 +1,89 @@
+"""The virtual token buffer: what has been generated and not yet read, computed from timestamps. Torch-free.
+
+Tokenflow.md section 3. Reading starts with the first token and runs at the reader's rate while there is something
+unread; an empty buffer stalls it until the next token. Everything is a function of the last event and the time since,
+so no timer runs. The functions work on arrays, one element per request.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tfserve.errors import RequestError
+
+Floats = npt.NDArray[np.float64]
+
+NAMED_RATES = {"listen": 4.0, "read": 6.0, "fast": 12.0}
+"""Tokens/s of the names a request may use for its rate; "auto" starts at the default and follows feedback."""
+
+AUTO = "auto"
+
+_SLOWEST, _FASTEST = 0.5, 200.0
+"""Bounds of an estimated rate, tokens/s: a reader who put the page away is not a reader without end."""
+
+_NEWS_WEIGHT = 0.5
+"""How far one report moves the estimated rate."""
+
+
+def resolve_rate(rate: float | str | None, default: float) -> float:
+    """Tokens/s that `consumption_rate` asks for; NaN for None (no reader). Raises RequestError for anything else."""
+    if rate is None:
+        return math.nan
+    if isinstance(rate, str):
+        if rate == AUTO:
+            return default
+        if rate in NAMED_RATES:
+            return NAMED_RATES[rate]
+    elif 0 < rate < math.inf:
+        return float(rate)
+    names = ", ".join(repr(name) for name in (*NAMED_RATES, AUTO))
+    raise RequestError("consumption_rate", f"consumption_rate must be tokens/s above 0, or {names}, got {rate!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Playback:
+    """Where readers are at one moment. Tokens and seconds; a request without a rate reads everything at once.
+
+    `dry_s` is how long the present stall has lasted, `stall_s` all of them together with it. `read_area` is the
+    integral of `consumed` over time, token seconds: how far the reader has been along, for how long.
+    """
+
+    consumed: Floats
+    stall_s: Floats
+    dry_s: Floats
+    read_area: Floats
+
+
+def play(
+    now_s: float,
+    *,
+    rate: Floats,
+    generated: npt.NDArray[Any],
+    consumed: Floats,
+    since_s: Floats,
+    stall_s: Floats,
+    read_area: Floats,
+) -> Playback:
+    """Let readers go on from `since_s` (inf: not started) to `now_s`; nothing is generated in between."""
+    elapsed = np.maximum(now_s - since_s, 0.0)
+    unread = generated - consumed
+    with np.errstate(invalid="ignore"):
+        read = np.fmin(unread, rate * elapsed)
+        reading_s = read / rate
+    has_rate = rate > 0
+    reading_s = np.where(has_rate, reading_s, elapsed)
+    # What a division rounds away must not count as a stall.
+    dry_s = np.where(has_rate & (read >= unread), np.maximum(elapsed - reading_s, 0.0), 0.0)
+    area = read_area + consumed * elapsed + read * (0.5 * reading_s + dry_s)
+    return Playback(consumed + read, stall_s + dry_s, dry_s, area)
+
+
+def estimated_rate(rate: float, tokens: float, seconds: float) -> float:
+    """A reader's rate after a report of `tokens` read in `seconds` without a stall."""
+    measured = min(max(tokens / seconds, _SLOWEST), _FASTEST)
+    return rate + _NEWS_WEIGHT * (measured - rate)
