@@ -6,6 +6,7 @@ A plan is immutable data: it can be logged, and replayed on a machine without a 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import NewType, Protocol
 
 import msgspec
@@ -150,10 +151,19 @@ class Runner(Protocol):
 
 
 class TransferEngine(Protocol):
-    """Moves bytes between the tiers; owns no cache state. Copies of one direction run in submission order."""
+    """Moves bytes between the tiers; owns no cache state.
 
-    def submit(self, copies: tuple[Copy, ...]) -> None:
-        """Queue copies; each starts when its `after` is done and its link is free."""
+    Copies of one direction run in submission order; the two directions are independent. A copy starts when its link is
+    free and its `after` is done: the steps up to the fence have finished, and the named copies have ended, well, badly
+    or cancelled. A name that was never submitted counts as ended, so submit a store before the load that waits for it.
+    """
+
+    def submit(self, copies: Sequence[Copy]) -> None:
+        """Queue copies. May be called before the step they were planned with is launched."""
+        ...
+
+    def complete(self, fence: Fence) -> None:
+        """Step `fence`, and all before it, have finished or failed. (Device events may have said so earlier.)"""
         ...
 
     def poll(self) -> list[Ack]:
@@ -161,7 +171,11 @@ class TransferEngine(Protocol):
         ...
 
     def cancel(self, ids: set[CopyId]) -> set[CopyId]:
-        """Drop those that have not started; returns which. The others' acknowledgements still come."""
+        """Drop those that have not started, and say which: they are never acknowledged. The others still are."""
+        ...
+
+    def close(self) -> None:
+        """Finish or drop what is under way and let go of threads and memory; nothing may be submitted after."""
         ...
 
 

@@ -73,9 +73,9 @@ class BlockPool:
         if counts != self._refs:
             wrong = [b for b in range(self.num_blocks) if counts[b] != self._refs[b]]
             raise AssertionError(f"blocks {wrong[:8]}: references disagree with their holders")
-        for block in range(1, self.num_blocks):
-            if bool(self._free[block]) == bool(counts[block]):
-                raise AssertionError(f"block {block} is both free and held, or neither")
+        for index in range(1, self.num_blocks):
+            if bool(self._free[index]) == bool(counts[index]):
+                raise AssertionError(f"block {index} is both free and held, or neither")
         if counts[NULL_BLOCK] or self._free[NULL_BLOCK]:
             raise AssertionError("the reserved block was handed out")
         if self.num_free != self._free.count(1):

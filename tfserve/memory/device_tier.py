@@ -1,0 +1,120 @@
+"""DeviceTier: the device's blocks, and those that paused requests have not given up yet. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+from tfserve.memory.block_pool import BlockPool
+from tfserve.memory.residency import PAUSED, KVBlock, Residency
+from tfserve.plan import After, BlockId, CopyId, Fence
+
+
+class DeviceTier:
+    """A BlockPool whose free blocks include what lingers: clean blocks of paused requests, taken when needed.
+
+    What lingers goes from the most recently paused first, tail first: who was paused first comes back first. Blocks
+    with a store under way are *draining*: not free, but a load may take one over and wait for the store.
+
+    Remembers the last step that used each block, because a load into it must wait for that step. (A step that writes a
+    block needs no such care: steps run in order.)
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._last_use = [-1] * pool.num_blocks
+        self._clean: dict[BlockId, tuple[Residency, KVBlock]] = {}
+        self._draining: dict[BlockId, tuple[Residency, KVBlock]] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks, the reserved one included."""
+        return self._pool.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `allocate` can give now."""
+        return self._pool.num_free + len(self._clean)
+
+    @property
+    def num_draining(self) -> int:
+        """Blocks that will be free when the stores on them have ended."""
+        return len(self._draining)
+
+    def allocate(self, n: int, after: BlockId | None, run: int) -> tuple[BlockId, ...] | None:
+        """As BlockPool.allocate, at the expense of what lingers."""
+        if n > self.num_free:
+            return None
+        while self._pool.num_free < n:
+            _, (kv, block) = self._clean.popitem()
+            self.vacate(kv, block)
+        return self._pool.allocate(n, after=after, run=run)
+
+    def linger(self, kv: Residency, block: KVBlock) -> None:
+        """List a paused request's block as clean or, while copies hold it, as draining."""
+        dev = _place(kv, block)
+        (self._draining if self._held_by_copies(dev) else self._clean)[dev] = (kv, block)
+
+    def copy_ended(self, dev: BlockId) -> None:
+        """A copy has let go of this block: if it was draining, it may be clean now."""
+        if dev in self._draining and not self._held_by_copies(dev):
+            self._clean[dev] = self._draining.pop(dev)
+
+    def pin(self, dev: BlockId) -> None:
+        """Its owner is coming back: nobody else may take it."""
+        self._clean.pop(dev, None)
+        self._draining.pop(dev, None)
+
+    def vacate(self, kv: Residency, block: KVBlock) -> None:
+        """The request gives up this block's place, which is free once no copy holds it."""
+        dev = _place(kv, block)
+        self.pin(dev)
+        if kv.last_step is not None:
+            self._last_use[dev] = max(self._last_use[dev], kv.last_step)
+        kv.place(block, None)
+        self._pool.free((dev,))
+
+    def take_draining(self, n: int) -> list[tuple[BlockId, After]]:
+        """Take over up to n draining blocks, those stored first, and say what a load into each must wait for."""
+        taken = []
+        # The oldest entries are the stores that end first.
+        for dev, (kv, block) in list(self._draining.items())[:n]:
+            stores = tuple(block.copies)
+            self._pool.retain((dev,))
+            self.vacate(kv, block)
+            taken.append((dev, self.after(dev, stores)))
+        return taken
+
+    def after(self, dev: BlockId, copies: tuple[CopyId, ...] = ()) -> After:
+        """What a load into this block must wait for: the last step that used it, and `copies`."""
+        step = self._last_use[dev]
+        return After(Fence(step) if step >= 0 else None, copies)
+
+    def evictions(self) -> tuple[CopyId, ...]:
+        """The stores under way on blocks of paused requests."""
+        return tuple(chain.from_iterable(block.copies for _, block in self._draining.values()))
+
+    def check(self, requests: Iterable[Residency], in_copies: Sequence[BlockId]) -> None:
+        """Raise AssertionError unless every block is free, owned or in a copy, and what lingers is listed."""
+        requests = list(requests)
+        self._pool.check([*(kv.blocks for kv in requests), in_copies])
+        lingering = {
+            block.dev: self._held_by_copies(block.dev)
+            for kv in requests
+            if kv.state in PAUSED
+            for block in kv.blocks_by_index
+            if block.dev is not None
+        }
+        listed = dict.fromkeys(self._clean, False) | dict.fromkeys(self._draining, True)
+        if listed != lingering or len(listed) != len(self._clean) + len(self._draining):
+            raise AssertionError("the lists of paused requests' blocks are not what those requests hold")
+
+    def _held_by_copies(self, dev: BlockId) -> bool:
+        """True if an owned block has more holders than its owner."""
+        return self._pool.references(dev) > 1
+
+
+def _place(kv: Residency, block: KVBlock) -> BlockId:
+    if block.dev is None:
+        raise AssertionError(f"{kv.req}: the block has no place on the device")
+    return block.dev

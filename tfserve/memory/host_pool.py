@@ -1,0 +1,104 @@
+"""HostPool: the host tier's memory, and how much of it this machine can spare. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+
+from tfserve.errors import ConfigError
+
+_GIB = 1024**3
+_KEEP_FREE = 0.1
+"""Share of the memory available now that is left to everything else."""
+
+
+def available_bytes(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> int:
+    """Memory this process may still take: the least of what the machine has and what its control groups allow."""
+    limits = [_mem_available(proc / "meminfo")]
+    for group, limit_file, used_file in _control_groups(proc / "self/cgroup", sys / "fs/cgroup"):
+        limit, used = _integer(group / limit_file), _integer(group / used_file)
+        if limit is not None and used is not None:
+            limits.append(max(0, limit - used))
+    return min(limits)
+
+
+def host_blocks(host_kv_gib: float, block_bytes: int, available: int) -> int:
+    """How many blocks of `block_bytes` (all layers, keys and values) fit in `host_kv_gib`, the reserved one included.
+
+    0 when `host_kv_gib` is 0: no host tier. Raises ConfigError if it is too small for a block or more than `available`
+    bytes (see available_bytes) leave.
+    """
+    if host_kv_gib == 0:
+        return 0
+    wanted, most = int(host_kv_gib * _GIB), int(available * (1 - _KEEP_FREE))
+    if wanted > most:
+        raise ConfigError(
+            "host_kv_gib",
+            f"{host_kv_gib:g} GiB were asked for, but this machine (or its control group) can spare {most / _GIB:.2f}; "
+            "set a smaller value, or 0 for no host tier",
+        )
+    blocks = wanted // block_bytes
+    if blocks < 2:
+        raise ConfigError(
+            "host_kv_gib",
+            f"{host_kv_gib:g} GiB hold less than two KV blocks of {block_bytes / _GIB:.3f} GiB; "
+            "set a larger value, or 0 for no host tier",
+        )
+    return blocks
+
+
+class HostPool:
+    """Memory for `num_blocks` KV blocks, each contiguous across all layers.
+
+    `data` is `[num_blocks, *block_shape]` with `block_shape` as KVLayout gives it for one block: layers, keys and
+    values, tokens, heads, head_dim. Pages are taken from the system as they are first written. Raises ConfigError if
+    the system refuses the address range.
+    """
+
+    def __init__(self, num_blocks: int, block_shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        try:
+            self.data: npt.NDArray[np.generic] = np.empty((num_blocks, *block_shape), dtype=dtype)
+        except MemoryError:
+            raise ConfigError("host_kv_gib", f"cannot reserve {num_blocks} KV blocks; set a smaller value") from None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return int(self.data[0].nbytes)
+
+
+def _mem_available(path: Path) -> int:
+    for line in _lines(path):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("host_kv_gib", f"{path} does not say how much memory is available; set 0 for no host tier")
+
+
+def _control_groups(listing: Path, root: Path) -> Iterator[tuple[Path, str, str]]:
+    """This process's control groups and all above them, of version 2 and 1, with their limit and usage files."""
+    for line in _lines(listing):
+        _, controllers, path = line.split(":", 2)
+        base, files = root, ("memory.max", "memory.current")
+        if controllers:
+            base, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if not controllers or "memory" in controllers.split(","):
+            group = PurePosixPath(path)
+            # Inside a container the listed path may be the host's: the mounted root is then the group itself.
+            for part in (group, *group.parents):
+                yield base / str(part).lstrip("/"), *files
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _integer(path: Path) -> int | None:
+    """A file's number; None if there is no such file, or it says "max"."""
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,167 @@
+"""WorkerTransfers: the TransferEngine of a CPU device, a thread per direction that copies with numpy. Torch-free.
+
+numpy, because a torch copy in a thread of its own would start a second OpenMP team beside the model's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, Fence
+
+logger = logging.getLogger(__name__)
+
+_MAX_RUN_BYTES = 4 * 1024 * 1024
+"""Adjacent blocks are moved in one go up to this size: large enough to stream, small enough to be acknowledged soon."""
+
+
+class WorkerTransfers:
+    """Copies token ranges of blocks between two arrays, first in first out in each direction.
+
+    `device` and `host` are views with one item type whose axes are blocks first, then whatever a block is made of, with
+    tokens on axis `token_axis`; they may be strided. `clock` gives the acknowledgements' times and is notified of each
+    batch. `emulated_bytes_per_s` slows a direction down to that bandwidth, to stand in for a slower link.
+    """
+
+    def __init__(
+        self,
+        device: npt.NDArray[np.generic],
+        host: npt.NDArray[np.generic],
+        clock: Clock,
+        *,
+        token_axis: int = 3,
+        emulated_bytes_per_s: Mapping[Direction, float] | None = None,
+    ) -> None:
+        if device.shape[1:] != host.shape[1:] or device.dtype != host.dtype:
+            raise ValueError(f"tiers differ: {device.shape} {device.dtype}, {host.shape} {host.dtype}")
+        self._device = np.moveaxis(device, token_axis, 1)
+        self._host = np.moveaxis(host, token_axis, 1)
+        self._token_bytes = self._host[0, 0].nbytes
+        self._clock = clock
+        self._emulated = emulated_bytes_per_s or {}
+        # Guards everything below; waited on by the workers.
+        self._changed = threading.Condition()
+        self._queues: dict[Direction, deque[Copy]] = {direction: deque() for direction in Direction}
+        self._pending: set[CopyId] = set()
+        self._acks: list[Ack] = []
+        self._passed = -1
+        self._closed = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._work, args=(direction,), name=f"kv-{direction.value}", daemon=True)
+            for direction in Direction
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, copies: Sequence[Copy]) -> None:
+        """Queue copies."""
+        if not copies:
+            return
+        with self._changed:
+            self._pending.update(copy.id for copy in copies)
+            for copy in copies:
+                self._queues[copy.dir].append(copy)
+            self._changed.notify_all()
+
+    def complete(self, fence: Fence) -> None:
+        """Step `fence`, and all before it, have finished."""
+        with self._changed:
+            self._passed = max(self._passed, fence)
+            self._changed.notify_all()
+
+    def poll(self) -> list[Ack]:
+        """Acknowledgements since the last call."""
+        with self._changed:
+            acks, self._acks = self._acks, []
+        return acks
+
+    def cancel(self, ids: set[CopyId]) -> set[CopyId]:
+        """Drop those that have not started; returns which."""
+        gone: set[CopyId] = set()
+        with self._changed:
+            for queue in self._queues.values():
+                gone |= {copy.id for copy in queue if copy.id in ids}
+                kept = [copy for copy in queue if copy.id not in ids]
+                queue.clear()
+                queue.extend(kept)
+            self._pending -= gone
+            self._changed.notify_all()
+        return gone
+
+    def close(self) -> None:
+        """Drop what has not started, finish the rest and end the threads."""
+        with self._changed:
+            self._closed.set()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, direction: Direction) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed.is_set() or self._head_ready(direction))
+                if self._closed.is_set():
+                    return
+                run = self._take_run(self._queues[direction])
+            acks = self._move(run)
+            with self._changed:
+                self._pending.difference_update(copy.id for copy in run)
+                self._acks += acks
+                self._changed.notify_all()
+            self._clock.notify()
+
+    def _head_ready(self, direction: Direction) -> bool:
+        queue = self._queues[direction]
+        return bool(queue) and self._ready(queue[0])
+
+    def _ready(self, copy: Copy) -> bool:
+        after = copy.after
+        fence_passed = after.fence is None or after.fence <= self._passed
+        return fence_passed and self._pending.isdisjoint(after.copies)
+
+    def _take_run(self, queue: deque[Copy]) -> list[Copy]:
+        """The head of the queue, and those after it that continue it on both tiers and may start too."""
+        run = [queue.popleft()]
+        most = max(1, _MAX_RUN_BYTES // (run[0].ntok * self._token_bytes))
+        while queue and len(run) < most and _continues(queue[0], run[-1]) and self._ready(queue[0]):
+            run.append(queue.popleft())
+        return run
+
+    def _move(self, run: list[Copy]) -> list[Ack]:
+        first, n = run[0], len(run)
+        tokens = slice(first.tok0, first.tok0 + first.ntok)
+        device = self._device[first.dev : first.dev + n, tokens]
+        host = self._host[first.host : first.host + n, tokens]
+        start_s = self._clock.now()
+        try:
+            if first.dir is Direction.STORE:
+                np.copyto(host, device)
+            else:
+                np.copyto(device, host)
+        except Exception:  # whatever went wrong, the manager must learn that these copies have ended
+            logger.exception("copy %s of %d blocks failed", first, n)
+            now_s = self._clock.now()
+            return [Ack(copy.id, False, 0, start_s, now_s) for copy in run]
+        self._pace(first.dir, n * first.ntok * self._token_bytes, start_s)
+        share_s = (self._clock.now() - start_s) / n
+        return [
+            Ack(copy.id, True, copy.ntok * self._token_bytes, start_s + i * share_s, start_s + (i + 1) * share_s)
+            for i, copy in enumerate(run)
+        ]
+
+    def _pace(self, direction: Direction, nbytes: int, start_s: float) -> None:
+        """Sleep as long as an emulated link would still be busy."""
+        bandwidth = self._emulated.get(direction)
+        if bandwidth is not None:
+            self._closed.wait(max(0.0, start_s + nbytes / bandwidth - self._clock.now()))
+
+
+def _continues(copy: Copy, before: Copy) -> bool:
+    same_tokens = copy.tok0 == before.tok0 and copy.ntok == before.ntok
+    return same_tokens and copy.dev == before.dev + 1 and copy.host == before.host + 1
