@@ -13,12 +13,13 @@ from tests.memory.fakes import FakeDevice
 from tfserve.engine.clock import RealClock
 from tfserve.engine.sim.clock import SimClock
 from tfserve.engine.sim.transfers import SimLinks, SimTransfers
-from tfserve.memory.transfers import WorkerTransfers
+from tfserve.memory.transfers import TierArrays, WorkerTransfers
 from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
 
 STORE, LOAD = Direction.STORE, Direction.LOAD
-SHAPE = (3, 2, 4, 2, 8)  # layers, keys and values, tokens, heads, head_dim
-TOKEN_BYTES = 3 * 2 * 2 * 8 * 4
+LAYERS, BLOCK, HEADS, WIDTH = 3, 4, 2, 8
+PAGE = BLOCK * HEADS * WIDTH
+TOKEN_BYTES = LAYERS * 2 * HEADS * WIDTH * 4
 PATIENCE_S = 10.0
 
 
@@ -31,11 +32,12 @@ class WorkerBench:
     """The worker threads in real time, on a layer-major device as a CPU has it."""
 
     def __init__(self, **options) -> None:
-        layer_major = np.zeros((3, 2, 9, 4, 2, 8), np.float32)
-        self.device = layer_major.transpose(2, 0, 1, 3, 4, 5)
-        self.host = np.zeros((9, *SHAPE), np.float32)
+        self.device = np.zeros((LAYERS, 2, 9, PAGE), np.float32)
+        self.host = np.zeros((9, LAYERS, 2, PAGE), np.float32)
+        device = TierArrays.from_pages(self.device.transpose(2, 0, 1, 3), HEADS, WIDTH)
+        host = TierArrays.from_pages(self.host, HEADS, WIDTH)
         self.clock = RealClock()
-        self.engine = WorkerTransfers(self.device, self.host, self.clock, **options)
+        self.engine = WorkerTransfers(device, host, self.clock, **options)
 
     def settle(self, n: int) -> list[Ack]:
         """Wait for n acknowledgements, and a little for more than those."""
@@ -142,24 +144,37 @@ def test_a_copy_nobody_submitted_counts_as_ended(bench):
     assert ids(bench.settle(1)) == [5]
 
 
+def by_token(pages: np.ndarray) -> np.ndarray:
+    """`[blocks, tokens, everything]` of `[blocks, layers, 2, page]`, spelt out as KVOrder describes pages."""
+    tokens = np.zeros((len(pages), BLOCK, LAYERS * 2 * HEADS * WIDTH), pages.dtype)
+    for block, token in np.ndindex(len(pages), BLOCK):
+        keys = pages[block, :, 0].reshape(LAYERS, HEADS, WIDTH, BLOCK)[..., token]
+        values = pages[block, :, 1].reshape(LAYERS, HEADS, BLOCK, WIDTH)[:, :, token]
+        tokens[block, token] = np.concatenate([keys.ravel(), values.ravel()])
+    return tokens
+
+
 def test_workers_move_just_the_tokens_named_and_merge_neighbours():
     bench = WorkerBench()
-    rng = np.random.default_rng(0)
-    bench.device[:] = rng.random(bench.device.shape, np.float32)
-    original = bench.device.copy()
+    bench.device[:] = np.random.default_rng(0).random(bench.device.shape, np.float32)
+    original = by_token(bench.device.transpose(2, 0, 1, 3))
     bench.engine.submit([copy(i, STORE, 1 + i, 4 + i) for i in range(3)])
     bench.engine.submit([copy(3, STORE, 7, 8, tok0=1, ntok=2)])
     acks = bench.settle(4)
     assert [ack.nbytes for ack in acks] == [4 * TOKEN_BYTES] * 3 + [2 * TOKEN_BYTES]
-    np.testing.assert_array_equal(bench.host[4:7], original[1:4])
-    np.testing.assert_array_equal(bench.host[8, :, :, 1:3], original[7, :, :, 1:3])
-    assert not bench.host[8, :, :, [0, 3]].any()
+    host = by_token(bench.host)
+    np.testing.assert_array_equal(host[4:7], original[1:4])
+    np.testing.assert_array_equal(host[8, 1:3], original[7, 1:3])
+    assert not host[8, [0, 3]].any()
+    assert not host[:4].any()
     bench.device[:] = 0
     bench.engine.submit([copy(10, LOAD, 2, 4), copy(11, LOAD, 3, 5), copy(12, LOAD, 1, 8, tok0=1, ntok=2)])
     bench.settle(3)
-    np.testing.assert_array_equal(bench.device[2:4], original[1:3])
-    np.testing.assert_array_equal(bench.device[1, :, :, 1:3], original[7, :, :, 1:3])
-    assert not bench.device[4:].any()
+    device = by_token(bench.device.transpose(2, 0, 1, 3))
+    np.testing.assert_array_equal(device[2:4], original[1:3])
+    np.testing.assert_array_equal(device[1, 1:3], original[7, 1:3])
+    assert not device[1, [0, 3]].any()
+    assert not device[4:].any()
     bench.engine.close()
 
 
@@ -173,11 +188,9 @@ def test_workers_wake_the_sleeping_loop():
     bench.engine.close()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_copy_that_raises_is_acknowledged_as_failed_and_the_next_one_runs(caplog):
     bench = WorkerBench()
-    bench.host.flags.writeable = False
-    bench.engine._host.flags.writeable = False
+    bench.engine._host.blocks.flags.writeable = False
     bench.engine.submit([copy(0, STORE, 1, 1), copy(1, LOAD, 1, 1, copies=[0])])
     acks = bench.settle(2)
     assert [(ack.id, ack.ok, ack.nbytes) for ack in acks] == [(0, False, 0), (1, True, 4 * TOKEN_BYTES)]
@@ -203,5 +216,6 @@ def test_close_ends_the_threads_even_when_copies_still_wait():
 
 
 def test_tiers_of_different_shape_are_refused():
-    with pytest.raises(ValueError, match="tiers differ"):
-        WorkerTransfers(np.zeros((2, *SHAPE)), np.zeros((2, 1, 2, 4, 2, 8)), RealClock())
+    one, other = (TierArrays.from_pages(np.zeros((2, layers, 2, PAGE)), HEADS, WIDTH) for layers in (1, 2))
+    with pytest.raises(ValueError, match="blocks differ"):
+        WorkerTransfers(one, other, RealClock())

@@ -53,9 +53,9 @@ def host_blocks(host_kv_gib: float, block_bytes: int, available: int) -> int:
 class HostPool:
     """Memory for `num_blocks` KV blocks, each contiguous across all layers.
 
-    `data` is `[num_blocks, *block_shape]` with `block_shape` as KVLayout gives it for one block: layers, keys and
-    values, tokens, heads, head_dim. Pages are taken from the system as they are first written. Raises ConfigError if
-    the system refuses the address range.
+    `data` is `[num_blocks, *block_shape]`, with the bytes of a page in the order that the device's layout has, so that
+    whole blocks are plain copies: `(layers, 2, page)` for a CPU device. The system gives the memory as it is first
+    written. Raises ConfigError if it refuses the address range.
     """
 
     def __init__(self, num_blocks: int, block_shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:

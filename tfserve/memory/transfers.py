@@ -9,6 +9,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,28 +23,53 @@ _MAX_RUN_BYTES = 4 * 1024 * 1024
 """Adjacent blocks are moved in one go up to this size: large enough to stream, small enough to be acknowledged soon."""
 
 
-class WorkerTransfers:
-    """Copies token ranges of blocks between two arrays, first in first out in each direction.
+@dataclass(frozen=True, slots=True)
+class TierArrays:
+    """One tier's memory seen in two ways; views, strided or not, of any item type of the right size.
 
-    `device` and `host` are views with one item type whose axes are blocks first, then whatever a block is made of, with
-    tokens on axis `token_axis`; they may be strided. `clock` gives the acknowledgements' times and is notified of each
-    batch. `emulated_bytes_per_s` slows a direction down to that bandwidth, to stand in for a slower link.
+    `blocks` is `[num_blocks, ...]`, for whole blocks. `keys` and `values` are `[num_blocks, block_size, ...]`, for
+    token ranges.
+    """
+
+    blocks: npt.NDArray[np.generic]
+    keys: npt.NDArray[np.generic]
+    values: npt.NDArray[np.generic]
+
+    @classmethod
+    def from_pages(cls, pages: npt.NDArray[np.generic], kv_heads: int, head_dim: int) -> Self:
+        """Views of `[num_blocks, layers, 2, page]`, a page being as KVOrder.LAYER_MAJOR says: tokens last in K.
+
+        The host tier's array is of that shape; a device tensor has the axes `[layers, 2, num_blocks, page]` to permute.
+        """
+        num_blocks, layers, _, page = pages.shape
+        block_size = page // (kv_heads * head_dim)
+        keys = pages[:, :, 0].reshape(num_blocks, layers, kv_heads, head_dim, block_size)
+        values = pages[:, :, 1].reshape(num_blocks, layers, kv_heads, block_size, head_dim)
+        # Splitting one axis always gives a view, so what is written here reaches the pages.
+        return cls(pages, np.moveaxis(keys, 4, 1), np.moveaxis(values, 3, 1))
+
+
+class WorkerTransfers:
+    """Copies token ranges of blocks between two tiers in RAM, first in first out in each direction.
+
+    `clock` gives the acknowledgements' times and is notified when there are some. `emulated_bytes_per_s` slows a
+    direction down to that bandwidth, to stand in for a slower link.
     """
 
     def __init__(
         self,
-        device: npt.NDArray[np.generic],
-        host: npt.NDArray[np.generic],
+        device: TierArrays,
+        host: TierArrays,
         clock: Clock,
         *,
-        token_axis: int = 3,
         emulated_bytes_per_s: Mapping[Direction, float] | None = None,
     ) -> None:
-        if device.shape[1:] != host.shape[1:] or device.dtype != host.dtype:
-            raise ValueError(f"tiers differ: {device.shape} {device.dtype}, {host.shape} {host.dtype}")
-        self._device = np.moveaxis(device, token_axis, 1)
-        self._host = np.moveaxis(host, token_axis, 1)
-        self._token_bytes = self._host[0, 0].nbytes
+        if device.blocks.shape[1:] != host.blocks.shape[1:] or device.blocks.dtype != host.blocks.dtype:
+            raise ValueError(f"the tiers' blocks differ: {device.blocks.shape[1:]} and {host.blocks.shape[1:]}")
+        self._device = device
+        self._host = host
+        self._block_size = host.keys.shape[1]
+        self._token_bytes = host.blocks[0].nbytes // self._block_size
         self._clock = clock
         self._emulated = emulated_bytes_per_s or {}
         # Guards everything below; waited on by the workers.
@@ -135,15 +162,9 @@ class WorkerTransfers:
 
     def _move(self, run: list[Copy]) -> list[Ack]:
         first, n = run[0], len(run)
-        tokens = slice(first.tok0, first.tok0 + first.ntok)
-        device = self._device[first.dev : first.dev + n, tokens]
-        host = self._host[first.host : first.host + n, tokens]
         start_s = self._clock.now()
         try:
-            if first.dir is Direction.STORE:
-                np.copyto(host, device)
-            else:
-                np.copyto(device, host)
+            self._copy(first, n)
         except Exception:  # whatever went wrong, the manager must learn that these copies have ended
             logger.exception("copy %s of %d blocks failed", first, n)
             now_s = self._clock.now()
@@ -154,6 +175,17 @@ class WorkerTransfers:
             Ack(copy.id, True, copy.ntok * self._token_bytes, start_s + i * share_s, start_s + (i + 1) * share_s)
             for i, copy in enumerate(run)
         ]
+
+    def _copy(self, first: Copy, n: int) -> None:
+        """Move the tokens of `first`, and the same ones of the n - 1 blocks beside it."""
+        source, target = (self._device, self._host) if first.dir is Direction.STORE else (self._host, self._device)
+        src, dst = (first.dev, first.host) if first.dir is Direction.STORE else (first.host, first.dev)
+        if first.ntok == self._block_size:
+            np.copyto(target.blocks[dst : dst + n], source.blocks[src : src + n])
+            return
+        tokens = slice(first.tok0, first.tok0 + first.ntok)
+        np.copyto(target.keys[dst : dst + n, tokens], source.keys[src : src + n, tokens])
+        np.copyto(target.values[dst : dst + n, tokens], source.values[src : src + n, tokens])
 
     def _pace(self, direction: Direction, nbytes: int, start_s: float) -> None:
         """Sleep as long as an emulated link would still be busy."""
