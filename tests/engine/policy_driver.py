@@ -1,12 +1,13 @@
 """Runs a policy on synthetic requests, step by step in virtual time, with a linear step time and two simple links.
 
-Not the engine: tokens are counts, blocks are numbers. It is here to try policies in seconds, and to hold them to account.
+Not the engine: tokens are counts, blocks are numbers. It is here to try policies in seconds, and to hold them to
+account.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,11 +29,14 @@ class Ask:
     priority: int = 0
 
 
+H200 = StepCoefficients(4e-3, 2e-5, 2.7e-8, 2.9e-5, 1e-9)
+
+
 @dataclass(frozen=True)
 class Machine:
     """Defaults: Llama-3-8B on an H200 of which 30 % is used, as a linear model."""
 
-    coefficients: StepCoefficients = StepCoefficients(4e-3, 2e-5, 2.7e-8, 2.9e-5, 1e-9)
+    coefficients: StepCoefficients = H200
     kv_bytes_per_token: int = 131072
     block_size: int = 256
     num_blocks: int = 780

@@ -17,8 +17,8 @@ _WINDOW = 256
 
 _REFIT_STEPS = 16
 _COPIES = 64
-_PRIOR_STRENGTH = 1e-3
-"""Weight of the prior beside one step of the window, in squared relative error: it only decides what steps leave open."""
+_PRIOR_STRENGTH = 1e-5
+"""Weight of the prior beside one step of the window, squared relative error: it decides what steps leave open."""
 
 _OUTLIER = 3.0
 """A step this many typical errors off the fit (a page fault, a neighbour's burst) stops pulling harder."""
@@ -94,7 +94,8 @@ class CostModel:
     def recompute_s(self, num_tokens: npt.ArrayLike) -> Floats:
         """Seconds that computing this many tokens from nothing adds to the steps it joins; elementwise."""
         n = np.asarray(num_tokens, np.float64)
-        return n * (self._beta[3] + self._beta[4] * n / 2)
+        seconds: Floats = n * (self._beta[3] + self._beta[4] * n / 2)
+        return seconds
 
     def copy_s(self, direction: Direction, num_tokens: npt.ArrayLike) -> Floats:
         """Seconds that the link needs for this many tokens of KV, queueing not included; elementwise."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Columns, Ints, Mask, Phase
+from tfserve.engine.tracker import Columns, Ints, Mask
 from tfserve.plan import Direction
 from tfserve.types import RequestId
 
@@ -65,7 +66,7 @@ class CostView(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """The state a policy decides on: every live request, both memory tiers, the costs. Read only."""
 
@@ -79,25 +80,27 @@ class Snapshot:
     @property
     def num_free_rows(self) -> int:
         """Requests that may still join the batch."""
-        phase = self.columns.phase
-        return self.max_num_seqs - int(np.count_nonzero((phase == Phase.RUNNING) | (phase == Phase.LOADING)))
+        c = self.columns
+        return self.max_num_seqs - int(np.count_nonzero(c.is_running | c.is_loading))
 
-    def blocks_for(self, num_tokens: npt.NDArray[Any]) -> Ints:
+    def blocks_for(self, num_tokens: Ints) -> Ints:
         """Blocks that hold these many tokens, elementwise."""
-        return np.ceil(num_tokens / self.memory.block_size).astype(np.int64)
+        return -(-num_tokens // self.memory.block_size)
 
-    @property
+    @cached_property
     def is_decoding(self) -> Mask:
         """Requests on the device that lack only their newest token."""
         c = self.columns
-        return (c.phase == Phase.RUNNING) & (c.num_uncomputed == 1) & (c.num_output > 0)
+        mask: Mask = c.is_running & (c.num_uncomputed == 1) & c.has_started
+        return mask
 
-    @property
+    @cached_property
     def next_step_blocks(self) -> Ints:
         """New blocks that each decoding request's next token takes: 1 where the last block is full."""
-        return (self.is_decoding & (self.columns.num_computed % self.memory.block_size == 0)).astype(np.int64)
+        is_full: Mask = self.columns.num_computed % self.memory.block_size == 0
+        return (self.is_decoding & is_full).astype(np.int64)
 
-    @property
+    @cached_property
     def clean_blocks(self) -> Ints:
         """Device blocks of each request that the host has too: preempting it frees these at once."""
         c = self.columns
@@ -138,14 +141,14 @@ def held_back(columns: Columns, generate_ahead_s: float | None) -> Mask:
     """Requests not to decode now, under any policy: their readers have more than `generate_ahead_s` unread."""
     if generate_ahead_s is None:
         return np.zeros(len(columns), np.bool_)
-    return ~np.isnan(columns.rate) & (columns.time_to_empty_s > generate_ahead_s)
+    return columns.has_reader & (columns.time_to_empty_s > generate_ahead_s)
 
 
 def next_release_s(columns: Columns, now_s: float, generate_ahead_s: float | None) -> float | None:
     """When the first request held back on the device may go on; None if none is. The loop may sleep until then."""
     if generate_ahead_s is None:
         return None
-    held = held_back(columns, generate_ahead_s) & (columns.phase == Phase.RUNNING)
+    held = held_back(columns, generate_ahead_s) & columns.is_running
     if not held.any():
         return None
     return now_s + float(columns.time_to_empty_s[held].min()) - generate_ahead_s
@@ -153,5 +156,5 @@ def next_release_s(columns: Columns, now_s: float, generate_ahead_s: float | Non
 
 def write_order(columns: Columns) -> tuple[RequestId, ...]:
     """Running requests in the order in which to store their KV: the fullest buffer, likeliest to leave, first."""
-    rows = np.flatnonzero((columns.phase == Phase.RUNNING) & (columns.num_computed > columns.host_tokens))
+    rows = np.flatnonzero(columns.is_running & (columns.num_computed > columns.host_tokens))
     return columns.ids_of(rows[np.lexsort((columns.seq[rows], -columns.time_to_empty_s[rows]))])

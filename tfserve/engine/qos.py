@@ -96,7 +96,7 @@ def token_weights(request: Served, tau_full: float, tau_zero: float) -> Floats:
 
 
 def effective_tokens(request: Served) -> float:
-    """Sum of weights with the thresholds at 10 % and 20 % of the request's output; without a reader every token counts."""
+    """Sum of weights, thresholds at 10 % and 20 % of the request's output; without a reader every token counts."""
     n = len(request.token_s)
     if math.isnan(request.rate):
         return float(n)
@@ -165,8 +165,8 @@ def bounds(
 ) -> Bounds:
     """What the best schedule of these requests could reach; `requests` give arrivals, rates and output lengths.
 
-    `raw_throughput` is the compared run's, `fcfs` the baseline's report; `prompt_tokens` are computed in order of arrival
-    at `prefill_tokens_per_s`; `capacity` is the measured tokens/s of generation.
+    `raw_throughput` is the compared run's, `fcfs` the baseline's report; `prompt_tokens` are computed in order of
+    arrival at `prefill_tokens_per_s`; `capacity` is the measured tokens/s of generation.
     """
     return Bounds(
         effective_ratio=raw_throughput / fcfs.effective_throughput if fcfs.effective_throughput else math.inf,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from itertools import islice
 
-from tfserve.engine.policy import Candidate, Policy, Snapshot
+from tfserve.engine.cost_model import CostModel
+from tfserve.engine.policy import MemoryView, Policy, Snapshot
 from tfserve.engine.request import Request, RequestState
+from tfserve.engine.tracker import Phase, Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.plan import Fence, Row, RowInit, SeqStep, StepPlan
 from tfserve.types import RequestId
@@ -22,6 +23,9 @@ class Scheduler:
         self.kv = kv
         self.num_preemptions = 0
         self._policy = policy
+        self._tracker = Tracker(default_rate=20.0)
+        self._cost = CostModel(kv_bytes_per_token=1, max_num_seqs=max_num_seqs)
+        self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._free_rows = [Row(row) for row in range(max_num_seqs)]
         self._released_rows: list[Row] = []
@@ -35,6 +39,13 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a new request at the end of the queue."""
         self.waiting.append(request)
+        self._tracker.add(
+            request.id,
+            arrival_s=request.arrival_s,
+            num_prompt=request.num_prompt_tokens,
+            max_tokens=request.max_tokens,
+            rate=None,
+        )
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is, and free its row and blocks."""
@@ -43,20 +54,21 @@ class Scheduler:
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
+        self._tracker.remove(request.id, completed=True)
 
     def schedule(self, step: Fence, now_s: float) -> StepPlan | None:
         """Ask the policy and plan the coming step; None when nothing can run."""
         decision = self._policy.decide(self._snapshot(now_s))
-        victims = [self.running[req] for req in decision.preempt]
+        victims = [self.running[req] for req, _ in decision.preempt]
         # Youngest first to the head of the queue, so that the oldest ends up in front.
         for victim in sorted(victims, key=lambda request: request.arrival_s, reverse=True):
-            self._preempt(victim)
+            self._preempt(victim, now_s)
         for req in decision.admit:
             self._admit(req, now_s)
         seqs, n_decode = self._fill(decision.decode)
         while not seqs and self.running:
             # No blocks even for one: the youngest makes room, whatever the policy hoped.
-            self._preempt(next(reversed(self.running.values())))
+            self._preempt(next(reversed(self.running.values())), now_s)
             seqs, n_decode = self._fill(decode=True)
         if not seqs:
             return None
@@ -87,14 +99,20 @@ class Scheduler:
                 raise AssertionError(f"{request.id} waits, yet holds a row or blocks")
 
     def _snapshot(self, now_s: float) -> Snapshot:
+        running = list(self.running.values())
+        ids = [request.id for request in running]
+        known = self._tracker.columns(now_s)
+        output = dict(zip(known.ids, known.num_output.tolist(), strict=True))
+        self._tracker.on_tokens(ids, [r.num_output_tokens - output[r.id] for r in running], now_s)
+        computed = [request.num_computed_tokens for request in running]
+        self._tracker.update(ids, num_computed=computed, device_blocks=[self.kv.blocks_for(n) for n in computed])
         return Snapshot(
             now_s=now_s,
-            running=[_candidate(request) for request in self.running.values()],
-            waiting=[_candidate(request) for request in islice(self.waiting, len(self._free_rows))],
-            num_free_rows=len(self._free_rows),
-            block_size=self.kv.block_size,
-            num_blocks=self.kv.num_blocks,
-            num_free_blocks=self.kv.num_free_blocks,
+            columns=self._tracker.columns(now_s),
+            memory=MemoryView(self.kv.block_size, self.kv.num_blocks - 1, self.kv.num_free_blocks),
+            cost=self._cost,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_batched_tokens,
         )
 
     def _fill(self, decode: bool) -> tuple[list[SeqStep], int]:
@@ -126,9 +144,9 @@ class Scheduler:
         return True
 
     def _admit(self, req: RequestId, now_s: float) -> None:
-        request = self.waiting.popleft()
-        if request.id != req:
-            raise AssertionError(f"policy admitted {req} ahead of {request.id}, the head of the queue")
+        request = next(request for request in self.waiting if request.id == req)
+        self.waiting.remove(request)
+        self._tracker.set_phase(req, Phase.RUNNING, now_s)
         request.row = heapq.heappop(self._free_rows)
         request.state = RequestState.RUNNING
         if request.first_scheduled_s is None:
@@ -146,7 +164,7 @@ class Scheduler:
             )
         )
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, now_s: float) -> None:
         """Give up a request's KV and row; it goes back to the head of the queue and recomputes."""
         self._vacate(request)
         request.state = RequestState.WAITING
@@ -155,6 +173,8 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
+        self._tracker.set_phase(request.id, Phase.WAITING, now_s)
+        self._tracker.update([request.id], num_computed=0, device_blocks=0)
 
     def _vacate(self, request: Request) -> None:
         del self.running[request.id]
@@ -168,13 +188,3 @@ class Scheduler:
         if len(self._entered) == entering:
             self._released_rows.append(request.row)
         request.row = None
-
-
-def _candidate(request: Request) -> Candidate:
-    return Candidate(
-        request.id,
-        request.num_prompt_tokens,
-        request.num_output_tokens,
-        request.num_computed_tokens,
-        request.num_remaining_tokens,
-    )

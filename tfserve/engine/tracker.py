@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ class Phase(enum.IntEnum):
     PAUSED = 2
     LOADING = 3
 
+
+# Comparing an array with an enum member takes longer than the comparison.
+_WAITING, _RUNNING, _PAUSED, _LOADING = map(int, Phase)
 
 _DEFAULTS: dict[str, tuple[type, float]] = {
     "seq": (np.int64, 0),
@@ -60,14 +64,15 @@ _LENGTH_WEIGHT = 0.05
 """How far one finished request moves the average output length."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Columns:
     """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
 
     `rate` is NaN for a request without a reader. `unread` is its buffer in tokens; `time_to_empty_s` in seconds, 0
-    before the first token and infinite without a reader; `dry_s` is how long it has been empty. `host_tokens` are on the
-    host and acknowledged. `expected_output` is max_tokens, or less where finished requests say so. `num_events` counts
-    arrivals, departures and completed loads ever; `num_added` and `total_preemptions` are over the tracker's life.
+    before the first token and infinite without a reader; `dry_s` is how long it has been empty. `host_tokens` are on
+    the host and acknowledged. `expected_output` is max_tokens, or less where finished requests say so. `num_events`
+    counts arrivals, departures and completed loads ever; `num_added` and `total_preemptions` are over the tracker's
+    life.
     """
 
     ids: tuple[RequestId, ...]
@@ -99,24 +104,58 @@ class Columns:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
+    @cached_property
+    def is_waiting(self) -> Mask:
+        """Requests without KV."""
+        mask: Mask = self.phase == _WAITING
+        return mask
+
+    @cached_property
+    def is_running(self) -> Mask:
+        """Requests on the device."""
+        mask: Mask = self.phase == _RUNNING
+        return mask
+
+    @cached_property
+    def is_paused(self) -> Mask:
+        """Requests off the device, their KV on the host."""
+        mask: Mask = self.phase == _PAUSED
+        return mask
+
+    @cached_property
+    def is_loading(self) -> Mask:
+        """Requests whose KV is on its way back."""
+        mask: Mask = self.phase == _LOADING
+        return mask
+
+    @cached_property
+    def has_reader(self) -> Mask:
+        """Requests with a rate."""
+        return ~np.isnan(self.rate)
+
+    @cached_property
+    def has_started(self) -> Mask:
+        """Requests that have their first token."""
+        return self.num_output > 0
+
+    @cached_property
     def num_tokens(self) -> Ints:
         """Tokens known so far, prompt and output."""
         return self.num_prompt + self.num_output
 
-    @property
+    @cached_property
     def num_uncomputed(self) -> Ints:
         """Tokens whose KV is still to be computed."""
         return self.num_tokens - self.num_computed
 
-    @property
+    @cached_property
     def num_remaining(self) -> Ints:
         """Tokens a request may still generate."""
         return self.max_tokens - self.num_output
 
     def in_phase(self, phase: Phase) -> Rows:
         """Rows in a phase, in order of arrival."""
-        rows = np.flatnonzero(self.phase == phase)
+        rows = np.flatnonzero(self.phase == int(phase))
         return rows[np.argsort(self.seq[rows])]
 
     def ids_of(self, rows: Rows | Sequence[int]) -> tuple[RequestId, ...]:
@@ -205,10 +244,12 @@ class Tracker:
     def on_tokens(self, reqs: Sequence[RequestId], n: npt.ArrayLike, now_s: float) -> None:
         """`n` new tokens each (or one number for all) were delivered to these readers at `now_s`."""
         table, rows = self._table, self._table.rows(reqs)
+        counts = np.broadcast_to(np.asarray(n, np.int64), rows.shape)
+        rows, counts = rows[counts > 0], counts[counts > 0]
         self._advance(rows, now_s)
         first = rows[np.isnan(table["first_token_s"][rows])]
         table["first_token_s"][first] = now_s
-        table["num_output"][rows] += np.asarray(n)
+        table["num_output"][rows] += counts
 
     def on_played(self, req: RequestId, num_tokens: int, now_s: float) -> None:
         """A client reports having played `num_tokens` in all; this replaces the estimate, and reading goes on from it.
@@ -236,7 +277,7 @@ class Tracker:
             table[name][row] = value
 
     def columns(self, now_s: float) -> Columns:
-        """The state of every live request at `now_s`. Arrays are views or copies of it: use them before the next event."""
+        """The state of every live request at `now_s`. Arrays may be views: use them before the next event."""
         table = self._table
         c: dict[str, npt.NDArray[Any]] = {name: table[name] for name in _SNAPSHOT}
         started = ~np.isnan(c["first_token_s"])

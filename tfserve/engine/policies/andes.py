@@ -7,8 +7,9 @@ import numpy as np
 from tfserve.config import SchedulerConfig
 from tfserve.engine.policies.sharing import Sizes, TimeShared, fill, stream_speed
 from tfserve.engine.policy import Snapshot
+from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Mask, Phase, Rows
+from tfserve.engine.tracker import Mask
 
 _TTFT_S = 1.0
 """When the ideal delivery curve of a request starts, after its arrival (the paper's expected TTFT)."""
@@ -36,8 +37,8 @@ class Andes(TimeShared):
         waiting = _qoe(snapshot, self._default_rate, np.zeros(len(c), np.bool_))
         priority = (served - waiting) / np.maximum(c.num_tokens, 1)
         order = np.lexsort((c.seq, -priority))
-        order = order[c.phase[order] != Phase.LOADING]
-        resident = c.phase[order] == Phase.RUNNING
+        order = order[~c.is_loading[order]]
+        resident = c.is_running[order]
         left_out = order[resident & ~np.isin(order, fill(order, sizes))]
         if c.total_preemptions + len(left_out) > _MAX_PREEMPTIONS * c.num_added:
             return np.concatenate([order[resident], order[~resident]])
@@ -56,7 +57,7 @@ def _qoe(snapshot: Snapshot, default_rate: float, served: Mask) -> Floats:
     S_whole is the area under the ideal delivery curve, S_delay what the reader's own curve lacks of it.
     """
     c = snapshot.columns
-    rate = np.where(np.isnan(c.rate), default_rate, c.rate)
+    rate = np.where(~c.has_reader, default_rate, c.rate)
     unread = np.minimum(c.unread, c.num_output)
     more = served * stream_speed(snapshot) * _HORIZON_S
     read = np.minimum(rate * _HORIZON_S, unread + more)
@@ -65,4 +66,5 @@ def _qoe(snapshot: Snapshot, default_rate: float, served: Mask) -> Floats:
     area = c.read_area + (c.consumed + read - late) * _HORIZON_S
     ideal_s = np.maximum(snapshot.now_s + _HORIZON_S - c.arrival_s - _TTFT_S, 0.0)
     whole = rate * ideal_s**2 / 2
-    return np.clip(area / np.maximum(whole, 1e-9), 0.0, 1.0)
+    quality: Floats = np.clip(area / np.maximum(whole, 1e-9), 0.0, 1.0)
+    return quality

@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import NamedTuple
+
 import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.policies.headroom import gain, headroom_s
-from tfserve.engine.policies.sharing import resident_blocks, return_s, round_trip_s, stream_speed, usable_blocks
+from tfserve.engine.policies.sharing import (
+    exchange,
+    resident_blocks,
+    return_s,
+    round_trip_s,
+    stream_speed,
+    usable_blocks,
+)
 from tfserve.engine.policies.working_set import members
-from tfserve.engine.policy import Snapshot
+from tfserve.engine.policy import Decision, Snapshot
+from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Mask, Phase, Rows
+from tfserve.engine.tracker import Mask
 
 _MOST_EXCHANGES = 64
 """Exchanges considered in one pass; the rest waits for the next."""
+
+_MOST_VICTIMS = 2 * _MOST_EXCHANGES
+"""Residents considered for them, those with least to lose."""
+
+
+class _Victim(NamedTuple):
+    """A resident that may be put out: `affords` a switch, `survives` one with the margin that admission asks for."""
+
+    row: int
+    headroom: float
+    gain: float
+    need: int
+    affords: bool
+    survives: bool
 
 
 class Balance:
     """A local search that starts from who is resident. Each method moves requests across the boundary of the device.
 
-    Whoever is resident pays no overhead, so the start is the greedy choice as far as it is affordable to reach. Spare memory
-    is filled by gain; beyond that an exchange must raise the total gain, fit, and pass the hysteresis. Those off the
-    device come back lazily: they displace somebody only when what they have left to read nears what it takes to return.
+    Whoever is resident pays no overhead, so the start is the greedy choice as far as it is affordable to reach. Spare
+    memory is filled by gain; beyond that an exchange must raise the total gain, fit, and pass the hysteresis. Those off
+    the device come back lazily: they displace somebody only when what they have left to read nears what it takes to
+    return.
     """
 
     def __init__(self, snapshot: Snapshot, config: SchedulerConfig) -> None:
@@ -32,9 +59,10 @@ class Balance:
         self._snapshot = snapshot
         self._config = config
         self._speed = stream_speed(snapshot)
-        self._switch_s, _ = round_trip_s(snapshot, offload=config.offload)
-        self._return_s, _ = return_s(snapshot)
-        self._resident = (c.phase == Phase.RUNNING) | (c.phase == Phase.LOADING)
+        self._switch_s, self._by_host = round_trip_s(snapshot, offload=config.offload)
+        self._return_s, self._loads = return_s(snapshot)
+        self._running = c.is_running
+        self._resident = self._running | c.is_loading
         self._gain = gain(
             config,
             unread=c.unread,
@@ -47,48 +75,65 @@ class Balance:
         self._need = resident_blocks(snapshot)
         self._spare = usable_blocks(snapshot, config.watermark) - int(self._need[self._resident].sum())
         self._free_rows = snapshot.num_free_rows
-        self._victims = self._by_gain(c.phase == Phase.RUNNING)[::-1]
-        stayed_s = snapshot.now_s - c.phase_since_s
-        self._settled = (stayed_s >= config.min_residency_s - 1e-9) & (c.num_output > 0)
         self._away = self._by_gain(members(snapshot) & ~self._resident)
+        self._is_due = self.headroom <= self._return_s + config.critical_s + 1e-9
+        self._victims_or_none: list[_Victim] | None = None
+
+    @property
+    def _victims(self) -> list[_Victim]:
+        """Who may be put out, least gain first; listed only when somebody asks, for most passes exchange nobody."""
+        if self._victims_or_none is None:
+            self._victims_or_none = self._settled_residents()
+        return self._victims_or_none
+
+    def orders(self) -> Decision:
+        """Who is to be preempted, resumed and admitted, and how."""
+        return exchange(self._snapshot, self.leaving, self.coming, by_host=self._by_host, loads=self._loads)
 
     def shrink(self) -> None:
         """Take off the device what its growing requests no longer fit into; somebody stays, whatever it takes."""
         if self._spare >= 0:
             return
-        willing = self._settled & self._affords()
-        reluctance = np.where(willing[self._victims], 0.0, 1.0)
-        # Among the reluctant, who has most to read suffers least.
-        order = np.lexsort((reluctance * -self.headroom[self._victims], reluctance))
-        for row in self._victims[order][:-1].tolist():
+        willing = [victim.row for victim in self._victims if victim.affords]
+        others = set(np.flatnonzero(self._running).tolist()) - set(willing)
+        # Of the rest, who has most to read suffers least.
+        reluctant = sorted(others, key=lambda row: -float(self.headroom[row]))
+        for row in [*willing, *reluctant][:-1]:
             if self._spare >= 0:
                 break
             self._take_off(row)
+        self._victims[:] = [victim for victim in self._victims if victim.row not in self.leaving]
 
     def bring_back(self) -> None:
         """Return those whose playback runs out, most gain first: into spare memory, else in exchange."""
-        for row in self._away[self._is_due()[self._away]].tolist()[:_MOST_EXCHANGES]:
-            victims = self._exchangeable(row)
-            if victims is not None:
+        for row in self._away[self._is_due[self._away]][:_MOST_EXCHANGES].tolist():
+            victims = self._make_room(row, attrgetter("affords"), self._config.relief_s)
+            if victims is not None and sum(victim.gain for victim in victims) < self._gain[row]:
                 self._put_on(row, victims)
 
     def let_in(self, newcomers: Rows) -> bool:
-        """Admit in this order while there is memory, or victims that survive it; True if somebody is left for memory."""
+        """Admit in this order while there is memory, or victims that survive it; True if one is left for memory."""
         exchanges = 0
+        relief_s = self._config.relief_s if self._config.overload == "share" else np.inf
         for row in newcomers.tolist():
-            victims = self._survivors(row) if exchanges < _MOST_EXCHANGES else None
+            if self._fits(row):
+                victims: list[_Victim] | None = []
+            elif not self._is_due[row] or exchanges == _MOST_EXCHANGES:
+                victims = None
+            else:
+                victims = self._make_room(row, attrgetter("survives"), relief_s)
+                exchanges += 1
             if victims is None:
                 return True
-            exchanges += bool(victims)
             self._put_on(row, victims)
         return False
 
     def fill_up(self) -> None:
-        """Bring anybody back for whom there is memory to stay a while: the device never idles for want of urgency."""
-        c = self._snapshot.columns
+        """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
         growth = self._config.min_residency_s * self._speed / self._snapshot.memory.block_size
+        residents = int(np.count_nonzero(self._resident)) + len(self.coming) - len(self.leaving)
         for row in self._in_priority(self._away):
-            residents = int(np.count_nonzero(self._resident)) + len(self.coming) - len(self.leaving) + 1
+            residents += 1
             if self._free_rows <= 0 or self._spare <= growth * residents:
                 break
             if row not in self.coming and self._need[row] + growth * residents <= self._spare:
@@ -96,13 +141,14 @@ class Balance:
         if not self._resident.any() and not self.coming and len(self._away):
             # Alone, anything fits that was validated, watermark or not.
             self._put_on(int(self._away[0]), [])
-        assert len(self.coming) <= len(c)
 
     def next_return_s(self) -> float:
         """When the next of those off the device will be due."""
-        due_s = self._snapshot.now_s + self.headroom - self._return_s - self._config.critical_s
-        later = self._away[~self._is_due()[self._away]]
-        return float(due_s[later].min()) if len(later) else float("inf")
+        later = self._away[~self._is_due[self._away]]
+        if not len(later):
+            return float("inf")
+        lead_s = self.headroom[later] - self._return_s[later] - self._config.critical_s
+        return self._snapshot.now_s + float(lead_s.min())
 
     def _by_gain(self, rows: Mask) -> Rows:
         """These rows, most gain first; where nothing is to be gained, the emptier buffer, then the older request."""
@@ -118,58 +164,58 @@ class Balance:
         order = np.lexsort((-self._gain[rows], np.where(background, c.priority[rows], 0), background))
         return [int(row) for row in rows[order]]
 
-    def _is_due(self) -> Mask:
-        return self.headroom <= self._return_s + self._config.critical_s + 1e-9
+    def _settled_residents(self) -> list[_Victim]:
+        """Residents that have had their first token and their minimum stay, least gain first."""
+        c, config = self._snapshot.columns, self._config
+        stayed_s = self._snapshot.now_s - c.phase_since_s
+        rows = self._by_gain(self._running & (stayed_s >= config.min_residency_s - 1e-9) & (c.num_output > 0))[::-1]
+        rows = rows[:_MOST_VICTIMS]
+        margin_s = config.buffer_conservativeness * (self._switch_s + config.schedule_interval_s)
+        columns: Sequence[list[float]] = [
+            values[rows].tolist()
+            for values in (
+                self.headroom,
+                self._gain,
+                self._need,
+                c.time_to_empty_s >= self._switch_s - 1e-9,
+                c.time_to_empty_s >= margin_s - 1e-9,
+            )
+        ]
+        return list(map(_Victim._make, zip(rows.tolist(), *columns, strict=True)))
 
-    def _affords(self, margin_s: float = 0.0, factor: float = 1.0) -> Mask:
-        """Residents whose readers do not notice their leaving and coming back."""
-        return self._snapshot.columns.time_to_empty_s >= factor * (self._switch_s + margin_s) - 1e-9
+    def _fits(self, row: int) -> bool:
+        return bool(self._need[row] <= self._spare) and self._free_rows > 0
 
-    def _is_far_better_off(self, row: int) -> Mask:
-        """Whoever may be displaced by `row` without being able to afford it: starving beats everything."""
-        return self.headroom - self.headroom[row] >= self._config.relief_s
+    def _make_room(self, row: int, can_go: Callable[[_Victim], bool], relief_s: float) -> list[_Victim] | None:
+        """Residents to put out for `row`, least gain first; none if it fits, None if that cannot be done.
 
-    def _has_gap(self, row: int) -> Mask:
-        """Whoever has more to read than `row` by the margin that keeps exchanges rare."""
-        return self.headroom - max(float(self.headroom[row]), 0.0) >= self._config.swap_gap_s - 1e-9
-
-    def _exchangeable(self, row: int) -> list[int] | None:
-        """Residents to put out for `row`, none if there is room; None if that is impossible or loses gain."""
-        allowed = (self._has_gap(row) & self._affords()) | self._is_far_better_off(row)
-        victims = self._make_room(row, allowed)
-        if victims and self._gain[victims].sum() >= self._gain[row]:
-            return None
-        return victims
-
-    def _survivors(self, row: int) -> list[int] | None:
-        """Residents whose buffers outlast the switch by a margin and that make room for a newcomer, or None."""
-        config = self._config
-        if self.headroom[row] > self._return_s[row] + config.critical_s:
-            return self._make_room(row, np.zeros_like(self._settled))
-        allowed = self._has_gap(row) & self._affords(config.schedule_interval_s, config.buffer_conservativeness)
-        if config.overload == "share":
-            allowed |= self._is_far_better_off(row)
-        return self._make_room(row, allowed)
-
-    def _make_room(self, row: int, allowed: Mask) -> list[int] | None:
-        """The fewest settled residents of those allowed, least gain first, that let `row` fit; None if they do not."""
-        missing, rows = int(self._need[row]) - self._spare, 1 - self._free_rows
-        if missing <= 0 and rows <= 0:
+        A victim must have more to read by the swap gap, and be able to go; or be better off by `relief_s`, for
+        starving beats everything.
+        """
+        if self._fits(row):
             return []
-        victims = self._victims[(allowed & self._settled)[self._victims]]
-        freed = np.cumsum(self._need[victims])
-        count = max(int(np.searchsorted(freed, missing)) + 1 if missing > 0 else 0, rows)
-        return victims[:count].tolist() if count <= len(victims) else None
+        missing, rows = int(self._need[row]) - self._spare, 1 - self._free_rows
+        headroom = float(self.headroom[row])
+        with_gap = max(headroom, 0.0) + self._config.swap_gap_s - 1e-9
+        victims: list[_Victim] = []
+        for victim in self._victims:
+            if victim.headroom - headroom >= relief_s or (victim.headroom >= with_gap and can_go(victim)):
+                victims.append(victim)
+                missing -= victim.need
+                rows -= 1
+                if missing <= 0 and rows <= 0:
+                    return victims
+        return None
 
-    def _put_on(self, row: int, victims: list[int]) -> None:
+    def _put_on(self, row: int, victims: list[_Victim]) -> None:
         for victim in victims:
-            self._take_off(victim)
+            self._victims.remove(victim)
+            self._take_off(victim.row)
         self.coming.append(row)
         self._spare -= int(self._need[row])
         self._free_rows -= 1
 
     def _take_off(self, row: int) -> None:
-        self._victims = self._victims[self._victims != row]
         self.leaving.append(row)
         self._spare += int(self._need[row])
         self._free_rows += 1

@@ -6,7 +6,8 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.policy import Decision, ResumeBy, Snapshot
-from tfserve.engine.tracker import Ints, Phase, Rows
+from tfserve.engine.table import Rows
+from tfserve.engine.tracker import Ints, Phase
 from tfserve.types import RequestId
 
 _RETRACT_AHEAD_STEPS = 20
@@ -82,7 +83,7 @@ class FcfsReserve(Fcfs):
     def decide(self, snapshot: Snapshot) -> Decision:
         """Admit what fits with its whole output, prefill first."""
         admit = admissible(snapshot, 1.0, None)
-        running = snapshot.columns.phase == Phase.RUNNING
+        running = snapshot.columns.is_running
         prefill = bool(admit) or bool((running & ~snapshot.is_decoding).any())
         return Decision(admit=admit, decode=not prefill)
 
@@ -118,8 +119,8 @@ def admissible(snapshot: Snapshot, ratio: float, clip: int | None) -> tuple[Requ
     if not len(waiting):
         return ()
     remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)
-    admitted = c.phase != Phase.WAITING
-    expected = snapshot.blocks_for(c.num_tokens + np.ceil(ratio * remaining)) - c.device_blocks
+    admitted = ~c.is_waiting
+    expected = snapshot.blocks_for(c.num_tokens + np.ceil(ratio * remaining).astype(np.int64)) - c.device_blocks
     free = snapshot.memory.num_free_blocks - int(expected[admitted].sum())
     charge = np.cumsum(snapshot.blocks_for(c.num_tokens[waiting] + remaining[waiting]))
     fits = int(np.searchsorted(charge, free, side="right"))

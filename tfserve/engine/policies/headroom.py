@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Columns, Phase
+from tfserve.engine.tracker import Columns
 
 _TAU_FULL, _TAU_ZERO = 0.1, 0.2
 """A token is worth 1 up to this share of the output unread, 0 from the second on (section 4)."""
@@ -23,15 +23,15 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     """Seconds until a request is in want; negative: for how long it has been.
 
     A reader's playback left, less its present stall. Without a first token, less the time since arrival, so that the
-    queue is first come first served. Without a reader, a constant less the time off the device: it counts as somebody with
-    that much to read, and in the end comes to its turn.
+    queue is first come first served. Without a reader, a constant less the time off the device: it counts as somebody
+    with that much to read, and in the end comes to its turn.
     """
     c = columns
-    started = ~np.isnan(c.first_token_s)
+    started = c.has_started
     reading = np.where(started, c.time_to_empty_s - c.dry_s, c.arrival_s - now_s)
-    away = np.isin(c.phase, (Phase.WAITING, Phase.PAUSED))
+    away = c.is_waiting | c.is_paused
     background = background_patience_s - np.where(away, now_s - c.phase_since_s, 0.0)
-    return np.where(np.isnan(c.rate), background, reading)
+    return np.where(~c.has_reader, background, reading)
 
 
 def gain(
@@ -46,9 +46,9 @@ def gain(
 ) -> Floats:
     """What running a request over idling it for one interval is worth, in tokens of one stream's interval; elementwise.
 
-    gain = v t' + gamma (phi(b if idle) - phi(b if run)), phi(b) = exp(-b / (r buffer_scale_s)): v is the value of a token
-    at the buffer left after the switch of `overhead_s`, t' the share of the interval left then, `speed` tokens/s what a
-    running stream gets. It falls with the buffer, because phi goes on below an empty one instead of stopping at 1.
+    gain = v t' + gamma (phi(b if idle) - phi(b if run)), phi(b) = exp(-b / (r buffer_scale_s)): v is the value of a
+    token at the buffer left after the switch of `overhead_s`, t' the share of the interval left then, `speed` tokens/s
+    what a running stream gets. It falls with the buffer, because phi goes on below an empty one, past 1.
     """
     interval = config.schedule_interval_s
     left = np.maximum(interval - overhead_s, _LEAST_SHARE * interval)
@@ -57,7 +57,8 @@ def gain(
         after = np.maximum(unread - rate * overhead_s, 0.0)
         ahead_s = np.where(reads, left * speed / rate, left)
     length = np.maximum(expected_output, 1.0)
-    value = np.clip((_TAU_ZERO * length - after) / ((_TAU_ZERO - _TAU_FULL) * length), 0.0, 1.0)
-    idle = np.exp(np.clip((interval - headroom) / config.buffer_scale_s, -_MAX_EXPONENT, _MAX_EXPONENT))
-    penalty = idle * -np.expm1(-ahead_s / config.buffer_scale_s)
+    value = (_TAU_ZERO - after / length) / (_TAU_ZERO - _TAU_FULL)
+    value = np.minimum(np.maximum(value, 0.0), 1.0)
+    idle = np.exp(np.minimum((interval - headroom) / config.buffer_scale_s, _MAX_EXPONENT))
+    penalty = idle * (1.0 - np.exp(ahead_s / -config.buffer_scale_s))
     return np.where(reads, value, 0.0) * (left / interval) + config.gamma * penalty

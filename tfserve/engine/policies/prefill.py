@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tfserve.engine.policy import Snapshot
+from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Phase, Rows
 
 _SAFETY = 0.9
 """Share of the tightest buffer that a step may last: predictions err."""
@@ -15,20 +15,20 @@ _SAFETY = 0.9
 def prefill_order(snapshot: Snapshot, headroom: Floats) -> Rows:
     """Running requests with tokens to compute: first tokens in order of urgency, then those that recompute."""
     c = snapshot.columns
-    rows = np.flatnonzero((c.phase == Phase.RUNNING) & ~snapshot.is_decoding)
+    rows = np.flatnonzero(c.is_running & ~snapshot.is_decoding)
     return rows[np.lexsort((c.seq[rows], headroom[rows], c.num_output[rows] > 0))]
 
 
 def prefill_tokens(snapshot: Snapshot, min_share: float) -> int | None:
     """Most prompt tokens for the coming step; None if nobody's reading depends on it.
 
-    The step may last as long as the tightest decoding reader has to read, but at least `min_share` of it goes to prompts,
-    so that first tokens come even when readers cannot all be kept going.
+    The step may last as long as the tightest decoding reader has to read, but at least `min_share` of it goes to
+    prompts, so that first tokens come even when readers cannot all be kept going.
     """
     c = snapshot.columns
     decoding = snapshot.is_decoding
-    readers = decoding & ~np.isnan(c.rate)
-    if not readers.any() or not ((c.phase == Phase.RUNNING) & ~decoding).any():
+    readers = decoding & c.has_reader
+    if not readers.any() or not (c.is_running & ~decoding).any():
         return None
     token_s = max(snapshot.cost.prefill_s_per_token, 1e-12)
     decode_s = snapshot.cost.step_s(int(np.count_nonzero(decoding)), float(c.num_tokens[decoding].sum()))

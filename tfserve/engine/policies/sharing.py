@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -10,8 +10,9 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.policy import Decision, ResumeBy, Snapshot
+from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Ints, Mask, Phase, Rows
+from tfserve.engine.tracker import Ints, Mask, Phase
 from tfserve.types import RequestId
 
 _EVENT_GAPS = 10
@@ -50,17 +51,17 @@ def usable_blocks(snapshot: Snapshot, watermark: float) -> int:
     return snapshot.memory.num_blocks - int(np.ceil(watermark * snapshot.memory.num_blocks))
 
 
-def resident_blocks(snapshot: Snapshot, growth_tokens: float = 1.0) -> Ints:
+def resident_blocks(snapshot: Snapshot, growth_tokens: int = 1) -> Ints:
     """Device blocks each request needs to run until it has `growth_tokens` more, or has ended; elementwise."""
     c = snapshot.columns
     tokens = c.num_tokens + np.minimum(growth_tokens, np.maximum(c.num_remaining, 0))
-    return np.maximum(snapshot.blocks_for(tokens), np.where(c.phase == Phase.RUNNING, c.device_blocks, 0))
+    return np.maximum(snapshot.blocks_for(tokens), np.where(c.is_running, c.device_blocks, 0))
 
 
 def stream_speed(snapshot: Snapshot) -> float:
     """Tokens/s that each decoding request gets with the present batch."""
     c = snapshot.columns
-    running = c.phase == Phase.RUNNING
+    running = c.is_running
     count = max(int(np.count_nonzero(running)), 1)
     return 1.0 / snapshot.cost.step_s(count, float(c.num_tokens[running].sum()))
 
@@ -71,10 +72,10 @@ def return_s(snapshot: Snapshot) -> tuple[Floats, Mask]:
     Loading brings what the host has; what it lacks is recomputed. Requests with nothing on the host cannot load.
     """
     c = snapshot.columns
-    on_device = np.where(c.phase == Phase.PAUSED, c.device_blocks * snapshot.memory.block_size, 0)
+    on_device = np.where(c.is_paused, c.device_blocks * snapshot.memory.block_size, 0)
     load_s, recompute_s = snapshot.cost.switch_s(0, np.maximum(c.host_tokens - on_device, 0), c.num_tokens)
     load_s = load_s + snapshot.cost.prefill_s_per_token * np.maximum(c.num_computed - c.host_tokens, 0)
-    loads = (c.phase == Phase.PAUSED) & (load_s <= recompute_s)
+    loads = c.is_paused & (load_s <= recompute_s)
     return np.where(loads, load_s, recompute_s), loads
 
 
@@ -109,26 +110,31 @@ def fill(order: Rows, sizes: Sizes) -> Rows:
     return np.array(chosen, np.intp)
 
 
-def exchange(snapshot: Snapshot, leave: Iterable[int], come: Iterable[int], *, offload: bool) -> Decision:
-    """The orders that take `leave` off the device and bring `come` onto it, each by its cheaper way.
+def exchange(snapshot: Snapshot, leave: Sequence[int], come: Sequence[int], *, by_host: Mask, loads: Mask) -> Decision:
+    """The orders that take `leave` off the device and bring `come` onto it.
 
-    A request keeps its KV on the host if there is room for what is not there yet.
+    `by_host` says who keeps its KV on the host, if there is room for what is not there yet; `loads`, who of the paused
+    ones loads it and does not recompute.
     """
-    c, leave, come = snapshot.columns, list(leave), list(come)
-    _, by_host = round_trip_s(snapshot, offload=offload)
-    _, loads = return_s(snapshot)
+    if not leave and not come:
+        return Decision()
+    c = snapshot.columns
     room = snapshot.memory.num_free_host_blocks
+    missing = (c.device_blocks - snapshot.clean_blocks)[list(leave)].tolist()
     preempt: list[tuple[RequestId, ResumeBy]] = []
-    for row in leave:
-        missing = int(c.device_blocks[row] - snapshot.clean_blocks[row]) if by_host[row] else 0
-        keeps = bool(by_host[row]) and missing <= room
-        room -= missing if keeps else 0
+    for row, blocks in zip(leave, missing, strict=True):
+        keeps = bool(by_host[row]) and blocks <= room
+        room -= blocks if keeps else 0
         preempt.append((c.ids[row], ResumeBy.LOAD if keeps else ResumeBy.RECOMPUTE))
-    paused = [row for row in come if c.phase[row] == Phase.PAUSED]
+    is_new = c.is_waiting[list(come)].tolist()
     return Decision(
-        admit=c.ids_of([row for row in come if c.phase[row] == Phase.WAITING]),
+        admit=tuple(c.ids[row] for row, new in zip(come, is_new, strict=True) if new),
         preempt=tuple(preempt),
-        resume=tuple((c.ids[row], ResumeBy.LOAD if loads[row] else ResumeBy.RECOMPUTE) for row in paused),
+        resume=tuple(
+            (c.ids[row], ResumeBy.LOAD if loads[row] else ResumeBy.RECOMPUTE)
+            for row, new in zip(come, is_new, strict=True)
+            if not new
+        ),
     )
 
 
@@ -167,8 +173,8 @@ class TimeShared:
         raise NotImplementedError
 
     def _sizes(self, snapshot: Snapshot) -> Sizes:
-        need = resident_blocks(snapshot, self._config.schedule_interval_s * stream_speed(snapshot))
-        loading = snapshot.columns.phase == Phase.LOADING
+        need = resident_blocks(snapshot, round(self._config.schedule_interval_s * stream_speed(snapshot)))
+        loading = snapshot.columns.is_loading
         capacity = usable_blocks(snapshot, self._config.watermark) - int(need[loading].sum())
         return Sizes(need, capacity, snapshot.max_num_seqs - int(np.count_nonzero(loading)))
 
@@ -182,5 +188,7 @@ class TimeShared:
         chosen = fill(order, sizes)
         running = c.in_phase(Phase.RUNNING)
         leave = running[~np.isin(running, chosen)]
-        come = chosen[c.phase[chosen] != Phase.RUNNING]
-        return exchange(snapshot, leave.tolist(), come.tolist(), offload=self.offload and self._config.offload)
+        come = chosen[~c.is_running[chosen]]
+        _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.offload)
+        _, loads = return_s(snapshot)
+        return exchange(snapshot, leave.tolist(), come.tolist(), by_host=by_host, loads=loads)

@@ -10,19 +10,19 @@ from tfserve.engine.policies.balance import Balance
 from tfserve.engine.policies.fcfs import admissible
 from tfserve.engine.policies.headroom import headroom_s
 from tfserve.engine.policies.prefill import prefill_order, prefill_tokens
-from tfserve.engine.policies.sharing import Ticker, exchange, out_of_blocks
+from tfserve.engine.policies.sharing import Ticker, out_of_blocks
 from tfserve.engine.policies.working_set import WorkingSet, measure, members, predicted_wait_s
 from tfserve.engine.policy import Decision, Snapshot
+from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Phase, Rows
 from tfserve.types import RequestId
 
 
 class TokenFlow:
     """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
 
-    It remembers when it last looked, how large the working set is and whether admission has fallen back; everything else is
-    a function of the snapshot.
+    It remembers when it last looked, how large the working set is and whether admission has fallen back; everything
+    else is a function of the snapshot.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -58,7 +58,7 @@ class TokenFlow:
         blocked = balance.let_in(newcomers[:room])
         if not blocked:
             balance.fill_up()
-        decision = exchange(snapshot, balance.leaving, balance.coming, offload=config.offload)
+        decision = balance.orders()
         refused: tuple[tuple[RequestId, float], ...] = ()
         if self._working_set.is_fallback and not balance.leaving and not balance.coming:
             # What first come, first served would let in beside everybody's whole output is no risk.
@@ -84,9 +84,9 @@ class TokenFlow:
 def is_stressed(snapshot: Snapshot, critical_s: float) -> bool:
     """True if somebody waits, is off the device, or has less than `critical_s` to read."""
     c = snapshot.columns
-    if (c.phase != Phase.RUNNING).any():
+    if (~c.is_running).any():
         return True
-    return bool((~np.isnan(c.first_token_s) & (c.time_to_empty_s < critical_s)).any())
+    return bool((c.has_started & (c.time_to_empty_s < critical_s)).any())
 
 
 def _newcomers(snapshot: Snapshot, headroom: Floats) -> Rows:

@@ -8,7 +8,8 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.policy import Snapshot
-from tfserve.engine.tracker import Mask, Phase, Rows
+from tfserve.engine.table import Rows
+from tfserve.engine.tracker import Mask
 from tfserve.plan import Direction
 
 _LEAVE_FALLBACK = 0.9
@@ -28,12 +29,13 @@ class Load:
 def members(snapshot: Snapshot) -> Mask:
     """Requests that have been let in: on the device, on the host, or preempted after their first token."""
     c = snapshot.columns
-    return (c.phase != Phase.WAITING) | (c.num_output > 0)
+    return (~c.is_waiting) | (c.num_output > 0)
 
 
 def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     """Capacity, demand and the most requests that both rates and memory allow.
 
+    Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead.
     Capacity is Gamma over batches of requests of average length at half of their output, less the share of their
     prompts, and of recomputing what is preempted where nothing is offloaded.
     """
@@ -45,10 +47,11 @@ def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     if not config.offload:
         prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
     capacity = snapshot.cost.gamma(prompt + output / 2, memory.num_blocks * memory.block_size, prefill)
-    reads = ~np.isnan(c.rate)
+    reads = c.has_reader
     demand = float(c.rate[reads & member].sum())
-    blocks = -(-(prompt + output) // memory.block_size)
-    bound = (memory.num_blocks + (memory.num_host_blocks if config.offload else 0)) / blocks
+    bound = float("inf")
+    if config.offload and memory.num_host_blocks:
+        bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / (prompt + output / 2)
     if reads.any() and config.overload != "share":
         bound = min(bound, capacity / float(c.rate[reads].mean()))
     return Load(capacity, demand, bound, int(np.count_nonzero(member)))
@@ -62,27 +65,28 @@ class WorkingSet:
     is_fallback: bool = False
 
     def move(self, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> None:
-        """One interval: towards the bound, or down while copies queue for longer than that; never below what is resident.
+        """One interval: towards the bound, or down while copies queue for longer; never below what is resident.
 
         It starts at the bound, so that a first burst is let in at once.
         """
         step = config.working_set_step
+        bound = min(load.bound, float(len(snapshot.columns) + snapshot.max_num_seqs))
         if self.size is None:
-            self.size = load.bound
+            self.size = bound
         queue_s = max(snapshot.cost.queue_s(direction) for direction in Direction)
         if queue_s > config.schedule_interval_s:
             self.size *= 1 - step
         else:
-            most = step * max(load.bound, self.size)
-            self.size += min(max(load.bound - self.size, -most), most)
-        resident = np.isin(snapshot.columns.phase, (Phase.RUNNING, Phase.LOADING))
-        self.size = max(self.size, float(np.count_nonzero(resident)))
+            most = step * max(bound, self.size)
+            self.size += min(max(bound - self.size, -most), most)
+        c = snapshot.columns
+        self.size = max(self.size, float(np.count_nonzero(c.is_running | c.is_loading)))
 
     def room_for(self, newcomers: Rows, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> int:
         """How many of `newcomers`, in this order, may join: the set has room and all rates together can be met.
 
-        When they cannot, admission falls back until they can be met with a tenth to spare. An empty node lets the first in
-        whatever it asks for.
+        When they cannot, admission falls back until they can be met with a tenth to spare. An empty node lets the first
+        in whatever it asks for.
         """
         if config.overload == "share":
             return self._room(load, len(newcomers))
