@@ -95,14 +95,22 @@ class Balance:
         if self._spare >= 0:
             return
         willing = [victim.row for victim in self._victims if victim.affords]
-        others = set(np.flatnonzero(self._running).tolist()) - set(willing)
-        # Of the rest, who has most to read suffers least.
-        reluctant = sorted(others, key=lambda row: -float(self.headroom[row]))
-        for row in [*willing, *reluctant][:-1]:
+        for row in willing[: int(np.count_nonzero(self._running)) - 1]:
             if self._spare >= 0:
                 break
             self._take_off(row)
+        if self._spare < 0:
+            self._take_off_reluctant(willing)
         self._victims[:] = [victim for victim in self._victims if victim.row not in self.leaving]
+
+    def _take_off_reluctant(self, willing: list[int]) -> None:
+        """Nobody can go unnoticed: who has most to read suffers least."""
+        others = np.setdiff1d(np.flatnonzero(self._running), willing)
+        order = others[np.argsort(-self.headroom[others], kind="stable")]
+        for row in order[:-1].tolist():
+            if self._spare >= 0:
+                break
+            self._take_off(row)
 
     def bring_back(self) -> None:
         """Return those whose playback runs out, most gain first: into spare memory, else in exchange."""
@@ -132,7 +140,9 @@ class Balance:
         """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
         growth = self._config.min_residency_s * self._speed / self._snapshot.memory.block_size
         residents = int(np.count_nonzero(self._resident)) + len(self.coming) - len(self.leaving)
-        for row in self._in_priority(self._away):
+        # Most passes end here: there is no room, and nobody needs to be ranked for it.
+        candidates = self._in_priority(self._away) if self._spare > growth * residents else []
+        for row in candidates:
             residents += 1
             if self._free_rows <= 0 or self._spare <= growth * residents:
                 break
@@ -151,11 +161,9 @@ class Balance:
         return self._snapshot.now_s + float(lead_s.min())
 
     def _by_gain(self, rows: Mask) -> Rows:
-        """These rows, most gain first; where nothing is to be gained, the emptier buffer, then the older request."""
+        """These rows, most gain first; where nothing is to be gained, the emptier buffer."""
         indices = np.flatnonzero(rows)
-        c = self._snapshot.columns
-        order = np.lexsort((c.seq[indices], self.headroom[indices], -self._gain[indices].round(9)))
-        return indices[order]
+        return indices[np.lexsort((self.headroom[indices], -self._gain[indices]))]
 
     def _in_priority(self, rows: Rows) -> list[int]:
         """Readers by gain, then the others by priority, then by gain."""

@@ -92,6 +92,8 @@ def is_stressed(snapshot: Snapshot, critical_s: float) -> bool:
 def _newcomers(snapshot: Snapshot, headroom: Floats) -> Rows:
     """Requests not let in yet: first come first served, those without a reader behind until their patience is over."""
     rows = np.flatnonzero(~members(snapshot))
+    if not len(rows):
+        return rows
     c = snapshot.columns
     priority = np.where(np.isnan(c.rate[rows]) & (headroom[rows] > 0), c.priority[rows], np.iinfo(np.int64).min)
     return rows[np.lexsort((c.seq[rows], headroom[rows], priority))]

@@ -41,8 +41,8 @@ def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     """
     c, memory = snapshot.columns, snapshot.memory
     member = members(snapshot)
-    output = max(float(c.expected_output.mean()), 1.0)
-    prompt = float(c.num_prompt.mean())
+    output = max(float(c.expected_output.sum()) / len(c), 1.0)
+    prompt = float(c.num_prompt.sum()) / len(c)
     prefill = prompt / output
     if not config.offload:
         prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
@@ -90,7 +90,7 @@ class WorkingSet:
         """
         if config.overload == "share":
             return self._room(load, len(newcomers))
-        rates = np.nan_to_num(snapshot.columns.rate[newcomers])
+        rates = np.where(snapshot.columns.has_reader, snapshot.columns.rate, 0.0)[newcomers]
         demand = load.demand + np.cumsum(rates)
         if self.is_fallback and len(newcomers) and demand[0] > _LEAVE_FALLBACK * load.capacity and load.num_members:
             return 0
