@@ -13,7 +13,7 @@ import tfserve
 
 ROOT = Path(tfserve.__file__).parent
 ALLOWED = {
-    "cli": {"http", "bench", "engine", "model", "memory", "base"},
+    "cli": {"cli", "http", "bench", "engine", "model", "memory", "base"},
     "http": {"http", "engine", "model", "base"},
     "bench": {"bench", "engine", "base"},
     "engine": {"engine", "model", "memory", "base"},
