@@ -73,9 +73,9 @@ class BlockPool:
         if counts != self._refs:
             wrong = [b for b in range(self.num_blocks) if counts[b] != self._refs[b]]
             raise AssertionError(f"blocks {wrong[:8]}: references disagree with their holders")
-        for block in range(1, self.num_blocks):
-            if bool(self._free[block]) == bool(counts[block]):
-                raise AssertionError(f"block {block} is both free and held, or neither")
+        for number in range(1, self.num_blocks):
+            if bool(self._free[number]) == bool(counts[number]):
+                raise AssertionError(f"block {number} is both free and held, or neither")
         if counts[NULL_BLOCK] or self._free[NULL_BLOCK]:
             raise AssertionError("the reserved block was handed out")
         if self.num_free != self._free.count(1):
@@ -83,13 +83,13 @@ class BlockPool:
 
     def _take_from(self, start: int, n: int, taken: list[BlockId]) -> None:
         """Extend `taken` to at most n blocks with the free ones that stand side by side from `start`."""
-        block = start
-        while len(taken) < n and 0 <= block < self.num_blocks and self._free[block]:
+        for block in range(max(start, 0), self.num_blocks):
+            if len(taken) == n or not self._free[block]:
+                return
             self._free[block] = 0
             self._refs[block] = 1
             self.num_free -= 1
             taken.append(BlockId(block))
-            block += 1
 
     def _find_run(self, n: int, run: int) -> int:
         """Start of an aligned free stretch of `run` blocks, else of any free stretch of n, else -1."""

@@ -60,12 +60,10 @@ class KVCacheManager:
         """
         residency = self._requests.get(req) or _Residency()
         missing = self.blocks_for(residency.num_tokens + n) - len(residency.blocks)
-        new: tuple[BlockId, ...] | None = ()
-        if missing > 0:
-            last = residency.blocks[-1] if residency.blocks else None
-            new = self._pool.allocate(missing, after=last, run=self._run_blocks(expected_tokens))
-            if new is None:
-                return None
+        last = residency.blocks[-1] if residency.blocks else None
+        new = self._pool.allocate(max(missing, 0), after=last, run=self._run_blocks(expected_tokens))
+        if new is None:
+            return None
         residency.blocks.extend(new)
         residency.num_tokens += n
         self._requests[req] = residency
