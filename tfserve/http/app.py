@@ -112,7 +112,9 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         usage = request.get(USAGE)
         tokens = f", {usage.prompt_tokens} + {usage.completion_tokens} tokens" if usage else ""
         line = (request[REQUEST_ID], request.method, request.rel_url.raw_path, status, time.monotonic() - begun, tokens)
-        log.info("%s %s %.200s %d in %.3f s%s", *line)
+        # Probes come every few seconds for as long as the server lives.
+        level = logging.DEBUG if request.path in OPEN_PATHS else logging.INFO
+        log.log(level, "%s %s %.200s %d in %.3f s%s", *line)
 
 
 @web.middleware

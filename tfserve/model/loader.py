@@ -83,8 +83,8 @@ class _Load:
     def _after(self, norm: RMSNorm, norm_name: str, weight: Tensor) -> Tensor:
         norm_weight = self._get(norm_name)
         if self._format.folds_norms:
-            return weight * norm.folded_scale(norm_weight)
-        norm.weight = norm_weight
+            return norm.fold_into(weight, norm_weight)
+        norm.load(norm_weight)
         return weight
 
     def _get(self, name: str) -> Tensor:

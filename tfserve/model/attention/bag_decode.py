@@ -36,8 +36,8 @@ class BagDecode:
         self._lens = context_lens
         self._index: _BagIndex | None = None
 
-    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
-        """From `q [R, heads, D]` to `out [R, heads * D]`."""
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """From `q [R, heads, D]` to `[R, heads * D]`."""
         index = self._index
         if index is None:  # the number of query heads is known only now; all layers share the index
             index = self._index = _BagIndex(self._tables, self._lens, self._kv, num_heads=q.shape[1])
@@ -47,13 +47,14 @@ class BagDecode:
         key_rows = keys.permute(0, 2, 3, 1).view(-1, self._kv.block_size)
         value_rows = values.permute(0, 2, 1, 3).view(-1, head_dim)
 
-        torch.mul(q, head_dim**-0.5, out=index.scaled)
-        torch.index_select(index.scaled.view(-1, head_dim), 0, index.query_of_bag, out=index.weights)
+        # At batch 1 the time is that of the calls themselves: hence views made once, and as few calls as will do.
+        torch.index_select(q.reshape(-1, head_dim), 0, index.query_of_bag, out=index.weights)
         scores = _weighted_sums(key_rows, index.key_rows, index.key_offsets, index.weights.view(-1)).view(-1)
         for part, mask, probs in index.buckets:
-            torch.softmax(scores[part].view_as(probs).add_(mask), -1, out=probs)
+            torch.softmax(torch.add(mask, scores[part].view_as(probs), alpha=head_dim**-0.5), -1, out=probs)
         mixed = _weighted_sums(value_rows, index.value_rows, index.value_offsets, index.probs)
-        torch.index_select(mixed.view(len(q), -1), 0, index.unsort, out=out)
+        mixed = mixed.view(len(q), -1)
+        return mixed if index.unsort is None else mixed.index_select(0, index.unsort)
 
 
 class _BagIndex:
@@ -95,8 +96,8 @@ class _BagIndex:
         self.query_of_bag = torch.from_numpy(np.concatenate(queries))
         self.value_rows = torch.from_numpy(np.concatenate(value_rows))
         self.value_offsets = _offsets(value_counts, dtype)
-        self.unsort = torch.from_numpy(np.argsort(order))
-        self.scaled = torch.empty(len(lens), num_heads, head_dim)
+        is_sorted = bool((order[1:] > order[:-1]).all())
+        self.unsort = None if is_sorted else torch.from_numpy(np.argsort(order))
         self.weights = torch.empty(len(self.query_of_bag), head_dim)
         self.probs = torch.empty(len(self.value_rows))
         self.buckets: list[

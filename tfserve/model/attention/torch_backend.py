@@ -44,8 +44,8 @@ class TorchBackend:
 class DecodePart(Protocol):
     """Attention of R sequences with one query each."""
 
-    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
-        """From `q [R, heads, D]` and the cache to `out [R, heads * D]`."""
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """From `q [R, heads, D]` and the cache to `[R, heads * D]`."""
         ...
 
 
@@ -65,9 +65,11 @@ class TorchStep:
         keys, values = self._kv.layers[layer]
         keys[self._block, self._offset] = k
         values[self._block, self._offset] = v
+        if self._decode is not None and not self._chunks:
+            return self._decode.attend(layer, q)
         out = torch.empty((len(q), q.shape[1] * q.shape[2]), dtype=q.dtype, device=q.device)
         if self._decode is not None:
-            self._decode.attend(layer, q[: self._num_decodes], out[: self._num_decodes])
+            out[: self._num_decodes] = self._decode.attend(layer, q[: self._num_decodes])
         for chunk in self._chunks:
             part = slice(chunk.begin, chunk.end)
             if chunk.blocks is None:
@@ -129,11 +131,11 @@ class GatherDecode:
         mask = np.where(hidden, -np.inf, 0.0)[:, None, None, :]
         self._mask = torch.from_numpy(mask).to(kv.device, kv.dtype)  # [R, 1, 1, W * block_size]
 
-    def attend(self, layer: int, q: Tensor, out: Tensor) -> None:
-        """From `q [R, heads, D]` to `out [R, heads * D]`."""
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """From `q [R, heads, D]` to `[R, heads * D]`."""
         k, v = (
             pages[self._blocks].flatten(1, 2).transpose(1, 2)  # [R, kv_heads, W * block_size, D]
             for pages in self._kv.layers[layer]
         )
         grouped = q.view(len(q), k.shape[1], -1, q.shape[2])  # [R, kv_heads, group, D]
-        out.copy_(scaled_dot_product_attention(grouped, k, v, attn_mask=self._mask).flatten(1))
+        return scaled_dot_product_attention(grouped, k, v, attn_mask=self._mask).flatten(1)
