@@ -103,7 +103,8 @@ async def test_abort_in_the_waiting_queue_ends_the_stream(engine):
 def test_stop_string_ends_text_before_it(engine):
     (free,) = engine.generate([[5, 6, 7]], GREEDY)
     stop = free.text[len(free.text) // 2 :][:3]
-    (stopped,) = engine.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=(stop,)))
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=(stop,))
+    (stopped,) = engine.generate([[5, 6, 7]], params)
     assert stopped.text == free.text[: free.text.index(stop)]
     assert stopped.finish_reason is FinishReason.STOP
     assert stopped.stop_reason == stop
@@ -180,6 +181,11 @@ def test_shutdown_ends_the_process_and_later_calls_say_so(model_dir):
         engine.generate([[5]], GREEDY)
 
 
+async def read_to_the_end(stream) -> None:
+    while not (await asyncio.wait_for(stream.next(), 10)).finished:
+        pass
+
+
 async def test_killed_engine_fails_every_stream(model_dir):
     with Engine(config_for(model_dir, engine_process="on")) as engine:
         deaths = []
@@ -190,8 +196,7 @@ async def test_killed_engine_fails_every_stream(model_dir):
         os.kill(engine_pid(engine), signal.SIGKILL)
         for stream in streams:
             with pytest.raises(EngineDeadError, match="SIGKILL"):
-                while True:
-                    await asyncio.wait_for(stream.next(), 10)
+                await read_to_the_end(stream)
         assert len(deaths) == 1
         with pytest.raises(EngineDeadError):
             engine.check_health()

@@ -38,7 +38,7 @@ class RMSNorm(nn.Module):
         if x.dtype != torch.float32 or x.device.type != "cpu":
             return nn.functional.rms_norm(x, self._shape, self._weight, self._eps)
         # sqrt(mean(x^2) + eps) = hypot(|x|, sqrt(eps H)) / sqrt(H): half the time of rms_norm, which has no CPU kernel.
-        out = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
+        out: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot_(self._floor)
         return out if self._scale is None else out.mul_(self._scale)
 
 
@@ -48,7 +48,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, fmt: WeightFormat) -> None:
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, fmt)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, fmt)
+        # A few channels of the gated product dwarf the rest. On SmolLM2 wide inputs here and for the head bring int8's
+        # rise of perplexity from 4.5 % to 1.6 %.
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, fmt, input_bits=16)
 
     def forward(self, x: Tensor) -> Tensor:
         """From normalised hidden states `[T, H]` to what is added to the residual, `[T, H]`."""

@@ -47,7 +47,7 @@ class BagDecode:
         key_rows = keys.permute(0, 2, 3, 1).view(-1, self._kv.block_size)
         value_rows = values.permute(0, 2, 1, 3).view(-1, head_dim)
 
-        # At batch 1 the time is that of the calls themselves: hence views made once, and as few calls as will do.
+        # At batch 1 the time is that of the calls themselves, so there are as few as will do.
         torch.index_select(q.reshape(-1, head_dim), 0, index.query_of_bag, out=index.weights)
         scores = _weighted_sums(key_rows, index.key_rows, index.key_offsets, index.weights.view(-1)).view(-1)
         for part, mask, probs in index.buckets:
