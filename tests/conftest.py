@@ -8,6 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+# Two threads on two busy cores wait for each other: the same tests then take fifteen times as long.
+torch.set_num_threads(1)
+
 TINY = {
     "vocab_size": 512,
     "hidden_size": 64,

@@ -256,3 +256,20 @@ def test_device_time_is_measured(tiny_llama3: Path) -> None:
     result = driver.start(0, prompt(20), sample=False)
     assert result.tokens == ()
     assert result.device_s > 0
+
+
+def test_nan_in_one_requests_kv_does_not_reach_the_next_owner_of_its_blocks(path: Path) -> None:
+    clean, driver = Driver(path), Driver(path)
+    driver.start(0, prompt(20))
+    for keys, values in driver.kv.layers:
+        keys[driver.blocks[0]] = float("nan")
+        values[driver.blocks[0]] = float("nan")
+    with pytest.raises(FloatingPointError):
+        driver.decode(0)
+    driver.release(0)
+    driver.free.reverse()  # the freed blocks are taken first
+    for each in (clean, driver):
+        each.start(1, prompt(3, seed=9))
+        for _ in range(4):
+            each.decode(1)
+    assert driver.tokens[1] == clean.tokens[1]

@@ -32,6 +32,10 @@ class BlockTables:
         self.ids[row, self._lengths[row] : end] = blocks
         self._lengths[row] = end
 
+    def blocks(self, row: Row) -> NDArray[np.int32]:
+        """A row's block ids, in order."""
+        return self.ids[row, : self._lengths[row]]
+
     def length(self, row: Row) -> int:
         """How many blocks a row has."""
         return self._lengths[row]

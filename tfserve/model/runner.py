@@ -48,6 +48,7 @@ class ModelRunner:
             # A result is read on the host, so the device has finished by then and wall time is the device's time.
             result = self._step(plan, began_s)
         except Exception as error:
+            self._scrub(plan)
             return FailedStep(plan.step, error)
         return FinishedStep(result)
 
@@ -62,6 +63,14 @@ class ModelRunner:
             self._sampler.enter(entry)
         for seq in plan.seqs:
             self._tables.extend(seq.row, seq.new_blocks)
+
+    def _scrub(self, plan: StepPlan) -> None:
+        """Zero the KV of a failed step: a NaN in it would reach the next owner of its blocks."""
+        for seq in plan.seqs:
+            blocks = torch.from_numpy(self._tables.blocks(seq.row).astype("int64")).to(self._kv.device)
+            for keys, values in self._kv.layers:
+                keys[blocks] = 0
+                values[blocks] = 0
 
     def _step(self, plan: StepPlan, began_s: float) -> StepResult:
         if not plan.seqs:
