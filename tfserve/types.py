@@ -28,8 +28,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """How to choose tokens and when to stop. Defaults are OpenAI's; `temperature=0` is greedy.
 
     `top_k=0` and `min_p=0` switch the filter off. `logprobs=k` returns the chosen token's log probability and the k
-    most likely alternatives; they are taken from the model's distribution before temperature and filters. `seed` makes the
-    request's random numbers a function of (seed, position) alone; without it the engine draws a seed at arrival.
+    most likely alternatives; they are taken from the model's distribution before temperature and filters. `seed` makes
+    the request's random numbers a function of (seed, position) alone; without it the engine draws a seed at arrival.
     """
 
     max_tokens: int | None = None

@@ -77,7 +77,7 @@ class EngineCore:
     def run(self) -> None:
         """Loop until a Shutdown message; what is unfinished then ends as aborted."""
         while not self._stopping:
-            if not self.step():
+            if not self.step() and not self._stopping:
                 self._clock.wait(None)
         for request in list(self._requests.values()):
             self._finish(request, FinishReason.ABORT)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import msgspec
 
@@ -19,6 +19,7 @@ from tfserve.engine.messages import AbortRequest, AddRequest, StepOutputs, Token
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.validation import validate
 from tfserve.errors import EngineDeadError, QueueFullError, RequestError
+from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
@@ -46,6 +47,8 @@ class Engine:
             model=str(path),
             served_model_name=config.served_model_name or config.model.rstrip("/").split("/")[-1],
         )
+        # Read here too, so that a directory that is no checkpoint is called that before anything slow happens.
+        load_model_config(path)
         self.tokenizer = Tokenizer.from_dir(path)
         self._sinks: dict[RequestId, RequestStream | Collector] = {}
         self._ids = itertools.count()
@@ -76,7 +79,7 @@ class Engine:
         if one of them cannot be served, EngineDeadError if the engine ends meanwhile. A request that fails alone has
         `finish_reason` ERROR.
         """
-        batch = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        batch = _as_batch(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise RequestError("params", f"{len(batch)} prompts need as many SamplingParams (or one), got {len(each)}")
@@ -259,5 +262,13 @@ def _put_all(batch: list[tuple[RequestStream | Collector, TokenOutput]]) -> None
         sink.put(output)
 
 
-def _is_one_prompt(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, text or token ids, becomes a batch of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    batch: list[Prompt] = []
+    for item in prompts:
+        if isinstance(item, int):
+            return [cast(Sequence[int], prompts)]
+        batch.append(item)
+    return batch

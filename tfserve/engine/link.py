@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Protocol
@@ -15,6 +16,7 @@ from typing import Protocol
 import msgspec
 
 from tfserve.config import EngineConfig
+from tfserve.engine.core import Inbox
 from tfserve.engine.messages import Failed, Ready, Shutdown, StepOutputs, ToCore, ToFront
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError
 from tfserve.types import EngineInfo
@@ -45,18 +47,20 @@ def connect(config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLi
 
 
 class ThreadLink:
-    """The core in a daemon thread: nothing is encoded, `deliver` runs in the core's thread."""
+    """The core in a daemon thread: nothing is encoded, `deliver` runs in the core's thread.
+
+    The model is loaded in that thread too: torch on a CPU keeps OpenMP threads for every thread that computes,
+    and with more threads than cores none of them spins, which makes every step 1.5 times as long.
+    """
 
     def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> None:
-        # Only here does the front's process import torch.
-        from tfserve.engine.build import build_core
-
         self._on_death = on_death
         self._closing = False
-        core, self.info = build_core(config, deliver)
-        self._inbox = core.inbox
-        self._thread = threading.Thread(target=self._run, args=(core.run,), name="tfserve-core", daemon=True)
+        started: Future[tuple[Inbox, EngineInfo]] = Future()
+        args = (config, deliver, started)
+        self._thread = threading.Thread(target=self._run, args=args, name="tfserve-core", daemon=True)
         self._thread.start()
+        self._inbox, self.info = started.result()
 
     def send(self, message: ToCore) -> None:
         """See CoreLink."""
@@ -70,9 +74,18 @@ class ThreadLink:
         self._inbox.put(Shutdown())
         self._thread.join(timeout_s)
 
-    def _run(self, loop: Callable[[], None]) -> None:
+    def _run(self, config: EngineConfig, deliver: Deliver, started: Future[tuple[Inbox, EngineInfo]]) -> None:
         try:
-            loop()
+            # Only here does the front's process import torch.
+            from tfserve.engine.build import build_core
+
+            core, info = build_core(config, deliver)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        started.set_result((core.inbox, info))
+        try:
+            core.run()
         except Exception as error:
             self._on_death(f"the engine loop failed: {type(error).__name__}: {error}")
             raise

@@ -1,0 +1,82 @@
+# `make serve` on a fresh machine: own virtual environment, torch, this package, the demo model, the server.
+# Every step leaves a stamp in .venv, so that the second run does nothing twice.
+
+TORCH      ?= torch==2.13.0
+TORCH_ARGS ?=
+PYTHON     ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+                $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || echo python3)
+CONFIG     ?= configs/smollm2-cpu.yaml
+ARGS       ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check
+CODE := tfserve tests benchmarks examples
+
+# A killed install can leave a package that pip takes for whole. `.installing` is there while pip works, with the process id
+# of its make: found without that process, the environment cannot be trusted and is made again.
+define install
+	@echo $$PPID > $(VENV)/.installing
+	@$(PIP) install $(1) || { rm -f $(VENV)/.installing; exit 1; }
+	@rm -f $(VENV)/.installing
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help serve demo test test-all check format clean discard-interrupted
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 @/' | column -t -s @
+	@echo 'Variables: PYTHON, TORCH ($(TORCH)), TORCH_ARGS (more pip arguments for torch), CONFIG ($(CONFIG)), ARGS'
+
+serve: $(VENV)/.stamp-run demo  ## install, prepare the demo model, serve it on http://127.0.0.1:8000
+	@exec $(BIN)/tfserve serve $(CONFIG) $(ARGS)
+
+demo: $(VENV)/.stamp-run  ## download and convert the demo model into the user's cache
+	@$(BIN)/tfserve demo-model
+
+test: $(VENV)/.stamp-dev demo  ## run the tests that take seconds
+	$(BIN)/pytest -m 'not slow' $(ARGS)
+
+test-all: $(VENV)/.stamp-dev demo  ## run every test
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/.stamp-dev  ## format, lint and types
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-dev  ## format the code and fix what lint can fix
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+clean:  ## remove the environment and every cache in this directory (the demo model stays)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+ifneq ($(wildcard $(VENV)/.installing),)
+$(VENV)/.stamp-torch: discard-interrupted
+endif
+
+discard-interrupted:
+	@maker=$$(cat $(VENV)/.installing 2>/dev/null); if [ -n "$$maker" ] && kill -0 "$$maker" 2>/dev/null; then \
+	  echo "Another make (process $$maker) is installing into $(VENV); wait for it to end." >&2; exit 1; fi
+	@echo 'An earlier install was interrupted: starting over.'
+	@rm -rf $(VENV)
+
+$(VENV)/.stamp-torch: Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "tfserve needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.11" >&2; exit 1; }
+	@mkdir -p $(VENV) && echo $$PPID > $(VENV)/.installing
+	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(call install,$(TORCH_ARGS) '$(TORCH)')
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
+	@touch $@
+
+# The constraint keeps every later dependency from bringing another torch.
+$(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml
+	$(call install,--constraint $(VENV)/constraints.txt --editable '.[gguf]')
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-run pyproject.toml
+	$(call install,--constraint $(VENV)/constraints.txt --editable '.[dev]')
+	@touch $@

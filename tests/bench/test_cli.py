@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+
+import pytest
+
+from tests.bench.fake_server import DONE, ROLE, FakeServer, finish, serving, text, usage
+from tests.bench.test_client import closed_port_url
+from tfserve.bench.cli import add_bench_parser
+from tfserve.errors import TfserveError
+
+
+def run(*args: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_bench_parser(parser.add_subparsers())
+    parsed = parser.parse_args(["bench", "serve", *map(str, args)])
+    return parsed.func(parsed)
+
+
+async def run_against(server: FakeServer, *args: object) -> int:
+    async with serving(server):
+        return await asyncio.to_thread(run, "--base-url", server.url, *args)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    return path
+
+
+async def test_burst_sends_everything_before_anything_is_answered(dataset, tmp_path):
+    server = FakeServer([0.5, ROLE, text("a"), finish(), usage(3, 1), DONE])
+    out = tmp_path / "r.json"
+    assert (
+        await run_against(server, "--dataset", dataset, "--num-prompts", 150, "--rate", "burst", "--output", out) == 0
+    )
+    assert len(server.arrivals) == 150
+    assert max(server.arrivals) - min(server.arrivals) < 0.5
+    requests = json.loads(out.read_text())["requests"]
+    assert max(r["sent_s"] for r in requests) < min(r["chunks"][0][0] for r in requests)
+
+
+async def test_timed_arrivals_are_kept_while_earlier_requests_are_still_running(dataset, tmp_path):
+    server = FakeServer([0.4, text("a"), finish(), usage(3, 1), DONE])
+    out = tmp_path / "r.json"
+    await run_against(server, "--dataset", dataset, "--num-prompts", 8, "--rate", 10, "--output", out)
+    result = json.loads(out.read_text())
+    assert result["summary"]["send_lag"]["max"] < 0.3
+    due = [r["arrival_s"] for r in result["requests"]]
+    seen = [arrival - min(server.arrivals) for arrival in sorted(server.arrivals)]
+    assert seen == pytest.approx(due, abs=0.3)
+    assert due[-1] > 0.4
+
+
+async def test_random_prompts_reach_the_asked_length_template_included():
+    server = FakeServer([text("a"), finish()], template_tokens=30)
+    assert await run_against(server, "--input-len", 100, "--num-prompts", 3) == 0
+    lengths = [len(body["messages"][0]["content"].split()) for body in server.bodies]
+    assert lengths[2:] == [70, 70, 70]
+    assert server.bodies[-1]["model"] == "fake-model"
+
+
+async def test_failures_show_in_table_and_exit_code(dataset, capsys):
+    assert await run_against(FakeServer([], status=503), "--dataset", dataset, "--num-prompts", 2) == 1
+    shown = capsys.readouterr()
+    assert "0 completed, 2 failed, 2 http_503" in shown.out
+    assert "no seat free" in shown.err
+
+
+async def test_the_key_is_used_but_not_written_down(dataset, tmp_path):
+    server = FakeServer([text("a"), finish(), DONE])
+    out = tmp_path / "r.json"
+    await run_against(server, "--dataset", dataset, "--num-prompts", 1, "--api-key", "secret-1", "--output", out)
+    assert server.headers[0]["Authorization"] == "Bearer secret-1"
+    assert "secret-1" not in out.read_text()
+    assert json.loads(out.read_text())["config"]["rate"] == "inf"
+
+
+def test_absent_server_is_a_clear_error():
+    with pytest.raises(TfserveError, match="connection refused"):
+        run("--base-url", closed_port_url())
+
+
+def test_length_of_file_prompts_cannot_be_set(dataset):
+    with pytest.raises(TfserveError, match="--input-len"):
+        run("--base-url", closed_port_url(), "--dataset", dataset, "--input-len", 5)
+
+
+def test_bad_rate_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        run("--base-url", "http://x", "--rate", "soon")
+    assert "--rate" in capsys.readouterr().err

@@ -1,0 +1,233 @@
+"""The embedding API over a real tiny model: in a thread and in a process, the same answers and the same errors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from tests.tokenizers import write_tiny_tokenizer
+from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
+from tfserve.engine.engine import Engine
+from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
+from tfserve.types import FinishReason, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_llama3):
+    write_tiny_tokenizer(tiny_llama3)
+    return tiny_llama3
+
+
+def config_for(model_dir, **settings) -> EngineConfig:
+    settings = {"max_model_len": 256, "max_num_seqs": 4, "threads": 1, "debug_checks": True, **settings}
+    return EngineConfig(model=str(model_dir), **settings)
+
+
+@pytest.fixture(scope="module", params=["off", "on"])
+def engine(request, model_dir):
+    with Engine(config_for(model_dir, engine_process=request.param)) as engine:
+        yield engine
+
+
+def engine_pid(engine: Engine) -> int:
+    return engine._link.pid
+
+
+def wait_until_free(engine: Engine, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while engine.stats().num_free_blocks < engine.info.num_blocks - 1:
+        assert time.monotonic() < deadline, "blocks were not freed"
+        time.sleep(0.01)
+
+
+def test_batched_requests_get_what_they_get_alone(engine):
+    prompts = [[5, 6, 7], list(range(10, 60)), [9], [3] * 30, [8, 1, 8], [4] * 77]
+    together = engine.generate(prompts, GREEDY)
+    for prompt, output in zip(prompts, together, strict=True):
+        (alone,) = engine.generate(prompt, GREEDY)
+        assert output.token_ids == alone.token_ids
+        assert len(output.token_ids) == 12
+        assert output.finish_reason is FinishReason.LENGTH
+        assert output.num_prompt_tokens == len(prompt)
+    wait_until_free(engine)
+
+
+def test_seeded_sampling_repeats_and_seeds_differ(engine):
+    def run(seed):
+        params = SamplingParams(temperature=1.0, seed=seed, max_tokens=20, ignore_eos=True)
+        return engine.generate([[5, 6, 7]] * 2, params)[1].token_ids
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+
+
+async def test_stream_pieces_add_up_to_the_whole(engine):
+    (whole,) = engine.generate([[5, 6, 7]], GREEDY)
+    pieces = [output async for output in engine.stream([5, 6, 7], GREEDY)]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+    assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    times = pieces[-1].times
+    assert times.arrival_s <= times.first_scheduled_s <= times.first_token_s <= times.finished_s
+
+
+async def test_leaving_a_stream_early_frees_its_blocks(engine):
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    stream = engine.stream([5, 6, 7], params)
+    async for _ in stream:
+        break
+    await stream.aclose()
+    await asyncio.to_thread(wait_until_free, engine)
+
+
+async def test_abort_in_the_waiting_queue_ends_the_stream(engine):
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    streams = [engine.submit([5, 6, i + 1], params) for i in range(6)]
+    streams[5].abort()
+    output = await streams[5].next()
+    assert output.finish_reason is FinishReason.ABORT
+    for stream in streams[:5]:
+        stream.abort()
+        while not (await stream.next()).finished:
+            pass
+    await asyncio.to_thread(wait_until_free, engine)
+
+
+def test_stop_string_ends_text_before_it(engine):
+    (free,) = engine.generate([[5, 6, 7]], GREEDY)
+    stop = free.text[len(free.text) // 2 :][:3]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=(stop,))
+    (stopped,) = engine.generate([[5, 6, 7]], params)
+    assert stopped.text == free.text[: free.text.index(stop)]
+    assert stopped.finish_reason is FinishReason.STOP
+    assert stopped.stop_reason == stop
+    assert len(stopped.token_ids) <= len(free.token_ids)
+
+
+def test_logprobs_name_the_chosen_token_first_when_greedy(engine):
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=3)
+    (output,) = engine.generate([[5, 6, 7]], params)
+    assert [entry.token_id for entry in output.logprobs] == output.token_ids
+    for entry in output.logprobs:
+        assert entry.top[0] == (entry.token_id, entry.logprob)
+        assert len(entry.top) == 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param", "text"),
+    [
+        ([], {}, "prompt", "empty"),
+        ([512], {}, "prompt", "token id 512 is not in the vocabulary"),
+        ([1] * 256, {}, "prompt", "256 tokens; the model's limit is 256"),
+        ([1] * 200, {"max_tokens": 100}, "max_tokens", "ask for at most 56"),
+        ([1], {"max_tokens": -1}, "max_tokens", "at least 1"),
+        ([1], {"top_p": 3.0}, "top_p", "got 3.0"),
+        ([1], {"temperature": float("nan")}, "temperature", "nan"),
+        ([1], {"temperature": "hot"}, "params", "float"),
+        ([1], {"stop": ("",)}, "stop", "non-empty"),
+        ([1], {"logit_bias": {600: 1.0}}, "logit_bias", "512"),
+        ([1], {"stop_token_ids": (-1,)}, "stop_token_ids", "512"),
+    ],
+)
+def test_bad_requests_are_refused_by_name_before_they_run(engine, prompt, params, param, text):
+    with pytest.raises(RequestError, match=text) as caught:
+        engine.generate([prompt], SamplingParams(**params))
+    assert caught.value.param == param
+
+
+def test_scarce_kv_preempts_without_changing_a_token(model_dir):
+    prompts = [[i + 3] * 20 for i in range(6)]
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=100, ignore_eos=True)
+    scheduler = SchedulerConfig(reserve_ratio=0.0, reserve_min_ratio=0.0)
+    with Engine(config_for(model_dir)) as roomy:
+        expected = [output.token_ids for output in roomy.generate(prompts, params)]
+    with Engine(config_for(model_dir, num_gpu_blocks_override=10, scheduler=scheduler)) as scarce:
+        got = [output.token_ids for output in scarce.generate(prompts, params)]
+        assert scarce.stats().num_preemptions > 0
+    assert got == expected
+
+
+async def test_full_queue_is_refused_with_a_time_to_retry(model_dir):
+    server = ServerConfig(max_queued_requests=2)
+    with Engine(config_for(model_dir, server=server)) as engine:
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        streams = [engine.submit([1, 2], params) for _ in range(6)]
+        with pytest.raises(QueueFullError) as caught:
+            engine.submit([1, 2], params)
+        assert caught.value.retry_after_s > 0
+        for stream in streams:
+            stream.abort()
+
+
+def test_two_engines_live_in_one_process(model_dir):
+    with Engine(config_for(model_dir)) as one, Engine(config_for(model_dir)) as two:
+        assert one.generate([[5, 6]], GREEDY)[0].token_ids == two.generate([[5, 6]], GREEDY)[0].token_ids
+
+
+def test_shutdown_ends_the_process_and_later_calls_say_so(model_dir):
+    engine = Engine(config_for(model_dir, engine_process="on"))
+    child = psutil.Process(engine_pid(engine))
+    engine.shutdown()
+    engine.shutdown()
+    assert not child.is_running()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        engine.generate([[5]], GREEDY)
+
+
+async def read_to_the_end(stream) -> None:
+    while not (await asyncio.wait_for(stream.next(), 10)).finished:
+        pass
+
+
+async def test_killed_engine_fails_every_stream(model_dir):
+    with Engine(config_for(model_dir, engine_process="on")) as engine:
+        deaths = []
+        engine.on_death(deaths.append)
+        params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+        streams = [engine.submit([1, 2], params) for _ in range(6)]
+        await streams[0].next()
+        os.kill(engine_pid(engine), signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(EngineDeadError, match="SIGKILL"):
+                await read_to_the_end(stream)
+        assert len(deaths) == 1
+        with pytest.raises(EngineDeadError):
+            engine.check_health()
+        with pytest.raises(EngineDeadError):
+            engine.submit([1], params)
+
+
+def test_killed_front_leaves_no_engine(model_dir, tmp_path):
+    script = tmp_path / "front.py"
+    script.write_text(
+        "import sys, time\n"
+        "from tfserve.config import EngineConfig\n"
+        "from tfserve.engine.engine import Engine\n"
+        f"engine = Engine(EngineConfig(model={str(model_dir)!r}, max_model_len=256, engine_process='on'))\n"
+        "print(engine._link.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    import subprocess
+    import sys
+
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as front:
+        child = psutil.Process(int(front.stdout.readline()))
+        front.kill()
+        front.wait()
+        child.wait(10)
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_start_errors_name_the_setting(model_dir, tmp_path, mode):
+    with pytest.raises(ModelError, match=r"config\.json"):
+        Engine(EngineConfig(model=str(tmp_path), engine_process=mode))
+    with pytest.raises(ConfigError, match="max_model_len") as caught:
+        Engine(config_for(model_dir, num_gpu_blocks_override=3, engine_process=mode))
+    assert caught.value.key == "num_gpu_blocks_override"

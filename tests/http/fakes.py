@@ -1,0 +1,228 @@
+"""An engine that speaks when it is told to: scripted replies, no model, no threads."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from tfserve.config import EngineConfig
+from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
+from tfserve.types import EngineInfo, FinishReason, RequestOutput, SamplingParams, TokenLogprob
+
+VOCAB = 300
+MAX_LEN = 1000
+BOS = 256
+
+
+class FakeTokenizer:
+    """One token per UTF-8 byte; 256 begins a text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b"<s>"
+
+
+class FakeStream:
+    """One request, with `say`, `finish` and `fail` for the test to play the engine."""
+
+    def __init__(self, engine: FakeEngine, request_id: str, prompt: list[int], params: SamplingParams) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.params = params
+        self.num_prompt_tokens = len(prompt)
+        self.aborted = asyncio.Event()
+        self.reads = 0
+        self._engine = engine
+        self._pending: list[RequestOutput] = []
+        self._news = asyncio.Event()
+        self._ended = False
+
+    async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
+        self.reads += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+        except TimeoutError:
+            return None
+        if not self._pending:
+            raise EngineDeadError(self._engine.death)
+        self._news.clear()
+        pending, self._pending = self._pending, []
+        output = pending[-1]
+        output.text = "".join(each.text for each in pending)
+        output.token_ids = [token for each in pending for token in each.token_ids]
+        output.logprobs = [entry for each in pending for entry in each.logprobs or ()] or None
+        if self._engine.death:
+            self._news.set()
+        return output
+
+    def abort(self) -> None:
+        if not self._ended:
+            self.aborted.set()
+            if not self._engine.stuck:
+                self._put([], "", FinishReason.ABORT)
+
+    def say(self, text: str, finish: FinishReason | None = None, tokens: int | None = None) -> None:
+        """Generate `text`, a token per byte (or `tokens` tokens)."""
+        ids = list(text.encode()) if tokens is None else [97] * tokens
+        self._put(ids, text, finish)
+
+    def fail(self, message: str) -> None:
+        self._put([], "", FinishReason.ERROR, message)
+
+    def die(self) -> None:
+        self._ended = True
+        self._news.set()
+
+    def _put(self, ids: list[int], text: str, finish: FinishReason | None, error: str | None = None) -> None:
+        if self._ended:
+            return
+        self._ended = finish is not None
+        top = self.params.logprobs
+        logprobs = None
+        if top is not None:
+            best = tuple((98 + rank, -1.0 - rank) for rank in range(top))
+            logprobs = [TokenLogprob(token, -0.5, best) for token in ids]
+        output = RequestOutput(
+            request_id=self.request_id,
+            text=text,
+            token_ids=ids,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=len(ids),
+            logprobs=logprobs,
+            finish_reason=finish,
+            error=error,
+        )
+        self._pending.append(output)
+        self._news.set()
+
+
+class FakeEngine:
+    """Answers each request with `reply`, word by word, every `step_s`; with `reply=None` the test speaks instead."""
+
+    def __init__(self, config: EngineConfig, reply: str | None = "Hello, wide world", step_s: float = 0.0) -> None:
+        self.config = config
+        self.tokenizer = FakeTokenizer()
+        self.reply = reply
+        self.step_s = step_s
+        self.streams: list[FakeStream] = []
+        self.submitted = asyncio.Event()
+        self.queue_full = False
+        self.stuck = False
+        self.death = ""
+        self.info = fake_info(config)
+        self._callbacks: list[Callable[[str], None]] = []
+        self._speakers: set[asyncio.Task[None]] = set()
+
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> FakeStream:
+        assert request_id is not None
+        assert request_id not in {stream.request_id for stream in self.streams}
+        if self.death:
+            raise EngineDeadError(self.death)
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        for token in ids:
+            if not 0 <= token < VOCAB:
+                raise RequestError("prompt", f"token id {token} is not in the vocabulary [0, {VOCAB})")
+        params.verify(VOCAB)
+        if len(ids) >= MAX_LEN:
+            raise RequestError("prompt", f"the prompt has {len(ids)} tokens", "context_length_exceeded")
+        if self.queue_full:
+            raise QueueFullError("too many requests wait", retry_after_s=2.4)
+        msgspec.msgpack.encode((ids, params))  # the real one sends them to another process
+        stream = FakeStream(self, request_id, ids, params)
+        self.streams.append(stream)
+        self.submitted.set()
+        if self.reply is not None:
+            speaker = asyncio.ensure_future(self._speak(stream, self.reply))
+            self._speakers.add(speaker)
+            speaker.add_done_callback(self._speakers.discard)
+        return stream
+
+    async def _speak(self, stream: FakeStream, reply: str) -> None:
+        words = reply.split(" ")
+        for number, word in enumerate(words):
+            await asyncio.sleep(self.step_s)
+            last = number == len(words) - 1
+            stream.say(word if last else f"{word} ", FinishReason.STOP if last else None)
+
+    def die(self, reason: str) -> None:
+        self.death = reason
+        for stream in self.streams:
+            stream.die()
+        for callback in self._callbacks:
+            callback(reason)
+
+    def check_health(self) -> None:
+        if self.stuck:
+            raise EngineDeadError("no progress for 120 s")
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        self._callbacks.append(callback)
+
+    def shutdown(self, timeout_s: float) -> None:
+        print("fake engine: shutdown", flush=True)
+
+
+def fake_info(config: EngineConfig) -> EngineInfo:
+    return EngineInfo(
+        model=config.model,
+        architecture="FakeForCausalLM",
+        num_parameters=134_500_000,
+        dtype="float32",
+        quantization=None,
+        device="cpu",
+        attention_backend="torch",
+        policy="fcfs",
+        max_model_len=MAX_LEN,
+        max_num_seqs=32,
+        max_num_batched_tokens=512,
+        vocab_size=VOCAB,
+        block_size=32,
+        num_blocks=101,
+        kv_bytes_per_token=1024,
+        threads=2,
+        load_s=0.1,
+    )
+
+
+def load_slowly(config: EngineConfig) -> FakeEngine:
+    """Takes a second, as models do."""
+    time.sleep(1.0)
+    return FakeEngine(config)
+
+
+def load_badly(config: EngineConfig) -> FakeEngine:
+    raise ModelError("model.safetensors is truncated")
+
+
+def load_impossible(config: EngineConfig) -> FakeEngine:
+    raise ConfigError("device", "cuda: no CUDA device here")
+
+
+def load_mortal(config: EngineConfig) -> FakeEngine:
+    """Dies of the token 'kill' in any prompt, from another thread as the real one does."""
+
+    class Mortal(FakeEngine):
+        def submit(self, prompt, params, *, request_id=None):
+            stream = super().submit(prompt, params, request_id=request_id)
+            if b"kill" in bytes(token for token in stream.prompt if token < 256):
+                asyncio.get_running_loop().call_later(0.3, self.die, "killed by signal 9")
+            return stream
+
+    return Mortal(config, reply="word " * 1000, step_s=0.02)
+
+
+def load_chatty(config: EngineConfig) -> FakeEngine:
+    """Speaks for a second per request."""
+    return FakeEngine(config, reply=" ".join(["word"] * 50), step_s=0.02)

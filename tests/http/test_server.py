@@ -1,0 +1,223 @@
+"""A server process from bind to exit code, with a fake engine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+Launch = Callable[..., "ServerProcess"]
+
+
+class ServerProcess:
+    """`serve` in a process; `lines` are what it has printed so far."""
+
+    def __init__(self, loader: str, *settings: str, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        args = [sys.executable, "-m", "tests.http.serve_fake", loader, f"server.port={self.port}", *settings]
+        self.process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.lines: list[str] = []
+
+    def wait_until_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line.startswith("curl "):
+                return
+        raise AssertionError(f"the server left: {self.process.communicate()[1]}")
+
+    def get(self, path: str) -> tuple[int, Any]:
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=5) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    def open_stream(self, prompt: str = "x") -> Any:
+        body = json.dumps({"prompt": prompt, "stream": True}).encode()
+        return urllib.request.urlopen(urllib.request.Request(self.url + "/v1/completions", body), timeout=10)
+
+    def end(self, timeout_s: float = 10) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def launch() -> Iterator[Launch]:
+    servers: list[ServerProcess] = []
+
+    def begin(loader: str, *settings: str, port: int | None = None) -> ServerProcess:
+        servers.append(ServerProcess(loader, *settings, port=port))
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def last_events(stream: Any) -> list[str]:
+    return [line.decode().strip() for line in stream if line.startswith(b"data: ")][-2:]
+
+
+def test_the_banner_tells_what_is_served_and_ends_with_a_curl_line_that_works(launch: Launch) -> None:
+    server = launch("FakeEngine")
+    server.wait_until_ready()
+    text = "\n".join(server.lines)
+    for part in ("tiny", "float32", "cpu", "101 blocks of 32 tokens", "3.2 requests of 1,000", server.url):
+        assert part in text
+    command = shlex.split(server.lines[-1])
+    assert command[:3] == ["curl", "-N", f"{server.url}/v1/chat/completions"]
+    body = command[command.index("-d") + 1].encode()
+    with urllib.request.urlopen(urllib.request.Request(command[2], body), timeout=5) as response:
+        assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+def test_health_is_503_while_loading_and_the_port_is_bound(launch: Launch) -> None:
+    server = launch("load_slowly")
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            assert server.get("/health") == (503, {"status": "loading"})
+            break
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    server.wait_until_ready()
+    assert server.get("/health") == (200, {"status": "ready"})
+
+
+def test_a_port_in_use_is_exit_code_2_before_anything_loads(launch: Launch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, out, err = launch("load_slowly", port=port).end()
+    assert code == 2
+    assert f"server.port: port {port} on 127.0.0.1 is in use" in err
+    assert "Loading" not in out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("loader", "code", "says"), [("load_badly", 1, "truncated"), ("load_impossible", 2, "device: cuda")]
+)
+def test_a_model_that_cannot_be_loaded_is_an_exit_code(launch: Launch, loader: str, code: int, says: str) -> None:
+    returned, _, err = launch(loader).end()
+    assert returned == code
+    assert says in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_open_streams_to_their_end(launch: Launch, number: signal.Signals) -> None:
+    server = launch("load_chatty")
+    server.wait_until_ready()
+    with server.open_stream() as stream:
+        stream.readline()
+        server.process.send_signal(number)
+        time.sleep(0.3)
+        assert server.get("/ready")[0] == 503
+        assert '"finish_reason":"stop"' in (events := last_events(stream))[0]
+        assert events[1] == "data: [DONE]"
+    code, out, _ = server.end()
+    assert code == 0
+    assert "fake engine: shutdown" in out
+
+
+@pytest.mark.parametrize("how", ["timeout", "second signal"])
+def test_a_drain_that_takes_too_long_aborts_the_rest(launch: Launch, how: str) -> None:
+    server = launch("load_chatty", f"server.drain_timeout={0.2 if how == 'timeout' else 60}")
+    server.wait_until_ready()
+    begun = time.monotonic()
+    with server.open_stream() as stream:
+        stream.readline()
+        server.process.terminate()
+        if how == "second signal":
+            time.sleep(0.2)
+            server.process.terminate()
+        events = last_events(stream)
+    assert "shutting down" in events[0]
+    assert events[1] == "data: [DONE]"
+    assert time.monotonic() - begun < 1.5
+    assert server.end()[0] == 0
+
+
+def test_an_idle_server_leaves_at_once(launch: Launch) -> None:
+    server = launch("FakeEngine")
+    server.wait_until_ready()
+    begun = time.monotonic()
+    server.process.terminate()
+    assert server.end()[0] == 0
+    assert time.monotonic() - begun < 2
+
+
+def test_a_server_told_to_stop_while_loading_loads_and_leaves(launch: Launch) -> None:
+    server = launch("load_slowly")
+    assert server.process.stdout is not None
+    assert server.process.stdout.readline().startswith("Loading")
+    server.process.terminate()
+    code, out, err = server.end()
+    assert (code, out) == (0, "fake engine: shutdown\n")
+    assert "Traceback" not in err
+
+
+def test_a_dead_engine_ends_its_streams_and_the_server(launch: Launch) -> None:
+    server = launch("load_mortal")
+    server.wait_until_ready()
+    begun = time.monotonic()
+    seen: list[list[str]] = []
+
+    def read(prompt: str) -> None:
+        with server.open_stream(prompt) as stream:
+            seen.append(last_events(stream))
+
+    readers = [threading.Thread(target=read, args=(prompt,)) for prompt in ("x", "y", "kill")]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert len(seen) == 3
+    for events in seen:
+        assert "killed by signal 9" in events[0]
+        assert events[1] == "data: [DONE]"
+    status, body = server.get("/health")
+    assert status == 503
+    assert "killed by signal 9" in body["status"]
+    assert server.end()[0] == 1
+    assert time.monotonic() - begun < 5
+
+
+def test_the_http_side_does_not_import_torch() -> None:
+    code = "import sys, tfserve.http.server; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_http_side_steps_back_behind_an_engine_process(launch: Launch) -> None:
+    niceness = {}
+    for mode in ("auto", "off"):
+        server = launch("FakeEngine", f"engine_process={mode}")
+        server.wait_until_ready()
+        with open(f"/proc/{server.process.pid}/stat") as stat:
+            niceness[mode] = int(stat.read().rsplit(")", 1)[1].split()[16])
+    assert niceness["auto"] >= niceness["off"] + 10 or niceness["auto"] == 19

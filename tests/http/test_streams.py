@@ -1,0 +1,195 @@
+"""Streams that do not go well: silence, lost clients, slow readers, failures, drains."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+
+from tests.http.conftest import Running, StartServer
+from tests.http.test_answers import events
+from tfserve.types import FinishReason
+
+PLAIN = "/v1/completions"
+
+
+async def open_stream(server: Running, **body: Any) -> Any:
+    """A streaming response whose headers are here, and its engine side."""
+    asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": "x", "stream": True, **body}).__aenter__())
+    await server.engine.submitted.wait()
+    server.engine.submitted.clear()
+    server.engine.streams[-1].say("first")
+    return await asking
+
+
+async def test_silence_is_filled_with_comments(start: StartServer) -> None:
+    server = await start(reply=None, keep_alive_s=0.05)
+    async with server.post(PLAIN, {"prompt": "x", "stream": True}) as response:
+        stream = server.engine.streams[0]
+        for _ in range(3):
+            stream.say("", tokens=1)  # tokens without text are silence too
+            await asyncio.sleep(0.04)
+        stream.say("end", FinishReason.STOP)
+        raw = await response.read()
+    assert 2 <= raw.count(b": keep-alive\n\n") <= 4
+    assert events(raw)[0]["choices"][0]["text"] == "end"
+
+
+async def test_no_comments_while_tokens_flow(start: StartServer) -> None:
+    server = await start(reply="a b c d e f g h", step_s=0.03, keep_alive_s=0.1)
+    async with server.post(PLAIN, {"prompt": "x", "stream": True}) as response:
+        assert b"keep-alive" not in await response.read()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
+async def test_a_client_that_leaves_before_the_first_token_frees_its_request(
+    start: StartServer, streamed: bool, prompt: Any
+) -> None:
+    server = await start(reply=None)
+    asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": prompt, "stream": streamed}).__aenter__())
+    await server.engine.submitted.wait()
+    await asyncio.sleep(0.02)
+    if streamed:
+        (await asking).close()  # its headers came at once
+    else:
+        asking.cancel()
+    for stream in server.engine.streams:
+        await asyncio.wait_for(stream.aborted.wait(), 2)
+    await asyncio.wait_for(server.service.idle.wait(), 2)
+    assert server.service.num_open == 0
+
+
+async def test_a_client_that_leaves_mid_stream_frees_its_request_and_is_logged(
+    start: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    server = await start(reply=None)
+    response = await open_stream(server)
+    assert b"first" in await response.content.readuntil(b"\n\n")
+    response.close()
+    await asyncio.wait_for(server.engine.streams[0].aborted.wait(), 2)
+    await asyncio.wait_for(server.service.idle.wait(), 2)
+    assert [r.getMessage() for r in caplog.records if " 499 in " in r.getMessage()] != []
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+async def test_a_half_read_stream_holds_the_reader_not_the_memory(start: StartServer) -> None:
+    server = await start(reply=None)
+    response = await open_stream(server)
+    stream = server.engine.streams[0]
+    for _ in range(300):  # 30 MB; nobody reads
+        stream.say("x" * 100_000, tokens=1)
+        await asyncio.sleep(0)
+    reads = -1
+    while reads != stream.reads:
+        reads = stream.reads
+        await asyncio.sleep(0.2)
+    assert reads < 200  # the handler waits for the client; the rest stays with the engine's stream
+    stream.say("", FinishReason.STOP)
+    text = "".join(chunk["choices"][0]["text"] for chunk in events(await response.read())[:-1])
+    assert len(text) == len("first") + 30_000_000
+
+
+async def test_a_slow_reader_that_leaves_is_noticed(start: StartServer) -> None:
+    server = await start(reply=None)
+    response = await open_stream(server)
+    for _ in range(300):
+        server.engine.streams[0].say("x" * 100_000, tokens=1)
+        await asyncio.sleep(0)
+    response.close()
+    await asyncio.wait_for(server.engine.streams[0].aborted.wait(), 2)
+
+
+async def test_a_request_that_fails_mid_stream_ends_with_an_error_and_done(start: StartServer) -> None:
+    server = await start(reply=None)
+    response = await open_stream(server)
+    server.engine.streams[0].fail("out of KV blocks")
+    chunks = events(await response.read())
+    assert chunks[0]["choices"][0]["text"] == "first"
+    assert chunks[1]["error"]["message"] == "out of KV blocks"
+    assert chunks[2:] == ["[DONE]"]
+
+
+async def test_a_request_that_fails_whole_is_a_500(start: StartServer) -> None:
+    server = await start(reply=None)
+    asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": ["x", "y"]}).__aenter__())
+    await server.engine.submitted.wait()
+    server.engine.streams[0].fail("out of KV blocks")
+    response = await asking
+    assert response.status == 500
+    assert (await response.json())["error"]["code"] == "generation_failed"
+    await asyncio.wait_for(server.engine.streams[1].aborted.wait(), 2)
+
+
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
+async def test_an_engine_that_dies_mid_stream_ends_every_stream_with_an_error(start: StartServer, prompt: Any) -> None:
+    server = await start(reply=None)
+    responses = [await open_stream(server, prompt=prompt) for _ in range(3)]
+    server.engine.on_death(server.service.die)
+    server.engine.die("killed by signal 9")
+    for response in responses:
+        chunks = events(await response.read())
+        assert chunks[-1] == "[DONE]"
+        assert chunks[-2]["error"]["code"] == "engine_dead"
+        assert "signal 9" in chunks[-2]["error"]["message"]
+    async with server.get("/health") as response:
+        assert response.status == 503
+        assert "signal 9" in (await response.json())["status"]
+    async with server.post(PLAIN, {"prompt": "x"}) as response:
+        assert response.status == 503
+        assert (await response.json())["error"]["code"] == "engine_dead"
+
+
+async def test_an_engine_that_dies_before_a_whole_answer_is_a_503(start: StartServer) -> None:
+    server = await start(reply=None)
+    asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": "x"}).__aenter__())
+    await server.engine.submitted.wait()
+    server.engine.die("killed by signal 9")
+    assert (await asking).status == 503
+
+
+async def test_a_bug_mid_stream_is_a_bare_error_event_and_a_logged_traceback(
+    start: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = await start(reply=None)
+    response = await open_stream(server, logprobs=1)
+    server.engine.tokenizer.token_bytes = None  # type: ignore[method-assign,assignment]
+    server.engine.streams[0].say("next")
+    chunks = events(await response.read())
+    assert chunks[-2]["error"]["message"].startswith("Internal server error")
+    assert chunks[-1] == "[DONE]"
+    assert "Traceback" in caplog.text
+    assert server.engine.streams[0].aborted.is_set()
+
+
+async def test_a_drain_refuses_newcomers_and_lets_streams_finish(start: StartServer) -> None:
+    server = await start(reply=None)
+    response = await open_stream(server)
+    server.service.drain()
+    async with server.post(PLAIN, {"prompt": "x"}) as refused:
+        assert refused.status == 503
+        assert (await refused.json())["error"]["code"] == "draining"
+    async with server.get("/ready") as ready, server.get("/health") as health:
+        assert (ready.status, health.status) == (503, 200)
+    server.engine.streams[0].say(" last", FinishReason.STOP)
+    assert "".join(chunk["choices"][0]["text"] for chunk in events(await response.read())[:-1]) == "first last"
+    await asyncio.wait_for(server.service.idle.wait(), 2)
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
+async def test_aborted_streams_are_told_why_even_if_the_engine_is_stuck(
+    start: StartServer, prompt: Any, stuck: bool
+) -> None:
+    server = await start(reply=None)
+    response = await open_stream(server, prompt=prompt)
+    await response.content.readuntil(b"\n\n")
+    server.engine.stuck = stuck
+    server.service.abort_open("The server is shutting down.")
+    chunks = events(await response.read())
+    assert chunks[-2]["error"]["message"] == "The server is shutting down."
+    assert chunks[-1] == "[DONE]"
+    assert all(stream.aborted.is_set() for stream in server.engine.streams)

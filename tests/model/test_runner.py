@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tfserve.memory.device_pool import DevicePool
+from tfserve.memory.kv_layout import KVLayout
+from tfserve.model.attention.base import PagedKV
+from tfserve.model.attention.torch_backend import TorchBackend
+from tfserve.model.config import load_model_config
+from tfserve.model.decoder import Decoder
+from tfserve.model.loader import load_model
+from tfserve.model.runner import ModelRunner
+from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan, StepResult
+from tfserve.types import SamplingParams
+
+BLOCK_SIZE = 8
+MAX_MODEL_LEN = 256
+TINY = ["tiny_llama3", "tiny_qwen25"]
+
+
+class BreakableBackend(TorchBackend):
+    """The real backend, until it is told to fail."""
+
+    broken = False
+
+    def build(self, *args: Any) -> Any:
+        if self.broken:
+            raise RuntimeError("out of kernels")
+        return super().build(*args)
+
+
+class Driver:
+    """Plays the scheduler: writes plans by hand, with blocks in shuffled order, and keeps every request's tokens."""
+
+    def __init__(self, path: Path, num_blocks: int = 200) -> None:
+        config = load_model_config(path)
+        self.model: Decoder = load_model(path, config, dtype="float32", device="cpu", quantization=None, progress=False)
+        layout = KVLayout.for_device(
+            "cpu",
+            "float32",
+            num_layers=config.num_hidden_layers,
+            block_size=BLOCK_SIZE,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+        self.kv = PagedKV(DevicePool(layout, num_blocks, "cpu").layers())
+        self.backend = BreakableBackend()
+        self.runner = ModelRunner(self.model, self.kv, self.backend, max_num_seqs=8, max_model_len=MAX_MODEL_LEN)
+        order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
+        self.free = [BlockId(block) for block in order.tolist()]
+        self.tokens: dict[int, list[int]] = {}  # by row
+        self.blocks: dict[int, list[BlockId]] = {}
+        self.step = 0
+
+    def enter(self, row: int, tokens: list[int], prompt: int | None = None, **params: Any) -> RowInit:
+        self.tokens[row], self.blocks[row] = list(tokens), []
+        params.setdefault("temperature", 0)
+        num_prompt = len(tokens) if prompt is None else prompt
+        return RowInit(Row(row), f"r{row}", SamplingParams(**params), 0, tuple(tokens), num_prompt)
+
+    def seq(self, row: int, start: int, n: int, sample: bool = True, from_host: bool = True) -> SeqStep:
+        missing = -(-(start + n) // BLOCK_SIZE) - len(self.blocks[row])
+        new = tuple(self.free.pop() for _ in range(missing))
+        self.blocks[row] += new
+        tokens = tuple(self.tokens[row][start : start + n]) if from_host else None
+        return SeqStep(f"r{row}", Row(row), start, n, sample, tokens, new)
+
+    def run(self, *seqs: SeqStep, n_decode: int = 0, entered: tuple = (), released: tuple = ()) -> StepResult:
+        self.step += 1
+        flight = self.runner.launch(StepPlan(Fence(self.step), seqs, n_decode, entered, released))
+        assert flight.ready()
+        assert flight.fence == self.step
+        result = flight.result()
+        sampling = [seq for seq in seqs if seq.sample]
+        for seq, token in zip(sampling, result.tokens, strict=True):
+            self.tokens[seq.row].append(token)
+        return result
+
+    def start(self, row: int, tokens: list[int], sample: bool = True, **params: Any) -> StepResult:
+        entered = (self.enter(row, tokens, **params),)
+        return self.run(self.seq(row, 0, len(tokens), sample), entered=entered)
+
+    def decode(self, *rows: int) -> StepResult:
+        seqs = [self.seq(row, len(self.tokens[row]) - 1, 1, from_host=False) for row in rows]
+        return self.run(*seqs, n_decode=len(rows))
+
+    def release(self, row: int) -> None:
+        self.run(released=(Row(row),))
+        self.free[:0] = self.blocks.pop(row)
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(params=TINY)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def driver(path: Path) -> Driver:
+    return Driver(path)
+
+
+@pytest.fixture
+def reference(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+@torch.inference_mode()
+def reference_logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    return model(torch.tensor([tokens])).logits[0]
+
+
+def check_greedy(driver: Driver, reference: PreTrainedModel, row: int, num_prompt: int) -> None:
+    """Every generated token is the reference's most likely one (or ties with it)."""
+    tokens = driver.tokens[row]
+    assert len(tokens) > num_prompt
+    logits = reference_logits(reference, tokens[:-1])[num_prompt - 1 :]
+    chosen = logits.gather(1, torch.tensor(tokens[num_prompt:])[:, None])[:, 0]
+    torch.testing.assert_close(chosen, logits.max(-1).values, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunks", [[45], [16, 16, 13], [7, 30, 1, 7]], ids=str)
+def test_prefill_in_chunks_then_decode_equals_transformers(
+    driver: Driver, reference: PreTrainedModel, chunks: list[int]
+) -> None:
+    entered = (driver.enter(0, prompt(45)),)
+    start = 0
+    for n in chunks:
+        last = start + n == 45
+        result = driver.run(driver.seq(0, start, n, sample=last), entered=entered)
+        assert len(result.tokens) == last
+        entered, start = (), start + n
+    for _ in range(20):
+        driver.decode(0)
+    check_greedy(driver, reference, 0, 45)
+
+
+def test_logits_equal_transformers_in_a_mixed_step(driver: Driver, reference: PreTrainedModel) -> None:
+    """Two decodes of unequal length, a continued prefill and a fresh prompt in one step, seen through their top 20."""
+    lengths = {0: 50, 1: 3, 2: 40, 3: 21}
+    entered = tuple(driver.enter(row, prompt(n, row), logprobs=20) for row, n in lengths.items())
+    driver.run(driver.seq(0, 0, 50), driver.seq(1, 0, 3), driver.seq(2, 0, 17, sample=False), entered=entered)
+    result = driver.run(
+        driver.seq(1, 3, 1, from_host=False),
+        driver.seq(0, 50, 1, from_host=False),
+        driver.seq(2, 17, 23),
+        driver.seq(3, 0, 21),
+        n_decode=2,
+    )
+    assert len(result.logprobs) == 4
+    for row, logprob in zip((1, 0, 2, 3), result.logprobs, strict=True):
+        assert logprob is not None
+        expected = reference_logits(reference, driver.tokens[row][:-1])[-1].log_softmax(-1)
+        ids, values = zip(*logprob.top, strict=True)
+        torch.testing.assert_close(torch.tensor(values), expected[list(ids)], atol=1e-4, rtol=0)
+        assert logprob.token_id == ids[0] == driver.tokens[row][-1]
+
+
+def test_batched_decode_of_unequal_lengths_equals_transformers(driver: Driver, reference: PreTrainedModel) -> None:
+    lengths = [1, 7, 8, 9, 40, 100, 23, 64]
+    entered = tuple(driver.enter(row, prompt(n, row)) for row, n in enumerate(lengths))
+    driver.run(*(driver.seq(row, 0, n) for row, n in enumerate(lengths)), entered=entered)
+    for _ in range(12):
+        driver.decode(*range(8))
+    for row, n in enumerate(lengths):
+        check_greedy(driver, reference, row, n)
+
+
+def test_a_row_that_re_enters_goes_on_with_the_same_tokens(driver: Driver) -> None:
+    driver.start(0, prompt(30), repetition_penalty=1.3)
+    for _ in range(25):
+        driver.decode(0)
+    expected = driver.tokens[0]
+    driver.release(0)
+
+    driver.start(0, prompt(30), repetition_penalty=1.3)
+    for _ in range(10):
+        driver.decode(0)
+    tokens = driver.tokens[0]
+    driver.release(0)
+    # Somebody else uses the row meanwhile, and then the request comes back on another one, in two chunks.
+    driver.start(0, prompt(60, 9))
+    entered = (driver.enter(5, tokens, prompt=30, repetition_penalty=1.3),)
+    driver.run(driver.seq(5, 0, 32, sample=False), entered=entered)
+    driver.run(driver.seq(5, 32, len(tokens) - 32))
+    while len(driver.tokens[5]) < len(expected):
+        driver.decode(0, 5)
+    assert driver.tokens[5] == expected
+
+
+def test_a_row_that_re_enters_with_its_blocks_needs_no_recompute(driver: Driver) -> None:
+    driver.start(0, prompt(30))
+    for _ in range(10):
+        driver.decode(0)
+    expected = driver.tokens[0]
+
+    driver.release(0)
+    driver.start(0, prompt(30))
+    tokens, blocks = driver.tokens[0], driver.blocks[0]
+    driver.run(released=(Row(0),))
+    entry = driver.enter(3, tokens, prompt=30)
+    driver.blocks[3] = blocks
+    entry = RowInit(entry.row, entry.req, entry.params, 0, entry.token_ids, 30, tuple(blocks))
+    driver.run(driver.seq(3, 30, 1), n_decode=1, entered=(entry,))
+    while len(driver.tokens[3]) < len(expected):
+        driver.decode(3)
+    assert driver.tokens[3] == expected
+
+
+def test_a_failed_step_raises_from_result_and_others_go_on(driver: Driver, reference: PreTrainedModel) -> None:
+    driver.start(0, prompt(20))
+    entered = (driver.enter(1, prompt(9, 1)),)
+    driver.backend.broken = True
+    flight = driver.runner.launch(StepPlan(Fence(99), (driver.seq(1, 0, 9),), 0, entered))
+    assert flight.fence == 99
+    assert flight.ready()
+    with pytest.raises(RuntimeError, match="out of kernels"):
+        flight.result()
+    driver.backend.broken = False
+    driver.release(1)
+
+    entered = (driver.enter(1, prompt(33, 2)),)
+    driver.run(driver.seq(0, 20, 1, from_host=False), driver.seq(1, 0, 33), n_decode=1, entered=entered)
+    for _ in range(5):
+        driver.decode(1, 0)
+    check_greedy(driver, reference, 0, 20)
+    check_greedy(driver, reference, 1, 33)
+
+
+def test_a_sequence_without_room_for_its_tokens_is_refused_before_anything_is_written(tiny_llama3: Path) -> None:
+    driver = Driver(tiny_llama3)
+    entered = (driver.enter(0, prompt(9)),)
+    seq = SeqStep("r0", Row(0), 0, 9, True, tuple(prompt(9)), (BlockId(1),))
+    with pytest.raises(ValueError, match="r0: 1 blocks for 9 tokens"):
+        driver.run(seq, entered=entered)
+    assert not any(pages.any() for layer in driver.kv.layers for pages in layer)
+
+
+def test_a_step_without_sequences_produces_nothing(tiny_llama3: Path) -> None:
+    result = Driver(tiny_llama3).run(released=(Row(3),))
+    assert result.tokens == ()
+    assert result.device_s == 0
+
+
+def test_device_time_is_measured(tiny_llama3: Path) -> None:
+    driver = Driver(tiny_llama3)
+    result = driver.start(0, prompt(20), sample=False)
+    assert result.tokens == ()
+    assert result.device_s > 0
+
+
+def test_nan_in_one_requests_kv_does_not_reach_the_next_owner_of_its_blocks(path: Path) -> None:
+    clean, driver = Driver(path), Driver(path)
+    driver.start(0, prompt(20))
+    for keys, values in driver.kv.layers:
+        keys[driver.blocks[0]] = float("nan")
+        values[driver.blocks[0]] = float("nan")
+    with pytest.raises(FloatingPointError):
+        driver.decode(0)
+    driver.release(0)
+    driver.free.reverse()  # the freed blocks are taken first
+    for each in (clean, driver):
+        each.start(1, prompt(3, seed=9))
+        for _ in range(4):
+            each.decode(1)
+    assert driver.tokens[1] == clean.tokens[1]

@@ -1,0 +1,72 @@
+"""Settings: defaults, files, overrides, and what each mistake is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tfserve.cli import config_from_args, parse_settings
+from tfserve.config import config_from, load_config
+from tfserve.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def test_command_line_beats_file_beats_default(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: demo\nmax_num_seqs: 8\nscheduler:\n  policy: fcfs\n")
+    config = load_config(path, {"max_num_seqs": "4", "server.port": "9000"})
+    assert (config.max_num_seqs, config.scheduler.policy, config.server.port) == (4, "fcfs", 9000)
+    assert config.max_num_batched_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "model: is required"),
+        ({"model": ""}, "model: must name"),
+        ({"model": "m", "max_num_seq": 3}, "max_num_seq: is not a setting; did you mean max_num_seqs?"),
+        ({"model": "m", "scheduler": {"polcy": 1}}, "scheduler.polcy: is not a setting; did you mean scheduler.pol"),
+        ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: Expected `int`"),
+        ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
+        ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: Invalid enum value 'lifo'"),
+        ({"model": "m", "tensor_parallel_size": 2}, "tensor_parallel_size: only 1"),
+        ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization: must be"),
+        ({"model": "m", "server": {"port": 70000}}, "server.port: must be"),
+        ({"model": "m", "server": 3}, "server: Expected"),
+    ],
+)
+def test_mistakes_are_named_with_their_key(tree, message):
+    with pytest.raises(ConfigError) as caught:
+        config_from(tree)
+    assert str(caught.value).startswith(message)
+
+
+def test_file_mistakes_name_the_file(tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("model: [unclosed")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
+        load_config(broken, {})
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml", {})
+    broken.write_text("just a sentence")
+    with pytest.raises(ConfigError, match="must hold"):
+        load_config(broken, {})
+
+
+def test_settings_words_become_a_config():
+    assert parse_settings(["--max-num-seqs", "4", "--server.port=1"]) == {"max_num_seqs": "4", "server.port": "1"}
+    config = config_from_args("some/dir", ["--scheduler.policy", "fcfs", "--debug-checks", "true"])
+    assert (config.model, config.scheduler.policy, config.debug_checks) == ("some/dir", "fcfs", True)
+
+
+@pytest.mark.parametrize("words", [["stray"], ["--key"], ["--a", "--b", "1"]])
+def test_words_that_are_no_settings_are_refused(words):
+    with pytest.raises(ConfigError):
+        parse_settings(words)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_ready_made_configs_load(path):
+    assert load_config(path, {}).model

@@ -1,0 +1,74 @@
+"""The import stack, `cli, http, bench -> engine -> model, memory -> config, types, plan`, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfserve
+
+ROOT = Path(tfserve.__file__).parent
+ALLOWED = {
+    "cli": {"cli", "http", "bench", "engine", "model", "memory", "base"},
+    "http": {"http", "engine", "model", "base"},
+    "bench": {"bench", "engine", "base"},
+    "engine": {"engine", "model", "memory", "base"},
+    "model": {"model", "base"},
+    "memory": {"memory", "base"},
+    "base": {"base"},
+}
+TORCH_FREE = [
+    "tfserve.plan",
+    "tfserve.types",
+    "tfserve.config",
+    "tfserve.cli",
+    "tfserve.engine.engine",
+    "tfserve.engine.scheduler",
+    "tfserve.engine.core",
+    "tfserve.engine.policies",
+    "tfserve.memory.block_pool",
+    "tfserve.memory.kv_manager",
+    "tfserve.http.server",
+    "tfserve.model.tokenizer",
+]
+
+
+def room_of(module: str) -> str:
+    """The room a dotted module name belongs to: its second part, 'cli' for the commands, 'base' for what all share."""
+    part = [*module.split("."), "base"][1]
+    if part in {"cli", "generate", "__main__"}:
+        return "cli"
+    return part if part in ALLOWED else "base"
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name for name in names if name.startswith("tfserve.")}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down_the_stack(path):
+    module = ".".join(("tfserve", *path.relative_to(ROOT).with_suffix("").parts))
+    upward = {name for name in imports_of(path) if room_of(name) not in ALLOWED[room_of(module)]}
+    assert not upward
+
+
+def test_no_file_is_two_nouns():
+    assert [str(path) for path in ROOT.rglob("*.py") if len(path.read_text().splitlines()) > 400] == []
+
+
+def test_what_the_http_process_and_the_policies_import_is_torch_free():
+    code = (
+        f"import sys\nfor name in {TORCH_FREE}: __import__(name)\nprint({{'torch', 'transformers'}} & {{*sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

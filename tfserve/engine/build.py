@@ -1,0 +1,159 @@
+"""Puts an engine together: model, KV pool, runner, scheduler, core. The one place where the rooms meet. Uses torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tfserve.config import EngineConfig
+from tfserve.engine.clock import RealClock
+from tfserve.engine.core import EngineCore
+from tfserve.engine.messages import StepOutputs
+from tfserve.engine.policies import make_policy
+from tfserve.engine.scheduler import Scheduler
+from tfserve.errors import ConfigError
+from tfserve.memory.block_pool import BlockPool
+from tfserve.memory.device_pool import DevicePool
+from tfserve.memory.kv_layout import KVLayout
+from tfserve.memory.kv_manager import KVCacheManager
+from tfserve.model.attention import select_backend
+from tfserve.model.attention.base import PagedKV
+from tfserve.model.config import ModelConfig, load_model_config
+from tfserve.model.loader import load_model
+from tfserve.model.runner import ModelRunner
+from tfserve.model.tokenizer import Tokenizer
+from tfserve.types import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+
+def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tuple[EngineCore, EngineInfo]:
+    """Load everything `config` names; `config.model` is a local directory by now. Raises ConfigError, ModelError."""
+    started_s = time.monotonic()
+    path = Path(config.model)
+    model_config = load_model_config(path)
+    device = _device(config)
+    dtype = _dtype(config, model_config, device)
+    threads = _set_threads(config, device)
+    backend = select_backend(config.attention_backend, device=device, dtype=dtype)
+    block_size = backend.block_size(config.block_size)
+    tokenizer = Tokenizer.from_dir(path)
+    model = load_model(path, model_config, dtype=dtype, device=device, quantization=config.quantization, progress=False)
+    layout = KVLayout.for_device(
+        device,
+        dtype,
+        num_layers=model_config.num_hidden_layers,
+        block_size=block_size,
+        num_kv_heads=model_config.num_key_value_heads,
+        head_dim=model_config.head_dim,
+    )
+    num_blocks = _num_blocks(config, layout, device)
+    max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
+    kv = PagedKV(DevicePool(layout, num_blocks, device).layers())
+    runner = ModelRunner(model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    # A new request's stretch of blocks: enough for its length, but never more than its share of the pool.
+    run_tokens = min(max_model_len, num_blocks * block_size // config.max_num_seqs)
+    manager = KVCacheManager(BlockPool(num_blocks), block_size, run_tokens)
+    scheduler = Scheduler(make_policy(config.scheduler), manager, config.max_num_seqs, config.max_num_batched_tokens)
+    core = EngineCore(
+        scheduler=scheduler,
+        runner=runner,
+        clock=RealClock(),
+        tokenizer=tokenizer,
+        eos_token_ids=model_config.eos_token_ids,
+        seed=config.seed,
+        emit=emit,
+        debug_checks=config.debug_checks,
+    )
+    info = EngineInfo(
+        model=config.served_model_name or config.model,
+        architecture=model_config.architecture,
+        num_parameters=model_config.num_parameters,
+        dtype=dtype,
+        quantization=config.quantization,
+        device=device,
+        attention_backend=backend.name,
+        policy=config.scheduler.policy,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        vocab_size=model_config.vocab_size,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        kv_bytes_per_token=layout.token_bytes,
+        threads=threads,
+        load_s=time.monotonic() - started_s,
+    )
+    return core, info
+
+
+def _device(config: EngineConfig) -> str:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device", "'cuda' was asked for, but torch sees no NVIDIA GPU; use 'cpu' or install its driver"
+        )
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def _dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
+    """`auto` is the checkpoint's own dtype on a GPU and float32 on a CPU, where it is the fastest without AMX."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if device == "cpu" else model.dtype
+
+
+def _set_threads(config: EngineConfig, device: str) -> int:
+    threads = config.threads or len(os.sched_getaffinity(0))
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    return threads
+
+
+def _num_blocks(config: EngineConfig, layout: KVLayout, device: str) -> int:
+    """Blocks in the device pool, the reserved one included."""
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if device == "cpu":
+        budget_bytes = int(config.kv_cache_gib * 2**30)
+        available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if budget_bytes > available_bytes:
+            raise ConfigError(
+                "kv_cache_gib",
+                f"{config.kv_cache_gib} GiB of KV cache do not fit; {available_bytes / 2**30:.1f} are free",
+            )
+    else:
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        budget_bytes = int(free_bytes - (1 - config.gpu_memory_utilization) * total_bytes)
+    num_blocks = budget_bytes // layout.block_bytes
+    if num_blocks < 2:
+        key = "kv_cache_gib" if device == "cpu" else "gpu_memory_utilization"
+        raise ConfigError(
+            key, f"leaves {budget_bytes / 2**20:.0f} MiB for KV; a block takes {layout.block_bytes} bytes"
+        )
+    return int(num_blocks)
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int, block_size: int) -> int:
+    """The longest context: as asked or as the model was made for, and no more than the KV pool can hold."""
+    kv_tokens = (num_blocks - 1) * block_size
+    wanted = config.max_model_len or model.max_position_embeddings
+    if config.max_model_len is not None and wanted > model.max_position_embeddings:
+        raise ConfigError("max_model_len", f"{wanted} is beyond the model's own {model.max_position_embeddings} tokens")
+    if wanted <= kv_tokens:
+        return wanted
+    if config.max_model_len is not None:
+        key = "kv_cache_gib" if config.num_gpu_blocks_override is None else "num_gpu_blocks_override"
+        raise ConfigError(
+            key,
+            f"the KV cache holds {kv_tokens} tokens, one request of max_model_len {wanted} does not fit; raise {key}"
+            f" or lower max_model_len to {kv_tokens}",
+        )
+    logger.warning("max_model_len lowered from %d to %d: the KV cache holds no more", wanted, kv_tokens)
+    return kv_tokens

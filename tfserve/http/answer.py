@@ -1,0 +1,100 @@
+"""From validated prompts to a response, streamed or whole: what chat and plain completions have in common."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from aiohttp import web
+
+from tfserve.http.errors import JSON, ApiError
+from tfserve.http.exchange import Exchange
+from tfserve.http.ports import TokenizerPort
+from tfserve.http.replies import Usage
+from tfserve.http.service import Service
+from tfserve.http.sse import ChunkRenderer, stream_answer
+from tfserve.types import RequestOutput, SamplingParams, TokenLogprob
+
+USAGE = web.RequestKey("usage", Usage)
+"""Where the tokens of an answer are noted on the request, for the access log."""
+
+LONG_TEXT = 32_768
+"""Characters from which a prompt is tokenised in a thread, so that it does not hold up everybody's streams."""
+
+
+@dataclass(slots=True)
+class Result:
+    """All of one choice."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str = ""
+
+    def add(self, output: RequestOutput) -> None:
+        """Append what is new."""
+        self.text.append(output.text)
+        self.logprobs.extend(output.logprobs or ())
+        self.finish_reason = output.finish_reason or ""
+
+
+class Renderer(ChunkRenderer, Protocol):
+    """The words of one endpoint. `id` names the answer."""
+
+    @property
+    def id(self) -> str:
+        """The answer's id; unique."""
+        ...
+
+    def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
+        """The JSON body of an answer that is not streamed."""
+        ...
+
+
+async def read_body(request: web.Request, max_bytes: int) -> bytes:
+    """The whole body. Raises ApiError (413) before reading one that says it is too large, or once it proves to be."""
+    try:
+        if (request.content_length or 0) <= max_bytes:
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        pass
+    message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
+    raise ApiError(413, message, code="body_too_large") from None
+
+
+async def encode(tokenizer: TokenizerPort, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of `text`; a long text is tokenised off the event loop."""
+    if len(text) < LONG_TEXT:
+        return tokenizer.encode(text, add_special_tokens)
+    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+
+
+async def answer(
+    request: web.Request,
+    service: Service,
+    prompts: Sequence[str | Sequence[int]],
+    params: SamplingParams,
+    renderer: Renderer,
+    *,
+    stream: bool,
+) -> web.StreamResponse:
+    """Submit all prompts, or none if one is refused, and answer with their choices."""
+    with service.exchange() as exchange:
+        for index, prompt in enumerate(prompts):
+            exchange.submit(prompt, params, f"{renderer.id}-{index}")
+        try:
+            if stream:
+                return await stream_answer(request, exchange, renderer, service.config.server.keep_alive_s)
+            results = await _collect(exchange, len(prompts))
+            return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
+        finally:
+            request[USAGE] = exchange.usage
+
+
+async def _collect(exchange: Exchange, num_choices: int) -> list[Result]:
+    results = [Result() for _ in range(num_choices)]
+    while not exchange.finished:
+        for index, output in await exchange.next(None):
+            results[index].add(output)
+    return results

@@ -1,0 +1,152 @@
+"""The aiohttp application: routes, and what every request passes through (log, errors, keys)."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+import tfserve
+from tfserve.http.answer import USAGE
+from tfserve.http.chat import ChatEndpoint
+from tfserve.http.completions import CompletionEndpoint
+from tfserve.http.errors import JSON, ApiError, api_error
+from tfserve.http.replies import ModelCard, ModelList
+from tfserve.http.service import Phase, Service
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+REQUEST_ID = web.RequestKey("request_id", str)
+REQUEST_ID_HEADER = "X-Request-Id"
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+"""What is answered without a key: probes have none."""
+
+CLIENT_GONE = 499
+"""nginx's status, in the log only, for a client that went away before its answer was complete."""
+
+
+def create_app(service: Service) -> web.Application:
+    """The application for one Service. Run it with `handler_cancellation=True`, or lost clients go unnoticed."""
+    server = service.config.server
+    app = web.Application(
+        middlewares=[log_requests, report_errors, key_check(server.api_keys)],
+        client_max_size=server.max_body_bytes,
+    )
+    about = AboutEndpoints(service)
+    app.router.add_post("/v1/chat/completions", ChatEndpoint(service).post)
+    app.router.add_post("/v1/completions", CompletionEndpoint(service).post)
+    app.router.add_get("/v1/models", about.models)
+    app.router.add_get("/v1/models/{id:.+}", about.model)
+    app.router.add_get("/health", about.health)
+    app.router.add_get("/ready", about.ready)
+    app.router.add_get("/version", about.version)
+    app.on_response_prepare.append(_echo_request_id)
+    return app
+
+
+class AboutEndpoints:
+    """What the server says about itself."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def models(self, _request: web.Request) -> web.Response:
+        """GET /v1/models."""
+        return _json(ModelList([self._card()]))
+
+    async def model(self, request: web.Request) -> web.Response:
+        """GET /v1/models/{id}; 404 for a model that is not served."""
+        card = self._card()
+        self._service.check_model(request.match_info["id"])
+        return _json(card)
+
+    async def health(self, _request: web.Request) -> web.Response:
+        """GET /health: 503 unless the engine is loaded, alive and making progress."""
+        healthy, status = self._service.health()
+        return _json({"status": status}, 200 if healthy else 503)
+
+    async def ready(self, _request: web.Request) -> web.Response:
+        """GET /ready: 503 unless new requests are admitted."""
+        phase = self._service.phase
+        return _json({"status": phase}, 200 if phase is Phase.READY else 503)
+
+    async def version(self, _request: web.Request) -> web.Response:
+        """GET /version."""
+        return _json({"version": tfserve.__version__})
+
+    def _card(self) -> ModelCard:
+        service = self._service
+        return ModelCard(service.model_name, service.created, service.engine.info.max_model_len)
+
+
+def _json(body: object, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(body), content_type=JSON)
+
+
+@web.middleware
+async def log_requests(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request an id and log one line about it when it ends: no prompts, no keys, no query string."""
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    request[REQUEST_ID] = given if re.fullmatch(r"[!-~]{1,128}", given) else f"req-{uuid.uuid4().hex}"
+    begun = time.monotonic()
+    status = 500
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    except (asyncio.CancelledError, ConnectionError):
+        status = CLIENT_GONE
+        raise
+    finally:
+        usage = request.get(USAGE)
+        tokens = f", {usage.prompt_tokens} + {usage.completion_tokens} tokens" if usage else ""
+        line = (request[REQUEST_ID], request.method, request.rel_url.raw_path, status, time.monotonic() - begun, tokens)
+        # Probes come every few seconds for as long as the server lives.
+        level = logging.DEBUG if request.path in OPEN_PATHS else logging.INFO
+        log.log(level, "%s %s %.200s %d in %.3f s%s", *line)
+
+
+@web.middleware
+async def report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every exception into OpenAI's error object; a lost client is nobody's error."""
+    try:
+        return await handler(request)
+    except ConnectionError:
+        raise
+    except Exception as error:
+        return api_error(error).response()
+
+
+def key_check(api_keys: Sequence[str]) -> Middleware:
+    """Middleware that lets only requests with one of `api_keys` pass; no keys, no check."""
+    expected = [key.encode() for key in api_keys]
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if expected and request.path not in OPEN_PATHS:
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            # All are compared, each in constant time: the time taken tells nothing about any key.
+            matches = [hmac.compare_digest(given.encode(errors="surrogateescape"), key) for key in expected]
+            if scheme.lower() != "bearer" or not any(matches):
+                message = "Missing or wrong API key; send it as 'Authorization: Bearer KEY'."
+                headers = {"WWW-Authenticate": "Bearer"}
+                raise ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers)
+        return await handler(request)
+
+    return check
+
+
+async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    if request_id := request.get(REQUEST_ID):
+        response.headers[REQUEST_ID_HEADER] = request_id

@@ -1,0 +1,83 @@
+"""What the HTTP room needs of an engine, and no more: the real Engine fits, and so does the fake of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from tfserve.config import EngineConfig
+from tfserve.types import EngineInfo, RequestOutput, SamplingParams
+
+
+class TokenizerPort(Protocol):
+    """Text to token ids and back, on the HTTP side."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`."""
+        ...
+
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt text of a conversation, ready for the assistant's answer. Raises RequestError."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; may be part of a UTF-8 character."""
+        ...
+
+
+class StreamPort(Protocol):
+    """One request inside the engine."""
+
+    @property
+    def request_id(self) -> str:
+        """The engine's name for the request."""
+        ...
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, special tokens included."""
+        ...
+
+    async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
+        """Everything new since the last call, merged; None after `timeout_s` of silence. Raises EngineDeadError."""
+        ...
+
+    def abort(self) -> None:
+        """Stop the request and free its KV; `next` then ends with FinishReason.ABORT. Idempotent."""
+        ...
+
+
+class EnginePort(Protocol):
+    """A loaded engine; `submit` belongs to the running event loop."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded and on what."""
+        ...
+
+    @property
+    def tokenizer(self) -> TokenizerPort:
+        """The model's tokenizer."""
+        ...
+
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+    ) -> StreamPort:
+        """Queue a request. Raises RequestError, QueueFullError, EngineDeadError."""
+        ...
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError when the engine is dead or makes no progress."""
+        ...
+
+    def on_death(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` once, from any thread, if the engine dies unexpectedly."""
+        ...
+
+    def shutdown(self, timeout_s: float) -> None:
+        """Abort what is left and stop; blocks up to `timeout_s`."""
+        ...
+
+
+EngineFactory = Callable[[EngineConfig], EnginePort]
+"""Loads a model; blocks for seconds and raises TfserveError."""

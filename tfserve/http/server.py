@@ -1,0 +1,179 @@
+"""The server's life: bind, load, serve, drain. `serve` blocks until it is over and returns the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Awaitable
+
+import msgspec
+from aiohttp import web
+
+from tfserve.config import EngineConfig
+from tfserve.errors import ConfigError, TfserveError
+from tfserve.http.app import create_app
+from tfserve.http.banner import banner
+from tfserve.http.ports import EngineFactory, EnginePort
+from tfserve.http.service import Phase, Service
+
+log = logging.getLogger(__name__)
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+
+NICENESS = 10
+"""How far the HTTP side steps back behind an engine in its own process, whose steps a busy core makes 4-10x slower."""
+
+DEATH_GRACE_S = 1.0
+"""How long a server whose engine died stays, so that streams and health checks get to hear of it."""
+
+GOODBYE_S = 2.0
+"""How long aborted streams have to send their last words."""
+
+ABANDON_LOAD_S = 5.0
+"""How long a server told to stop waits for a model that is still loading, before it leaves without it."""
+
+ENGINE_SHUTDOWN_S = 10.0
+"""How long the engine has to end."""
+
+BACKLOG = 1024
+"""Connections the kernel may hold for us while the event loop is busy."""
+
+
+def serve(config: EngineConfig, engine_factory: EngineFactory | None = None) -> int:
+    """Serve `config.model` until a signal or the engine's death; return the process's exit code.
+
+    0: stopped by SIGTERM or SIGINT. 1: the model could not be loaded or the engine died. 2: a setting cannot be
+    honoured, a port in use among them. `engine_process: auto` means a process of its own here. `engine_factory` makes
+    the engine; tests give their own.
+    """
+    if config.engine_process == "auto":
+        config = msgspec.structs.replace(config, engine_process="on")
+    try:
+        return asyncio.run(_Server(config, engine_factory or _load_engine).run())
+    except ConfigError as error:
+        print(f"tfserve: {error}", file=sys.stderr)
+        return EXIT_CONFIG
+    except TfserveError as error:
+        print(f"tfserve: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _load_engine(config: EngineConfig) -> EnginePort:
+    # Imported in the loading thread, so that the server answers /health before this takes its time.
+    from tfserve.engine.engine import Engine
+
+    return Engine(config)
+
+
+class _Server:
+    """One run of the server."""
+
+    def __init__(self, config: EngineConfig, load: EngineFactory) -> None:
+        self._config = config
+        self._load = load
+        self._engine: EnginePort | None = None
+        self._service = Service(config)
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    async def run(self) -> int:
+        """Bind first (a taken port costs no load), answer while loading, serve, drain. Raises TfserveError."""
+        loop = asyncio.get_running_loop()
+        app = create_app(self._service)
+        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=GOODBYE_S)
+        await runner.setup()
+        try:
+            url = await self._bind(runner)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._on_signal)
+            await self._load_engine()
+            if self._engine is not None and not self._stop.is_set():
+                self._go_live(self._engine, url)
+                await self._serve()
+        finally:
+            await runner.cleanup()
+            if self._engine is not None:
+                await asyncio.to_thread(self._engine.shutdown, ENGINE_SHUTDOWN_S)
+        return EXIT_FAILED if self._service.phase is Phase.DEAD else EXIT_OK
+
+    async def _bind(self, runner: web.AppRunner) -> str:
+        """Listen; return the URL to reach the server at. Raises ConfigError."""
+        server = self._config.server
+        try:
+            await web.TCPSite(runner, server.host, server.port, backlog=BACKLOG).start()
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                wish = "is in use; stop the program that uses it or choose another port"
+                raise ConfigError("server.port", f"port {server.port} on {server.host} {wish}") from None
+            reason = error.strerror or str(error)
+            raise ConfigError("server.host", f"cannot listen on {server.host} port {server.port}: {reason}") from None
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+        port = runner.addresses[0][1]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _on_signal(self) -> None:
+        (self._stop_now if self._stop.is_set() else self._stop).set()
+
+    async def _load_engine(self) -> None:
+        """Load in a daemon thread, which cannot hold up a process that is told to stop and leaves without an engine."""
+        loop = asyncio.get_running_loop()
+        loading: asyncio.Future[EnginePort] = loop.create_future()
+
+        def load() -> None:
+            try:
+                settle = functools.partial(loading.set_result, self._load(self._config))
+            except BaseException as error:
+                settle = functools.partial(loading.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop has ended: we left without the model
+                loop.call_soon_threadsafe(settle)
+
+        print(f"Loading {self._config.model} ...", flush=True)
+        threading.Thread(target=load, name="tfserve-load", daemon=True).start()
+        await _first(loading, self._stop.wait())
+        if self._stop.is_set():
+            await _first(loading, self._stop_now.wait(), timeout_s=ABANDON_LOAD_S)
+        if loading.done():
+            self._engine = loading.result()
+
+    def _go_live(self, engine: EnginePort, url: str) -> None:
+        loop = asyncio.get_running_loop()
+
+        def die(reason: str) -> None:
+            loop.call_soon_threadsafe(self._service.die, reason)
+
+        engine.on_death(die)
+        if self._config.engine_process != "off":
+            os.nice(NICENESS)  # only now: the engine's process would have inherited it
+        self._service.ready(engine)
+        print(banner(engine.info, self._service, url), flush=True)
+
+    async def _serve(self) -> None:
+        """Until a signal, then drain; or until the engine's death."""
+        service = self._service
+        await _first(self._stop.wait(), service.died.wait())
+        if not service.died.is_set():
+            service.drain()
+            log.info("Draining %d open requests; a second signal aborts them", service.num_open)
+            timeout_s = self._config.server.drain_timeout
+            await _first(service.idle.wait(), self._stop_now.wait(), service.died.wait(), timeout_s=timeout_s)
+            service.abort_open("The server is shutting down.")
+            await _first(service.idle.wait(), service.died.wait(), timeout_s=GOODBYE_S)
+        if service.died.is_set():
+            log.error("The engine has died; leaving")
+            await asyncio.sleep(DEATH_GRACE_S)
+
+
+async def _first(*waits: Awaitable[object], timeout_s: float | None = None) -> None:
+    """Return when the first of `waits` is done or after `timeout_s`; the other coroutines are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        if isinstance(task, asyncio.Task):
+            task.cancel()

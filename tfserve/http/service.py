@@ -1,0 +1,112 @@
+"""What the server is doing (loading, ready, draining, dead) and the requests that are open."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import time
+from collections.abc import Iterator
+
+from tfserve.config import EngineConfig
+from tfserve.errors import EngineDeadError
+from tfserve.http.errors import ApiError, unavailable
+from tfserve.http.exchange import Exchange
+from tfserve.http.ports import EnginePort
+
+
+class Phase(enum.StrEnum):
+    """The server's life: LOADING -> READY -> DRAINING; the engine may make it DEAD at any time."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+class Service:
+    """The engine behind the API: admits requests while it is ready and knows which are open."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.model_name = config.served_model_name or os.path.basename(os.path.abspath(config.model))
+        self.created = int(time.time())
+        self.phase = Phase.LOADING
+        self.died = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._death = ""
+        self._loaded: EnginePort | None = None
+        self._open: set[Exchange] = set()
+
+    def ready(self, engine: EnginePort) -> None:
+        """Start to admit requests."""
+        self._loaded = engine
+        if self.phase is Phase.LOADING:
+            self.phase = Phase.READY
+
+    def drain(self) -> None:
+        """Admit no more requests; the open ones go on."""
+        if self.phase is not Phase.DEAD:
+            self.phase = Phase.DRAINING
+
+    def die(self, reason: str) -> None:
+        """The engine has died; its streams end by themselves."""
+        self.phase = Phase.DEAD
+        self._death = reason
+        self.died.set()
+
+    @property
+    def engine(self) -> EnginePort:
+        """The engine, to those who come with a request. Raises ApiError (503) unless READY."""
+        match self.phase:
+            case Phase.DRAINING:
+                raise unavailable("The server is shutting down.", "draining")
+            case Phase.DEAD:
+                raise unavailable(f"The engine has died: {self._death}", "engine_dead")
+        if self._loaded is None:
+            raise unavailable("The model is still loading; try again soon.", "loading", retry_after_s=1)
+        return self._loaded
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError (404) unless `name` is the served model; None means whatever is served."""
+        if name is not None and name != self.model_name:
+            message = f"The model {name!r} does not exist; this server serves {self.model_name!r}."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def health(self) -> tuple[bool, str]:
+        """Whether the engine lives and progresses, and in what phase it is or what is wrong with it."""
+        if self.phase is Phase.DEAD:
+            return False, f"dead: {self._death}"
+        if self._loaded is None:
+            return False, self.phase
+        try:
+            self._loaded.check_health()
+        except EngineDeadError as error:
+            return False, f"dead: {error}"
+        return True, self.phase
+
+    @property
+    def num_open(self) -> int:
+        """API requests being answered by the engine now."""
+        return len(self._open)
+
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[Exchange]:
+        """A place for one API request's streams; what is unfinished on the way out, however it comes, is aborted."""
+        exchange = Exchange(self.engine)
+        self._open.add(exchange)
+        self.idle.clear()
+        try:
+            yield exchange
+        finally:
+            exchange.close()
+            self._open.remove(exchange)
+            if not self._open:
+                self.idle.set()
+
+    def abort_open(self, reason: str) -> None:
+        """Abort every open request; their clients are told `reason`."""
+        for exchange in tuple(self._open):
+            exchange.abort(reason)

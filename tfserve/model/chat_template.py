@@ -1,0 +1,109 @@
+"""Chat templates: from messages to the prompt text the model was trained on. Torch-free.
+
+The environment is the one Hugging Face documents for chat templates (transformers `utils/chat_template_utils.py`):
+checkpoints carry templates written for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.nodes
+import jinja2.parser
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tfserve.errors import ModelError, RequestError
+
+
+class ChatTemplate:
+    """One compiled template, with the model's special tokens (`bos_token`, ...) in its scope.
+
+    Raises ModelError if `source` is not a template.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"chat template, line {error.lineno}: {error.message}; correct it or remove it") from None
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any) -> str:
+        """The prompt text. Content given as text parts is joined by newlines.
+
+        Raises RequestError for other content parts and for conversations that the template rejects.
+        """
+        scope = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
+        chat = [_flatten(message, index) for index, message in enumerate(messages)]
+        try:
+            return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **scope)
+        except Exception as error:  # a template is a program: a conversation it was not written for may raise anything
+            raise RequestError("messages", f"the model's chat template rejected the messages: {error}") from None
+
+
+def read_chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
+    """A checkpoint's template: chat_template.jinja, else `chat_template` of its tokenizer_config.json, else None."""
+    path = model_dir / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    stored = config.get("chat_template")
+    if isinstance(stored, list):
+        stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
+    return stored
+
+
+def _flatten(message: Mapping[str, Any], index: int) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise RequestError("messages", f"messages[{index}].content: this model reads text parts only, got {kind!r}")
+    return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}`: marks the assistant's text for training; here its body is simply rendered."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2's own way to declare tags
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=lineno)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as models saw it in training; jinja2's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)

@@ -1,0 +1,144 @@
+"""The tensors of a Hugging Face safetensors checkpoint, verified before the first one is used."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tfserve.errors import ModelError
+from tfserve.model.config import ModelConfig
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
+_INV_FREQ = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old transformers saved; computed here
+
+
+class Checkpoint:
+    """Named tensors of one file or of the shards that an index names; a context manager, as the files stay open.
+
+    Opening raises ModelError for files that are missing, truncated or not safetensors.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        self._dir = model_dir
+        self._open_files = ExitStack()
+        self._file_of: dict[str, Any] = {}  # tensor name to the open file that holds it
+        self._path_of: dict[str, Path] = {}
+        for path in _weight_files(model_dir):
+            file = self._open(path)
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                self._file_of[name] = file
+                self._path_of[name] = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._open_files.close()
+
+    def verify(self, config: ModelConfig) -> None:
+        """Raise ModelError unless the checkpoint holds exactly the tensors of `config`, in their shapes, as floats."""
+        expected = expected_shapes(config)
+        found = {name for name in self._file_of if not _INV_FREQ.fullmatch(name)}
+        if config.tie_word_embeddings:
+            found.discard("lm_head.weight")
+        if missing := [name for name in expected if name not in found]:
+            raise self._mismatch("lacks", missing)
+        if unexpected := sorted(found - expected.keys()):
+            raise self._mismatch("holds unexpected", unexpected)
+        for name, shape in expected.items():
+            view = self._file_of[name].get_slice(name)
+            if tuple(view.get_shape()) != shape:
+                raise ModelError(
+                    f"{self._path_of[name]}: {name} has shape {list(view.get_shape())}, but config.json makes it "
+                    f"{list(shape)}: weights and config.json are of different models"
+                )
+            if view.get_dtype() not in _FLOAT_DTYPES:
+                raise ModelError(
+                    f"{self._path_of[name]}: {name} has dtype {view.get_dtype()}; supported: "
+                    f"{', '.join(sorted(_FLOAT_DTYPES))}. Give the unquantised checkpoint"
+                )
+
+    def get(self, name: str) -> Tensor:
+        """The tensor `name` on the CPU in the file's dtype; it may share memory with the file: copy what is kept."""
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
+        except (SafetensorError, OSError) as error:
+            size = path.stat().st_size
+            raise ModelError(
+                f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); download it again"
+            ) from None
+
+    def _mismatch(self, verb: str, names: list[str]) -> ModelError:
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return ModelError(
+            f"{self._dir}: the checkpoint {verb} {shown}: its weights and config.json are of different models, "
+            "or a file is missing"
+        )
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of `config` must hold."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    linears = {
+        "self_attn.q_proj": (config.q_size, hidden, config.qkv_bias),
+        "self_attn.k_proj": (config.kv_size, hidden, config.qkv_bias),
+        "self_attn.v_proj": (config.kv_size, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, config.q_size, config.o_bias),
+        "mlp.gate_proj": (inter, hidden, config.mlp_bias),
+        "mlp.up_proj": (inter, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inter, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (hidden,)
+        for name, (rows, columns, has_bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+    return shapes
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    if (model_dir / SINGLE_FILE).is_file():
+        return [model_dir / SINGLE_FILE]
+    index = model_dir / INDEX_FILE
+    if not index.is_file():
+        others = sorted(path.name for path in model_dir.glob("*") if path.suffix in {".bin", ".gguf", ".pth"})
+        hint = f"; {', '.join(others[:3])} cannot be read: convert to safetensors" if others else ""
+        raise ModelError(f"no weights in {model_dir}: expected {SINGLE_FILE} or {INDEX_FILE}{hint}")
+    shards = [model_dir / name for name in sorted(set(_weight_map(index).values()))]
+    if absent := [shard.name for shard in shards if not shard.is_file()]:
+        raise ModelError(f"{index} names {', '.join(absent)}, which is not there: download the checkpoint again")
+    return shards
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index} is not a safetensors index ({error!r}); download it again") from None
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{index}: weight_map must map tensor names to files; download it again")
+    return weight_map

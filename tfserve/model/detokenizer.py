@@ -1,0 +1,100 @@
+"""Tokens to text while they arrive: never half a character, never a stop string or anything behind it. Torch-free."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from tfserve.model.tokenizer import Tokenizer
+from tfserve.types import SamplingParams
+
+
+class Detokenizer:
+    """Text of one growing sequence. The engine finds stop strings with it and the HTTP side makes text with it.
+
+    However the tokens are grouped into pushes, the text, `stopped` and `tokens_used` come out the same: tokens are
+    looked at one by one, and a stop string is found at the first token that completes one (the one that begins first,
+    if a token completes several). A stop string complete within the first `min_tokens` tokens is text. All pieces
+    together equal `Tokenizer.decode` of all tokens, cut before the stop string; only in a malformed run of
+    SentencePiece byte tokens, which decode turns into U+FFFD as a whole, do good characters stay: they were shown.
+    Cost is linear in the number of tokens.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = (), skip_special_tokens: bool = True, min_tokens: int = 0
+    ) -> None:
+        self.stopped: str | None = None
+        self.tokens_used = 0
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._skipped: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._min_tokens = min_tokens
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._leading_spaces = tokenizer.leading_spaces
+        self._held = ""
+        self._exempt = 0  # characters at the start of _held that belong to the first min_tokens tokens
+
+    @classmethod
+    def for_params(cls, tokenizer: Tokenizer, params: SamplingParams) -> Detokenizer:
+        """The detokenizer a request asks for: its stop strings, min_tokens and skip_special_tokens."""
+        return cls(
+            tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens
+        )
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Take tokens; the text that is now certain: whole characters that cannot be the start of a stop string.
+
+        `stopped` is the stop string found, if any, and `tokens_used` how many of all pushed tokens it took to complete
+        it (all of them while there is none). Tokens pushed after that are ignored.
+        """
+        if not self._stop:
+            self.tokens_used += len(token_ids)
+            return self._utf8.decode(b"".join([self._bytes(token_id) for token_id in token_ids]))
+        pieces = []
+        for token_id in token_ids:
+            if self.stopped is not None:
+                break
+            self.tokens_used += 1
+            pieces.append(self._screen(self._utf8.decode(self._bytes(token_id))))
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """The text still held back; an unfinished character becomes U+FFFD. Nothing may be pushed afterwards."""
+        rest = self._held if self.stopped is not None else self._held + self._utf8.decode(b"", final=True)
+        self._held = ""
+        return rest
+
+    def _bytes(self, token_id: int) -> bytes:
+        if token_id in self._skipped:
+            return b""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._leading_spaces and data:
+            stripped = data.lstrip(b" ")
+            data = data[min(self._leading_spaces, len(data) - len(stripped)) :]
+            self._leading_spaces = 0
+        return data
+
+    def _screen(self, text: str) -> str:
+        """Add `text` to what is held, look for stop strings in it, and give what is certain."""
+        held = self._held + text
+        if self.tokens_used <= self._min_tokens:
+            self._exempt = len(held)
+        hits = [(held.find(stop, max(0, self._exempt - len(stop) + 1)), stop) for stop in self._stop]
+        first = min((hit for hit in hits if hit[0] >= 0), key=lambda hit: hit[0], default=None)
+        if first is not None:
+            self._held, self.stopped = "", first[1]
+            return held[: first[0]]
+        certain = len(held) - max(_overlap(held, stop) for stop in self._stop)
+        self._held = held[certain:]
+        self._exempt = max(0, self._exempt - certain)
+        return held[:certain]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop`, not complete in it, begins."""
+    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while start >= 0:
+        if stop.startswith(text[start:]):
+            return len(text) - start
+        start = text.find(stop[0], start + 1)
+    return 0

@@ -1,0 +1,252 @@
+"""Turn a GGUF file of Llama or Qwen2 architecture into a Hugging Face checkpoint directory.
+
+Torch-free: tensors are dequantised with the `gguf` package one at a time and streamed into one safetensors file, so
+that memory holds a single tensor. The names and the permutation undone here are those of llama.cpp's
+`convert_hf_to_gguf.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from tfserve.errors import ModelError
+from tfserve.model.gguf_file import GgufFile
+from tfserve.model.gguf_tokenizer import write_tokenizer
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+_HF_CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_STORED_DTYPE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def import_gguf(file: Path, out_dir: Path, *, progress: bool = True, dtype: DType = "auto") -> Path:
+    """Convert `file` into a Hugging Face checkpoint directory `out_dir` (made here; must not exist, or be empty).
+
+    `dtype` is what the weights are stored in; "auto" keeps the file's own float type and gives bfloat16 for quantised
+    ones. The directory appears under its name only when it is complete. Returns `out_dir`. Raises ModelError for an
+    architecture, tokenizer or tensor it does not know, and for damaged files.
+    """
+    source = GgufFile(file)
+    if source.architecture not in _HF_CLASS:
+        known = ", ".join(sorted(_HF_CLASS))
+        raise ModelError(f"{file} has architecture {source.architecture!r}; only {known} can be imported")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ModelError(f"{out_dir} already exists; choose another directory, or delete it first")
+    stored = _stored_dtype(source) if dtype == "auto" else dtype
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
+    try:
+        config = _model_config(source, stored)
+        _write_json(staging / "config.json", config)
+        _write_json(staging / "generation_config.json", _token_ids(source))
+        write_tokenizer(source, staging)
+        _write_weights(source, staging / "model.safetensors", stored, progress=progress)
+        staging.chmod(0o755)  # mkdtemp makes it private to the user
+        staging.replace(out_dir)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return out_dir
+
+
+def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
+    """Hugging Face's config.json in the spelling that every release of transformers reads."""
+    hidden = source.require_hyper("embedding_length")
+    heads = source.require_hyper("attention.head_count")
+    head_dim = source.hyper("attention.key_length", hidden // heads)
+    rotary = source.hyper("rope.dimension_count", head_dim)
+    if rotary != head_dim:
+        raise ModelError(
+            f"{source.path} rotates {rotary} of {head_dim} dimensions per head; only full rotation is known"
+        )
+    config = {
+        "architectures": [_HF_CLASS[source.architecture]],
+        "model_type": source.architecture,
+        "torch_dtype": dtype,
+        "vocab_size": source.shape("token_embd.weight")[0],
+        "hidden_size": hidden,
+        "intermediate_size": source.require_hyper("feed_forward_length"),
+        "num_hidden_layers": source.require_hyper("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": source.hyper("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": source.require_hyper("context_length"),
+        "rms_norm_eps": _shortest(source.require_hyper("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(source.hyper("rope.freq_base", 10000.0)),
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in source.tensor_names,
+        **_token_ids(source),
+    }
+    if source.architecture == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in source.tensor_names
+    scaling = _rope_scaling(source, head_dim, config["rope_theta"])
+    if scaling:
+        config["rope_scaling"] = scaling
+    return config
+
+
+def _token_ids(source: GgufFile) -> dict[str, Any]:
+    """Special token ids; several ways to end (Llama 3's end of text and end of turn) become a list."""
+    ids: dict[str, Any] = {}
+    for name, key in (("bos", "bos"), ("pad", "padding")):
+        token_id = source.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            ids[f"{name}_token_id"] = token_id
+    ends = [source.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    unique = list(dict.fromkeys(end for end in ends if end is not None))
+    if unique:
+        ids["eos_token_id"] = unique if len(unique) > 1 else unique[0]
+    return ids
+
+
+def _rope_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
+    if _ROPE_FACTORS in source.tensor_names:
+        return _llama3_scaling(source, head_dim, theta)
+    kind = source.hyper("rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise ModelError(f"{source.path} scales rotary positions by {kind!r}; known are none, linear, yarn and llama3")
+    scaling = {"rope_type": kind, "factor": _shortest(source.require_hyper("rope.scaling.factor"))}
+    if kind == "yarn":
+        scaling["original_max_position_embeddings"] = source.require_hyper("rope.scaling.original_context_length")
+    return scaling
+
+
+def _llama3_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
+    """Find the llama3 rope_scaling behind `rope_freqs.weight`, which holds what each inverse frequency is divided by.
+
+    Every Llama 3.1 to 3.3 uses the same thresholds and differs in the factor only, so they are tried and verified.
+    """
+    divisors = source.tensor(_ROPE_FACTORS)
+    factor = round(float(divisors.max()), 4)
+    if factor == 1.0:
+        return None
+    low, high, original = 1.0, 4.0, 8192
+    inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    turns = original * inv_freq / (2 * math.pi)  # rotations within the original context
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    expected = 1.0 / ((1.0 - smooth) / factor + smooth)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+        raise ModelError(
+            f"{source.path}: {_ROPE_FACTORS} does not follow Llama 3.1's rope scaling; use the Hugging Face checkpoint"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _tensor_names(source: GgufFile) -> dict[str, str]:
+    """GGUF name to Hugging Face name, in file order. Raises ModelError for an unknown or missing tensor."""
+    names = {}
+    for name in source.tensor_names:
+        if name == _ROPE_FACTORS:
+            continue
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if match is None or match[2] not in _MODULES:
+            raise ModelError(f"{source.path} holds tensor {name!r}, which no {source.architecture} decoder here uses")
+        layer, module, kind = match.groups()
+        prefix = f"model.layers.{layer}." if layer is not None else ""
+        names[name] = f"{prefix}{_MODULES[module]}.{kind}"
+    missing = set(_required_tensors(source)) - names.keys()
+    if missing:
+        raise ModelError(f"{source.path} lacks {len(missing)} tensors, such as {min(missing)!r}; it is incomplete")
+    return names
+
+
+def _required_tensors(source: GgufFile) -> Iterator[str]:
+    yield from ("token_embd.weight", "output_norm.weight")
+    per_layer = [f"{module}.weight" for module in _MODULES if module.startswith(("attn_", "ffn_"))]
+    if source.architecture == "qwen2":
+        per_layer += [f"attn_{part}.bias" for part in "qkv"]
+    for layer in range(source.require_hyper("block_count")):
+        yield from (f"blk.{layer}.{name}" for name in per_layer)
+
+
+def _write_weights(source: GgufFile, path: Path, dtype: str, *, progress: bool) -> None:
+    """Stream all tensors into one safetensors file: header length (8 bytes), JSON header, then the data."""
+    names = _tensor_names(source)
+    itemsize = 4 if dtype == "float32" else 2
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, hf_name in names.items():
+        shape = source.shape(name)
+        start, end = end, end + math.prod(shape) * itemsize
+        header[hf_name] = {"dtype": _SAFETENSORS_DTYPE[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts on a multiple of 8, as readers that map the file want it
+    bar = tqdm(total=end, unit="B", unit_scale=True, desc="converting weights", disable=not progress)
+    with path.open("wb") as out, bar:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            bar.update(out.write(_encode(_as_hf(source, name), dtype).data))
+
+
+def _as_hf(source: GgufFile, name: str) -> npt.NDArray[np.float32]:
+    """One tensor with Hugging Face's row order.
+
+    llama.cpp stores the rows of Llama's q and k so that rotary pairs are neighbours; Hugging Face keeps the two halves
+    of a head apart. Qwen2 is stored as it is.
+    """
+    values = source.tensor(name)
+    if source.architecture != "llama" or not re.search(r"\.attn_[qk]\.", name):
+        return values
+    heads = source.require_hyper("attention.head_count")
+    if ".attn_k." in name:
+        heads = source.hyper("attention.head_count_kv", heads)
+    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _encode(values: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """Values in `dtype`; bfloat16, which numpy lacks, as uint16 rounded to nearest even."""
+    if dtype == "float32":
+        return np.ascontiguousarray(values, dtype="<f4")
+    if dtype == "float16":
+        return np.ascontiguousarray(values, dtype="<f2")
+    bits = np.ascontiguousarray(values, dtype="<f4").view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+
+
+def _stored_dtype(source: GgufFile) -> str:
+    return _STORED_DTYPE.get(source.type_name("blk.0.attn_q.weight"), "bfloat16")
+
+
+def _shortest(value: float) -> float:
+    """A float32 from the file as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")

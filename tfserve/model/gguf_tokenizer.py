@@ -1,0 +1,158 @@
+"""The tokenizer inside a GGUF file, rebuilt as Hugging Face `tokenizer.json` and `tokenizer_config.json`.
+
+Built with the `tokenizers` library from the stored tokens, merges and token types. Going through transformers' GGUF
+conversion would lose the pre-tokenizer, which GGUF stores only as a name (`tokenizer.ggml.pre`): SmolLM2 would then
+cut numbers wrongly.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from tfserve.errors import ModelError
+from tfserve.model.gguf_file import GgufFile
+
+
+class TokenType(enum.IntEnum):
+    """Values of `tokenizer.ggml.token_type` (llama.cpp's `llama_token_type`) that matter for byte-level BPE."""
+
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Splitter:
+    """What a `tokenizer.ggml.pre` name stands for."""
+
+    pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+def _words(max_digits: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+    """Llama 3's and Qwen2's way to cut text; they differ in how many digits may stand together."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        rf"\p{{N}}{max_digits}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+_LLAMA3 = Splitter(_words("{1,3}"), ignore_merges=True, add_bos=True)
+_QWEN2 = Splitter(_words(""), nfc=True)
+
+SPLITTERS = {
+    "gpt-2": Splitter(_gpt2),
+    "smollm": Splitter(_digits_then_gpt2),
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+"""By `tokenizer.ggml.pre`. "default" is not here: it means that the converter did not know how the text is cut."""
+
+
+def build_tokenizer(source: GgufFile) -> Tokenizer:
+    """Rebuild the tokenizer of a GGUF file; ids equal the file's. Raises ModelError for kinds it does not know."""
+    splitter = _splitter(source)
+    tokens: list[str] = source.require("tokenizer.ggml.tokens")
+    types: list[int] = source.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    if len(types) != len(tokens):
+        raise ModelError(f"{source.path} holds {len(tokens)} tokens but {len(types)} token types; it is damaged")
+    # The search starts at 1 because a merge's first half may itself begin with a space.
+    merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in source.require("tokenizer.ggml.merges")]
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
+
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter.ignore_merges))
+    if splitter.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = splitter.pre_tokenizer()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = _post_processor(source, tokens, splitter)
+    special = [_verbatim(token) for i, token in enumerate(tokens) if types[i] == TokenType.CONTROL]
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([_verbatim(token) for i, token in enumerate(tokens) if types[i] == TokenType.USER_DEFINED])
+    return tokenizer
+
+
+def write_tokenizer(source: GgufFile, out_dir: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template, if there is one) into `out_dir`."""
+    build_tokenizer(source).save(str(out_dir / "tokenizer.json"))
+    (out_dir / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(source), indent=2, ensure_ascii=False))
+
+
+def _splitter(source: GgufFile) -> Splitter:
+    kind = source.require("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ModelError(
+            f"{source.path} has a tokenizer of kind {kind!r} (SentencePiece, as in Llama 2); only byte-level BPE "
+            "('gpt2', as in Llama 3, Qwen2 and SmolLM2) can be imported: use its Hugging Face checkpoint instead"
+        )
+    pre = source.get("tokenizer.ggml.pre", "default")
+    if pre not in SPLITTERS:
+        raise ModelError(
+            f"{source.path}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(SPLITTERS))}. Text would be "
+            "cut wrongly with a guess: use the model's Hugging Face checkpoint, or a GGUF file that names one of these"
+        )
+    return SPLITTERS[pre]
+
+
+def _verbatim(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False)
+
+
+def _adds_bos(source: GgufFile, splitter: Splitter) -> bool:
+    return bool(source.get("tokenizer.ggml.add_bos_token", splitter.add_bos))
+
+
+def _post_processor(source: GgufFile, tokens: list[str], splitter: Splitter) -> processors.PostProcessor:
+    byte_level = processors.ByteLevel(trim_offsets=False)
+    bos_id = source.get("tokenizer.ggml.bos_token_id")
+    if bos_id is None or not _adds_bos(source, splitter):
+        return byte_level
+    bos = tokens[bos_id]
+    template = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
+    )
+    return processors.Sequence([byte_level, template])
+
+
+def _tokenizer_config(source: GgufFile) -> dict[str, Any]:
+    tokens = source.require("tokenizer.ggml.tokens")
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": source.require_hyper("context_length"),
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token_id = source.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            config[f"{name}_token"] = tokens[token_id]
+    template = source.get("tokenizer.chat_template")
+    if template:
+        config["chat_template"] = template
+    return config

@@ -1,0 +1,163 @@
+"""One linear layer, and the three ways it can hold its weight: as it comes, packed for the CPU, or int8."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal, Protocol
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from tfserve.errors import ConfigError
+
+WeightKind = Literal["plain", "packed", "int8"]
+
+
+class WeightFormat(msgspec.Struct, frozen=True):
+    """How a model holds its linear weights: `kind`, the dtype it computes in, and the device."""
+
+    kind: WeightKind
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def choose(cls, dtype: torch.dtype, device: torch.device, quantization: str | None) -> WeightFormat:
+        """The fastest format this machine has for what is asked. Raises ConfigError for int8 it cannot compute."""
+        if quantization == "int8":
+            _require_int8(dtype, device)
+            return cls("int8", dtype, device)
+        has_onednn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        packs = has_onednn and device.type == "cpu" and dtype == torch.float32
+        return cls("packed" if packs else "plain", dtype, device)
+
+    @property
+    def folds_norms(self) -> bool:
+        """Whether norm weights are multiplied into the next linear's weight at load: exact enough in float32 only.
+
+        In int8 they stay apart: they even out the inputs (SmolLM2's greedy choices: 87 % as in float32, folded 84 %).
+        """
+        return self.kind == "packed"
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`, with the weight held as `fmt` says; `load` gives it one before the first call.
+
+    `input_bits` matters to int8 only: 16 takes two products where 8 takes one.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat, input_bits: Literal[8, 16] = 8
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
+        self._format, self._input_bits = fmt, input_bits
+
+    def load(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take `weight [out, in]` and `bias [out]` (None where there is none), of any float dtype."""
+        assert weight.shape == (self.out_features, self.in_features)
+        assert (bias is not None) == self.has_bias
+        weight = weight.to(self._format.device, self._format.dtype)
+        bias = None if bias is None else bias.to(self._format.device, self._format.dtype)
+        self._kernel: _Kernel = self._kernel_type()(weight, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From `x [N, in]` in the model's dtype to `[N, out]`, a new tensor."""
+        return self._kernel(x)
+
+    def _kernel_type(self) -> type[_Plain] | type[_Packed] | type[_Int8]:
+        if self._format.kind == "int8":
+            return _Int8 if self._input_bits == 8 else _Int8WideInput
+        return _Packed if self._format.kind == "packed" else _Plain
+
+    def extra_repr(self) -> str:
+        """For printing the model."""
+        return f"{self.in_features}, {self.out_features}, bias={self.has_bias}, {self._format.kind}"
+
+
+class _Kernel(Protocol):
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class _Plain:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._weight, self._bias)
+
+
+class _Packed:
+    """oneDNN's blocked layout, reordered once here; F.linear would do it again in every call."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return out
+
+
+class _Int8:
+    """Weights int8 with one scale per output channel, inputs 8-bit with one scale per row, sums exact in 32 bits.
+
+    torch's own `linear_dynamic` has one scale for the whole batch: a request's outlier would cost its batchmates their
+    precision, and make its tokens depend on them. So rows are brought to [-1, 1] here and their size is put back after.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        scale = saturation_free_scale(weight).double()
+        zero = torch.zeros(len(weight), dtype=torch.int64)
+        with warnings.catch_warnings():
+            # Deprecated, but there is no other way yet to make the weight that linear_prepack takes.
+            warnings.filterwarnings("ignore", message=".*quantize_per_channel", category=UserWarning)
+            quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+        self._weight = torch.ops.quantized.linear_prepack(quantized, None)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = x.abs().amax(dim=-1, keepdim=True).clamp_(min=_TINY)  # vector_norm(inf) takes ten times as long
+        out = self._product(x / size)
+        return out.mul_(size) if self._bias is None else torch.addcmul(self._bias, out, size)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """`x @ weight.T` of rows in [-1, 1], in steps of 1 / 127."""
+        out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, 128, self._weight)
+        return out
+
+
+class _Int8WideInput(_Int8):
+    """Inputs in about 16 bits: what rounding to 8 leaves over is a second batch of rows for the same weight."""
+
+    def _product(self, x: Tensor) -> Tensor:
+        rest = torch.mul(x, 127).round_().div_(-127).add_(x).mul_(254)  # in [-1, 1] again
+        coarse, fine = super()._product(torch.cat([x, rest])).chunk(2)
+        return coarse.add_(fine, alpha=1 / 254)
+
+
+_TINY = 1e-30
+
+
+def saturation_free_scale(weight: Tensor) -> Tensor:
+    """Size of one int8 step for each output channel of `weight [out, in]`: `[out]`.
+
+    Without VNNI, fbgemm adds two neighbouring products of an 8-bit input and a weight in 16 bits, which overflows (and
+    ruins the sum, silently) unless neighbouring weights of one sign add up to no more than 32767 / 255 = 128. Keeping
+    that on every machine costs a third of a bit of weight precision; torch's `reduce_range` would cost a whole bit of
+    input precision.
+    """
+    odd = weight.shape[1] % 2
+    pairs = weight[:, : weight.shape[1] - odd : 2] + weight[:, 1::2]
+    largest = torch.maximum(weight.abs().amax(dim=1), pairs.abs_().amax(dim=1))
+    return (largest / 127).clamp(min=_TINY)  # 127, not 128: rounding may add one
+
+
+def _require_int8(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ConfigError("quantization", f"int8 runs on the CPU only, and the device is {device.type}: leave it out")
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError("quantization", f"int8 computes in float32: set dtype to float32 or auto, not {name}")
+    if not {"x86", "fbgemm"} & set(torch.backends.quantized.supported_engines):
+        raise ConfigError("quantization", "int8 needs torch built with fbgemm, which this one is not: leave it out")

@@ -1,0 +1,52 @@
+"""From the name a person gives a model to the directory that holds it. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tfserve.errors import ModelError
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
+
+
+def resolve_model(name: str) -> Path:
+    """The checkpoint directory of `name`: a local directory, "demo", or a hub id (downloaded once, then cached).
+
+    Raises ModelError for a directory or hub id that cannot be had, and for a demo model not yet prepared.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return local
+    if name == "demo":
+        return _demo()
+    if local.is_file():
+        raise ModelError(f"{name} is a file; give the directory that holds config.json and *.safetensors")
+    if not _looks_like_hub_id(name):
+        raise ModelError(f"no directory {name}; give a checkpoint directory, a hub id such as org/name, or 'demo'")
+    return _download(name)
+
+
+def _demo() -> Path:
+    from tfserve.model.demo import demo_model_dir
+
+    path = demo_model_dir()
+    if not (path / "config.json").is_file():
+        raise ModelError(f"the demo model is not in {path} yet: run `tfserve demo-model` to prepare it")
+    return path
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's own errors, its HTTP client's, and the file system's have no common base
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(
+            f"no local directory {name}, and the Hugging Face hub did not give the model {name!r} ({reason}). "
+            "Check the name and the network, or download the model elsewhere and give its directory"
+        ) from error

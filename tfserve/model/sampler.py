@@ -1,0 +1,180 @@
+"""Logits to tokens for a whole batch at once, each row by its own request's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tfserve.model.penalties import Penalties
+from tfserve.model.token_draw import draw, highest, keep_thresholds, uniform
+from tfserve.plan import Row, RowInit
+from tfserve.types import TokenLogprob
+
+IntArray = npt.NDArray[np.int64]
+
+_GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would leave fp32's range."""
+
+
+class NonFiniteLogitsError(FloatingPointError):
+    """The model gave `rows` logits to choose no token from (NaN, +inf, or everything -inf)."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        super().__init__(f"the model's logits are not finite in row {', '.join(map(str, rows))}")
+        self.rows = rows
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One step's choice: `token_ids` int64 [N] on the sampler's device; `logprobs` where a request asked for them."""
+
+    token_ids: Tensor
+    logprobs: list[TokenLogprob | None]
+
+
+class Sampler:
+    """Chooses tokens; holds, for each row, its request's parameters and the token counts its penalties need.
+
+    The order of processing is vLLM's: log probabilities from the logits as they come, min_tokens, logit_bias,
+    penalties, greedy choice, temperature, then top-k, top-p, min-p and the draw. A row's token depends on its own
+    logits, parameters, seed and position only, never on the rows beside it. Parameters live on the host, so that
+    choosing a path never waits for the device.
+    """
+
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: str) -> None:
+        self._device = torch.device(device)
+        self._vocab_size = vocab_size
+        self._scratch: dict[str, Tensor] = {}  # by purpose: fp32 [largest batch so far, V]
+        self._penalties = Penalties(vocab_size, max_num_seqs, self._device)
+        self._temperature = np.ones(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float64)
+        self._min_p = np.zeros(max_num_seqs, np.float64)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._logprobs = np.full(max_num_seqs, -1, np.int64)  # how many alternatives; -1: none wanted
+        self._edited = np.zeros(max_num_seqs, np.bool_)  # has min_tokens, logit_bias or a penalty
+        self._first_free_end = np.zeros(max_num_seqs, np.int64)  # first position where min_tokens lets the text end
+        self._ends: dict[int, IntArray] = {}  # by row with min_tokens: its end-of-sequence and stop tokens
+        self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by row: tokens, what to add
+
+    def enter(self, row: RowInit) -> None:
+        """Take a request's parameters and count its tokens; a request that comes back is as if it had never left."""
+        self.release(row.row)
+        params, seat = row.params, row.row
+        self._temperature[seat] = params.temperature
+        self._top_k[seat] = max(params.top_k, 0)
+        self._top_p[seat] = params.top_p
+        self._min_p[seat] = params.min_p
+        self._seed[seat] = row.seed % 2**64
+        self._logprobs[seat] = -1 if params.logprobs is None else params.logprobs
+        self._first_free_end[seat] = row.num_prompt_tokens + params.min_tokens
+        ends = {*row.eos_token_ids, *params.stop_token_ids}
+        if params.min_tokens and ends:
+            self._ends[seat] = np.array(sorted(ends), np.int64)
+        if params.logit_bias:
+            tokens = np.array(list(params.logit_bias), np.int64)
+            self._bias[seat] = tokens, np.array(list(params.logit_bias.values()), np.float32)
+        self._penalties.enter(row)
+        self._edited[seat] = seat in self._ends or seat in self._bias or self._penalties.has(seat)
+
+    def release(self, row: Row) -> None:
+        """Forget a row; one that is empty stays so."""
+        self._penalties.release(row)
+        self._ends.pop(row, None)
+        self._bias.pop(row, None)
+        self._edited[row] = False
+
+    def sample(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
+        """Choose a token for each of `rows` [N] from `logits` fp32 [N, V], which are left as they are.
+
+        `positions` are the places the new tokens take in their sequences, prompt included. Raises NonFiniteLogitsError
+        naming the rows concerned before any state has changed: the others can be sampled again without them.
+        """
+        seats, places = np.asarray(rows, np.int64), np.asarray(positions, np.int64)
+        # A mask of allowed tokens belongs in _edit, before everything else.
+        tokens, usable = self._choose(self._edit(logits, seats, places), seats, places)
+        if not bool(usable.all()):
+            raise NonFiniteLogitsError(tuple(seats[~usable.cpu().numpy()].tolist()))
+        self._penalties.append(seats, tokens)
+        return Sampled(tokens, self._take_logprobs(logits, tokens, seats))
+
+    def _edit(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
+        """The logits after min_tokens, logit_bias and penalties: a copy if any row has them, else `logits` itself."""
+        if not self._edited[seats].any():
+            return logits
+        edited = self._memory("edited", len(logits)).copy_(logits)
+        early = [i for i in np.flatnonzero(places < self._first_free_end[seats]).tolist() if seats[i] in self._ends]
+        if early:
+            ends = [self._ends[seats[i]] for i in early]
+            edited[self._index(_repeat(early, ends)), self._index(np.concatenate(ends))] = -torch.inf
+        biased = [i for i, seat in enumerate(seats) if seat in self._bias]
+        if biased:
+            tokens, values = zip(*(self._bias[seats[i]] for i in biased), strict=True)
+            target = self._index(_repeat(biased, tokens)), self._index(np.concatenate(tokens))
+            edited.index_put_(target, torch.from_numpy(np.concatenate(values)).to(self._device), accumulate=True)
+        self._penalties.apply(edited, seats)
+        return edited
+
+    def _choose(self, logits: Tensor, seats: IntArray, places: IntArray) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [N], and bool [N]: false where the logits are not finite and the token means nothing."""
+        peak, tokens = highest(logits)
+        drawing = np.flatnonzero(self._temperature[seats] >= _GREEDY_BELOW)
+        if drawing.size:
+            index = self._index(drawing)
+            weights = torch.index_select(logits, 0, index, out=self._memory("weights", len(drawing)))
+            weights -= peak[index][:, None]
+            tokens[index] = self._draw(weights, seats[drawing], places[drawing])
+        return tokens, torch.isfinite(peak)
+
+    def _draw(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
+        """Tokens int64 [N] drawn from `logits` [N, V] whose highest is 0 in each row; they are overwritten."""
+        temperature = self._temperature[seats]
+        if (temperature != 1).any():
+            logits /= torch.from_numpy(temperature).to(self._device)[:, None]
+        weights = logits.exp_()
+        filters = self._top_k[seats], self._top_p[seats], self._min_p[seats]
+        scratch = self._memory("filters", len(weights))
+        threshold = keep_thresholds(weights, *filters, scratch)
+        if threshold is not None:
+            weights *= torch.ge(weights, threshold[:, None], out=scratch)
+        return draw(weights, uniform(self._seed[seats], places))
+
+    def _memory(self, purpose: str, rows: int) -> Tensor:
+        """Memory fp32 [rows, V] that stays: on a CPU, touching fresh pages takes longer than computing on them."""
+        held = self._scratch.get(purpose)
+        if held is None or len(held) < rows:
+            held = self._scratch[purpose] = torch.empty(rows, self._vocab_size, device=self._device)
+        return held[:rows]
+
+    def _take_logprobs(self, logits: Tensor, tokens: Tensor, seats: IntArray) -> list[TokenLogprob | None]:
+        result: list[TokenLogprob | None] = [None] * len(seats)
+        asking = np.flatnonzero(self._logprobs[seats] >= 0)
+        if not asking.size:
+            return result
+        counts = self._logprobs[seats[asking]].tolist()
+        index = self._index(asking)
+        raw = torch.index_select(logits, 0, index, out=self._memory("weights", len(asking)))
+        chosen = tokens[index]
+        picked = raw.gather(1, chosen[:, None])
+        best, best_tokens = raw.topk(min(max(*counts, 1), self._vocab_size))
+        peak = best[:, :1]
+        norm = raw.sub_(peak).exp_().sum(-1, keepdim=True).log_() + peak  # [n, 1]
+        values = (picked - norm)[:, 0].tolist()
+        tops = (best_tokens.tolist(), (best - norm).tolist())
+        columns = zip(asking.tolist(), counts, chosen.tolist(), values, *tops, strict=True)
+        for i, count, token, value, top_tokens, top_values in columns:
+            result[i] = TokenLogprob(token, value, tuple(zip(top_tokens[:count], top_values[:count], strict=True)))
+        return result
+
+    def _index(self, places: IntArray) -> Tensor:
+        return torch.from_numpy(places).to(self._device)
+
+
+def _repeat(places: Sequence[int], lists: Sequence[IntArray]) -> IntArray:
+    """Each place as many times as its list is long."""
+    return np.repeat(np.asarray(places, np.int64), [len(each) for each in lists])
