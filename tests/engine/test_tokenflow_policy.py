@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -438,6 +439,17 @@ def test_a_burst_gets_first_tokens_early_and_hardly_stalls():
     assert a.stall_share <= 0.02
     assert flow.mean_preemptions <= 10
     assert a.effective_throughput > 1.5 * b.effective_throughput
+
+
+def test_recomputing_does_not_eat_the_machine():
+    # 150 prompt tokens take 0.27 s of this machine, and nothing is offloaded.
+    asks = burst(24, 150, 170, rate=2.2)
+    machine = replace(CPU, num_blocks=65)
+    flow = Driver(asks, machine, policy="tokenflow", offload=False).run()
+    fcfs = Driver(asks, machine, policy="fcfs").run()
+    assert flow.report().raw_throughput > 0.75 * fcfs.report().raw_throughput
+    assert flow.report().ttft_p99_s < fcfs.report().ttft_p99_s
+    assert flow.mean_preemptions < 10
 
 
 def test_rates_above_capacity_queue_or_share():

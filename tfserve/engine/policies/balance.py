@@ -30,6 +30,9 @@ _MOST_EXCHANGES = 64
 _MOST_VICTIMS = 2 * _MOST_EXCHANGES
 """Residents considered for them, those with least to lose."""
 
+_STAY_PER_RECOMPUTE = 10.0
+"""Whoever will be recomputed stays this many times as long as that takes: it is device time, taken from everybody."""
+
 
 class _Victim(NamedTuple):
     """A resident that may be put out: `affords` a switch, `survives` one with the margin that admission asks for."""
@@ -61,6 +64,9 @@ class Balance:
         self._speed = stream_speed(snapshot)
         self._switch_s, self._by_host = round_trip_s(snapshot, offload=config.offload)
         self._return_s, self._loads = return_s(snapshot)
+        recompute_s = np.where(self._by_host, 0.0, self._switch_s)
+        recompute_s = np.where(c.is_running, recompute_s, np.where(self._loads, 0.0, self._return_s))
+        self._stay_s = np.maximum(config.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
         self._running = c.is_running
         self._resident = self._running | c.is_loading
         self._gain = gain(
@@ -104,9 +110,10 @@ class Balance:
         self._victims[:] = [victim for victim in self._victims if victim.row not in self.leaving]
 
     def _take_off_reluctant(self, willing: list[int]) -> None:
-        """Nobody can go unnoticed: who has most to read suffers least."""
+        """Nobody can go unnoticed: who has most to read suffers least; who must recompute, if it has just come."""
         others = np.setdiff1d(np.flatnonzero(self._running), willing)
-        order = others[np.argsort(-self.headroom[others], kind="stable")]
+        latest = np.where(self._by_host, 0.0, -self._snapshot.columns.phase_since_s)
+        order = others[np.lexsort((-self.headroom[others], latest[others]))]
         for row in order[:-1].tolist():
             if self._spare >= 0:
                 break
@@ -115,6 +122,9 @@ class Balance:
     def bring_back(self) -> None:
         """Return those whose playback runs out, most gain first: into spare memory, else in exchange."""
         for row in self._away[self._is_due[self._away]][:_MOST_EXCHANGES].tolist():
+            if not self._loads[row] and self._need[row] + self._growth_blocks(self._stay_s[row]) > self._spare:
+                # A recompute that growth soon undoes is device time for nothing.
+                continue
             victims = self._make_room(row, attrgetter("affords"), self._config.relief_s)
             if victims is not None and sum(victim.gain for victim in victims) < self._gain[row]:
                 self._put_on(row, victims)
@@ -138,15 +148,12 @@ class Balance:
 
     def fill_up(self) -> None:
         """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
-        growth = self._config.min_residency_s * self._speed / self._snapshot.memory.block_size
-        residents = int(np.count_nonzero(self._resident)) + len(self.coming) - len(self.leaving)
         # Most passes end here: there is no room, and nobody needs to be ranked for it.
-        candidates = self._in_priority(self._away) if self._spare > growth * residents else []
-        for row in candidates:
-            residents += 1
-            if self._free_rows <= 0 or self._spare <= growth * residents:
+        least = self._growth_blocks(self._config.min_residency_s)
+        for row in self._in_priority(self._away) if self._spare > least else []:
+            if self._free_rows <= 0 or self._spare <= least:
                 break
-            if row not in self.coming and self._need[row] + growth * residents <= self._spare:
+            if row not in self.coming and self._need[row] + self._growth_blocks(self._stay_s[row]) <= self._spare:
                 self._put_on(row, [])
         if not self._resident.any() and not self.coming and len(self._away):
             # Alone, anything fits that was validated, watermark or not.
@@ -159,6 +166,11 @@ class Balance:
             return float("inf")
         lead_s = self.headroom[later] - self._return_s[later] - self._config.critical_s
         return self._snapshot.now_s + float(lead_s.min())
+
+    def _growth_blocks(self, seconds: float) -> float:
+        """Blocks that residents and one more take up while they run for that long."""
+        residents = int(np.count_nonzero(self._resident)) + len(self.coming) - len(self.leaving) + 1
+        return residents * float(seconds) * self._speed / self._snapshot.memory.block_size
 
     def _by_gain(self, rows: Mask) -> Rows:
         """These rows, most gain first; where nothing is to be gained, the emptier buffer."""
@@ -173,10 +185,11 @@ class Balance:
         return [int(row) for row in rows[order]]
 
     def _settled_residents(self) -> list[_Victim]:
-        """Residents that have had their first token and their minimum stay, least gain first."""
+        """Residents that decode and have had their minimum stay, least gain first."""
         c, config = self._snapshot.columns, self._config
         stayed_s = self._snapshot.now_s - c.phase_since_s
-        rows = self._by_gain(self._running & (stayed_s >= config.min_residency_s - 1e-9) & (c.num_output > 0))[::-1]
+        settled = self._snapshot.is_decoding & (stayed_s >= self._stay_s - 1e-9)
+        rows = self._by_gain(settled)[::-1]
         rows = rows[:_MOST_VICTIMS]
         margin_s = config.buffer_conservativeness * (self._switch_s + config.schedule_interval_s)
         columns: Sequence[list[float]] = [
