@@ -86,7 +86,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `model` is a local directory in Hugging Face format, a hub id, or "demo" (prepared by `tfserve demo-model`).
     None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
-    `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow.
+    `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
+    `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
+    less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
+    copies between the tiers down to those of a link that this machine does not have: for experiments.
     """
 
     model: str
@@ -103,6 +106,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: float = 2.0
+    host_kv_gib: float | None = None
+    emulated_bandwidth: float | None = None
     num_gpu_blocks_override: int | None = None
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -131,6 +136,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if self.kv_cache_gib <= 0:
             raise ConfigError("kv_cache_gib", f"must be above 0, got {self.kv_cache_gib}")
+        if self.host_kv_gib is not None and not self.host_kv_gib >= 0:
+            raise ConfigError("host_kv_gib", f"must not be negative, got {self.host_kv_gib}")
+        if self.emulated_bandwidth is not None and not self.emulated_bandwidth > 0:
+            raise ConfigError("emulated_bandwidth", f"must be above 0, got {self.emulated_bandwidth}")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size", f"only 1 is supported: one GPU per engine, got {self.tensor_parallel_size}"

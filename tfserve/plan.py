@@ -99,13 +99,18 @@ class SeqStep(msgspec.Struct, frozen=True):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step: rows leave, rows enter, then `seqs` run, the first `n_decode` of them decodes (n = 1)."""
+    """One step: rows leave, rows enter, then `seqs` run, the first `n_decode` of them decodes (n = 1).
+
+    `stores` and `loads` are for the transfer engine and run beside the step. Without `seqs` there is nothing to launch.
+    """
 
     step: Fence
     seqs: tuple[SeqStep, ...]
     n_decode: int
     entered: tuple[RowInit, ...] = ()
     released_rows: tuple[Row, ...] = ()
+    stores: tuple[Copy, ...] = ()
+    loads: tuple[Copy, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -11,6 +11,9 @@ from tfserve.errors import RequestError
 
 RequestId = str
 
+ConsumptionRate = float | str | None
+"""How fast a request's reader reads: tokens/s, or "listen", "read", "fast" or "auto"; None if nobody reads along."""
+
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for per token (OpenAI's limit for chat)."""
 
@@ -124,7 +127,11 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A picture of the engine after a step. Times in seconds of the engine's clock, KV in blocks."""
+    """A picture of the engine after a step. Times in seconds of the engine's clock, KV in blocks.
+
+    `num_paused` requests have their KV on the host, `num_loading` ones have it on its way back. `bytes_stored` and
+    `bytes_loaded` have moved between the tiers so far.
+    """
 
     now_s: float
     step: int
@@ -137,10 +144,19 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int
     num_output_tokens: int
     num_finished: int
+    num_paused: int = 0
+    num_loading: int = 0
+    num_host_blocks: int = 0
+    num_free_host_blocks: int = 0
+    bytes_stored: int = 0
+    bytes_loaded: int = 0
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded and on what, printed at start: `concurrency` is how many requests of max_model_len fit in KV."""
+    """What was loaded and on what, printed at start: `concurrency` is how many requests of max_model_len fit in KV.
+
+    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV.
+    """
 
     model: str
     architecture: str
@@ -159,6 +175,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     threads: int
     load_s: float
+    num_host_blocks: int = 0
 
     @property
     def kv_tokens(self) -> int:

@@ -1,22 +1,30 @@
-"""A runner without a model, whose tokens depend on every token before them and whose KV is checked slot by slot."""
+"""A runner without a model, whose tokens depend on every token before them and whose KV is checked slot by slot.
+
+And transfers over those slots, which move them when the test says so.
+"""
 
 from __future__ import annotations
 
 import zlib
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.core import EngineCore
+from tfserve.engine.cost_model import CostModel
 from tfserve.engine.messages import AddRequest, StepOutputs
+from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
 from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager
-from tfserve.plan import NULL_BLOCK, Fence, RowInit, StepPlan, StepResult
+from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
+from tfserve.plan import NULL_BLOCK, Ack, Copy, CopyId, Direction, Fence, RowInit, StepPlan, StepResult
 from tfserve.types import SamplingParams
 
 VOCAB = 1000
 EOS = 0
+STEP_S = 0.02
 
 
 def next_token(tokens: list[int]) -> int:
@@ -96,6 +104,78 @@ class FakeRunner:
         return row.blocks[position // self.block_size], position % self.block_size
 
 
+class FakeTransfers:
+    """Moves slots between the runner's device blocks and a host dictionary.
+
+    `speeds` says how many copies of each direction move at each turn, over and over: 0 keeps them waiting. A turn is
+    every `submit` (before the step runs) and every `poll` (after it). The copies numbered in `fail` come to nothing;
+    `bps` is what the acknowledgements say of the link, at a byte per token.
+    """
+
+    def __init__(self, runner: FakeRunner, speeds: Sequence[int] = (4,), fail: set[int] = frozenset(), bps=1e6):
+        self.bps = bps
+        self.device = runner.slots
+        self.host: dict[tuple[int, int], int] = {}
+        self.speeds = speeds
+        self.fail = fail
+        self.turns = 0
+        self.queues: dict[Direction, deque[Copy]] = {direction: deque() for direction in Direction}
+        self.pending: set[CopyId] = set()
+        self.acks: list[Ack] = []
+        self.passed = -1
+        self.closed = False
+        self.moved = dict.fromkeys(Direction, 0)
+
+    def submit(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self.pending.add(copy.id)
+            self.queues[copy.dir].append(copy)
+        self.turn()
+
+    def complete(self, fence: Fence) -> None:
+        self.passed = max(self.passed, fence)
+
+    def poll(self) -> list[Ack]:
+        self.turn()
+        acks, self.acks = self.acks, []
+        return acks
+
+    def cancel(self, ids: set[CopyId]) -> set[CopyId]:
+        gone = {copy.id for queue in self.queues.values() for copy in queue} & ids
+        for direction, queue in self.queues.items():
+            self.queues[direction] = deque(copy for copy in queue if copy.id not in gone)
+        self.pending -= gone
+        return gone
+
+    def close(self) -> None:
+        self.closed = True
+
+    def turn(self) -> None:
+        speed = self.speeds[self.turns % len(self.speeds)]
+        self.turns += 1
+        for queue in self.queues.values():
+            for _ in range(speed):
+                if queue and self._ready(queue[0]):
+                    self._move(queue.popleft())
+
+    def _ready(self, copy: Copy) -> bool:
+        fence_passed = copy.after.fence is None or copy.after.fence <= self.passed
+        return fence_passed and self.pending.isdisjoint(copy.after.copies)
+
+    def _move(self, copy: Copy) -> None:
+        ok = copy.id not in self.fail
+        store = copy.dir is Direction.STORE
+        for token in range(copy.tok0, copy.tok0 + copy.ntok):
+            dev, host = (copy.dev, token), (copy.host, token)
+            if store:
+                self.host[host] = self.device[dev] if ok else -1
+            else:
+                self.device[dev] = self.host[host] if ok else -1
+        self.moved[copy.dir] += copy.ntok
+        self.pending.discard(copy.id)
+        self.acks.append(Ack(copy.id, ok, copy.ntok if ok else 0, 0.0, copy.ntok / self.bps))
+
+
 class FakeClock:
     """Time that moves only when somebody waits or asks it to."""
 
@@ -122,13 +202,28 @@ class FakeEngine:
         max_num_seqs: int = 4,
         max_num_batched_tokens: int = 16,
         tokenizer=None,
+        num_host_blocks: int = 0,
+        speeds: Sequence[int] = (4,),
+        fail_copies: set[int] = frozenset(),
+        bps: float = 1e6,
         **scheduler,
     ) -> None:
-        self.kv = KVCacheManager(BlockPool(num_blocks), block_size, run_tokens=8 * block_size)
-        self.scheduler = Scheduler(
-            make_policy(SchedulerConfig(**scheduler)), self.kv, max_num_seqs, max_num_batched_tokens
-        )
+        config = SchedulerConfig(**scheduler)
+        host = BlockPool(num_host_blocks) if num_host_blocks else None
+        options = OffloadOptions(config.write_through, config.load_evict_overlap)
+        self.kv = KVCacheManager(BlockPool(num_blocks), block_size, 8 * block_size, host, options)
         self.runner = FakeRunner(block_size, max_num_batched_tokens)
+        self.transfers = FakeTransfers(self.runner, speeds, fail_copies, bps) if host else None
+        self.cost = CostModel(kv_bytes_per_token=1, max_num_seqs=max_num_seqs, store_bps=bps, load_bps=bps)
+        self.scheduler = Scheduler(
+            make_policy(config),
+            self.kv,
+            OffloadManager(self.kv, self.cost, self.transfers, kv_bytes_per_token=1),
+            self.cost,
+            config=config,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         self.clock = FakeClock()
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}
@@ -143,10 +238,10 @@ class FakeEngine:
             debug_checks=True,
         )
 
-    def add(self, req: str, prompt: list[int], max_tokens: int, **params) -> None:
+    def add(self, req: str, prompt: list[int], max_tokens: int, rate=None, **params) -> None:
         self.clock.time += 0.001
         sampling = SamplingParams(max_tokens=max_tokens, **params)
-        self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time))
+        self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time, rate))
         self.outputs[req] = []
 
     def _emit(self, message: StepOutputs) -> None:
@@ -156,9 +251,32 @@ class FakeEngine:
                 assert output.request_id not in self.finished, "finished twice"
                 self.finished[output.request_id] = output
 
+    def step(self) -> bool:
+        """One turn of the loop, and the time it takes; False if nothing ran."""
+        ran = self.core.step()
+        self.clock.time += STEP_S if ran else 0.0
+        return ran
+
     def run(self, max_steps: int = 10_000) -> int:
-        """Step until idle; the number of steps."""
+        """Step until all have finished, asleep whenever the loop would be; the number of steps."""
         for steps in range(max_steps):
-            if not self.core.step():
+            if self.step():
+                continue
+            if not self.scheduler.has_work:
                 return steps
+            under_way = self.scheduler.offload.is_busy
+            assert under_way or self.scheduler.wake_s is not None, "the loop would sleep for ever"
+            if under_way:
+                self.clock.time += 0.002
+            else:
+                self.core.sleep()
         raise AssertionError("the engine never became idle")
+
+    def drain(self) -> None:
+        """Let the copies that nobody waits for end."""
+        while self.scheduler.offload.is_busy:
+            self.core.step()
+
+    def all_free(self) -> bool:
+        host_free = self.kv.num_free_host_blocks == max(0, self.kv.num_host_blocks - 1)
+        return self.kv.num_free_blocks == self.kv.num_blocks - 1 and host_free

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.engine.fakes import FakeEngine, expected_output, next_token
 from tfserve.engine.messages import AbortRequest
@@ -138,43 +136,3 @@ def test_queue_is_first_come_first_served():
     engine.run()
     order = [entry.req for plan in engine.runner.plans for entry in plan.entered]
     assert order == [f"r{i}" for i in range(8)]
-
-
-request_shapes = st.tuples(st.integers(1, 40), st.integers(1, 30), st.integers(0, 25), st.sampled_from([None, 0, 3, 9]))
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    shapes=st.lists(request_shapes, min_size=1, max_size=14),
-    policy=st.sampled_from(POLICIES),
-    num_blocks=st.integers(19, 60),
-    max_num_seqs=st.integers(1, 6),
-    budget=st.integers(1, 24),
-    ratio=st.sampled_from([0.0, 0.3, 1.0]),
-    failing=st.sets(st.integers(0, 60), max_size=2),
-)
-def test_whatever_arrives_everyone_ends_exactly_and_no_block_is_lost(
-    shapes, policy, num_blocks, max_num_seqs, budget, ratio, failing
-):
-    """Arrivals over time, aborts after some steps, failing steps, scarce memory; check() runs after every step."""
-    engine = FakeEngine(num_blocks, 4, max_num_seqs, budget, policy=policy, reserve_ratio=ratio, reserve_min_ratio=0.0)
-    engine.runner.fail_on = failing
-    aborts: dict[int, list[str]] = {}
-    arrivals: dict[int, list[tuple[str, list[int], int]]] = {}
-    for i, (prompt, max_tokens, arrival, abort) in enumerate(shapes):
-        arrivals.setdefault(arrival, []).append((f"r{i}", [i + 1] * prompt, max_tokens))
-        if abort is not None:
-            aborts.setdefault(arrival + abort, []).append(f"r{i}")
-    for step in range(40):
-        for req, prompt, max_tokens in arrivals.get(step, ()):
-            engine.add(req, prompt, max_tokens)
-        for req in aborts.get(step, ()):
-            engine.core.inbox.put(AbortRequest(req))
-        engine.core.step()
-    engine.run()
-    for i, (prompt, max_tokens, *_) in enumerate(shapes):
-        got, end = engine.outputs[f"r{i}"], engine.finished[f"r{i}"].finish_reason
-        assert got == expected_output([i + 1] * prompt, len(got))
-        assert (end is FinishReason.LENGTH) == (len(got) == max_tokens)
-    assert engine.kv.num_free_blocks == engine.kv.num_blocks - 1
-    assert not engine.scheduler.has_work

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from tfserve.config import EngineConfig
+from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
 from tfserve.types import EngineInfo, FinishReason, RequestOutput, SamplingParams, TokenLogprob
 
@@ -124,7 +125,7 @@ class FakeEngine:
         self._speakers: set[asyncio.Task[None]] = set()
 
     def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None, rate=msgspec.UNSET
     ) -> FakeStream:
         assert request_id is not None
         assert request_id not in {stream.request_id for stream in self.streams}
@@ -135,12 +136,14 @@ class FakeEngine:
             if not 0 <= token < VOCAB:
                 raise RequestError("prompt", f"token id {token} is not in the vocabulary [0, {VOCAB})")
         params.verify(VOCAB)
+        resolve_rate(20.0 if rate is msgspec.UNSET else rate, 20.0)
         if len(ids) >= MAX_LEN:
             raise RequestError("prompt", f"the prompt has {len(ids)} tokens", "context_length_exceeded")
         if self.queue_full:
             raise QueueFullError("too many requests wait", retry_after_s=2.4)
         msgspec.msgpack.encode((ids, params))  # the real one sends them to another process
         stream = FakeStream(self, request_id, ids, params)
+        stream.rate = rate
         self.streams.append(stream)
         self.submitted.set()
         if self.reply is not None:
@@ -214,8 +217,8 @@ def load_mortal(config: EngineConfig) -> FakeEngine:
     """Dies of the token 'kill' in any prompt, from another thread as the real one does."""
 
     class Mortal(FakeEngine):
-        def submit(self, prompt, params, *, request_id=None):
-            stream = super().submit(prompt, params, request_id=request_id)
+        def submit(self, prompt, params, *, request_id=None, rate=msgspec.UNSET):
+            stream = super().submit(prompt, params, request_id=request_id, rate=rate)
             if b"kill" in bytes(token for token in stream.prompt if token < 256):
                 asyncio.get_running_loop().call_later(0.3, self.die, "killed by signal 9")
             return stream

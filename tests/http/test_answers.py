@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 
 from tests.http.conftest import Running, StartServer
 from tests.http.fakes import BOS
@@ -256,3 +257,23 @@ async def test_models_version_and_probes(start: StartServer) -> None:
     for path in ("/health", "/ready"):
         async with server.get(path) as response:
             assert (response.status, await response.json()) == (200, {"status": "ready"})
+
+
+async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: StartServer) -> None:
+    server = await start()
+    for body, rate in (({"consumption_rate": 7.5}, 7.5), ({"consumption_rate": "read"}, "read"), ({}, UNSET)):
+        for path, ask in (("/v1/chat/completions", {"messages": ASK}), ("/v1/completions", {"prompt": "Hi"})):
+            async with server.post(path, {**ask, **body}) as response:
+                assert response.status == 200
+            assert server.engine.streams[-1].rate == rate
+    async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": None}) as response:
+        assert response.status == 200
+    assert server.engine.streams[-1].rate is None
+
+
+@pytest.mark.parametrize("rate", [0, -3, "slowly", True, [6]])
+async def test_a_bad_rate_is_named(start: StartServer, rate: object) -> None:
+    server = await start()
+    async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": rate}) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["param"] == "consumption_rate"

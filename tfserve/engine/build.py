@@ -11,16 +11,20 @@ from pathlib import Path
 import torch
 
 from tfserve.config import EngineConfig
+from tfserve.engine.calibration import calibrate
 from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
+from tfserve.engine.cost_model import CostModel
+from tfserve.engine.host_memory import granule_of, open_host_tier
 from tfserve.engine.messages import StepOutputs
+from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
 from tfserve.errors import ConfigError
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.kv_layout import KVLayout
-from tfserve.memory.kv_manager import KVCacheManager
+from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import ModelConfig, load_model_config
@@ -54,16 +58,36 @@ def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tup
     )
     num_blocks = _num_blocks(config, layout, device)
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
-    kv = PagedKV(DevicePool(layout, num_blocks, device).layers())
+    device_pool = DevicePool(layout, num_blocks, device)
+    kv = PagedKV(device_pool.layers())
     runner = ModelRunner(model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
     # A new request's stretch of blocks: enough for its length, but never more than its share of the pool.
     run_tokens = min(max_model_len, num_blocks * block_size // config.max_num_seqs)
-    manager = KVCacheManager(BlockPool(num_blocks), block_size, run_tokens)
-    scheduler = Scheduler(make_policy(config.scheduler), manager, config.max_num_seqs, config.max_num_batched_tokens)
+    clock = RealClock()
+    tier = open_host_tier(config, device_pool, clock)
+    sched = config.scheduler
+    manager = KVCacheManager(
+        BlockPool(num_blocks),
+        block_size,
+        run_tokens,
+        BlockPool(tier.num_blocks) if tier else None,
+        OffloadOptions(sched.write_through, sched.load_evict_overlap, granule_of(block_size)),
+    )
+    cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=config.max_num_seqs)
+    calibrate(cost, runner, config, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
+    scheduler = Scheduler(
+        make_policy(sched),
+        manager,
+        OffloadManager(manager, cost, tier.transfers if tier else None, layout.token_bytes),
+        cost,
+        config=sched,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
     core = EngineCore(
         scheduler=scheduler,
         runner=runner,
-        clock=RealClock(),
+        clock=clock,
         tokenizer=tokenizer,
         eos_token_ids=model_config.eos_token_ids,
         seed=config.seed,
@@ -88,6 +112,7 @@ def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tup
         kv_bytes_per_token=layout.token_bytes,
         threads=threads,
         load_s=time.monotonic() - started_s,
+        num_host_blocks=tier.num_blocks if tier else 0,
     )
     return core, info
 

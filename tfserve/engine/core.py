@@ -1,4 +1,4 @@
-"""EngineCore: the loop. Take requests, schedule, run, commit, hand out."""
+"""EngineCore: the loop. Take acknowledgements and requests, schedule, move KV, run, commit, hand out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from tfserve.engine.request import Request
 from tfserve.engine.scheduler import Scheduler
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.tokenizer import Tokenizer
-from tfserve.plan import Clock, Fence, Runner, StepPlan, StepResult
+from tfserve.plan import Clock, Direction, Fence, Runner, StepPlan, StepResult
 from tfserve.types import EngineStats, FinishReason, RequestId
 
 logger = logging.getLogger(__name__)
+
+_LEAST_SLEEP_S = 0.002
+"""The loop sleeps at least this long when nothing can run, whatever a policy asks for: it must never spin."""
 
 
 class Inbox:
@@ -76,28 +79,42 @@ class EngineCore:
 
     def run(self) -> None:
         """Loop until a Shutdown message; what is unfinished then ends as aborted."""
-        while not self._stopping:
-            if not self.step() and not self._stopping:
-                self._clock.wait(None)
-        for request in list(self._requests.values()):
-            self._finish(request, FinishReason.ABORT)
-        self._flush()
+        try:
+            while not self._stopping:
+                if not self.step() and not self._stopping:
+                    self.sleep()
+            for request in list(self._requests.values()):
+                self._finish(request, FinishReason.ABORT)
+            self._flush()
+        finally:
+            self._scheduler.offload.close()
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to run."""
+        self._scheduler.take_acks(self._clock.now())
         self._take_messages()
-        plan = None if self._stopping else self._scheduler.schedule(Fence(self._step), self._clock.now())
-        if plan is not None:
+        if self._stopping:
+            return False
+        plan = self._scheduler.schedule(Fence(self._step), self._clock.now())
+        for request, wait_s in self._scheduler.rejected:
+            self._reject(request, wait_s)
+        self._scheduler.offload.submit(plan)
+        if plan.seqs:
             self._step += 1
             self._run_plan(plan)
         self._flush()
         if self._debug_checks:
             self._scheduler.check()
-        return plan is not None
+        return bool(plan.seqs)
+
+    def sleep(self) -> None:
+        """Wait for a message, an acknowledgement, or the moment that the scheduler wants to be asked again."""
+        wake_s = self._scheduler.wake_s
+        self._clock.wait(None if wake_s is None else max(wake_s, self._clock.now() + _LEAST_SLEEP_S))
 
     def stats(self) -> EngineStats:
         """The present state in numbers."""
-        kv = self._scheduler.kv
+        kv, moved = self._scheduler.kv, self._scheduler.offload.bytes_moved
         return EngineStats(
             now_s=self._clock.now(),
             step=self._step,
@@ -110,6 +127,12 @@ class EngineCore:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             num_finished=self._num_finished,
+            num_paused=len(self._scheduler.paused),
+            num_loading=len(self._scheduler.loading),
+            num_host_blocks=kv.num_host_blocks,
+            num_free_host_blocks=kv.num_free_host_blocks,
+            bytes_stored=moved[Direction.STORE],
+            bytes_loaded=moved[Direction.LOAD],
         )
 
     def _take_messages(self) -> None:
@@ -135,6 +158,7 @@ class EngineCore:
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
+            rate=message.rate,
             detokenizer=Detokenizer.for_params(self._tokenizer, params) if params.stop else None,
         )
         self._requests[request.id] = request
@@ -146,18 +170,19 @@ class EngineCore:
             result = self._runner.launch(plan).result()
         except Exception as error:  # whatever a kernel raises must not end other people's streams
             logger.exception("step %d failed", plan.step)
+            self._scheduler.offload.complete(plan.step)
             self._fail(plan, f"{type(error).__name__}: {error}")
         else:
+            self._scheduler.offload.complete(plan.step)
+            self._scheduler.observe(plan, result.device_s)
             self._commit(plan, result)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
         now_s = self._clock.now()
-        sampled = iter(zip(result.tokens, result.logprobs, strict=True))
-        for seq in plan.seqs:
-            request = self._scheduler.advance(seq)
-            if not seq.sample:
-                continue
-            token, logprob = next(sampled)
+        advanced = [(seq, self._scheduler.advance(seq)) for seq in plan.seqs]
+        sampled = [request for seq, request in advanced if seq.sample]
+        self._scheduler.deliver([request.id for request in sampled if request is not None], now_s)
+        for request, token, logprob in zip(sampled, result.tokens, result.logprobs, strict=True):
             if request is None:
                 continue
             self._num_output_tokens += 1
@@ -176,9 +201,14 @@ class EngineCore:
             if request is not None:
                 self._finish(request, FinishReason.ERROR, TokenOutput(req, error=error))
 
+    def _reject(self, request: Request, wait_s: float) -> None:
+        """Refuse a request that has not started: the rates of those let in already add up to the capacity."""
+        error = f"overloaded: more readers than this engine can keep supplied; try again in {max(1, round(wait_s))} s"
+        self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error))
+
     def _finish(self, request: Request, reason: FinishReason, last: TokenOutput | None = None) -> None:
         """Free everything the request holds and tell the front, with what it produced last."""
-        self._scheduler.finish(request)
+        self._scheduler.finish(request, completed=reason in (FinishReason.STOP, FinishReason.LENGTH))
         del self._requests[request.id]
         request.finished_s = self._clock.now()
         self._num_finished += 1

@@ -20,6 +20,12 @@ _COPIES = 64
 _PRIOR_STRENGTH = 1e-5
 """Weight of the prior beside one step of the window, squared relative error: it decides what steps leave open."""
 
+_MOST_EXCHANGES = 20
+"""Rounds of a fit; five coefficients need fewer."""
+
+_LEAST_STEP_S = 1e-6
+"""No step is predicted to take less."""
+
 _OUTLIER = 3.0
 """A step this many typical errors off the fit (a page fault, a neighbour's burst) stops pulling harder."""
 
@@ -89,7 +95,7 @@ class CostModel:
 
     def step_s(self, n_decode: float, decode_ctx: float, n_prefill: float = 0, prefill_ctx: float = 0) -> float:
         """Predicted seconds of a step; arguments as StepSample's."""
-        return float(self._beta @ (1.0, n_decode, decode_ctx, n_prefill, prefill_ctx))
+        return max(float(self._beta @ (1.0, n_decode, decode_ctx, n_prefill, prefill_ctx)), _LEAST_STEP_S)
 
     def recompute_s(self, num_tokens: npt.ArrayLike) -> Floats:
         """Seconds that computing this many tokens from nothing adds to the steps it joins; elementwise."""
@@ -211,13 +217,25 @@ def _solve(x: Floats, y: Floats, weight: Floats, prior: Floats, scale: Floats) -
 
 
 def _non_negative(gram: Floats, target: Floats) -> Floats:
-    """The minimum of x'Gx/2 - t'x over x >= 0, nearly: drop what turns negative, solve for the others again."""
-    active = np.ones(len(target), np.bool_)
+    """The minimum of x'Gx/2 - t'x over x >= 0, by Lawson and Hanson's active sets."""
     best = np.zeros_like(target)
-    while active.any():
-        best = np.zeros_like(target)
-        best[active] = np.linalg.solve(gram[np.ix_(active, active)], target[active])
-        if (best >= 0).all():
+    free = np.zeros(len(target), np.bool_)
+    for _ in range(_MOST_EXCHANGES):
+        gradient = np.where(free, 0.0, target - gram @ best)
+        if gradient.max() <= 1e-9 * np.abs(target).max():
             break
-        active &= best > 0
+        free[int(gradient.argmax())] = True
+        while True:
+            step = np.zeros_like(target)
+            step[free] = np.linalg.solve(gram[np.ix_(free, free)], target[free])
+            negative = free & (step <= 0)
+            if not negative.any():
+                best = step
+                break
+            # As far towards the unbounded minimum as all stay non-negative; whoever gets to 0 there is out.
+            share = float((best[negative] / np.maximum(best[negative] - step[negative], 1e-300)).min())
+            best = np.maximum(best + share * (step - best), 0.0)
+            free &= ~(negative & (best <= 1e-12))
+            if not free.any():
+                break
     return best

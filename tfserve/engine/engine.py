@@ -12,18 +12,20 @@ from types import TracebackType
 from typing import Self, cast
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
 from tfserve.engine.link import connect
 from tfserve.engine.messages import AbortRequest, AddRequest, StepOutputs, TokenOutput
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
+from tfserve.engine.token_buffer import resolve_rate
 from tfserve.engine.validation import validate
 from tfserve.errors import EngineDeadError, QueueFullError, RequestError
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
-from tfserve.types import EngineInfo, EngineStats, RequestId, RequestOutput, SamplingParams
+from tfserve.types import ConsumptionRate, EngineInfo, EngineStats, RequestId, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -71,20 +73,24 @@ class Engine:
         self.shutdown()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        rate: ConsumptionRate | UnsetType = UNSET,
     ) -> list[RequestOutput]:
         """Run prompts to their end and return one output each, in order; blocks.
 
-        A prompt is text or token ids; `params` is one for all or one for each. Raises RequestError before anything runs
-        if one of them cannot be served, EngineDeadError if the engine ends meanwhile. A request that fails alone has
-        `finish_reason` ERROR.
+        A prompt is text or token ids; `params` is one for all or one for each, `rate` as for `submit`. Raises
+        RequestError before anything runs if one of them cannot be served, EngineDeadError if the engine ends meanwhile.
+        A request that fails alone has `finish_reason` ERROR.
         """
         batch = _as_batch(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
         if len(each) != len(batch):
             raise RequestError("params", f"{len(batch)} prompts need as many SamplingParams (or one), got {len(each)}")
         messages = [
-            self._prepare(prompt, one or SamplingParams(), None) for prompt, one in zip(batch, each, strict=True)
+            self._prepare(prompt, one or SamplingParams(), rate, None) for prompt, one in zip(batch, each, strict=True)
         ]
         collectors = [Collector(self._buffer(message)) for message in messages]
         for message, collector in zip(messages, collectors, strict=True):
@@ -96,9 +102,11 @@ class Engine:
                 self.abort(message.request_id)
             raise
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[RequestOutput]:
-        """Yield a request's output as it comes; leaving the iteration early aborts the request. Errors as `submit`."""
-        stream = self.submit(prompt, params or SamplingParams())
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, rate: ConsumptionRate | UnsetType = UNSET
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield a request's output as it comes; leaving the iteration early aborts the request. Else as `submit`."""
+        stream = self.submit(prompt, params or SamplingParams(), rate=rate)
         try:
             while True:
                 output = await stream.next()
@@ -109,14 +117,23 @@ class Engine:
         finally:
             stream.abort()
 
-    def submit(self, prompt: Prompt, params: SamplingParams, *, request_id: RequestId | None = None) -> RequestStream:
+    def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: RequestId | None = None,
+        rate: ConsumptionRate | UnsetType = UNSET,
+    ) -> RequestStream:
         """Start a request; must be called on a running event loop.
 
+        `rate` is how fast its reader reads (default: `scheduler.default_rate`); policies that share the device by
+        buffers use it. A request that the policy refuses ends with `finish_reason` ERROR.
         Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
         wait already, EngineDeadError.
         """
         self._check_queue()
-        message = self._prepare(prompt, params, request_id)
+        message = self._prepare(prompt, params, rate, request_id)
         stream = RequestStream(self._buffer(message), self.abort)
         self._send(message, stream)
         return stream
@@ -173,12 +190,19 @@ class Engine:
         self._link.close(timeout_s)
         self._release_all("the engine was shut down")
 
-    def _prepare(self, prompt: Prompt, params: SamplingParams, request_id: RequestId | None) -> AddRequest:
+    def _prepare(
+        self, prompt: Prompt, params: SamplingParams, rate: ConsumptionRate | UnsetType, request_id: RequestId | None
+    ) -> AddRequest:
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         request_id = request_id if request_id is not None else f"req-{next(self._ids)}"
         if request_id in self._sinks:
             raise RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
-        return AddRequest(request_id, token_ids, validate(token_ids, params, self.info), time.monotonic())
+        default_rate = self.config.scheduler.default_rate
+        if rate is UNSET:
+            rate = default_rate
+        # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
+        resolve_rate(rate, default_rate)
+        return AddRequest(request_id, token_ids, validate(token_ids, params, self.info), time.monotonic(), rate)
 
     def _buffer(self, message: AddRequest) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
@@ -200,7 +224,7 @@ class Engine:
     def _check_queue(self) -> None:
         limit = self.config.server.max_queued_requests
         stats = self.stats()
-        waiting = len(self._sinks) - stats.num_running
+        waiting = len(self._sinks) - stats.num_running - stats.num_paused - stats.num_loading
         # A burst that has not been scheduled yet counts as waiting, but has room to run.
         if waiting >= limit and len(self._sinks) >= self.info.max_num_seqs + limit:
             retry_after_s = max(1.0, self._finish_interval_s * (waiting - limit + 1))

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import msgspec
 
-from tfserve.types import EngineInfo, EngineStats, FinishReason, RequestId, RequestTimes, SamplingParams, TokenLogprob
+from tfserve.types import (
+    ConsumptionRate,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    RequestId,
+    RequestTimes,
+    SamplingParams,
+    TokenLogprob,
+)
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front."""
+    """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front.
+
+    `rate` is resolved as far as the default goes.
+    """
 
     request_id: RequestId
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_s: float
+    rate: ConsumptionRate = None
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.plan import Row
-from tfserve.types import FinishReason, RequestId, RequestTimes, SamplingParams
+from tfserve.types import ConsumptionRate, FinishReason, RequestId, RequestTimes, SamplingParams
 
 
 class RequestState(enum.Enum):
-    """Where a request is: WAITING has no row and no KV, RUNNING has both, FINISHED has neither."""
+    """Where a request is: WAITING has no row and no KV, RUNNING has both, FINISHED has neither.
+
+    PAUSED and LOADING have KV but no row: PAUSED on the host, LOADING on its way back to the device.
+    """
 
     WAITING = enum.auto()
     RUNNING = enum.auto()
+    PAUSED = enum.auto()
+    LOADING = enum.auto()
     FINISHED = enum.auto()
 
 
@@ -24,6 +29,7 @@ class Request:
 
     There is no prefill phase and no decode phase: a request catches num_computed_tokens up with num_tokens.
     `max_tokens` is resolved: never None. `detokenizer` exists only where stop strings must be looked for.
+    `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader.
     `device_has_token`: the newest token was sampled in the row held now, so a step need not send it.
     """
 
@@ -35,6 +41,7 @@ class Request:
     seed: int
     arrival_s: float
     eos_token_ids: frozenset[int]
+    rate: ConsumptionRate = None
     detokenizer: Detokenizer | None = None
     state: RequestState = RequestState.WAITING
     row: Row | None = None
@@ -68,8 +75,8 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """True when only the newest token lacks KV and the device has it."""
-        return self.device_has_token and self.num_computed_tokens == self.num_tokens - 1
+        """True when only the newest token lacks KV, and it is not the prompt's own."""
+        return self.num_computed_tokens == len(self.token_ids) - 1 >= self.num_prompt_tokens
 
     @property
     def times(self) -> RequestTimes:

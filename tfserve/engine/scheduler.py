@@ -2,80 +2,136 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
+from collections.abc import Collection, Sequence
 
+import numpy as np
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.batch import BatchBuilder, sample_of
 from tfserve.engine.cost_model import CostModel
-from tfserve.engine.policy import MemoryView, Policy, Snapshot
+from tfserve.engine.offload_manager import OffloadManager
+from tfserve.engine.policy import (
+    Decision,
+    MemoryView,
+    Policy,
+    ResumeBy,
+    Snapshot,
+    held_back,
+    next_release_s,
+    write_order,
+)
 from tfserve.engine.request import Request, RequestState
-from tfserve.engine.tracker import Phase, Tracker
+from tfserve.engine.rows import Rows
+from tfserve.engine.tracker import Columns, Phase, Tracker
 from tfserve.memory.kv_manager import KVCacheManager
-from tfserve.plan import Fence, Row, RowInit, SeqStep, StepPlan
+from tfserve.memory.residency import PAUSED, RESUMING, KVState
+from tfserve.plan import Fence, SeqStep, StepPlan
 from tfserve.types import RequestId
+
+_AFTER_RELEASE_S = 1e-4
+"""A held-back reader is released this much late, so that it is released when the loop wakes for it."""
 
 
 class Scheduler:
-    """Owns the waiting queue, the running set and the rows. One call of `schedule` makes one StepPlan."""
+    """Owns who waits, runs, is paused and is loading. One call of `schedule` makes one StepPlan.
 
-    def __init__(self, policy: Policy, kv: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        self.waiting: deque[Request] = deque()
+    After it, `rejected` are requests that the policy refuses, each with the seconds after which to try again: the
+    caller finishes them. `wake_s` is when to call again, if nothing happens before; None: something will.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        kv: KVCacheManager,
+        offload: OffloadManager,
+        cost: CostModel,
+        *,
+        config: SchedulerConfig,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.waiting: dict[RequestId, Request] = {}
         self.running: dict[RequestId, Request] = {}
+        self.paused: dict[RequestId, Request] = {}
+        self.loading: dict[RequestId, Request] = {}
         self.kv = kv
+        self.offload = offload
         self.num_preemptions = 0
+        self.rejected: tuple[tuple[Request, float], ...] = ()
+        self.wake_s: float | None = None
         self._policy = policy
-        self._tracker = Tracker(default_rate=20.0)
-        self._cost = CostModel(kv_bytes_per_token=1, max_num_seqs=max_num_seqs)
+        self._cost = cost
+        self._config = config
+        self._tracker = Tracker(config.default_rate)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._free_rows = [Row(row) for row in range(max_num_seqs)]
-        self._released_rows: list[Row] = []
-        self._entered: list[RowInit] = []
+        self._rows = Rows(max_num_seqs)
+        self._batch = BatchBuilder(kv, max_num_batched_tokens)
+        self._by_state = {
+            RequestState.WAITING: (self.waiting, Phase.WAITING),
+            RequestState.RUNNING: (self.running, Phase.RUNNING),
+            RequestState.PAUSED: (self.paused, Phase.PAUSED),
+            RequestState.LOADING: (self.loading, Phase.LOADING),
+        }
 
     @property
     def has_work(self) -> bool:
         """True while any request is unfinished."""
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or self.paused or self.loading)
 
     def add(self, request: Request) -> None:
         """Put a new request at the end of the queue."""
-        self.waiting.append(request)
+        self.waiting[request.id] = request
         self._tracker.add(
             request.id,
             arrival_s=request.arrival_s,
             num_prompt=request.num_prompt_tokens,
             max_tokens=request.max_tokens,
-            rate=None,
+            rate=request.rate,
         )
 
-    def finish(self, request: Request) -> None:
-        """Take a request out, wherever it is, and free its row and blocks."""
-        if request.state is RequestState.RUNNING:
-            self._vacate(request)
-        elif request.state is RequestState.WAITING:
-            self.waiting.remove(request)
+    def finish(self, request: Request, *, completed: bool) -> None:
+        """Take a request out, wherever it is, and free its row and blocks; `completed`: it ended as it should."""
+        if request.row is not None:
+            self._rows.leave(request)
+        self.kv.release(request.id)
+        group, _ = self._by_state[request.state]
+        del group[request.id]
         request.state = RequestState.FINISHED
-        self._tracker.remove(request.id, completed=True)
+        self._tracker.remove(request.id, completed=completed)
 
-    def schedule(self, step: Fence, now_s: float) -> StepPlan | None:
-        """Ask the policy and plan the coming step; None when nothing can run."""
-        decision = self._policy.decide(self._snapshot(now_s))
-        victims = [self.running[req] for req, _ in decision.preempt]
-        # Youngest first to the head of the queue, so that the oldest ends up in front.
-        for victim in sorted(victims, key=lambda request: request.arrival_s, reverse=True):
-            self._preempt(victim, now_s)
-        for req in decision.admit:
-            self._admit(req, now_s)
-        seqs, n_decode = self._fill(decision.decode)
-        while not seqs and self.running:
-            # No blocks even for one: the youngest makes room, whatever the policy hoped.
-            self._preempt(next(reversed(self.running.values())), now_s)
-            seqs, n_decode = self._fill(decode=True)
-        if not seqs:
-            return None
-        plan = StepPlan(step, tuple(seqs), n_decode, tuple(self._entered), tuple(self._released_rows))
-        self._entered.clear()
-        self._released_rows.clear()
-        return plan
+    def take_acks(self, now_s: float) -> None:
+        """Let requests whose KV has come back run, and queue those again that lost it to a failed copy."""
+        ended, failed = self.offload.poll()
+        for req in ended:
+            self._settle(self.loading[req], now_s)
+        for request in [*self.paused.values(), *self.loading.values()] if failed else ():
+            if self.kv.view(request.id).state is KVState.NONE:
+                self._move(request, RequestState.WAITING, now_s)
+
+    def schedule(self, step: Fence, now_s: float) -> StepPlan:
+        """Ask the policy and plan the coming step; a plan without `seqs` has only copies to make."""
+        self.offload.cancel_withdrawn()
+        self.kv.begin_step(step)
+        snapshot = self._snapshot(now_s)
+        columns = snapshot.columns
+        held = self._held(columns)
+        decision = self._policy.decide(snapshot)
+        self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
+        seqs, n_decode = self._batch.build(self.running, decision, held)
+        while not seqs and self._unblock(held, now_s):
+            seqs, n_decode = self._batch.build(self.running, decision, held)
+        if self.offload.enabled and self.running:
+            work = sample_of(seqs, n_decode, 0.0)
+            predicted_s = self._cost.step_s(work.n_decode, work.decode_ctx, work.n_prefill, work.prefill_ctx)
+            self.offload.write_through(self._write_order(columns), predicted_s if seqs else None)
+        self.rejected = tuple((self.waiting[req], wait_s) for req, wait_s in decision.reject if req in self.waiting)
+        release_s = next_release_s(columns, now_s, self._config.generate_ahead_s)
+        moments = [decision.wake_s, None if release_s is None else release_s + _AFTER_RELEASE_S]
+        self.wake_s = min((moment for moment in moments if moment is not None), default=None)
+        entered, released = self._rows.take_news() if seqs else ((), ())
+        stores, loads = self.offload.take()
+        return StepPlan(step, tuple(seqs), n_decode, entered, released, stores, loads)
 
     def advance(self, seq: SeqStep) -> Request | None:
         """Count a finished share of a step as computed; None if its request left meanwhile."""
@@ -85,106 +141,166 @@ class Scheduler:
             request.device_has_token = seq.sample
         return request
 
+    def deliver(self, reqs: Sequence[RequestId], now_s: float) -> None:
+        """Each of these requests has a new token, and its reader gets it now."""
+        self._tracker.on_tokens(reqs, 1, now_s)
+
+    def observe(self, plan: StepPlan, device_s: float) -> None:
+        """Learn from how long a step took."""
+        self._cost.observe_step(sample_of(plan.seqs, plan.n_decode, device_s))
+
     def check(self) -> None:
-        """Raise AssertionError unless queue, rows and blocks agree with each other."""
+        """Raise AssertionError unless queues, rows and blocks agree with each other."""
         self.kv.check()
-        rows = sorted([*self._free_rows, *(r.row for r in self.running.values() if r.row is not None)])
-        if rows != list(range(len(rows))) or len(self._free_rows) + len(self.running) != len(rows):
-            raise AssertionError("a row is both free and taken, or lost")
+        self._rows.check(list(self.running.values()))
         for request in self.running.values():
-            if self.kv.view(request.id).num_tokens != request.num_computed_tokens:
+            view = self.kv.view(request.id)
+            if view.num_tokens != request.num_computed_tokens or view.state not in (KVState.DEVICE, KVState.NONE):
                 raise AssertionError(f"{request.id}: its blocks have room for other than its computed tokens")
-        for request in self.waiting:
-            if request.row is not None or self.kv.view(request.id).blocks:
-                raise AssertionError(f"{request.id} waits, yet holds a row or blocks")
+        for group, states in ((self.waiting, (KVState.NONE,)), (self.paused, PAUSED), (self.loading, RESUMING)):
+            for request in group.values():
+                state = self.kv.view(request.id).state
+                if request.row is not None or state not in states:
+                    raise AssertionError(
+                        f"{request.id} is {request.state.name} with KV {state.name}, row {request.row}"
+                    )
 
     def _snapshot(self, now_s: float) -> Snapshot:
-        running = list(self.running.values())
-        ids = [request.id for request in running]
-        known = self._tracker.columns(now_s)
-        output = dict(zip(known.ids, known.num_output.tolist(), strict=True))
-        self._tracker.on_tokens(ids, [r.num_output_tokens - output[r.id] for r in running], now_s)
-        computed = [request.num_computed_tokens for request in running]
-        self._tracker.update(ids, num_computed=computed, device_blocks=[self.kv.blocks_for(n) for n in computed])
+        ids = [*self.running, *self.paused, *self.loading]
+        kv = self.kv.columns(ids)
+        self._tracker.update(
+            ids, num_computed=kv.num_tokens, device_blocks=kv.num_device_blocks, host_tokens=kv.num_host_tokens
+        )
+        memory = MemoryView(
+            self.kv.block_size,
+            self.kv.num_blocks - 1,
+            self.kv.num_free_blocks,
+            max(self.kv.num_host_blocks - 1, 0),
+            self.kv.num_free_host_blocks,
+        )
         return Snapshot(
             now_s=now_s,
             columns=self._tracker.columns(now_s),
-            memory=MemoryView(self.kv.block_size, self.kv.num_blocks - 1, self.kv.num_free_blocks),
+            memory=memory,
             cost=self._cost,
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
         )
 
-    def _fill(self, decode: bool) -> tuple[list[SeqStep], int]:
-        """Spend the token budget: decodes first, then prompts in order of admission."""
-        requests = self.running.values()
-        decodes: list[SeqStep] = []
-        for request in requests if decode else ():
-            if request.is_decoding and len(decodes) < self._max_num_batched_tokens:
-                self._append_step(decodes, request, 1)
-        budget = self._max_num_batched_tokens - len(decodes)
-        prefills: list[SeqStep] = []
-        for request in requests:
-            n = min(request.num_tokens - request.num_computed_tokens, budget)
-            if request.is_decoding or n == 0:
-                continue
-            if self._append_step(prefills, request, n):
-                budget -= n
-        return decodes + prefills, len(decodes)
+    def _held(self, columns: Columns) -> Collection[RequestId]:
+        """Requests on the device whose readers have enough for now."""
+        if self._config.generate_ahead_s is None:
+            return ()
+        held = held_back(columns, self._config.generate_ahead_s) & columns.is_running
+        return frozenset(columns.ids_of(np.flatnonzero(held)))
 
-    def _append_step(self, seqs: list[SeqStep], request: Request, n: int) -> bool:
-        """Plan n tokens of a request if there are blocks for them; a request without waits for the next step."""
-        start = request.num_computed_tokens
-        new_blocks = self.kv.extend(request.id, n, request.num_prompt_tokens + request.max_tokens)
-        if new_blocks is None or request.row is None:
-            return False
-        tokens = None if request.is_decoding else tuple(request.token_ids[start : start + n])
-        sample = start + n == request.num_tokens
-        seqs.append(SeqStep(request.id, request.row, start, n, sample, tokens, new_blocks))
-        return True
+    def _write_order(self, columns: Columns) -> Sequence[RequestId]:
+        return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))
 
-    def _admit(self, req: RequestId, now_s: float) -> None:
-        request = next(request for request in self.waiting if request.id == req)
-        self.waiting.remove(request)
-        self._tracker.set_phase(req, Phase.RUNNING, now_s)
-        request.row = heapq.heappop(self._free_rows)
-        request.state = RequestState.RUNNING
-        if request.first_scheduled_s is None:
-            request.first_scheduled_s = now_s
-        self.running[req] = request
-        self._entered.append(
-            RowInit(
-                row=request.row,
-                req=req,
-                params=request.params,
-                seed=request.seed,
-                token_ids=tuple(request.token_ids),
-                num_prompt_tokens=request.num_prompt_tokens,
-                eos_token_ids=tuple(request.eos_token_ids),
-            )
-        )
+    def _carry_out(self, decision: Decision, reserved: int, now_s: float) -> None:
+        """Preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step."""
+        for req, by in decision.preempt:
+            self._preempt(self.running[req], by, now_s)
+        for request in list(self.loading.values()):
+            self._load(request, reserved, now_s)
+        for req, by in decision.resume:
+            if self._has_seat:
+                self._resume(self.paused[req], by, reserved, now_s)
+        for req in decision.admit:
+            if self._has_seat:
+                self._enter(self.waiting[req], now_s)
 
-    def _preempt(self, request: Request, now_s: float) -> None:
-        """Give up a request's KV and row; it goes back to the head of the queue and recomputes."""
-        self._vacate(request)
-        request.state = RequestState.WAITING
-        request.num_computed_tokens = 0
-        request.device_has_token = False
+    @property
+    def _has_seat(self) -> bool:
+        """True if one more may come: those that load have a row kept for them."""
+        return self._rows.num_free > len(self.loading)
+
+    def _preempt(self, request: Request, by: ResumeBy, now_s: float) -> None:
+        """Take a request off the device; it keeps its KV if that is wanted and there is room on the host."""
+        self._rows.leave(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(request)
-        self._tracker.set_phase(request.id, Phase.WAITING, now_s)
-        self._tracker.update([request.id], num_computed=0, device_blocks=0)
+        if by is ResumeBy.LOAD:
+            self.offload.preempt(request.id)
+        else:
+            self.kv.release(request.id)
+        kept = self.kv.view(request.id).state is not KVState.NONE
+        self._move(request, RequestState.PAUSED if kept else RequestState.WAITING, now_s)
 
-    def _vacate(self, request: Request) -> None:
-        del self.running[request.id]
-        self.kv.release(request.id)
-        if request.row is None:
-            raise AssertionError(f"{request.id} runs without a row")
-        heapq.heappush(self._free_rows, request.row)
-        entering = len(self._entered)
-        self._entered = [entry for entry in self._entered if entry.req != request.id]
-        # A row whose entry was never sent needs no release.
-        if len(self._entered) == entering:
-            self._released_rows.append(request.row)
-        request.row = None
+    def _resume(self, request: Request, by: ResumeBy, reserved: int, now_s: float) -> None:
+        if by is ResumeBy.RECOMPUTE:
+            self.kv.release(request.id)
+            self._enter(request, now_s)
+        else:
+            self._move(request, RequestState.LOADING, now_s)
+            self._load(request, reserved, now_s)
+
+    def _load(self, request: Request, reserved: int, now_s: float) -> None:
+        """Go on bringing a request back, but for `reserved` blocks."""
+        self.offload.resume(request.id, max(0, self.kv.num_free_blocks + self.kv.num_draining_blocks - reserved))
+        self._settle(request, now_s)
+
+    def _settle(self, request: Request, now_s: float) -> None:
+        """Seat a loading request whose KV is all on the device; queue it if nothing of it is left."""
+        state = self.kv.view(request.id).state
+        if state is KVState.DEVICE:
+            self._enter(request, now_s)
+        elif state is KVState.NONE:
+            self._move(request, RequestState.WAITING, now_s)
+
+    def _enter(self, request: Request, now_s: float) -> None:
+        """Give a request a row; it goes on after the tokens that have KV on the device."""
+        view = self.kv.view(request.id)
+        request.num_computed_tokens = view.num_tokens
+        request.device_has_token = False
+        self._rows.enter(request, view.blocks)
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = now_s
+        self._move(request, RequestState.RUNNING, now_s)
+
+    def _move(self, request: Request, state: RequestState, now_s: float) -> None:
+        """Change a request's state, and with it the group it is in."""
+        before, _ = self._by_state[request.state]
+        after, phase = self._by_state[state]
+        del before[request.id]
+        after[request.id] = request
+        request.state = state
+        self._tracker.set_phase(request.id, phase, now_s)
+        if state is RequestState.WAITING:
+            request.num_computed_tokens = 0
+            request.device_has_token = False
+            self._tracker.update([request.id], num_computed=0, device_blocks=0, host_tokens=0)
+
+    def _unblock(self, held: Collection[RequestId], now_s: float) -> bool:
+        """Nothing runs in the coming step: change something if nothing else will; True to try again.
+
+        Policies never mean to let it come to this. A reader's buffer that runs down and a copy that ends are reasons to
+        wait. Otherwise the youngest on the device makes room for the others, or the oldest of all comes onto it.
+        """
+        if held or self.offload.is_busy:
+            return False
+        if self.loading and (self.running or len(self.loading) > 1):
+            # They hold blocks that the others lack, and find no more.
+            youngest = max(self.loading.values(), key=_age)
+            self.offload.preempt(youngest.id)
+            kept = self.kv.view(youngest.id).state is not KVState.NONE
+            self._move(youngest, RequestState.PAUSED if kept else RequestState.WAITING, now_s)
+        elif len(self.running) > 1:
+            self._preempt(max(self.running.values(), key=_age), ResumeBy.LOAD, now_s)
+        elif not self.running and not self.loading and (self.paused or self.waiting):
+            oldest = min([*self.paused.values(), *self.waiting.values()], key=_age)
+            if oldest.state is RequestState.PAUSED:
+                self._resume(oldest, ResumeBy.LOAD, 0, now_s)
+            else:
+                self._enter(oldest, now_s)
+        elif self.running or self.loading:
+            # Alone, anything fits that was validated.
+            stuck = [*self.running, *self.loading]
+            raise AssertionError(f"{stuck} cannot go on, with {self.kv.num_free_blocks} blocks free")
+        else:
+            return False
+        return True
+
+
+def _age(request: Request) -> tuple[float, RequestId]:
+    return request.arrival_s, request.id

@@ -39,7 +39,7 @@ def resolve_rate(rate: float | str | None, default: float) -> float:
             return default
         if rate in NAMED_RATES:
             return NAMED_RATES[rate]
-    elif 0 < rate < math.inf:
+    elif not isinstance(rate, bool) and 0 < rate < math.inf:
         return float(rate)
     names = ", ".join(repr(name) for name in (*NAMED_RATES, AUTO))
     raise RequestError("consumption_rate", f"consumption_rate must be tokens/s above 0, or {names}, got {rate!r}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from aiohttp import web
+from msgspec import UnsetType
 
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
@@ -15,7 +16,7 @@ from tfserve.http.ports import TokenizerPort
 from tfserve.http.replies import Usage
 from tfserve.http.service import Service
 from tfserve.http.sse import ChunkRenderer, stream_answer
-from tfserve.types import RequestOutput, SamplingParams, TokenLogprob
+from tfserve.types import ConsumptionRate, RequestOutput, SamplingParams, TokenLogprob
 
 USAGE = web.RequestKey("usage", Usage)
 """Where the tokens of an answer are noted on the request, for the access log."""
@@ -77,12 +78,13 @@ async def answer(
     params: SamplingParams,
     renderer: Renderer,
     *,
+    rate: ConsumptionRate | UnsetType,
     stream: bool,
 ) -> web.StreamResponse:
     """Submit all prompts, or none if one is refused, and answer with their choices."""
     with service.exchange() as exchange:
         for index, prompt in enumerate(prompts):
-            exchange.submit(prompt, params, f"{renderer.id}-{index}")
+            exchange.submit(prompt, params, f"{renderer.id}-{index}", rate)
         try:
             if stream:
                 return await stream_answer(request, exchange, renderer, service.config.server.keep_alive_s)

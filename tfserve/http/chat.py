@@ -110,4 +110,5 @@ class ChatEndpoint:
         text = engine.tokenizer.apply_chat_template(asked.conversation())
         # The template has written the special tokens already.
         prompt = await encode(engine.tokenizer, text, add_special_tokens=False)
-        return await answer(request, service, [prompt], params, renderer, stream=bool(asked.stream))
+        rate = asked.consumption_rate
+        return await answer(request, service, [prompt], params, renderer, rate=rate, stream=bool(asked.stream))

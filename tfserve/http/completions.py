@@ -96,4 +96,5 @@ class CompletionEndpoint:
             await encode(engine.tokenizer, prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
             for prompt in asked.prompts()
         ]
-        return await answer(request, service, prompts, params, renderer, stream=bool(asked.stream))
+        rate = asked.consumption_rate
+        return await answer(request, service, prompts, params, renderer, rate=rate, stream=bool(asked.stream))

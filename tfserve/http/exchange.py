@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from msgspec import UnsetType
+
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.ports import EnginePort, StreamPort
 from tfserve.http.replies import Usage
-from tfserve.types import FinishReason, RequestOutput, SamplingParams
+from tfserve.types import ConsumptionRate, FinishReason, RequestOutput, SamplingParams
 
 
 class Exchange:
@@ -23,9 +25,15 @@ class Exchange:
         self._patience: asyncio.Timeout | None = None
         self._abort_reason = ""
 
-    def submit(self, prompt: str | Sequence[int], params: SamplingParams, request_id: str) -> None:
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        request_id: str,
+        rate: ConsumptionRate | UnsetType,
+    ) -> None:
         """Queue a prompt. Raises RequestError, QueueFullError, EngineDeadError."""
-        stream = self._engine.submit(prompt, params, request_id=request_id)
+        stream = self._engine.submit(prompt, params, request_id=request_id, rate=rate)
         self._unfinished.add(len(self._streams))
         self._streams.append(stream)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from msgspec import UNSET, UnsetType
+
 from tfserve.config import EngineConfig
-from tfserve.types import EngineInfo, RequestOutput, SamplingParams
+from tfserve.types import ConsumptionRate, EngineInfo, RequestOutput, SamplingParams
 
 
 class TokenizerPort(Protocol):
@@ -61,7 +63,12 @@ class EnginePort(Protocol):
         ...
 
     def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        rate: ConsumptionRate | UnsetType = UNSET,
     ) -> StreamPort:
         """Queue a request. Raises RequestError, QueueFullError, EngineDeadError."""
         ...

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 
 from tfserve.errors import RequestError
-from tfserve.types import MAX_LOGPROBS, SamplingParams
+from tfserve.types import MAX_LOGPROBS, ConsumptionRate, SamplingParams
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """An integer that fits the engine's messages."""
@@ -29,7 +29,8 @@ class StreamOptions(msgspec.Struct, kw_only=True):
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that chat and plain completions share. None means the default, as does leaving the field out.
 
-    The lines after `stop` are ours; their names are vLLM's.
+    The lines after `stop` are ours; their names are vLLM's, but for `consumption_rate`: how fast the reader reads, in
+    tokens/s or by name. There, null means that nobody reads along.
     """
 
     model: str | None = None
@@ -50,6 +51,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[Int] | None = None
     skip_special_tokens: bool | None = None
+    consumption_rate: ConsumptionRate | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def include_usage(self) -> bool:

@@ -1,0 +1,67 @@
+"""Calibration: a few steps on made-up requests before the first real one, so that the CostModel knows the machine."""
+
+from __future__ import annotations
+
+import time
+
+from tfserve.config import EngineConfig
+from tfserve.engine.batch import sample_of
+from tfserve.engine.cost_model import CostModel
+from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
+from tfserve.types import SamplingParams
+
+_MOST_S = 0.25
+"""No further step starts after this long: a slow machine starts with what the first steps said."""
+
+_ROWS = 8
+_PROMPT = 4
+_CHUNK = 64
+
+
+def calibrate(
+    cost: CostModel, runner: Runner, config: EngineConfig, *, num_blocks: int, block_size: int, max_model_len: int
+) -> None:
+    """Run prompts, decodes of one and of several rows and a longer chunk; give every row back.
+
+    It writes the first blocks of the device pool, which nobody has yet. Where those are too few it does less.
+    """
+    rows = min(_ROWS, config.max_num_seqs, num_blocks - 1, config.max_num_batched_tokens // _PROMPT)
+    # Every row stays inside one block.
+    chunk = min(_CHUNK, block_size - _PROMPT - 3, config.max_num_batched_tokens, max_model_len - _PROMPT - 3)
+    if rows < 1 or chunk < 1:
+        return
+    every = range(rows)
+    one = [_decode(0, _PROMPT + 2)]
+    steps = [
+        ([_prompt(row, 0, _PROMPT) for row in every], 0),
+        ([_decode(row, _PROMPT) for row in every], rows),
+        (one, 1),
+        ([_prompt(rows - 1, _PROMPT + 1, chunk)], 0),
+        ([_decode(row, _PROMPT + 1) for row in every], rows),
+        (one, 1),
+    ]
+    entered = tuple(
+        RowInit(Row(row), f"calibration-{row}", SamplingParams(temperature=0), 0, (0,) * _PROMPT, _PROMPT)
+        for row in every
+    )
+    samples = []
+    end_s = time.monotonic() + _MOST_S
+    for number, (seqs, n_decode) in enumerate(steps):
+        if number > 2 and time.monotonic() > end_s:
+            break
+        plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
+        result = runner.launch(plan).result()
+        # The first step also warms the machine up.
+        if number > 0:
+            samples.append(sample_of(plan.seqs, n_decode, result.device_s))
+    runner.launch(StepPlan(Fence(-1), (), 0, (), tuple(Row(row) for row in every))).result()
+    cost.calibrate(samples)
+
+
+def _prompt(row: int, start: int, n: int) -> SeqStep:
+    blocks = (BlockId(row + 1),) if start == 0 else ()
+    return SeqStep(f"calibration-{row}", Row(row), start, n, True, (0,) * n, blocks)
+
+
+def _decode(row: int, start: int) -> SeqStep:
+    return SeqStep(f"calibration-{row}", Row(row), start, 1, True, (0,), ())
