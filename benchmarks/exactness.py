@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--interval", type=float, default=0.15, help="seconds between exchanges")
+    parser.add_argument("--interval", type=float, default=0.5, help="seconds between exchanges")
     args = parser.parse_args()
     every = -(-(120 + args.tokens) // BLOCK) * NUM_REQUESTS
     batches = [requests(args.tokens, number) for number in range(args.rounds)]
@@ -86,7 +86,8 @@ def main() -> None:
                 found = [mismatch(way, i, one, two) for i, (one, two) in enumerate(pairs)]
                 lines = [line for line in found if line is not None]
                 wrong += len(lines)
-                print(f"{way}, round {number}: {preemptions} preemptions, {len(lines)} mismatches", *lines, sep="\n")
+                head = f"{way}, round {number}: {preemptions} preemptions, {len(lines)} mismatches"
+                print(head, *lines, sep="\n", flush=True)
             stats = engine.stats()
             print(f"{way}: {stats.bytes_stored / 2**20:.0f} MiB stored, {stats.bytes_loaded / 2**20:.0f} MiB loaded")
     print(f"{total} preemptions, {wrong} mismatches in {len(WAYS) * args.rounds * NUM_REQUESTS} runs of a request")

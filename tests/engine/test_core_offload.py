@@ -120,7 +120,7 @@ shapes = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     requests=st.lists(shapes, min_size=1, max_size=14),
     policy=st.sampled_from(POLICIES),

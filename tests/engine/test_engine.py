@@ -197,6 +197,10 @@ async def test_killed_engine_fails_every_stream(model_dir):
         for stream in streams:
             with pytest.raises(EngineDeadError, match="SIGKILL"):
                 await read_to_the_end(stream)
+        # Streams end first, and the callback comes from another thread.
+        async with asyncio.timeout(10):
+            while not deaths:
+                await asyncio.sleep(0.01)
         assert len(deaths) == 1
         with pytest.raises(EngineDeadError):
             engine.check_health()
