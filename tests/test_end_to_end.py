@@ -40,15 +40,18 @@ def prompt_of(index: int) -> list[int]:
 async def read_stream(response: aiohttp.ClientResponse, leave_after: int | None = None) -> tuple[str, list[object]]:
     """The text and the raw events of a completion stream; leaves after that many events if asked to."""
     text, seen = "", []
-    async for line in response.content:
-        if not line.startswith(b"data: "):
-            continue
-        data = line[6:].strip()
-        seen.append(data if data == b"[DONE]" else json.loads(data))
-        if data != b"[DONE]" and "choices" in seen[-1]:
-            text += "".join(choice["text"] for choice in seen[-1]["choices"])
-        if leave_after is not None and len(seen) >= leave_after:
-            break
+    try:
+        async for line in response.content:
+            if not line.startswith(b"data: "):
+                continue
+            data = line[6:].strip()
+            seen.append(data if data == b"[DONE]" else json.loads(data))
+            if data != b"[DONE]" and "choices" in seen[-1]:
+                text += "".join(choice["text"] for choice in seen[-1]["choices"])
+            if leave_after is not None and len(seen) >= leave_after:
+                break
+    finally:
+        response.close()
     return text, seen
 
 
