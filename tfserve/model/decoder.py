@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         self.rotary = RotaryTable(config, fmt.device)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, fmt) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, fmt=fmt, input_bits=16)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, fmt=fmt)
 
     @torch.inference_mode()
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:

@@ -41,17 +41,12 @@ class WeightFormat(msgspec.Struct, frozen=True):
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`, with the weight held as `fmt` says; `load` gives it one before the first call.
+    """`x @ weight.T + bias`, with the weight held as `fmt` says; `load` gives it one before the first call."""
 
-    `input_bits` matters to int8 only: 16 takes two products where 8 takes one.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat, input_bits: Literal[8, 16] = 8
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat) -> None:
         super().__init__()
         self.in_features, self.out_features, self.has_bias = in_features, out_features, bias
-        self._format, self._input_bits = fmt, input_bits
+        self._format = fmt
 
     def load(self, weight: Tensor, bias: Tensor | None) -> None:
         """Take `weight [out, in]` and `bias [out]` (None where there is none), of any float dtype."""
@@ -67,7 +62,7 @@ class Linear(nn.Module):
 
     def _kernel_type(self) -> type[_Plain] | type[_Packed] | type[_Int8]:
         if self._format.kind == "int8":
-            return _Int8 if self._input_bits == 8 else _Int8WideInput
+            return _Int8
         return _Packed if self._format.kind == "packed" else _Plain
 
     def extra_repr(self) -> str:
@@ -117,23 +112,10 @@ class _Int8:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor
         size = x.abs().amax(dim=-1, keepdim=True).clamp_(min=_TINY)  # vector_norm(inf) takes ten times as long
-        out = self._product(x / size)
+        out = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / size, 1 / 127, 128, self._weight)
         return out.mul_(size) if self._bias is None else torch.addcmul(self._bias, out, size)
-
-    def _product(self, x: Tensor) -> Tensor:
-        """`x @ weight.T` of rows in [-1, 1], in steps of 1 / 127."""
-        out: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, 1 / 127, 128, self._weight)
-        return out
-
-
-class _Int8WideInput(_Int8):
-    """Inputs in about 16 bits: what rounding to 8 leaves over is a second batch of rows for the same weight."""
-
-    def _product(self, x: Tensor) -> Tensor:
-        rest = torch.mul(x, 127).round_().div_(-127).add_(x).mul_(254)  # in [-1, 1] again
-        coarse, fine = super()._product(torch.cat([x, rest])).chunk(2)
-        return coarse.add_(fine, alpha=1 / 254)
 
 
 _TINY = 1e-30

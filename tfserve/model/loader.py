@@ -1,8 +1,7 @@
-"""Hugging Face safetensors into a `Decoder`: merged, permuted, folded and packed as the layers want them."""
+"""Hugging Face safetensors into a `Decoder`: merged, permuted, smoothed, folded and packed as the layers want."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,10 +10,11 @@ from tqdm import tqdm
 
 from tfserve.model.checkpoint import Checkpoint
 from tfserve.model.config import ModelConfig
-from tfserve.model.decoder import Attention, Decoder, DecoderLayer
-from tfserve.model.layers import MLP, RMSNorm
-from tfserve.model.linear import Linear, WeightFormat
+from tfserve.model.decoder import Decoder, DecoderLayer
+from tfserve.model.layer_weights import LayerWeights, fill_pair
+from tfserve.model.linear import WeightFormat
 from tfserve.model.rope import interleave_halves
+from tfserve.model.smoothing import Smoother, calibration_ids
 
 
 def load_model(
@@ -23,70 +23,68 @@ def load_model(
     """Build the decoder of the checkpoint in `path`: `model.safetensors`, or shards named by its index.
 
     `dtype` is "float32", "bfloat16" or "float16"; weights are converted. `quantization="int8"` quantises the linear
-    weights at load (CPU, float32). `progress` draws a bar on stderr. Raises ModelError for a checkpoint that is not
-    whole or not of this shape, ConfigError for an int8 that this machine cannot compute.
+    weights at load (CPU, float32), once a short text has shown which inputs to even out (`Smoother`). `progress` draws
+    a bar on stderr. Raises ModelError for a checkpoint that is not whole or not of this shape, ConfigError for an int8
+    that this machine cannot compute.
     """
     fmt = WeightFormat.choose(getattr(torch, dtype), torch.device(device), quantization)
     decoder = Decoder(config, fmt)
     with Checkpoint(path) as checkpoint, torch.inference_mode():
         checkpoint.verify(config)
-        load = _Load(checkpoint, fmt)
-        load.outer(decoder)
+        read = _Reader(checkpoint, config, fmt)
+        decoder.embed_tokens = read.tensor("model.embed_tokens.weight")
+        smoother = None
+        if fmt.kind == "int8":
+            smoother = Smoother(config, decoder.embed_tokens, calibration_ids(path, config.vocab_size))
         for number, layer in enumerate(tqdm(decoder.layers, "loading weights", unit="layer", disable=not progress)):
             assert isinstance(layer, DecoderLayer)
-            load.layer(layer, f"model.layers.{number}.")
+            weights = read.layer(number)
+            if smoother is not None:
+                smoother.smooth_layer(weights)
+            weights.fill(layer, fmt)
+        norm = read.tensor("model.norm.weight")
+        # A tied head shares the embeddings' memory where its format allows.
+        head = decoder.embed_tokens if config.tie_word_embeddings else read.tensor("lm_head.weight")
+        if smoother is not None:
+            norm, head = smoother.smooth_head(norm, head)
+        fill_pair(decoder.norm, norm, decoder.lm_head, head, bias=None, fmt=fmt)
     return decoder
 
 
-class _Load:
-    """One pass over a checkpoint; a layer's tensors are converted, handed over and dropped before the next layer's."""
+class _Reader:
+    """A checkpoint's tensors in the model's dtype, on its device, each in memory of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, fmt: WeightFormat) -> None:
-        self._checkpoint, self._format = checkpoint, fmt
+    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, fmt: WeightFormat) -> None:
+        self._checkpoint, self._config, self._format = checkpoint, config, fmt
 
-    def outer(self, decoder: Decoder) -> None:
-        """Embeddings, last norm and head; a tied head shares the embeddings' memory where its format allows."""
-        decoder.embed_tokens = self._get("model.embed_tokens.weight")
-        tied = decoder.config.tie_word_embeddings
-        head = decoder.embed_tokens if tied else self._get("lm_head.weight")
-        decoder.lm_head.load(self._after(decoder.norm, "model.norm.weight", head), None)
-
-    def layer(self, layer: DecoderLayer, prefix: str) -> None:
-        """One decoder layer, whose tensors' names start with `prefix`."""
-        self._attention(layer.attention, layer.input_norm, prefix)
-        self._mlp(layer.mlp, layer.post_attention_norm, prefix)
-
-    def _attention(self, attention: Attention, norm: RMSNorm, prefix: str) -> None:
-        def merged(kind: str) -> Tensor:
-            q, k, v = (self._get(f"{prefix}self_attn.{x}_proj.{kind}") for x in "qkv")
-            return torch.cat([interleave_halves(q, attention.head_dim), interleave_halves(k, attention.head_dim), v])
-
-        self._linear(attention.qkv_proj, merged, norm, f"{prefix}input_layernorm.weight")
-        self._linear(attention.o_proj, lambda kind: self._get(f"{prefix}self_attn.o_proj.{kind}"))
-
-    def _mlp(self, mlp: MLP, norm: RMSNorm, prefix: str) -> None:
-        def merged(kind: str) -> Tensor:
-            return torch.cat([self._get(f"{prefix}mlp.{x}_proj.{kind}") for x in ("gate", "up")])
-
-        self._linear(mlp.gate_up_proj, merged, norm, f"{prefix}post_attention_layernorm.weight")
-        self._linear(mlp.down_proj, lambda kind: self._get(f"{prefix}mlp.down_proj.{kind}"))
-
-    def _linear(
-        self, linear: Linear, tensor: Callable[[str], Tensor], norm: RMSNorm | None = None, norm_name: str = ""
-    ) -> None:
-        """Hand `linear` its weight and bias; a `norm` in front of it is folded into the weight, or gets its own."""
-        weight = tensor("weight")
-        if norm is not None:
-            weight = self._after(norm, norm_name, weight)
-        linear.load(weight, tensor("bias") if linear.has_bias else None)
-
-    def _after(self, norm: RMSNorm, norm_name: str, weight: Tensor) -> Tensor:
-        norm_weight = self._get(norm_name)
-        if self._format.folds_norms:
-            return norm.fold_into(weight, norm_weight)
-        norm.load(norm_weight)
-        return weight
-
-    def _get(self, name: str) -> Tensor:
-        """A tensor of its own memory, in the model's dtype and on its device."""
+    def tensor(self, name: str) -> Tensor:
         return self._checkpoint.get(name).to(self._format.device, self._format.dtype, copy=True)
+
+    def layer(self, number: int) -> LayerWeights:
+        config, prefix = self._config, f"model.layers.{number}."
+
+        def merged(block: str, parts: tuple[str, ...], kind: str) -> Tensor:
+            tensors = {part: self.tensor(f"{prefix}{block}.{part}_proj.{kind}") for part in parts}
+            for part in {"q", "k"} & tensors.keys():
+                tensors[part] = interleave_halves(tensors[part], config.head_dim)
+            return torch.cat(list(tensors.values())) if len(parts) > 1 else tensors[parts[0]]
+
+        def pair(block: str, parts: tuple[str, ...], has_bias: bool) -> tuple[Tensor, Tensor | None]:
+            return merged(block, parts, "weight"), merged(block, parts, "bias") if has_bias else None
+
+        qkv, qkv_bias = pair("self_attn", ("q", "k", "v"), config.qkv_bias)
+        o, o_bias = pair("self_attn", ("o",), config.o_bias)
+        gate_up, gate_up_bias = pair("mlp", ("gate", "up"), config.mlp_bias)
+        down, down_bias = pair("mlp", ("down",), config.mlp_bias)
+        return LayerWeights(
+            input_norm=self.tensor(f"{prefix}input_layernorm.weight"),
+            qkv=qkv,
+            qkv_bias=qkv_bias,
+            o=o,
+            o_bias=o_bias,
+            post_attention_norm=self.tensor(f"{prefix}post_attention_layernorm.weight"),
+            gate_up=gate_up,
+            gate_up_bias=gate_up_bias,
+            down=down,
+            down_bias=down_bias,
+        )

@@ -1,0 +1,138 @@
+"""SmoothQuant: inputs made even before they are rounded to 8 bits, at no cost per step.
+
+A few channels of a linear's input dwarf the rest, and rounding a row to 256 steps of its largest value leaves the rest
+little. Dividing each channel by a factor, and multiplying the weight's column by it, computes the same and moves part
+of the difference into the weight, which has a scale per row to take it. The division costs nothing: the factors go
+into whatever made the channels. Source: Xiao et al., 2022, "SmoothQuant", for int8 weights and inputs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tfserve.model.config import ModelConfig
+from tfserve.model.decoder import DecoderLayer
+from tfserve.model.layer_weights import LayerWeights
+from tfserve.model.linear import Linear, WeightFormat
+from tfserve.model.rope import RotaryTable
+from tfserve.model.tokenizer import Tokenizer
+
+
+class Smoother:
+    """Runs a text through the float32 layers, one after the other, and evens out each before it is quantised."""
+
+    def __init__(self, config: ModelConfig, embeddings: Tensor, token_ids: Tensor) -> None:
+        """`embeddings [vocab, H]` float32 on the CPU; the text is `token_ids [T]` int64."""
+        self._config = config
+        self._format = WeightFormat("plain", torch.float32, torch.device("cpu"))
+        self._residual = nn.functional.embedding(token_ids, embeddings)
+        self._rotations = RotaryTable(config, self._format.device).at(torch.arange(len(token_ids)))
+
+    def smooth_layer(self, weights: LayerWeights) -> None:
+        """Fold factors into the next layer's `weights`, in place; layers come in their order, each once."""
+        config, peaks = self._config, self._run(weights)
+        up, value = weights.gate_up[config.intermediate_size :], weights.qkv[config.q_size + config.kv_size :]
+
+        # One channel of v becomes the same channel of each head of its group: they share a factor.
+        groups = (config.num_key_value_heads, -1, config.head_dim)
+        columns = column_peaks(weights.o)
+        shared = smoothing_factors(*(x.view(groups).amax(dim=1) for x in (peaks["o_proj"], columns)))
+        weights.o *= shared[:, None].expand(peaks["o_proj"].view(groups).shape).flatten()
+        value /= shared.flatten()[:, None]
+        if weights.qkv_bias is not None:
+            weights.qkv_bias[config.q_size + config.kv_size :] /= shared.flatten()
+
+        factors = smoothing_factors(peaks["down_proj"], column_peaks(weights.down))
+        _move(factors, up, weights.down)
+        if weights.gate_up_bias is not None:
+            weights.gate_up_bias[config.intermediate_size :] /= factors
+
+        # Rows first: the factors of what reads the norms depend on the rows' sizes.
+        factors = smoothing_factors(peaks["qkv_proj"], column_peaks(weights.qkv))
+        _move(factors, weights.input_norm, weights.qkv)
+
+        factors = smoothing_factors(peaks["gate_up_proj"], column_peaks(weights.gate_up))
+        _move(factors, weights.post_attention_norm, weights.gate_up)
+
+    def smooth_head(self, norm: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+        """The last norm's weight `[H]` and the head's `[vocab, H]` with factors folded in; new tensors."""
+        peaks = nn.functional.rms_norm(self._residual, norm.shape, norm, self._config.rms_norm_eps).abs().amax(dim=0)
+        factors = smoothing_factors(peaks, column_peaks(head))
+        return norm / factors, head * factors
+
+    def _run(self, weights: LayerWeights) -> dict[str, Tensor]:
+        """Take the text through a layer; the largest size `[in]` of each channel that reached each linear, by name."""
+        layer = DecoderLayer(self._config, 0, self._format)
+        weights.fill(layer, self._format)
+        peaks: dict[str, Tensor] = {}
+        for path, module in layer.named_modules():
+            if isinstance(module, Linear):
+                module.register_forward_pre_hook(partial(_note_peaks, peaks, path.rpartition(".")[2]))
+        layer(self._residual, self._rotations, _OneSequence())
+        return peaks
+
+
+def column_peaks(weight: Tensor) -> Tensor:
+    """Largest size `[in]` in each column of `weight [out, in]`, as a part of the largest in its row.
+
+    A row is quantised with a scale of its own, so its size says nothing about what it can take.
+    """
+    sizes = weight.abs()
+    return (sizes / sizes.amax(dim=1, keepdim=True).clamp(min=_TINY)).amax(dim=0)
+
+
+def smoothing_factors(input_peaks: Tensor, weight_peaks: Tensor) -> Tensor:
+    """What to divide each input channel by, from its largest size and its weight column's (any one shape)."""
+    return input_peaks.clamp(min=_TINY) ** _ALPHA / weight_peaks.clamp(min=_TINY) ** (1 - _ALPHA)
+
+
+_TINY = 1e-5  # for a channel that the text never reached, or that no weight reads
+_ALPHA = 0.5
+"""How much of the inputs' unevenness moves into the weights: 0 none, 1 all."""
+
+
+def calibration_ids(model_dir: Path, vocab_size: int) -> Tensor:
+    """Token ids `[T]` of a short mixed text; random ones for a checkpoint without a tokenizer."""
+    if not any((model_dir / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return torch.randint(vocab_size, (256,), generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor(Tokenizer.from_dir(model_dir).encode(_TEXT))
+    return ids[ids < vocab_size]
+
+
+def _move(factors: Tensor, made_by: Tensor, read_by: Tensor) -> None:
+    """From the norm or the linear that makes some channels to the linear that reads them, in place."""
+    made_by /= factors if made_by.ndim == 1 else factors[:, None]
+    read_by *= factors
+
+
+def _note_peaks(peaks: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple[Tensor]) -> None:  # noqa: ARG001
+    peaks[name] = inputs[0].abs().amax(dim=0)
+
+
+class _OneSequence:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # noqa: ARG002
+        group = q.shape[1] // k.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+        out = nn.functional.scaled_dot_product_attention(q.transpose(0, 1), keys, values, is_causal=True)
+        return out.transpose(0, 1).flatten(1)
+
+
+_TEXT = """\
+The lighthouse keeper wrote in his diary every evening, even when nothing had happened. On the 14th of March, 1887, \
+he noted "wind from the north-west, sea rough, two ships seen"; a week later, only: "Fog."
+
+def moving_average(values: list[float], width: int = 3) -> list[float]:
+    return [sum(values[i : i + width]) / width for i in range(len(values) - width + 1)]
+
+User: What's the difference between weather and climate? Please answer in two sentences.
+Assistant: Weather is the state of the air at one place and time, such as rain in Lisbon this afternoon. Climate is \
+what that weather is like on average over 30 years or more.
+
+To make pancakes: 1) whisk 2 eggs with 300 ml of milk; 2) add 150 g of flour, a pinch of salt, and sugar; 3) fry in \
+butter until golden. {"id": 7, "ok": true, "tags": ["a", "b"], "price": 19.99}
+Solve 3x + 5 = 20, so x = (20 - 5) / 3 = 5. Die Katze schläft. Où est la gare?
+"""
