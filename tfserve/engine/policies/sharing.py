@@ -182,9 +182,11 @@ class TimeShared:
         """Fill the device by rank, with `keep` in front, and say what that changes."""
         c = snapshot.columns
         order = self.rank(snapshot, sizes)
-        if keep is not None:
-            resident = np.isin(order, keep)
-            order = np.concatenate([order[resident], order[~resident]])
+        # Whoever is still computing what it came back for stays: it would leave with nothing gained, again and again.
+        catching_up = np.flatnonzero(c.is_running & (c.num_uncomputed > 1))
+        keep = catching_up if keep is None else np.union1d(keep, catching_up)
+        resident = np.isin(order, keep)
+        order = np.concatenate([order[resident], order[~resident]])
         chosen = fill(order, sizes)
         running = c.in_phase(Phase.RUNNING)
         leave = running[~np.isin(running, chosen)]
