@@ -85,6 +85,9 @@ class _Server:
 
     async def run(self) -> int:
         """Bind first (a taken port costs no load), answer while loading, serve, drain. Raises TfserveError."""
+        if self._config.scheduler.overload == "shed":
+            # It would have to answer 429 before the stream begins, and the scheduler decides after.
+            raise ConfigError("scheduler.overload", "the server cannot 'shed' yet; use 'queue' or 'share'")
         loop = asyncio.get_running_loop()
         app = create_app(self._service)
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=GOODBYE_S)
