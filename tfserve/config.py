@@ -134,8 +134,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError(
                 "gpu_memory_utilization", f"must be above 0 and at most 1, got {self.gpu_memory_utilization}"
             )
-        if self.kv_cache_gib <= 0:
-            raise ConfigError("kv_cache_gib", f"must be above 0, got {self.kv_cache_gib}")
+        if not 0 < self.kv_cache_gib < 2**20:
+            raise ConfigError("kv_cache_gib", f"must be above 0 and a size in GiB, got {self.kv_cache_gib}")
         if self.host_kv_gib is not None and not self.host_kv_gib >= 0:
             raise ConfigError("host_kv_gib", f"must not be negative, got {self.host_kv_gib}")
         if self.emulated_bandwidth is not None and not self.emulated_bandwidth > 0:
@@ -214,6 +214,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError("", f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError("", f"{path} is not UTF-8 text") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -14,6 +14,9 @@ RequestId = str
 ConsumptionRate = float | str | None
 """How fast a request's reader reads: tokens/s, or "listen", "read", "fast" or "auto"; None if nobody reads along."""
 
+MAX_STOP_TOKENS = 128
+"""Most stop tokens of one request: forbidding them, as `min_tokens` does, must leave something to say."""
+
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for per token (OpenAI's limit for chat)."""
 
@@ -61,10 +64,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(self.min_tokens <= most, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         _require(0 <= self.temperature <= 2, "temperature", self.temperature, "between 0 and 2")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(self.top_k >= -1, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")
+        _require(-1 <= self.top_k < 2**31, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         penalty = self.repetition_penalty
-        _require(0 < penalty < math.inf, "repetition_penalty", penalty, "a finite number above 0")
+        # Wider strengths overflow the logits' float32.
+        _require(0.01 <= penalty <= 100, "repetition_penalty", penalty, "between 0.01 and 100")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
         for token, bias in (self.logit_bias or {}).items():
@@ -73,10 +77,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         in_range = self.seed is None or -(2**63) <= self.seed < 2**63
         _require(in_range, "seed", self.seed, "a 64-bit integer")
         _require(all(self.stop), "stop", list(self.stop), "non-empty strings")
+        _require(all(map(_is_text, self.stop)), "stop", list(self.stop), "valid Unicode text")
+        few = len(self.stop_token_ids) <= MAX_STOP_TOKENS
+        _require(few, "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP_TOKENS} tokens")
         for token in self.stop_token_ids:
             _require(0 <= token < vocab_size, "stop_token_ids", token, f"token ids in [0, {vocab_size})")
         top = self.logprobs
         _require(top is None or 0 <= top <= MAX_LOGPROBS, "logprobs", top, f"between 0 and {MAX_LOGPROBS}")
+
+
+def _is_text(text: str) -> bool:
+    """False for half a surrogate pair, which no encoder and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _require(ok: bool, param: str, value: object, meaning: str) -> None:

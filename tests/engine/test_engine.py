@@ -133,6 +133,13 @@ def test_logprobs_name_the_chosen_token_first_when_greedy(engine):
         ([1], {"temperature": "hot"}, "params", "float"),
         ([1], {"stop": ("",)}, "stop", "non-empty"),
         ([1], {"logit_bias": {600: 1.0}}, "logit_bias", "512"),
+        ([True, 4], {}, "prompt", "token id True"),
+        ("half \ud800 pair", {}, "prompt", "not valid Unicode"),
+        ([1], {"stop": ("\ud800",)}, "stop", "valid Unicode"),
+        ([1], {"top_k": 2**70}, "top_k", "positive integer"),
+        ([1], {"min_tokens": 2**63 - 1}, "min_tokens", "at most max_tokens"),
+        ([1], {"repetition_penalty": 1e-40}, "repetition_penalty", "between 0.01 and 100"),
+        ([1], {"stop_token_ids": tuple(range(200))}, "stop_token_ids", "at most 128"),
         ([1], {"stop_token_ids": (-1,)}, "stop_token_ids", "512"),
     ],
 )

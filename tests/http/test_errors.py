@@ -203,3 +203,18 @@ async def test_a_bug_is_a_bare_500_and_a_logged_traceback(start: StartServer, ca
     assert response.status == 500
     assert "NoneType" not in text
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["a"] * 300},
+        b'{"prompt": "x", "z": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=["too many prompts", "nested too deeply"],
+)
+async def test_bodies_made_to_hurt_are_refused(start: StartServer, body: Any) -> None:
+    server = await start()
+    async with server.post("/v1/completions", body) as response:
+        assert response.status == 400
+        assert not server.engine.streams

@@ -93,9 +93,9 @@ class Engine:
             self._prepare(prompt, one or SamplingParams(), rate, None) for prompt, one in zip(batch, each, strict=True)
         ]
         collectors = [Collector(self._buffer(message)) for message in messages]
-        for message, collector in zip(messages, collectors, strict=True):
-            self._send(message, collector)
         try:
+            for message, collector in zip(messages, collectors, strict=True):
+                self._send(message, collector)
             return [collector.result() for collector in collectors]
         except BaseException:
             for message in messages:
@@ -193,7 +193,7 @@ class Engine:
     def _prepare(
         self, prompt: Prompt, params: SamplingParams, rate: ConsumptionRate | UnsetType, request_id: RequestId | None
     ) -> AddRequest:
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         request_id = request_id if request_id is not None else f"req-{next(self._ids)}"
         if request_id in self._sinks:
             raise RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
@@ -203,6 +203,12 @@ class Engine:
         # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
         resolve_rate(rate, default_rate)
         return AddRequest(request_id, token_ids, validate(token_ids, params, self.info), time.monotonic(), rate)
+
+    def _encode(self, prompt: str) -> list[int]:
+        try:
+            return self.tokenizer.encode(prompt)
+        except TypeError:  # what the tokenizer says to half a surrogate pair
+            raise RequestError("prompt", "the prompt is not valid Unicode text") from None
 
     def _buffer(self, message: AddRequest) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
@@ -217,7 +223,7 @@ class Engine:
             self._sinks[message.request_id] = sink
         try:
             self._link.send(message)
-        except EngineDeadError:
+        except BaseException:
             self._sinks.pop(message.request_id, None)
             raise
 

@@ -72,6 +72,10 @@ def _listen(conn: Connection, inbox_ready: threading.Event, box: list[Inbox]) ->
     except (EOFError, OSError):
         # Nobody is left to serve; a step in flight has nothing worth saving.
         os._exit(1)
+    except Exception:
+        # An engine that no longer hears its front must not look alive.
+        logging.getLogger(__name__).exception("the inbox failed")
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
             "context_length_exceeded",
         )
     if params.max_tokens is None:
-        return msgspec.structs.replace(params, max_tokens=room)
+        params = msgspec.structs.replace(params, max_tokens=room)
+        params.verify(info.vocab_size)
+        return params
     if params.max_tokens > room:
         raise RequestError(
             "max_tokens",
@@ -43,5 +45,5 @@ def _check_tokens(prompt: Sequence[int], vocab_size: int) -> None:
     if not prompt:
         raise RequestError("prompt", "the prompt is empty; it must have at least one token")
     for token in prompt:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError("prompt", f"token id {token!r} is not in the vocabulary [0, {vocab_size})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections import defaultdict
@@ -92,9 +93,13 @@ class CompletionEndpoint:
         service.check_model(asked.model)
         params = asked.sampling_params()
         renderer = CompletionRenderer(service.model_name, engine.tokenizer, asked.include_usage)
-        prompts = [
-            await encode(engine.tokenizer, prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
-            for prompt in asked.prompts()
-        ]
+        prompts = []
+        for prompt in asked.prompts():
+            if isinstance(prompt, str):
+                prompts.append(await encode(engine.tokenizer, prompt, add_special_tokens=True))
+                # Many prompts of moderate length: let other requests in between two of them.
+                await asyncio.sleep(0)
+            else:
+                prompts.append(prompt)
         rate = asked.consumption_rate
         return await answer(request, service, prompts, params, renderer, rate=rate, stream=bool(asked.stream))

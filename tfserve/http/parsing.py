@@ -80,6 +80,8 @@ class BodyParser(Generic[Body]):
             raise _type_error(str(error)) from None
         except msgspec.DecodeError as error:
             raise RequestError(None, f"The body is not valid JSON: {error}", "invalid_json") from None
+        except RecursionError:
+            raise RequestError(None, "The body is nested too deeply", "invalid_json") from None
         except UnicodeDecodeError as error:
             raise RequestError(None, f"The body is not valid UTF-8: {error.reason}", "invalid_json") from None
 

@@ -16,6 +16,9 @@ Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 MAX_STOP = 64
 """Most stop strings or stop token ids of a request: each costs time at every token."""
 
+MAX_PROMPTS = 256
+"""Most prompts of one completion request: all are tokenised before the queue can refuse any."""
+
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat has none but the context length."""
 
@@ -160,6 +163,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         if not self.prompt or max(len(tokens), len(texts), len(lists)) < len(self.prompt):
             meaning = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
             raise RequestError("prompt", f"prompt must be {meaning}; it must not be empty and not mix them")
+        if len(texts) > MAX_PROMPTS or len(lists) > MAX_PROMPTS:
+            raise RequestError("prompt", f"{len(self.prompt)} prompts in one request; send at most {MAX_PROMPTS}")
         return [tokens] if tokens else texts or lists
 
     def sampling_params(self) -> SamplingParams:
