@@ -69,11 +69,6 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_remaining_tokens(self) -> int:
-        """Tokens it may still generate."""
-        return self.max_tokens - self.num_output_tokens
-
-    @property
     def is_decoding(self) -> bool:
         """True when only the newest token lacks KV, and it is not the prompt's own."""
         return self.num_computed_tokens == len(self.token_ids) - 1 >= self.num_prompt_tokens
