@@ -27,6 +27,7 @@ from tfserve.memory.kv_layout import KVLayout
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
+from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
@@ -47,7 +48,15 @@ def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tup
     backend = select_backend(config.attention_backend, device=device, dtype=dtype)
     block_size = backend.block_size(config.block_size)
     tokenizer = Tokenizer.from_dir(path)
-    model = load_model(path, model_config, dtype=dtype, device=device, quantization=config.quantization, progress=False)
+    model = load_model(
+        path,
+        model_config,
+        dtype=dtype,
+        device=device,
+        quantization=config.quantization,
+        progress=False,
+        quantized_dir=cache_dir() / "int8",
+    )
     layout = KVLayout.for_device(
         device,
         dtype,
