@@ -16,6 +16,12 @@ POLICIES = sorted(_POLICIES)
 SHARING = ["round-robin", "earliest-underflow", "andes-offload", "tokenflow"]
 
 
+@pytest.fixture(autouse=True, params=[1, 2], ids=["depth1", "depth2"])
+def depth(request, monkeypatch):
+    """Everything here holds at both depths of the pipeline."""
+    monkeypatch.setattr(FakeEngine, "pipeline_depth", request.param)
+
+
 def burst(engine: FakeEngine, n: int = 8, prompt: int = 10, max_tokens: int = 30, rate: float | None = 5.0) -> None:
     for i in range(n):
         engine.add(f"r{i}", [i + 1] * prompt, max_tokens, rate)
