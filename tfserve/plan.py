@@ -145,7 +145,7 @@ class InFlight(Protocol):
         ...
 
     def result(self) -> StepResult:
-        """The step's outcome; waits for the device. Raises what the step raised."""
+        """The step's outcome; waits for the device. Raises what the step raised. Any one thread may ask."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""StepWorker: a runner's steps on a thread of their own, so that the next one is planned meanwhile. Torch-free."""
+"""StepWorker: launches steps on a thread of its own, so that the next one is planned meanwhile. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ T = TypeVar("T")
 
 
 class StepWorker:
-    """plan.Runner around one whose `launch` computes before it returns; this one's returns at once.
+    """plan.Runner around another, whose `launch` may take long: because it computes, or because it prepares a device.
+
+    This one's returns at once. Results are read, and waited for, on the thread that asks for them.
 
     Everything that computes with torch must happen on the one thread, loading the model included (use `call`): torch on
     a CPU keeps OpenMP threads for every thread that computes, and with more threads than cores none of them spins,
@@ -35,7 +37,7 @@ class StepWorker:
 
     def launch(self, plan: StepPlan) -> InFlight:
         """Queue a step behind those before it."""
-        return QueuedStep(plan.step, self._thread.submit(self._run, plan))
+        return QueuedStep(plan.step, self._thread.submit(self._launch, plan))
 
     def close(self) -> None:
         """Wait for the steps that are queued and end the thread."""
@@ -43,23 +45,23 @@ class StepWorker:
         if self._runner is not None:
             self._runner.close()
 
-    def _run(self, plan: StepPlan) -> StepResult:
+    def _launch(self, plan: StepPlan) -> InFlight:
         if self._runner is None:
             raise RuntimeError("the StepWorker has no runner to launch on")
-        return self._runner.launch(plan).result()
+        return self._runner.launch(plan)
 
 
 @dataclass(frozen=True, slots=True)
 class QueuedStep:
-    """A step that the thread runs, or has run."""
+    """A step that the thread launches, or has launched."""
 
     fence: Fence
-    outcome: Future[StepResult]
+    launched: Future[InFlight]
 
     def ready(self) -> bool:
         """True once the step is over."""
-        return self.outcome.done()
+        return self.launched.done() and self.launched.result().ready()
 
     def result(self) -> StepResult:
         """What the step produced; waits for it, and raises what it raised."""
-        return self.outcome.result()
+        return self.launched.result().result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 from tfserve.engine.sim.clock import SimClock
@@ -53,13 +54,19 @@ class SimInFlight:
 class SimRunner:
     """plan.Runner in virtual time. Steps follow each other on the device: one starts when the one before has ended.
 
-    `host_s` is what planning, launching and committing a step costs in CPU time, in seconds; it passes before the step
-    starts, and the device is idle meanwhile if no other step is under way.
-
     Tokens are `sim_token` of request and position, so that a preemption which lost or repeated a position shows.
+    `host_s` is the CPU time to charge before each launch: the device does not start earlier, and is idle meanwhile if
+    no other step is under way.
     """
 
-    def __init__(self, clock: SimClock, step_s: StepCost, vocab_size: int, host_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        clock: SimClock,
+        step_s: StepCost,
+        vocab_size: int,
+        *,
+        host_s: Callable[[StepPlan], float] | None = None,
+    ) -> None:
         self._clock = clock
         self._step_s = step_s
         self._vocab_size = vocab_size
@@ -68,7 +75,8 @@ class SimRunner:
 
     def launch(self, plan: StepPlan) -> SimInFlight:
         """Start a step; clock.next_event_s knows its end, so that a loop may wait for it."""
-        self._clock.advance_to(self._clock.now() + self._host_s)
+        if self._host_s is not None:
+            self._clock.advance_to(self._clock.now() + self._host_s(plan))
         decodes, prefills = plan.seqs[: plan.n_decode], plan.seqs[plan.n_decode :]
         device_s = self._step_s(
             len(decodes),
