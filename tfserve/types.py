@@ -146,7 +146,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A picture of the engine after a step. Times in seconds of the engine's clock, KV in blocks.
 
     `num_paused` requests have their KV on the host, `num_loading` ones have it on its way back. `bytes_stored` and
-    `bytes_loaded` have moved between the tiers so far.
+    `bytes_loaded` have moved between the tiers so far. `device_busy_s` is the time spent in steps so far;
+    `device_idle_s` that between the end of a step and the start of the next, except where the loop had slept because
+    there was nothing that could run.
     """
 
     now_s: float
@@ -166,6 +168,13 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_free_host_blocks: int = 0
     bytes_stored: int = 0
     bytes_loaded: int = 0
+    device_busy_s: float = 0.0
+    device_idle_s: float = 0.0
+
+    @property
+    def device_idle_share(self) -> float:
+        """How much of the time with work to do the device waited for the loop; 0 before the first step."""
+        return self.device_idle_s / max(self.device_busy_s + self.device_idle_s, 1e-12)
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,12 @@ from tfserve.types import FinishReason
 POLICIES = ["fcfs", "fcfs-chunked"]
 
 
+@pytest.fixture(autouse=True, params=[1, 2], ids=["depth1", "depth2"])
+def depth(request, monkeypatch):
+    """Everything here holds at both depths of the pipeline."""
+    monkeypatch.setattr(FakeEngine, "pipeline_depth", request.param)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_requests_of_unequal_lengths_all_get_their_own_tokens(policy):
     engine = FakeEngine(policy=policy)

@@ -20,6 +20,7 @@ from tfserve.engine.messages import StepOutputs
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
+from tfserve.engine.step_worker import StepWorker
 from tfserve.errors import ConfigError
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
@@ -39,6 +40,20 @@ logger = logging.getLogger(__name__)
 
 def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tuple[EngineCore, EngineInfo]:
     """Load everything `config` names; `config.model` is a local directory by now. Raises ConfigError, ModelError."""
+    if config.pipeline_depth == 1:
+        return _build(config, emit, None)
+    worker = StepWorker()
+    try:
+        return worker.call(_build, config, emit, worker)
+    except BaseException:
+        worker.close()
+        raise
+
+
+def _build(
+    config: EngineConfig, emit: Callable[[StepOutputs], None], worker: StepWorker | None
+) -> tuple[EngineCore, EngineInfo]:
+    """Everything, on the thread that is to run the steps; with a worker, the calling thread is the worker's."""
     started_s = time.monotonic()
     path = Path(config.model)
     model_config = load_model_config(path)
@@ -93,14 +108,17 @@ def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tup
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
+    if worker is not None:
+        worker.serve(runner)
     core = EngineCore(
         scheduler=scheduler,
-        runner=runner,
+        runner=worker or runner,
         clock=clock,
         tokenizer=tokenizer,
         eos_token_ids=model_config.eos_token_ids,
         seed=config.seed,
         emit=emit,
+        pipeline_depth=config.pipeline_depth,
         debug_checks=config.debug_checks,
     )
     info = EngineInfo(

@@ -96,9 +96,12 @@ class Snapshot:
 
     @cached_property
     def next_step_blocks(self) -> Ints:
-        """New blocks that each decoding request's next token takes: 1 where the last block is full."""
+        """New blocks that each decoding request's next token takes: 1 where the last block is full.
+
+        Whoever has its last token in flight takes none.
+        """
         is_full: Mask = self.columns.num_computed % self.memory.block_size == 0
-        return (self.is_decoding & is_full).astype(np.int64)
+        return (self.is_decoding & is_full & (self.columns.num_remaining > 0)).astype(np.int64)
 
     @cached_property
     def clean_blocks(self) -> Ints:

@@ -25,7 +25,7 @@ from tfserve.engine.rows import Rows
 from tfserve.engine.tracker import Columns, Phase, Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import PAUSED, RESUMING, KVState
-from tfserve.plan import Fence, SeqStep, StepPlan
+from tfserve.plan import Fence, StepPlan
 from tfserve.types import RequestId
 
 _AFTER_RELEASE_S = 1e-4
@@ -35,8 +35,12 @@ _AFTER_RELEASE_S = 1e-4
 class Scheduler:
     """Owns who waits, runs, is paused and is loading. One call of `schedule` makes one StepPlan.
 
-    After it, `rejected` are requests that the policy refuses, each with the seconds after which to try again: the
-    caller finishes them. `wake_s` is when to call again, if nothing happens before; None: something will.
+    What is planned counts as computed from then on, so that the next step can be planned while this one runs: a request
+    may have a token in flight, that only the device knows. Whoever is preempted then gets it all the same, and comes
+    back no sooner than the host knows it. `ended` says that a planned step is over.
+
+    After `schedule`, `rejected` are requests that the policy refuses, each with the seconds after which to try again:
+    the caller finishes them. `wake_s` is when to call again, if nothing happens before; None: something will.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._rows = Rows(max_num_seqs)
         self._batch = BatchBuilder(kv, max_num_batched_tokens)
+        self._steps_under_way = 0
         self._by_state = {
             RequestState.WAITING: (self.waiting, Phase.WAITING),
             RequestState.RUNNING: (self.running, Phase.RUNNING),
@@ -129,17 +134,16 @@ class Scheduler:
         release_s = next_release_s(columns, now_s, self._config.generate_ahead_s)
         moments = [decision.wake_s, None if release_s is None else release_s + _AFTER_RELEASE_S]
         self.wake_s = min((moment for moment in moments if moment is not None), default=None)
+        self._steps_under_way += bool(seqs)
+        self._tracker.on_planned([seq.req for seq in seqs if seq.sample])
         entered, released = self._rows.take_news() if seqs else ((), ())
         stores, loads = self.offload.take()
         return StepPlan(step, tuple(seqs), n_decode, entered, released, stores, loads)
 
-    def advance(self, seq: SeqStep) -> Request | None:
-        """Count a finished share of a step as computed; None if its request left meanwhile."""
-        request = self.running.get(seq.req)
-        if request is not None:
-            request.num_computed_tokens = seq.start + seq.n
-            request.device_has_token = seq.sample
-        return request
+    def ended(self, plan: StepPlan) -> None:
+        """The oldest step under way is over, well or badly."""
+        self._steps_under_way -= 1
+        self.offload.complete(plan.step)
 
     def deliver(self, reqs: Sequence[RequestId], now_s: float) -> None:
         """Each of these requests has a new token, and its reader gets it now."""
@@ -198,16 +202,19 @@ class Scheduler:
         return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))
 
     def _carry_out(self, decision: Decision, reserved: int, now_s: float) -> None:
-        """Preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step."""
+        """Preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step.
+
+        Whoever has a token in flight cannot come back yet: it would compute that token a second time.
+        """
         for req, by in decision.preempt:
             self._preempt(self.running[req], by, now_s)
         for request in list(self.loading.values()):
             self._load(request, reserved, now_s)
         for req, by in decision.resume:
-            if self._has_seat:
+            if self._has_seat and not self.paused[req].num_in_flight:
                 self._resume(self.paused[req], by, reserved, now_s)
         for req in decision.admit:
-            if self._has_seat:
+            if self._has_seat and not self.waiting[req].num_in_flight:
                 self._enter(self.waiting[req], now_s)
 
     @property
@@ -250,6 +257,8 @@ class Scheduler:
 
     def _enter(self, request: Request, now_s: float) -> None:
         """Give a request a row; it goes on after the tokens that have KV on the device."""
+        if request.num_in_flight:
+            raise AssertionError(f"{request.id}: takes a row while a step still samples for it")
         view = self.kv.view(request.id)
         request.num_computed_tokens = view.num_tokens
         request.device_has_token = False
@@ -274,10 +283,11 @@ class Scheduler:
     def _unblock(self, held: Collection[RequestId], now_s: float) -> bool:
         """Nothing runs in the coming step: change something if nothing else will; True to try again.
 
-        Policies never mean to let it come to this. A reader's buffer that runs down and a copy that ends are reasons to
-        wait. Otherwise the youngest on the device makes room for the others, or the oldest of all comes onto it.
+        Policies never mean to let it come to this. A step under way, a reader's buffer that runs down and a copy that
+        ends are reasons to wait. Otherwise the youngest on the device makes room for the others, or the oldest of all
+        comes onto it.
         """
-        if held or self.offload.is_busy:
+        if self._steps_under_way or held or self.offload.is_busy:
             return False
         if self.loading and (self.running or len(self.loading) > 1):
             # They hold blocks that the others lack, and find no more.

@@ -43,6 +43,7 @@ _DEFAULTS: dict[str, tuple[type, float]] = {
     "phase_since_s": (np.float64, 0.0),
     "num_prompt": (np.int64, 0),
     "num_output": (np.int64, 0),
+    "num_in_flight": (np.int64, 0),
     "num_computed": (np.int64, 0),
     "max_tokens": (np.int64, 0),
     "device_blocks": (np.int64, 0),
@@ -68,6 +69,7 @@ _LENGTH_WEIGHT = 0.05
 class Columns:
     """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
 
+    `num_output` and `unread` count the tokens that steps under way will sample: they come, whatever is decided now.
     `rate` is NaN for a request without a reader. `unread` is its buffer in tokens; `time_to_empty_s` in seconds, 0
     before the first token and infinite without a reader; `dry_s` is how long it has been empty. `host_tokens` are on
     the host and acknowledged. `expected_output` is max_tokens, or less where finished requests say so. `num_events`
@@ -241,6 +243,10 @@ class Tracker:
             if values is not None:
                 self._table[name][rows] = values
 
+    def on_planned(self, reqs: Sequence[RequestId]) -> None:
+        """The step being planned samples a token for each of these requests."""
+        self._table["num_in_flight"][self._table.rows(reqs)] += 1
+
     def on_tokens(self, reqs: Sequence[RequestId], n: npt.ArrayLike, now_s: float) -> None:
         """`n` new tokens each (or one number for all) were delivered to these readers at `now_s`."""
         table, rows = self._table, self._table.rows(reqs)
@@ -250,6 +256,7 @@ class Tracker:
         first = rows[np.isnan(table["first_token_s"][rows])]
         table["first_token_s"][first] = now_s
         table["num_output"][rows] += counts
+        table["num_in_flight"][rows] = np.maximum(table["num_in_flight"][rows] - counts, 0)
 
     def on_played(self, req: RequestId, num_tokens: int, now_s: float) -> None:
         """A client reports having played `num_tokens` in all; this replaces the estimate, and reading goes on from it.
@@ -280,6 +287,7 @@ class Tracker:
         """The state of every live request at `now_s`. Arrays may be views: use them before the next event."""
         table = self._table
         c: dict[str, npt.NDArray[Any]] = {name: table[name] for name in _SNAPSHOT}
+        c["num_output"] = c["num_output"] + table["num_in_flight"]
         started = ~np.isnan(c["first_token_s"])
         playback = self._play(slice(None), now_s)
         unread = c["num_output"] - playback.consumed

@@ -13,6 +13,7 @@ from tfserve.model.decoder import Decoder
 from tfserve.model.forward_batch import BlockTables, ForwardBatch, build_batch
 from tfserve.model.sampler import Sampler
 from tfserve.plan import Fence, InFlight, StepPlan, StepResult
+from tfserve.types import TokenLogprob
 
 
 class ModelRunner:
@@ -38,6 +39,7 @@ class ModelRunner:
         self._sampler = Sampler(model.config.vocab_size, max_num_seqs, str(kv.device))
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // kv.block_size))
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=kv.device)
+        self._ended_s: float | None = None
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
@@ -49,8 +51,12 @@ class ModelRunner:
             result = self._step(plan, began_s)
         except Exception as error:
             self._scrub(plan)
+            self._ended_s = time.perf_counter()
             return FailedStep(plan.step, error)
         return FinishedStep(result)
+
+    def close(self) -> None:
+        """See plan.Runner; nothing is under way once `launch` has returned."""
 
     def _seat(self, plan: StepPlan) -> None:
         """Let rows go, let others in, and extend the block tables."""
@@ -78,13 +84,20 @@ class ModelRunner:
         batch = build_batch(plan, self._tables, self._last_tokens, self._kv.block_size)
         logits = self._logits(batch)
         if logits is None:
-            return StepResult(plan.step, (), (), time.perf_counter() - began_s)
+            return self._outcome(plan, began_s, (), ())
         sampling = [seq for seq in plan.seqs if seq.sample]
         rows = [int(seq.row) for seq in sampling]
         sampled = self._sampler.sample(logits, rows, [seq.start + seq.n for seq in sampling])
         self._last_tokens[torch.tensor(rows)] = sampled.token_ids
         tokens = tuple(sampled.token_ids.tolist())
-        return StepResult(plan.step, tokens, tuple(sampled.logprobs), time.perf_counter() - began_s)
+        return self._outcome(plan, began_s, tokens, tuple(sampled.logprobs))
+
+    def _outcome(
+        self, plan: StepPlan, began_s: float, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob | None, ...]
+    ) -> StepResult:
+        before_s, self._ended_s = self._ended_s, time.perf_counter()
+        idle_s = 0.0 if before_s is None else began_s - before_s
+        return StepResult(plan.step, tokens, logprobs, self._ended_s - began_s, idle_s)
 
     def _logits(self, batch: ForwardBatch) -> Tensor | None:
         """Run the model; logits `[N, vocab]` float32 at the positions the batch wants, None if it wants none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from typing import Protocol
 
 from tfserve.engine.sim.clock import SimClock
@@ -54,16 +55,28 @@ class SimRunner:
     """plan.Runner in virtual time. Steps follow each other on the device: one starts when the one before has ended.
 
     Tokens are `sim_token` of request and position, so that a preemption which lost or repeated a position shows.
+    `host_s` is the CPU time to charge before each launch: the device does not start earlier, and is idle meanwhile if
+    no other step is under way.
     """
 
-    def __init__(self, clock: SimClock, step_s: StepCost, vocab_size: int) -> None:
+    def __init__(
+        self,
+        clock: SimClock,
+        step_s: StepCost,
+        vocab_size: int,
+        *,
+        host_s: Callable[[StepPlan], float] | None = None,
+    ) -> None:
         self._clock = clock
         self._step_s = step_s
         self._vocab_size = vocab_size
-        self._busy_until_s = 0.0
+        self._host_s = host_s
+        self._busy_until_s: float | None = None
 
     def launch(self, plan: StepPlan) -> SimInFlight:
         """Start a step; clock.next_event_s knows its end, so that a loop may wait for it."""
+        if self._host_s is not None:
+            self._clock.advance_to(self._clock.now() + self._host_s(plan))
         decodes, prefills = plan.seqs[: plan.n_decode], plan.seqs[plan.n_decode :]
         device_s = self._step_s(
             len(decodes),
@@ -71,8 +84,13 @@ class SimRunner:
             sum(seq.n for seq in prefills),
             sum(seq.n * (seq.start + seq.n / 2) for seq in prefills),
         )
-        self._busy_until_s = max(self._busy_until_s, self._clock.now()) + device_s
+        free_s = self._clock.now() if self._busy_until_s is None else self._busy_until_s
+        start_s = max(free_s, self._clock.now())
+        self._busy_until_s = start_s + device_s
         self._clock.call_at(self._busy_until_s, self._clock.notify)
         tokens = tuple(sim_token(seq.req, seq.start + seq.n, self._vocab_size) for seq in plan.seqs if seq.sample)
-        result = StepResult(plan.step, tokens, (None,) * len(tokens), device_s)
+        result = StepResult(plan.step, tokens, (None,) * len(tokens), device_s, start_s - free_s)
         return SimInFlight(result, self._busy_until_s, self._clock)
+
+    def close(self) -> None:
+        """See plan.Runner; nothing to let go of."""
