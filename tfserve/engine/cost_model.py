@@ -61,6 +61,9 @@ class StepCoefficients(msgspec.Struct, frozen=True):
     prefill_ctx: float = 1e-9
 
 
+_LEAST_SCALE = np.array(msgspec.structs.astuple(StepCoefficients())) / 10
+
+
 class CostModel:
     """Predicts step times and copy times. It starts from `prior` and follows the last steps and copies.
 
@@ -200,7 +203,8 @@ def _fit(steps: Sequence[StepSample], prior: Floats) -> Floats:
     y = np.array([sample.seconds for sample in steps])
     # Relative error: a decode step of 5 ms counts as much as a prefill of 500. Recent half counts double.
     weight = np.where(np.arange(len(y)) >= len(y) // 2, 2.0, 1.0) / y**2
-    scale = np.where(prior > 0, prior, 1e-12)
+    # A prior of next to nothing must not weigh more than one of the usual size.
+    scale = np.maximum(prior, _LEAST_SCALE)
     beta = _solve(x, y, weight, prior, scale)
     error = np.abs(x @ beta - y) / y
     typical = float(np.median(error))
