@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from tfserve.engine.messages import AbortRequest, AddRequest, Shutdown, StepOutputs, ToCore, TokenOutput
 from tfserve.engine.request import Request
 from tfserve.engine.scheduler import Scheduler
+from tfserve.engine.step_trace import CopyTotals, StepTrace
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.plan import Clock, Direction, Fence, Runner, StepPlan, StepResult
@@ -44,6 +45,8 @@ class Inbox:
 class EngineCore:
     """Runs requests to their end. Everything it touches is injected; `emit` gets every step's outputs.
 
+    `trace` is told of every step and finished request.
+
     One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on.
     Exceptions outside the runner are bugs in our own bookkeeping: they leave `run`.
     """
@@ -59,6 +62,7 @@ class EngineCore:
         seed: int,
         emit: Callable[[StepOutputs], None],
         debug_checks: bool = False,
+        trace: StepTrace | None = None,
     ) -> None:
         self.inbox = Inbox(clock)
         self._scheduler = scheduler
@@ -69,6 +73,7 @@ class EngineCore:
         self._seeds = random.Random(seed)
         self._emit = emit
         self._debug_checks = debug_checks
+        self._trace = trace
         self._requests: dict[RequestId, Request] = {}
         self._outputs: list[TokenOutput] = []
         self._step = 0
@@ -88,6 +93,8 @@ class EngineCore:
             self._flush()
         finally:
             self._scheduler.offload.close()
+            if self._trace is not None:
+                self._trace.close()
 
     def step(self) -> bool:
         """One turn of the loop; False when there was nothing to run."""
@@ -175,6 +182,8 @@ class EngineCore:
         else:
             self._scheduler.offload.complete(plan.step)
             self._scheduler.observe(plan, result.device_s)
+            if self._trace is not None:
+                self._trace.on_step(plan, result.device_s, self._clock.now(), self._scheduler.counts, self._copied())
             self._commit(plan, result)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> None:
@@ -212,10 +221,17 @@ class EngineCore:
         del self._requests[request.id]
         request.finished_s = self._clock.now()
         self._num_finished += 1
+        if self._trace is not None:
+            self._trace.on_finished(request, request.finished_s)
         last = last or TokenOutput(request.id)
         self._outputs.append(
             TokenOutput(request.id, last.token_ids, last.logprobs, reason, last.stop_reason, last.error, request.times)
         )
+
+    def _copied(self) -> list[CopyTotals]:
+        """Totals of both directions, for the trace."""
+        offload = self._scheduler.offload
+        return [CopyTotals(offload.bytes_moved[direction], offload.busy_s[direction]) for direction in Direction]
 
     def _flush(self) -> None:
         if self._outputs:
