@@ -95,6 +95,11 @@ class CostModel:
         """Seconds that one more prompt token adds to a step, attention over a long context not included."""
         return float(self._beta[3])
 
+    @property
+    def coefficients(self) -> StepCoefficients:
+        """The law of step times as learnt so far."""
+        return StepCoefficients(*(float(value) for value in self._beta))
+
     def bandwidth(self, direction: Direction) -> float:
         """Bytes/s of the copies that ended last."""
         return self._links[direction].bytes_per_s

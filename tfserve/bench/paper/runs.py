@@ -15,7 +15,7 @@ from tfserve.bench.paper.experiments import Case, Experiment
 from tfserve.config import SchedulerConfig
 from tfserve.engine.qos import Floats, Served, buffer_sizes, effective_tokens, score
 from tfserve.engine.sim.engine import Moment, SimEngine, SimRequest, SimRun
-from tfserve.plan import StepPlan
+from tfserve.engine.sim.fitted import HostTime
 
 _MOST_MOMENTS = 400
 _NUM_TIMELINES = 12
@@ -120,21 +120,11 @@ def run_task(task: Task) -> tuple[Outcome, float]:
     case = task.case
     cpu_s = time.process_time()
     requests = case.workload.requests(task.seed)
-    host_s = _HostTime(case.host_s, case.host_row_s) if case.host_s or case.host_row_s else None
+    host_s = HostTime(case.host_s, case.host_row_s) if case.host_s or case.host_row_s else None
     config = msgspec.convert(dict(case.settings), SchedulerConfig)
     run = SimEngine(case.profile.machine(host_s), config, requests).run()
     cpu_s = time.process_time() - cpu_s
     return _outcome(task, requests, run), cpu_s
-
-
-class _HostTime:
-    """CPU seconds of a launch."""
-
-    def __init__(self, step_s: float, row_s: float) -> None:
-        self._step_s, self._row_s = step_s, row_s
-
-    def __call__(self, plan: StepPlan) -> float:
-        return self._step_s + self._row_s * len(plan.seqs)
 
 
 def _outcome(task: Task, requests: Sequence[SimRequest], run: SimRun) -> Outcome:

@@ -22,7 +22,7 @@ from tfserve.engine.sim.transfers import SimLinks, SimTransfers
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.plan import Direction, StepPlan
-from tfserve.types import EngineStats, RequestId, SamplingParams
+from tfserve.types import ConsumptionRate, EngineStats, RequestId, SamplingParams
 
 _VOCAB_SIZE = 32000
 """Of the simulated model: token ids mean nothing there."""
@@ -50,7 +50,8 @@ class SimMachine(msgspec.Struct, frozen=True, kw_only=True):
 class SimRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A request to come. Its answer has `output_tokens`: the model stops by itself there, before `max_tokens` perhaps.
 
-    `told_rate` is the consumption rate that the server hears of, `rate` the one that its reader has (tokens/s).
+    `told_rate` is the consumption rate that the server hears of, `rate` the one that its reader has
+    (tokens/s; NaN: nobody reads it).
     """
 
     arrival_s: float
@@ -58,7 +59,7 @@ class SimRequest(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     max_tokens: int
     rate: float
-    told_rate: float
+    told_rate: ConsumptionRate
 
 
 class Moment(msgspec.Struct, frozen=True):
