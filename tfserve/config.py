@@ -89,7 +89,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
     `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
     less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
-    copies between the tiers down to those of a link that this machine does not have: for experiments.
+    copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
+    file to write a JSON line to for every step and finished request (engine/step_trace.py).
 
     `pipeline_depth` is how many steps may be under way: at 2, a step is planned and launched while the one before it
     still runs, so that the device need not wait for Python; tokens are the same.
@@ -116,6 +117,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     seed: int = 0
     tensor_parallel_size: int = 1
     debug_checks: bool = False
+    step_trace: str | None = None
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
 

@@ -77,6 +77,16 @@ def test_calibration_becomes_what_it_starts_from():
         assert cost.step_s(*case) == pytest.approx(seconds(TRUE, *case), rel=0.02)
 
 
+def test_minutes_of_decoding_do_not_make_it_forget_what_prompts_cost():
+    cost = model(prior=StepCoefficients(prefill=1e-9, prefill_ctx=1e-12))
+    for n_decode, ctx, n_prefill, pairs in [(0, 0, 512, 131_072), (0, 0, 2048, 2048 * 1024)] * 5:
+        cost.observe_step(StepSample(n_decode, ctx, n_prefill, pairs, seconds(TRUE, n_decode, ctx, n_prefill, pairs)))
+    for i in range(2000):
+        n = 1 + i % 40
+        cost.observe_step(StepSample(n, 500.0 * n, 0, 0, seconds(TRUE, n, 500.0 * n, 0, 0)))
+    assert cost.prefill_s_per_token == pytest.approx(TRUE.prefill, rel=0.1)
+
+
 def test_no_coefficient_turns_negative():
     cost = model()
     rng = np.random.default_rng(3)

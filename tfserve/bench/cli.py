@@ -15,6 +15,8 @@ import msgspec
 from tqdm import tqdm
 
 from tfserve.bench.client import RequestRecord, StreamClient, Target, first_model, open_session
+from tfserve.bench.paper.cli import add_paper_parser
+from tfserve.bench.paper.replay import add_replay_parsers
 from tfserve.bench.report import summarize, table, write_result
 from tfserve.bench.workload import PromptSize, arrival_times, parse_rate, random_prompt, read_prompts
 from tfserve.errors import TfserveError
@@ -25,8 +27,10 @@ _DEFAULT_INPUT_LEN = 64
 
 def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` and its commands. Each sets `func`: Namespace -> exit code, which may raise TfserveError."""
-    bench = subparsers.add_parser("bench", help="measure a running server")
+    bench = subparsers.add_parser("bench", help="measure a running server, or the scheduler on simulated hardware")
     commands = bench.add_subparsers(dest="bench_command", required=True)
+    add_paper_parser(commands)
+    add_replay_parsers(commands)
     serve = commands.add_parser(
         "serve",
         help="send requests to any OpenAI-compatible server and measure its streams",

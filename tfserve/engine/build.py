@@ -20,6 +20,7 @@ from tfserve.engine.messages import StepOutputs
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
+from tfserve.engine.step_trace import StepTrace, TraceHead
 from tfserve.engine.step_worker import StepWorker
 from tfserve.errors import ConfigError
 from tfserve.memory.block_pool import BlockPool
@@ -120,6 +121,7 @@ def _build(
         emit=emit,
         pipeline_depth=config.pipeline_depth,
         debug_checks=config.debug_checks,
+        trace=_trace(config, device, manager, layout.token_bytes),
     )
     info = EngineInfo(
         model=config.served_model_name or config.model,
@@ -142,6 +144,24 @@ def _build(
         num_host_blocks=tier.num_blocks if tier else 0,
     )
     return core, info
+
+
+def _trace(config: EngineConfig, device: str, kv: KVCacheManager, token_bytes: int) -> StepTrace | None:
+    """The step trace, where one is wanted."""
+    if config.step_trace is None:
+        return None
+    head = TraceHead(
+        model=config.served_model_name or config.model,
+        device=device,
+        scheduler=config.scheduler,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=kv.block_size,
+        num_blocks=kv.num_blocks,
+        num_host_blocks=kv.num_host_blocks,
+        kv_bytes_per_token=token_bytes,
+    )
+    return StepTrace(Path(config.step_trace), head)
 
 
 def _device(config: EngineConfig) -> str:

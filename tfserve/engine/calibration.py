@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from tfserve.config import EngineConfig
 from tfserve.engine.batch import sample_of
-from tfserve.engine.cost_model import CostModel
+from tfserve.engine.cost_model import CostModel, StepSample
 from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 
@@ -17,11 +18,15 @@ _ROWS = 8
 _PROMPT = 4
 _CHUNK = 64
 
+_GROWTH = 4
+_COMPUTE_BOUND = 3.0
+"""A prompt that takes this many times as long as one token shows what its tokens cost; a GPU hides short ones."""
+
 
 def calibrate(
     cost: CostModel, runner: Runner, config: EngineConfig, *, num_blocks: int, block_size: int, max_model_len: int
 ) -> None:
-    """Run prompts, decodes of one and of several rows and a longer chunk; give every row back.
+    """Run prompts, decodes of one and of several rows, and chunks that grow until they cost time; give rows back.
 
     It writes the first blocks of the device pool, which nobody has yet. Where those are too few it does less.
     """
@@ -54,12 +59,30 @@ def calibrate(
         # The first step also warms the machine up.
         if number > 0:
             samples.append(sample_of(plan.seqs, n_decode, result.device_s))
+    start = _PROMPT + 1 + chunk
+    room = min((num_blocks - rows) * block_size, max_model_len) - start - 1
+    n = min(_GROWTH * chunk, room, config.max_num_batched_tokens)
+    while n > 0 and time.monotonic() < end_s and not _is_compute_bound(samples):
+        blocks = range(-(-start // block_size), -(-(start + n) // block_size))
+        chunks = (_prompt(rows - 1, start, n, tuple(BlockId(rows + index) for index in blocks)),)
+        result = runner.launch(StepPlan(Fence(-1), chunks, 0)).result()
+        samples.append(sample_of(chunks, 0, result.device_s))
+        start, room = start + n, room - n
+        n = min(_GROWTH * n, room, config.max_num_batched_tokens)
     runner.launch(StepPlan(Fence(-1), (), 0, (), tuple(Row(row) for row in every))).result()
     cost.calibrate(samples)
 
 
-def _prompt(row: int, start: int, n: int) -> SeqStep:
-    blocks = (BlockId(row + 1),) if start == 0 else ()
+def _is_compute_bound(samples: Sequence[StepSample]) -> bool:
+    """True if the longest step was that of a prompt and stands out."""
+    decode_s = min((sample.seconds for sample in samples if sample.n_decode), default=0.0)
+    prompt_s = max((sample.seconds for sample in samples if sample.n_prefill), default=0.0)
+    return prompt_s > _COMPUTE_BOUND * decode_s
+
+
+def _prompt(row: int, start: int, n: int, blocks: tuple[BlockId, ...] = ()) -> SeqStep:
+    if start == 0:
+        blocks = (BlockId(row + 1),)
     return SeqStep(f"calibration-{row}", Row(row), start, n, True, (0,) * n, blocks)
 
 

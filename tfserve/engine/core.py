@@ -12,6 +12,7 @@ from itertools import compress
 from tfserve.engine.messages import AbortRequest, AddRequest, Shutdown, StepOutputs, ToCore, TokenOutput
 from tfserve.engine.request import Request, RequestState
 from tfserve.engine.scheduler import Scheduler
+from tfserve.engine.step_trace import CopyTotals, StepTrace
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.plan import Clock, Direction, Fence, InFlight, Runner, StepPlan, StepResult
@@ -61,7 +62,8 @@ class EngineCore:
 
     `pipeline_depth` steps may be under way: at 2, a step is planned and launched before the tokens of the one before it
     are known to the host, so that the device need not wait for the host. A request that then turns out to have ended
-    has one more token computed; it is dropped.
+    has one more token computed; it is dropped. `trace` is told of every
+    step and finished request.
 
     One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on.
     Exceptions outside the runner are bugs in our own bookkeeping: they leave `run`.
@@ -79,6 +81,7 @@ class EngineCore:
         emit: Callable[[StepOutputs], None],
         pipeline_depth: int = 1,
         debug_checks: bool = False,
+        trace: StepTrace | None = None,
     ) -> None:
         self.inbox = Inbox(clock)
         self._scheduler = scheduler
@@ -90,6 +93,7 @@ class EngineCore:
         self._emit = emit
         self._pipeline_depth = pipeline_depth
         self._debug_checks = debug_checks
+        self._trace = trace
         self._launched: deque[_Launched] = deque()
         self._slept = True
         self._requests: dict[RequestId, Request] = {}
@@ -114,6 +118,8 @@ class EngineCore:
         finally:
             self._runner.close()
             self._scheduler.offload.close()
+            if self._trace is not None:
+                self._trace.close()
 
     def step(self) -> bool:
         """One turn of the loop: launch a step, and commit the one before if too many are under way or none is new.
@@ -222,6 +228,8 @@ class EngineCore:
             self._scheduler.observe(plan, result.device_s)
             self._device_busy_s += result.device_s
             self._device_idle_s += 0.0 if launched.after_sleep else result.idle_s
+            if self._trace is not None:
+                self._trace.on_step(plan, result.device_s, self._clock.now(), self._scheduler.counts, self._copied())
             self._hand_out(launched, result)
 
     def _hand_out(self, launched: _Launched, result: StepResult) -> None:
@@ -257,10 +265,17 @@ class EngineCore:
         del self._requests[request.id]
         request.finished_s = self._clock.now()
         self._num_finished += 1
+        if self._trace is not None:
+            self._trace.on_finished(request, request.finished_s)
         last = last or TokenOutput(request.id)
         self._outputs.append(
             TokenOutput(request.id, last.token_ids, last.logprobs, reason, last.stop_reason, last.error, request.times)
         )
+
+    def _copied(self) -> list[CopyTotals]:
+        """Totals of both directions, for the trace."""
+        offload = self._scheduler.offload
+        return [CopyTotals(offload.bytes_moved[direction], offload.busy_s[direction]) for direction in Direction]
 
     def _flush(self) -> None:
         if self._outputs:

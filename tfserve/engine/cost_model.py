@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -14,6 +14,9 @@ from tfserve.plan import Ack, Direction
 
 _WINDOW = 256
 """Steps remembered: seconds of decoding, so that the model follows a machine that slows down."""
+
+_PROMPT_WINDOW = 64
+"""Steps with prompts are remembered longer: minutes of decoding must not make the model forget what they cost."""
 
 _REFIT_STEPS = 16
 _COPIES = 64
@@ -58,6 +61,9 @@ class StepCoefficients(msgspec.Struct, frozen=True):
     prefill_ctx: float = 1e-9
 
 
+_LEAST_SCALE = np.array(msgspec.structs.astuple(StepCoefficients())) / 10
+
+
 class CostModel:
     """Predicts step times and copy times. It starts from `prior` and follows the last steps and copies.
 
@@ -79,8 +85,8 @@ class CostModel:
         self._max_num_seqs = max_num_seqs
         self._prior = np.array(msgspec.structs.astuple(prior), np.float64)
         self._beta = self._prior.copy()
-        self._steps: deque[tuple[float, ...]] = deque(maxlen=_WINDOW)
-        self._seconds: deque[float] = deque(maxlen=_WINDOW)
+        self._steps: deque[StepSample] = deque(maxlen=_WINDOW)
+        self._prompts: deque[tuple[int, StepSample]] = deque(maxlen=_PROMPT_WINDOW)
         self._num_steps = 0
         self._links = {Direction.STORE: _Link(store_bps), Direction.LOAD: _Link(load_bps)}
 
@@ -88,6 +94,11 @@ class CostModel:
     def prefill_s_per_token(self) -> float:
         """Seconds that one more prompt token adds to a step, attention over a long context not included."""
         return float(self._beta[3])
+
+    @property
+    def coefficients(self) -> StepCoefficients:
+        """The law of step times as learnt so far."""
+        return StepCoefficients(*(float(value) for value in self._beta))
 
     def bandwidth(self, direction: Direction) -> float:
         """Bytes/s of the copies that ended last."""
@@ -139,21 +150,22 @@ class CostModel:
         """Learn from a finished step."""
         if sample.seconds <= 0:
             return
-        self._steps.append(sample.features())
-        self._seconds.append(sample.seconds)
+        self._steps.append(sample)
+        if sample.n_prefill:
+            self._prompts.append((self._num_steps, sample))
         self._num_steps += 1
         # The first steps say most; later ones change little each.
         if self._num_steps < _REFIT_STEPS or self._num_steps % _REFIT_STEPS == 0:
-            self._beta = _fit(np.array(self._steps), np.array(self._seconds), self._prior)
+            first = self._num_steps - len(self._steps)
+            older = [prompt for number, prompt in self._prompts if number < first]
+            self._beta = _fit([*older, *self._steps], self._prior)
 
     def calibrate(self, samples: Iterable[StepSample]) -> None:
         """Make these steps the prior, for what the running window leaves open, and forget the window."""
-        rows = list(samples)
-        x = np.array([sample.features() for sample in rows])
-        self._prior = _fit(x, np.array([sample.seconds for sample in rows]), self._prior)
+        self._prior = _fit(list(samples), self._prior)
         self._beta = self._prior.copy()
         self._steps.clear()
-        self._seconds.clear()
+        self._prompts.clear()
 
     def observe_submit(self, direction: Direction, nbytes: int) -> None:
         """Copies of this many bytes joined the queue."""
@@ -187,14 +199,17 @@ class _Link:
         self.bytes_per_s = sum(n for n, _ in self._copies) / sum(s for _, s in self._copies)
 
 
-def _fit(x: Floats, y: Floats, prior: Floats) -> Floats:
+def _fit(steps: Sequence[StepSample], prior: Floats) -> Floats:
     """Non-negative coefficients with the least squared relative error, drawn to `prior` where steps tell nothing.
 
-    x is [steps, features], y their seconds [steps].
+    The oldest step comes first.
     """
+    x = np.array([sample.features() for sample in steps])
+    y = np.array([sample.seconds for sample in steps])
     # Relative error: a decode step of 5 ms counts as much as a prefill of 500. Recent half counts double.
     weight = np.where(np.arange(len(y)) >= len(y) // 2, 2.0, 1.0) / y**2
-    scale = np.where(prior > 0, prior, 1e-12)
+    # A prior of next to nothing must not weigh more than one of the usual size.
+    scale = np.maximum(prior, _LEAST_SCALE)
     beta = _solve(x, y, weight, prior, scale)
     error = np.abs(x @ beta - y) / y
     typical = float(np.median(error))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tfserve.config import EngineConfig
+from tfserve.engine.policies import OFFLOADING
 from tfserve.errors import ConfigError
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.host_pool import HostPool, available_bytes, host_blocks
@@ -15,9 +16,6 @@ from tfserve.memory.transfers import TierArrays, WorkerTransfers
 from tfserve.plan import Clock, Direction, TransferEngine
 
 logger = logging.getLogger(__name__)
-
-_OFFLOADING = frozenset({"round-robin", "earliest-underflow", "andes-offload", "tokenflow"})
-"""Policies that pause requests; the others compute what they preempt again."""
 
 _PER_DEVICE_BLOCK = 2
 """Host blocks per device block where `host_kv_gib` is not set."""
@@ -43,7 +41,7 @@ def open_host_tier(config: EngineConfig, device: DevicePool, clock: Clock) -> Ho
 
     Raises ConfigError for one that this machine has no memory for, or no way to reach from the device.
     """
-    if config.host_kv_gib == 0 or not config.scheduler.offload or config.scheduler.policy not in _OFFLOADING:
+    if config.host_kv_gib == 0 or not config.scheduler.offload or config.scheduler.policy not in OFFLOADING:
         return None
     storage, layout = device.storage, device.layout
     if storage.device.type != "cpu":

@@ -15,7 +15,8 @@ class OffloadManager:
     """Asks the KV manager for copies, hands them to the link in an order in which none waits for a later one, and
     takes its acknowledgements. It picks no victims and frees no blocks.
 
-    `transfers` is None without a host tier: then what is preempted is computed again.
+    `transfers` is None without a host tier: then what is preempted is computed again. `bytes_moved` and `busy_s` are
+    what the link has done so far.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class OffloadManager:
         self._loads: list[Copy] = []
         self._under_way: dict[CopyId, Copy] = {}
         self.bytes_moved = dict.fromkeys(Direction, 0)
+        self.busy_s = dict.fromkeys(Direction, 0.0)
 
     @property
     def enabled(self) -> bool:
@@ -56,6 +58,7 @@ class OffloadManager:
             if ack.ok:
                 self._cost.observe_copy(copy.dir, ack)
                 self.bytes_moved[copy.dir] += ack.nbytes
+                self.busy_s[copy.dir] += ack.end_s - ack.start_s
             else:
                 self._cost.observe_cancel(copy.dir, self._bytes(copy))
                 failed = True

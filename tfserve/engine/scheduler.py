@@ -84,6 +84,11 @@ class Scheduler:
         """True while any request is unfinished."""
         return bool(self.running or self.waiting or self.paused or self.loading)
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many requests wait, run, and are off the device with KV kept."""
+        return len(self.waiting), len(self.running), len(self.paused) + len(self.loading)
+
     def add(self, request: Request) -> None:
         """Put a new request at the end of the queue."""
         self.waiting[request.id] = request

@@ -23,6 +23,9 @@ _POLICIES: dict[str, Callable[[SchedulerConfig], Policy]] = {
     "tokenflow": TokenFlow,
 }
 
+OFFLOADING = frozenset({"round-robin", "earliest-underflow", "andes-offload", "tokenflow"})
+"""Policies that pause requests; the others compute what they preempt again."""
+
 
 def make_policy(config: SchedulerConfig) -> Policy:
     """The policy that `scheduler.policy` names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from tfserve.engine.sim.clock import SimClock
@@ -54,9 +54,10 @@ class SimInFlight:
 class SimRunner:
     """plan.Runner in virtual time. Steps follow each other on the device: one starts when the one before has ended.
 
-    Tokens are `sim_token` of request and position, so that a preemption which lost or repeated a position shows.
-    `host_s` is the CPU time to charge before each launch: the device does not start earlier, and is idle meanwhile if
-    no other step is under way.
+    Tokens are `sim_token` of request and position, so that a preemption which lost or repeated a position shows; but
+    0 at the position that `ends` gives for a request, where a model of its own accord would stop. `host_s` is the CPU
+    time to charge before each launch: the device does not start earlier, and is idle
+    meanwhile if no other step is under way.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class SimRunner:
         step_s: StepCost,
         vocab_size: int,
         *,
+        ends: Mapping[RequestId, int] | None = None,
         host_s: Callable[[StepPlan], float] | None = None,
     ) -> None:
         self._clock = clock
         self._step_s = step_s
         self._vocab_size = vocab_size
+        self._ends = ends or {}
         self._host_s = host_s
         self._busy_until_s: float | None = None
 
@@ -88,9 +91,12 @@ class SimRunner:
         start_s = max(free_s, self._clock.now())
         self._busy_until_s = start_s + device_s
         self._clock.call_at(self._busy_until_s, self._clock.notify)
-        tokens = tuple(sim_token(seq.req, seq.start + seq.n, self._vocab_size) for seq in plan.seqs if seq.sample)
+        tokens = tuple(self._token(seq.req, seq.start + seq.n) for seq in plan.seqs if seq.sample)
         result = StepResult(plan.step, tokens, (None,) * len(tokens), device_s, start_s - free_s)
         return SimInFlight(result, self._busy_until_s, self._clock)
 
     def close(self) -> None:
         """See plan.Runner; nothing to let go of."""
+
+    def _token(self, req: RequestId, position: int) -> int:
+        return 0 if self._ends.get(req) == position else sim_token(req, position, self._vocab_size)

@@ -1,0 +1,151 @@
+"""Simulated hardware: rooflines by hand, whole engines in virtual time, and machines fitted to traces."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.cost_model import StepCoefficients
+from tfserve.engine.qos import score
+from tfserve.engine.sim.engine import SimEngine, SimRequest
+from tfserve.engine.sim.fitted import FitError, FittedProfile, LinearCost, fit
+from tfserve.engine.sim.hardware import LLAMA3_8B, PROFILES, QWEN25_32B, Roofline, capacity
+from tfserve.engine.step_trace import CopyTotals, Trace, TraceHead, TraceStep
+from tfserve.errors import TfserveError
+
+RTX = PROFILES["4090-llama3-8b"]
+
+
+def requests(count: int, prompt: int, output: int, gap_s: float = 0.0, looseness: int = 1) -> list[SimRequest]:
+    return [
+        SimRequest(
+            arrival_s=gap_s * i,
+            prompt_tokens=prompt + i % 7,
+            output_tokens=output + i % 5,
+            max_tokens=looseness * (output + i % 5),
+            rate=20.0,
+            told_rate=20.0,
+        )
+        for i in range(count)
+    ]
+
+
+def test_sizes_are_those_of_the_models():
+    assert LLAMA3_8B.weight_bytes == pytest.approx(16.06e9, rel=1e-3)
+    assert LLAMA3_8B.kv_bytes_per_token == 128 * 1024
+    assert QWEN25_32B.weight_bytes == pytest.approx(65.5e9, rel=1e-2)
+    assert QWEN25_32B.kv_bytes_per_token == 256 * 1024
+
+
+def test_decoding_is_bound_by_memory_and_long_prompts_by_compute():
+    gpu, law = RTX.gpu, Roofline(RTX.gpu, LLAMA3_8B)
+    moved = LLAMA3_8B.weight_bytes - 2 * LLAMA3_8B.head_parameters + 8001 * 131072
+    bytes_s = moved / (gpu.memory_bytes_per_s * gpu.memory_share)
+    assert law(1, 8000, 0, 0) == pytest.approx(bytes_s + gpu.step_s + gpu.row_s)
+    flops = 2048 * 2 * LLAMA3_8B.linear_parameters
+    assert law(0, 0, 2048, 0) == pytest.approx(flops / (gpu.flops * gpu.compute_share) + gpu.step_s)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "fcfs-greedy", "andes", "tokenflow"])
+def test_every_request_gets_all_its_tokens_in_order_of_time(policy):
+    small = msgspec.structs.replace(RTX.machine(), kv_tokens=1600, max_num_seqs=16)
+    asked = requests(24, 60, 80)
+    run = SimEngine(small, SchedulerConfig(policy=policy), asked).run()
+    assert [len(served.token_s) for served in run.served] == [request.output_tokens for request in asked]
+    assert all((np.diff(served.token_s) > 0).all() for served in run.served)
+    assert run.num_refused == 0
+    assert run.moments[-1].num_running == 0
+
+
+def test_answers_end_by_themselves_before_max_tokens():
+    asked = requests(5, 60, 30, looseness=4)
+    run = SimEngine(RTX.machine(), SchedulerConfig(policy="tokenflow"), asked).run()
+    assert [len(served.token_s) for served in run.served] == [request.output_tokens for request in asked]
+
+
+def test_the_baseline_reaches_what_the_roofline_predicts():
+    machine = msgspec.structs.replace(RTX.machine(), kv_tokens=6400)
+    asked = requests(60, 128, 128)
+    profile_capacity = 32 / (machine.step_s(32, 32 * 196, 0, 0) + machine.step_s(0, 0, 2048, 0) * 32 * 131 / 2048 / 130)
+    report = score(SimEngine(machine, SchedulerConfig(policy="fcfs"), asked).run().served)
+    assert 0.75 * profile_capacity < report.raw_throughput <= 1.05 * profile_capacity
+
+
+def test_capacity_grows_with_memory_and_falls_with_length():
+    larger = msgspec.structs.replace(RTX, memory_fraction=0.95)
+    assert capacity(larger, 512, 1024) > capacity(RTX, 512, 1024) > capacity(RTX, 1024, 2048)
+
+
+def test_charged_cpu_time_slows_every_step():
+    asked = requests(4, 60, 50)
+    run = [SimEngine(RTX.machine(host), SchedulerConfig(), asked).run() for host in (None, lambda plan: 0.010)]
+    ends = [max(served.token_s[-1] for served in one.served) for one in run]
+    assert ends[1] - ends[0] == pytest.approx(0.010 * run[0].num_steps, rel=0.05)
+
+
+TRUE = StepCoefficients(step=20e-3, decode=3e-3, decode_ctx=2e-6, prefill=1e-3, prefill_ctx=1e-7)
+HEAD = TraceHead(
+    model="made up",
+    device="cpu",
+    scheduler=SchedulerConfig(),
+    max_num_seqs=8,
+    max_num_batched_tokens=256,
+    block_size=32,
+    num_blocks=101,
+    num_host_blocks=0,
+    kv_bytes_per_token=1000,
+)
+
+
+def made_up(num_steps: int) -> Trace:
+    """Steps by TRUE, 1 ms + 0.1 ms a row between them, and a nap now and then."""
+    rng = np.random.default_rng(0)
+    steps, now_s = [], 0.0
+    for number in range(num_steps):
+        n, prompt = int(rng.integers(1, 9)), int(rng.choice([0, 0, 64, 200]))
+        work = (n, 100.0 * n + number, prompt, prompt * prompt / 2)
+        seconds = LinearCost(TRUE)(*work) * (1 + 0.02 * rng.normal())
+        now_s += 1e-3 + 1e-4 * n + seconds + (5.0 if number % 40 == 20 else 0.0)
+        steps.append(
+            TraceStep(
+                step=number,
+                end_s=now_s,
+                seconds=seconds,
+                n_decode=n,
+                decode_ctx=work[1],
+                n_prefill=prompt,
+                prefill_ctx=work[3],
+                num_waiting=0,
+                num_running=n,
+                num_paused=0,
+                stored=CopyTotals(1_000_000 * number, 1e-3 * number),
+            )
+        )
+    return Trace(HEAD, steps, [])
+
+
+def test_a_fit_finds_the_law_and_says_how_far_off_it_is():
+    profile = fit(made_up(400))
+    law = LinearCost(profile.step)
+    for work in [(1, 300, 0, 0), (8, 1200, 0, 0), (4, 500, 200, 20_000)]:
+        assert law(*work) == pytest.approx(LinearCost(TRUE)(*work), rel=0.05)
+    assert profile.host_s == pytest.approx(1e-3, rel=0.2)
+    assert profile.host_row_s == pytest.approx(1e-4, rel=0.2)
+    assert profile.store_bytes_per_s == pytest.approx(1e9)
+    assert 0.005 < profile.error.median < 0.03
+    assert abs(profile.error.total) < 0.02
+
+
+def test_a_trace_that_is_too_short_to_fit_is_refused():
+    with pytest.raises(TfserveError, match="too short"):
+        fit(made_up(20))
+
+
+def test_a_fitted_profile_survives_json():
+    profile = fit(made_up(100))
+    again = msgspec.json.decode(msgspec.json.encode(profile), type=FittedProfile)
+    assert again == profile
+    assert isinstance(again.error, FitError)
+    assert again.machine().kv_tokens == 3200

@@ -1,0 +1,74 @@
+"""`tfserve bench paper`: run the paper's experiments in virtual time and write tables, figures and a page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from tfserve.bench.paper.experiments import Experiment, experiments
+from tfserve.bench.paper.files import timing_of, write_results
+from tfserve.bench.paper.page import page
+from tfserve.bench.paper.plots import draw
+from tfserve.bench.paper.runs import run_all, tasks_of
+from tfserve.bench.paper.summary import summarize
+from tfserve.errors import TfserveError
+
+_MOST_WORKERS = 2
+
+
+def add_paper_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `bench paper`."""
+    paper = commands.add_parser(
+        "paper",
+        help="run the TokenFlow paper's experiments in simulation",
+        description="Run this engine's scheduler in virtual time on simulated GPUs through the experiments of the "
+        "TokenFlow paper. Writes README.md, CSV, JSON and PNG: the same bytes for the same seeds, but for timing.json.",
+    )
+    paper.set_defaults(func=bench_paper)
+    add = paper.add_argument
+    add("--out", type=Path, required=True, help="folder for the results; made if it does not exist")
+    add("--quick", action="store_true", help="a few experiments, one seed: under two minutes")
+    add("--only", action="append", metavar="ROW", help="only this experiment, as 4090-a or load; may be repeated")
+    add("--seeds", type=int, help="at most this many seeds of each experiment")
+    add("--workers", type=int, default=min(_MOST_WORKERS, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    add("--no-plots", action="store_true", help="write no PNG (matplotlib is then not needed)")
+
+
+def bench_paper(args: argparse.Namespace) -> int:
+    """Run what was asked for. Raises TfserveError for an unknown row or a folder that cannot be written."""
+    chosen = _chosen(args.only, is_quick=args.quick)
+    most_seeds = args.seeds if args.seeds is not None else 1 if args.quick else max(row.seeds for row in chosen)
+    if most_seeds < 1 or args.workers < 1:
+        raise TfserveError("--seeds and --workers must be at least 1")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TfserveError(f"--out: cannot make {args.out}: {error.strerror}") from None
+    tasks = tasks_of(chosen, most_seeds)
+    started_s = time.perf_counter()
+    # `disable=None` shows the bar on a terminal only.
+    with tqdm(total=len(tasks), unit="run", disable=None) as bar:
+        outcomes, cpu_s = run_all(tasks, args.workers, bar.update)
+    lines = summarize(chosen, outcomes)
+    plots = {} if args.no_plots else {row.key: draw(args.out, row, outcomes, lines) for row in chosen}
+    timing = timing_of(tasks, cpu_s, time.perf_counter() - started_s, args.workers)
+    write_results(args.out, chosen, outcomes, lines, timing)
+    (args.out / "README.md").write_text(page(chosen, lines, plots, is_quick=args.quick))
+    print(f"{len(tasks)} runs in {timing['wall_s']:.0f} s ({timing['cpu_s']:.0f} s of CPU): {args.out / 'README.md'}")
+    return 0
+
+
+def _chosen(only: Sequence[str] | None, *, is_quick: bool) -> list[Experiment]:
+    rows = experiments()
+    if only:
+        unknown = sorted(set(only) - {row.key for row in rows})
+        if unknown:
+            known = ", ".join(row.key for row in rows)
+            raise TfserveError(f"--only {', '.join(unknown)}: no such experiment; there are {known}")
+        return [row for row in rows if row.key in only]
+    return [row for row in rows if row.in_quick or not is_quick]

@@ -1,0 +1,171 @@
+"""The step trace: what an engine did, a JSON line per step and per finished request, to fit and to replay. Torch-free.
+
+`read_trace` reads it; engine/sim/fitted.py makes a machine of it; `tfserve bench replay` runs its requests again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.batch import sample_of
+from tfserve.engine.cost_model import StepSample
+from tfserve.engine.request import Request
+from tfserve.errors import TfserveError
+from tfserve.plan import StepPlan
+from tfserve.types import ConsumptionRate
+
+_BUFFER_BYTES = 1 << 16
+
+
+class TraceHead(msgspec.Struct, frozen=True, kw_only=True, tag="engine"):
+    """The first line: what ran. Blocks include the reserved ones."""
+
+    model: str
+    device: str
+    scheduler: SchedulerConfig
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    num_host_blocks: int
+    kv_bytes_per_token: int
+
+
+class CopyTotals(msgspec.Struct, frozen=True):
+    """Bytes copied one way since the engine started, and the seconds that the link was busy with them."""
+
+    nbytes: int = 0
+    busy_s: float = 0.0
+
+
+class TraceStep(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """A step that has ended. `end_s` is by the engine's clock, `seconds` by the device's.
+
+    `n_decode` to `prefill_ctx` are StepSample's. `stored` and `loaded` are totals up to now.
+    """
+
+    step: int
+    end_s: float
+    seconds: float
+    n_decode: int
+    decode_ctx: float
+    n_prefill: int
+    prefill_ctx: float
+    num_waiting: int
+    num_running: int
+    num_paused: int
+    stored: CopyTotals = CopyTotals()
+    loaded: CopyTotals = CopyTotals()
+
+    def sample(self) -> StepSample:
+        """The step as the CostModel sees it."""
+        return StepSample(self.n_decode, self.decode_ctx, self.n_prefill, self.prefill_ctx, self.seconds)
+
+
+class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """A request that has ended: what it asked for and what became of it. Times by the engine's clock."""
+
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    max_tokens: int
+    rate: ConsumptionRate
+    first_token_s: float | None
+    finished_s: float
+    num_preemptions: int
+
+
+TraceLine = TraceHead | TraceStep | TraceRequest
+
+
+class Trace(msgspec.Struct, frozen=True):
+    """A whole trace; requests in order of arrival."""
+
+    head: TraceHead
+    steps: list[TraceStep]
+    requests: list[TraceRequest]
+
+
+class StepTrace:
+    """Writes a trace file. Raises TfserveError if the file cannot be opened."""
+
+    def __init__(self, path: Path, head: TraceHead) -> None:
+        try:
+            self._file: BinaryIO = path.open("wb", buffering=_BUFFER_BYTES)
+        except OSError as error:
+            raise TfserveError(f"step_trace: cannot write {path}: {error.strerror}") from None
+        self._encoder = msgspec.json.Encoder()
+        self._write(head)
+
+    def on_step(
+        self, plan: StepPlan, seconds: float, end_s: float, counts: tuple[int, int, int], copied: Sequence[CopyTotals]
+    ) -> None:
+        """A step has ended; `counts` are waiting, running and paused requests, `copied` stores and loads so far."""
+        work = sample_of(plan.seqs, plan.n_decode, seconds)
+        self._write(
+            TraceStep(
+                step=plan.step,
+                end_s=end_s,
+                seconds=seconds,
+                n_decode=work.n_decode,
+                decode_ctx=work.decode_ctx,
+                n_prefill=work.n_prefill,
+                prefill_ctx=work.prefill_ctx,
+                num_waiting=counts[0],
+                num_running=counts[1],
+                num_paused=counts[2],
+                stored=copied[0],
+                loaded=copied[1],
+            )
+        )
+
+    def on_finished(self, request: Request, finished_s: float) -> None:
+        """A request has ended, however it did."""
+        self._write(
+            TraceRequest(
+                arrival_s=request.arrival_s,
+                prompt_tokens=request.num_prompt_tokens,
+                output_tokens=request.num_output_tokens,
+                max_tokens=request.max_tokens,
+                rate=request.rate,
+                first_token_s=request.first_token_s,
+                finished_s=finished_s,
+                num_preemptions=request.num_preemptions,
+            )
+        )
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._file.close()
+
+    def _write(self, line: TraceLine) -> None:
+        self._file.write(self._encoder.encode(line) + b"\n")
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace; a last line cut short by a killed engine is dropped. Raises TfserveError for anything else."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise TfserveError(f"cannot read the trace {path}: {error.strerror}") from None
+    decoder = msgspec.json.Decoder(TraceLine)
+    read: list[TraceLine] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            read.append(decoder.decode(line))
+        except msgspec.DecodeError as error:
+            if number < len(lines) or line.endswith(b"\n"):
+                raise TfserveError(f"{path}:{number} is no line of a step trace: {error}") from None
+    if not read or not isinstance(read[0], TraceHead):
+        raise TfserveError(f"{path} does not start with the line that says which engine ran")
+    requests = [line for line in read if isinstance(line, TraceRequest)]
+    return Trace(
+        read[0],
+        [line for line in read if isinstance(line, TraceStep)],
+        sorted(requests, key=lambda request: request.arrival_s),
+    )
