@@ -12,7 +12,15 @@ import msgspec
 from tfserve.config import EngineConfig
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
-from tfserve.types import EngineInfo, FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from tfserve.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    RequestOutput,
+    RequestTimes,
+    SamplingParams,
+    TokenLogprob,
+)
 
 VOCAB = 300
 MAX_LEN = 1000
@@ -72,10 +80,13 @@ class FakeStream:
             if not self._engine.stuck:
                 self._put([], "", FinishReason.ABORT)
 
-    def say(self, text: str, finish: FinishReason | None = None, tokens: int | None = None) -> None:
+    def say(
+        self, text: str, finish: FinishReason | None = None, tokens: int | None = None, preemptions: int | None = None
+    ) -> None:
         """Generate `text`, a token per byte (or `tokens` tokens)."""
         ids = list(text.encode()) if tokens is None else [97] * tokens
-        self._put(ids, text, finish)
+        times = None if preemptions is None else RequestTimes(0.0, num_preemptions=preemptions)
+        self._put(ids, text, finish, times=times)
 
     def fail(self, message: str) -> None:
         self._put([], "", FinishReason.ERROR, message)
@@ -84,7 +95,14 @@ class FakeStream:
         self._ended = True
         self._news.set()
 
-    def _put(self, ids: list[int], text: str, finish: FinishReason | None, error: str | None = None) -> None:
+    def _put(
+        self,
+        ids: list[int],
+        text: str,
+        finish: FinishReason | None,
+        error: str | None = None,
+        times: RequestTimes | None = None,
+    ) -> None:
         if self._ended:
             return
         self._ended = finish is not None
@@ -102,6 +120,7 @@ class FakeStream:
             logprobs=logprobs,
             finish_reason=finish,
             error=error,
+            times=times,
         )
         self._pending.append(output)
         self._news.set()
@@ -165,6 +184,21 @@ class FakeEngine:
             stream.die()
         for callback in self._callbacks:
             callback(reason)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            now_s=time.monotonic(),
+            step=0,
+            num_waiting=0,
+            num_running=0,
+            num_blocks=101,
+            num_free_blocks=100,
+            block_size=32,
+            num_preemptions=3,
+            num_prompt_tokens=0,
+            num_output_tokens=0,
+            num_finished=0,
+        )
 
     def check_health(self) -> None:
         if self.stuck:

@@ -82,6 +82,17 @@ async def test_usage_chunk_comes_last_when_asked_for(start: StartServer) -> None
     assert all(chunk["usage"] is None for chunk in chunks[:-2])
 
 
+async def test_usage_tells_how_often_the_answers_were_interrupted(start: StartServer) -> None:
+    server = await start(reply=None)
+    options = {"include_usage": True}
+    reading = asyncio.create_task(stream(server, "/v1/completions", prompt=["a", "b"], stream_options=options))
+    while len(server.engine.streams) < 2:
+        await asyncio.sleep(0)
+    for said, preemptions in zip(server.engine.streams, (2, 3), strict=True):
+        said.say("x", FinishReason.STOP, preemptions=preemptions)
+    assert (await reading)[-2]["usage"]["num_preemptions"] == 5
+
+
 async def test_tokens_without_text_make_no_chunk_but_are_counted(start: StartServer) -> None:
     server = await start(reply=None)
     reading = asyncio.create_task(
@@ -256,7 +267,9 @@ async def test_models_version_and_probes(start: StartServer) -> None:
         assert set(await response.json()) == {"version"}
     for path in ("/health", "/ready"):
         async with server.get(path) as response:
-            assert (response.status, await response.json()) == (200, {"status": "ready"})
+            body = await response.json()
+            assert (response.status, body["status"]) == (200, "ready")
+            assert ("engine" in body) == (path == "/health")
 
 
 async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: StartServer) -> None:

@@ -72,9 +72,9 @@ class AboutEndpoints:
         return _json(card)
 
     async def health(self, _request: web.Request) -> web.Response:
-        """GET /health: 503 unless the engine is loaded, alive and making progress."""
-        healthy, status = self._service.health()
-        return _json({"status": status}, 200 if healthy else 503)
+        """GET /health: the engine's counts; 503 unless it is loaded, alive and making progress."""
+        status, stats = self._service.health()
+        return _json({"status": status}, 503) if stats is None else _json({"status": status, "engine": stats})
 
     async def ready(self, _request: web.Request) -> web.Response:
         """GET /ready: 503 unless new requests are admitted."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.ports import EnginePort, StreamPort
@@ -22,6 +22,7 @@ class Exchange:
         self._unfinished: set[int] = set()
         self._reads: dict[asyncio.Task[RequestOutput | None], int] = {}
         self._num_output_tokens = 0
+        self._num_preemptions: int | UnsetType = UNSET
         self._patience: asyncio.Timeout | None = None
         self._abort_reason = ""
 
@@ -44,9 +45,10 @@ class Exchange:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far over all streams."""
+        """Tokens so far over all streams, preemptions over those that have ended."""
         prompt = sum(stream.num_prompt_tokens for stream in self._streams)
-        return Usage(prompt, self._num_output_tokens, prompt + self._num_output_tokens)
+        output = self._num_output_tokens
+        return Usage(prompt, output, prompt + output, self._num_preemptions)
 
     async def next(self, timeout_s: float | None) -> list[tuple[int, RequestOutput]]:
         """What is new, as (stream number, output) in stream order; empty after `timeout_s` of silence.
@@ -65,6 +67,8 @@ class Exchange:
             self._num_output_tokens += len(output.token_ids)
             if output.finished:
                 self._unfinished.discard(index)
+                if output.times is not None:
+                    self._num_preemptions = (self._num_preemptions or 0) + output.times.num_preemptions
             if output.finish_reason is FinishReason.ERROR:
                 message = output.error or "The engine failed on this request."
                 raise ApiError(500, message, kind="server_error", code="generation_failed")

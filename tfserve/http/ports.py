@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
-from tfserve.types import ConsumptionRate, EngineInfo, RequestOutput, SamplingParams
+from tfserve.types import ConsumptionRate, EngineInfo, EngineStats, RequestOutput, SamplingParams
 
 
 class TokenizerPort(Protocol):
@@ -71,6 +71,10 @@ class EnginePort(Protocol):
         rate: ConsumptionRate | UnsetType = UNSET,
     ) -> StreamPort:
         """Queue a request. Raises RequestError, QueueFullError, EngineDeadError."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """The engine's state after its last step."""
         ...
 
     def check_health(self) -> None:

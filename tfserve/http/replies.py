@@ -10,11 +10,12 @@ UNSET = msgspec.UNSET
 
 
 class Usage(msgspec.Struct):
-    """Token counts of an answer, over all its choices."""
+    """Token counts of an answer, over all its choices; ours: how often the scheduler interrupted it, once it ended."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    num_preemptions: int | msgspec.UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):

@@ -14,6 +14,7 @@ from tfserve.errors import EngineDeadError
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.exchange import Exchange
 from tfserve.http.ports import EnginePort
+from tfserve.types import EngineStats
 
 
 class Phase(enum.StrEnum):
@@ -75,17 +76,17 @@ class Service:
             message = f"The model {name!r} does not exist; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def health(self) -> tuple[bool, str]:
-        """Whether the engine lives and progresses, and in what phase it is or what is wrong with it."""
+    def health(self) -> tuple[str, EngineStats | None]:
+        """In what phase the engine is or what is wrong with it, and its counts; None unless it lives and progresses."""
         if self.phase is Phase.DEAD:
-            return False, f"dead: {self._death}"
+            return f"dead: {self._death}", None
         if self._loaded is None:
-            return False, self.phase
+            return self.phase, None
         try:
             self._loaded.check_health()
         except EngineDeadError as error:
-            return False, f"dead: {error}"
-        return True, self.phase
+            return f"dead: {error}", None
+        return self.phase, self._loaded.stats()
 
     @property
     def num_open(self) -> int:

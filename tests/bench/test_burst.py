@@ -1,0 +1,109 @@
+"""The burst benchmark's own parts: what it sends, what it keeps, what it prints. The servers are run by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from burst import burst_rows, parse_args, parse_policy, scaled_mix
+from burst_report import fluid_bound, prefill_bound, report
+from cells import Store
+
+from tests.bench.test_scoring import record
+from tfserve.bench.report import summarize
+
+
+def cell(policy="fcfs", repeat=0, step_s=0.1, preemptions=0):
+    """Two readers, a token every `step_s`, as a burst of two leaves them behind."""
+    records = [record([1.0 + step_s * k for k in range(10)], rate=10.0) for _ in range(2)]
+    for each in records:
+        each.prompt_tokens, each.num_preemptions, each.output_tokens = 30, preemptions, 10
+    summary = json.loads(json.dumps(_plain(summarize(records, 2.0, 0.1))))
+    engine = {"step": 9, "num_preemptions": 2 * preemptions, "bytes_stored": 2**20, "bytes_loaded": 0}
+    requests = [{"prompt_tokens": 30, "output_tokens": 10, "rate": 10.0} for _ in records]
+    return {"rate": 10.0, "ready_s": 1.0, "engine": engine, "summary": summary, "requests": requests}
+
+
+def _plain(value):
+    import msgspec
+
+    return msgspec.to_builtins(value)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path / "deep" / "r.json", tmp_path / "records")
+    store.open({"a": 1}, {"date": "now"})
+    return store
+
+
+def test_the_burst_is_the_issues_48_prompts():
+    rows = burst_rows(48)
+    assert len(rows) == 48
+    assert {96, 160, 256} <= {row.max_tokens for row in rows}
+    assert all(96 <= row.max_tokens <= 256 for row in rows)
+
+
+def test_a_policy_may_carry_settings():
+    settings = {"scheduler.offload": "false", "emulated_bandwidth": "2"}
+    assert parse_policy("tokenflow+scheduler.offload=false+emulated_bandwidth=2") == ("tokenflow", settings)
+    assert parse_policy("fcfs") == ("fcfs", {})
+
+
+def test_a_mix_is_scaled_to_the_mean_and_keeps_its_proportions():
+    low, high = (float(part.split(":")[0]) for part in scaled_mix({15.0: 0.4, 20.0: 0.6}, 3.6).split(","))
+    assert 0.4 * low + 0.6 * high == pytest.approx(3.6, abs=1e-3)
+    assert low / high == pytest.approx(0.75, abs=1e-3)
+
+
+def test_a_run_goes_on_where_it_was_killed(store, tmp_path):
+    store.add("fcfs", 0, cell())
+    again = Store(tmp_path / "deep" / "r.json")
+    again.open({"a": 1}, {"date": "later"})
+    assert again.has("fcfs", 0)
+    assert not again.has("fcfs", 1)
+    again.add("fcfs", 1, cell())
+    result = json.loads((tmp_path / "deep" / "r.json").read_text())
+    assert [each["repeat"] for each in result["cells"]] == [0, 1]
+    assert result["environment"] == {"date": "now"}
+    assert "requests" not in result["cells"][0]
+    assert len(json.loads((tmp_path / "records" / "fcfs-0.json").read_text())) == 2
+    with pytest.raises(KeyError):
+        again.get("tokenflow", 0)
+
+
+def test_cells_of_other_settings_are_not_mixed_in(store, tmp_path):
+    store.add("fcfs", 0, cell())
+    with pytest.raises(SystemExit, match="other settings"):
+        Store(tmp_path / "deep" / "r.json").open({"a": 2}, {})
+
+
+def test_bounds_of_a_cell(store):
+    store.add("prefill", 0, cell(step_s=0.0))
+    store.add("fcfs", 0, cell())
+    prefill, fcfs = store.cells()
+    # 60 prompt tokens in one second; the P99 of two prompts done after 0.5 s and 1 s.
+    assert prefill_bound(prefill) == pytest.approx(0.995)
+    # Capacity 20/1.9, less than the 20/s that two readers want: everything is read at once.
+    assert fluid_bound(fcfs) == pytest.approx(20 / 1.9, rel=0.01)
+
+
+def test_the_table_pairs_each_repeat_with_its_fcfs(store):
+    for repeat in range(2):
+        store.add("prefill", repeat, cell(step_s=0.0))
+        store.add("fcfs", repeat, cell(step_s=0.2))
+        store.add("tokenflow", repeat, cell(step_s=0.1, preemptions=3))
+    text = report(store.cells())
+    tokenflow = text[text.index("\ntokenflow") :]
+    rows = {line[:42].strip(): line[42:].split() for line in tokenflow.splitlines()}
+    assert float(rows["raw / fcfs"][0]) == pytest.approx(2.8 / 1.9, abs=1e-3)
+    assert float(rows["preemptions"][0]) == 3.0
+    assert float(rows["stored, MiB"][0]) == 1.0
+    assert float(rows["TTFT P99 / prefill bound"][0]) == pytest.approx(1 / 0.995, abs=1e-3)
+    assert "raw / fcfs" not in text[: text.index("\ntokenflow")]
+
+
+def test_options_name_policies_and_settings():
+    args = parse_args(["--policies", "fcfs,andes", "--server-option", "emulated_bandwidth=2"])
+    assert args.policies == ["fcfs", "andes"]
+    assert args.server_option == [("emulated_bandwidth", "2")]
