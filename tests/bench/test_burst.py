@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import ablation
+import msgspec
 import pytest
-from burst import burst_rows, parse_args, parse_policy, scaled_mix
+from burst import burst_rows, parse_args, parse_policy, scaled_mix, scored_at
 from burst_report import fluid_bound, prefill_bound, report
 from cells import Store
 
 from tests.bench.test_scoring import record
 from tfserve.bench.report import summarize
+from tfserve.config import SchedulerConfig
 
 
 def cell(policy="fcfs", repeat=0, step_s=0.1, preemptions=0):
@@ -18,16 +21,10 @@ def cell(policy="fcfs", repeat=0, step_s=0.1, preemptions=0):
     records = [record([1.0 + step_s * k for k in range(10)], rate=10.0) for _ in range(2)]
     for each in records:
         each.prompt_tokens, each.num_preemptions, each.output_tokens = 30, preemptions, 10
-    summary = json.loads(json.dumps(_plain(summarize(records, 2.0, 0.1))))
+    summary = json.loads(msgspec.json.encode(summarize(records, 2.0, 0.1)))
     engine = {"step": 9, "num_preemptions": 2 * preemptions, "bytes_stored": 2**20, "bytes_loaded": 0}
     requests = [{"prompt_tokens": 30, "output_tokens": 10, "rate": 10.0} for _ in records]
     return {"rate": 10.0, "ready_s": 1.0, "engine": engine, "summary": summary, "requests": requests}
-
-
-def _plain(value):
-    import msgspec
-
-    return msgspec.to_builtins(value)
 
 
 @pytest.fixture
@@ -107,3 +104,39 @@ def test_options_name_policies_and_settings():
     args = parse_args(["--policies", "fcfs,andes", "--server-option", "emulated_bandwidth=2"])
     assert args.policies == ["fcfs", "andes"]
     assert args.server_option == [("emulated_bandwidth", "2")]
+
+
+def test_the_ablation_switches_one_part_off_at_a_time():
+    known = {field.name for field in msgspec.structs.fields(SchedulerConfig) if field.default is True}
+    assert set(ablation.SWITCHES) == known
+    names = ablation.variants(1.5)
+    assert [len(parse_policy(name)[1]) for name in names] == [1, 2, 2, 2, 2]
+    assert len(set(names + ablation.variants(None))) == 10
+
+
+def test_the_emulated_link_is_as_slow_as_the_gpus_for_its_step():
+    bandwidth = ablation.equivalent_bandwidth(0.1) * 2**30
+    here = ablation.TOKEN_BYTES / bandwidth / 0.1
+    assert here == pytest.approx(ablation.GPU_TOKEN_BYTES / ablation.GPU_LINK_BYTES_PER_S / ablation.GPU_STEP_S)
+    assert ablation.equivalent_bandwidth(0.2) == pytest.approx(ablation.equivalent_bandwidth(0.1) / 2)
+
+
+def test_the_ablation_table_has_a_row_per_variant(store):
+    store.add("prefill", 0, cell(step_s=0.0))
+    store.add("tokenflow", 0, cell())
+    store.add("tokenflow+scheduler.offload=false", 0, cell(preemptions=4))
+    rows = ablation.table(store.cells()).splitlines()
+    assert [row[:64].strip() for row in rows] == ["", "tokenflow", "tokenflow+scheduler.offload=false"]
+    assert rows[2][64:].split()[6] == "4.00"
+
+
+def test_a_run_without_rates_is_scored_once_the_rate_is_known():
+    records = [record([1.0 + 0.1 * k for k in range(10)], rate=None, tokens=10) for _ in range(2)]
+    requests, summary = (json.loads(msgspec.json.encode(each)) for each in (records, summarize(records, 2.0, 0.1)))
+    before = {**cell(), "summary": summary, "requests": requests}
+    after = scored_at(before, [10.0, 20.0], 15.0)
+    assert before["summary"]["quality"] is None
+    assert list(after["summary"]["quality_by_rate"]) == ["10", "20"]
+    assert [request["rate"] for request in after["requests"]] == [10.0, 20.0]
+    assert after["summary"]["output_tokens_per_s"] == before["summary"]["output_tokens_per_s"]
+    assert after["summary"]["client_cpu_share"] == before["summary"]["client_cpu_share"]
