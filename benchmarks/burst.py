@@ -145,7 +145,8 @@ class Burst:
         if self._args.rate:
             return float(self._args.rate)
         raw = self._store.get(CALIBRATION, self._calibrated_by(repeat))["summary"]["output_tokens_per_s"]
-        return float(self._args.rate_factor * raw / self._args.num_prompts)
+        # As the client is told: four decimals.
+        return round(self._args.rate_factor * raw / self._args.num_prompts, 4)
 
     def _calibrated_by(self, repeat: int) -> int:
         return repeat if self._args.calibrate == "repeat" else 0
