@@ -98,14 +98,14 @@ def as_json(value: object) -> Any:
 
 
 class Burst:
-    """Runs cells: knows the workload, the server's settings and the reading rate."""
+    """Runs cells: knows the workload, the server's settings and the reading rate. Servers get `kv_tokens` of KV."""
 
-    def __init__(self, args: argparse.Namespace, store: Store, work: Path) -> None:
+    def __init__(self, args: argparse.Namespace, store: Store, work: Path, kv_tokens: int) -> None:
         self._args = args
         self._store = store
         self._work = work
         self._rows = burst_rows(args.num_prompts)
-        self.kv_tokens = round(args.kv_share * burst_tokens(args.model, self._rows))
+        self._kv_tokens = kv_tokens
 
     def settings(self) -> dict[str, Any]:
         """What must be equal for cells to be compared: a result file has one such set."""
@@ -121,7 +121,7 @@ class Burst:
             "quantization",
         )
         names += ("endpoint", "threads", "seed", "server_option")
-        return {**{name: getattr(self._args, name) for name in names}, "kv_tokens": self.kv_tokens}
+        return {**{name: getattr(self._args, name) for name in names}, "kv_tokens": self._kv_tokens}
 
     def run(self) -> None:
         """All cells that the store lacks, at most --max-cells of them."""
@@ -153,11 +153,17 @@ class Burst:
 
     def _run_cell(self, policy: str, repeat: int) -> None:
         result = self._cell(policy, repeat)
-        self._store.add(policy, repeat, result)
+        self._keep(policy, repeat, result)
         # fcfs knows no rates, so its calibration is also its own cell, scored once the rate is known.
         if policy == CALIBRATION and BASELINE in self._args.policies and self._args.generate_ahead_s is None:
             rate = self.rate(repeat)
-            self._store.add(BASELINE, repeat, scored_at(result, self._rates(rate), rate))
+            self._keep(BASELINE, repeat, scored_at(result, self._rates(rate), rate))
+
+    def _keep(self, policy: str, repeat: int, result: Cell) -> None:
+        self._store.add(policy, repeat, result)
+        if self._args.plots and policy not in SPECIAL:
+            records = msgspec.convert(result["requests"], list[RequestRecord])
+            timelines(records, self._args.plots / f"{policy}-{repeat}.png", title=f"{policy}, repeat {repeat}")
 
     def _rates(self, mean: float) -> list[float]:
         """The reading rate of each request, as the client hands them out."""
@@ -170,9 +176,9 @@ class Burst:
         rows = list(self._rows)
         random.Random(self._args.seed + repeat).shuffle(rows)
         if policy == PREFILL:
-            return self._measure("fcfs", {}, [PromptRow(row.prompt, max_tokens=1) for row in rows], [])
+            return self.measure("fcfs", {}, [PromptRow(row.prompt, max_tokens=1) for row in rows], [])
         if policy == CALIBRATION:
-            return self._measure("fcfs", {}, self._loosened(rows), [])
+            return self.measure("fcfs", {}, self._loosened(rows), [])
         name, settings = parse_policy(policy)
         if self._args.generate_ahead_s is not None:
             settings = {"scheduler.generate_ahead_s": str(self._args.generate_ahead_s), **settings}
@@ -180,16 +186,12 @@ class Burst:
             readers = ["--rate-mix", scaled_mix(self._args.mix, self.rate(repeat)), "--seed", str(MIX_SEED)]
         else:
             readers = ["--rate", f"{self.rate(repeat):.4f}"]
-        result = {"rate": self.rate(repeat), **self._measure(name, settings, self._loosened(rows), readers)}
-        if self._args.plots:
-            records = msgspec.convert(result["requests"], list[RequestRecord])
-            timelines(records, self._args.plots / f"{policy}-{repeat}.png", title=f"{policy}, repeat {repeat}")
-        return result
+        return {"rate": self.rate(repeat), **self.measure(name, settings, self._loosened(rows), readers)}
 
     def _loosened(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
         return [PromptRow(row.prompt, max_tokens=(row.max_tokens or 0) * self._args.loose) for row in rows]
 
-    def _measure(
+    def measure(
         self, policy: str, settings: dict[str, str], rows: Sequence[PromptRow], readers: Sequence[str]
     ) -> dict[str, Any]:
         """One server from start to stop: a warm-up, the burst, and what the engine counted meanwhile."""
@@ -229,7 +231,7 @@ class Burst:
             "max_num_seqs": str(args.num_prompts),
             "block_size": str(BLOCK_SIZE),
             # One block is the engine's own.
-            "num_gpu_blocks_override": str(self.kv_tokens // BLOCK_SIZE + 1),
+            "num_gpu_blocks_override": str(self._kv_tokens // BLOCK_SIZE + 1),
             "host_kv_gib": "1",
             "scheduler.policy": policy,
             **({"quantization": args.quantization} if args.quantization else {}),
@@ -273,7 +275,8 @@ def run(args: argparse.Namespace) -> Store:
     """Measure what the result file lacks; the cells it then holds."""
     store = Store(args.output, args.records)
     with tempfile.TemporaryDirectory() as folder:
-        burst = Burst(args, store, Path(folder))
+        kv_tokens = round(args.kv_share * burst_tokens(args.model, burst_rows(args.num_prompts)))
+        burst = Burst(args, store, Path(folder), kv_tokens)
         store.open(burst.settings(), environment())
         if not args.report_only:
             burst.run()
