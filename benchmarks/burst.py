@@ -3,9 +3,10 @@
     python benchmarks/burst.py --policies fcfs,tokenflow,round-robin --repeats 5 --output benchmarks/results/burst.json
 
 A cell is one policy in one repeat: a fresh server whose KV pool holds a quarter of the burst, a warm-up, then all
-prompts at once from a client in its own process. The reading rate is `--rate-factor` of what fcfs generates in the same
-run, shared by all readers; it is measured first. Every repeat has its own order of prompts, and begins with the prefill
-of the burst alone, the bound of any TTFT. Each finished cell is saved; the same command again does what is missing.
+prompts at once from a client in its own process. Every repeat has its own order of prompts. It begins with the prefill
+of the burst alone, which bounds any TTFT, and with fcfs: readers share `--rate-factor` of what that generates (measured
+in every repeat, because a machine's speed drifts; `--calibrate run`: in the first one). Each finished cell is saved,
+and the same command again does what is missing.
 
 A policy may carry settings of its own: `tokenflow+scheduler.offload=false`. `--generate-ahead-s` caps every policy.
 Run it on a quiet machine.
@@ -21,21 +22,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from burst_report import report
-from cells import Store
+import msgspec
+from burst_report import BASELINE, SPECIAL, report
+from cells import Cell, Store
 from local_server import CLIENT_NICE, free_port, get_json, run_json, running
 
 from tfserve.bench.client import RequestRecord
 from tfserve.bench.plots import timelines
-from tfserve.bench.report import environment
-from tfserve.bench.workload import BUNDLED_PROMPTS, Lengths, PromptRow, parse_rate_mix, read_rows, write_rows
+from tfserve.bench.report import environment, summarize
+from tfserve.bench.workload import (
+    BUNDLED_PROMPTS,
+    Lengths,
+    PromptRow,
+    mixed_rates,
+    parse_rate_mix,
+    read_rows,
+    write_rows,
+)
 from tfserve.model.demo import demo_model_dir
 from tfserve.model.tokenizer import Tokenizer
 
 LENGTHS = Lengths(default=160, clamp=(96, 256))
 MAX_PROMPT_TOKENS = 300
 BLOCK_SIZE = 32
-CALIBRATION, PREFILL = "calibration", "prefill"
+CALIBRATION, PREFILL = SPECIAL
+MIX_SEED = 0
 
 
 def burst_rows(count: int) -> list[PromptRow]:
@@ -71,68 +82,116 @@ def scaled_mix(mix: dict[float | str, float], mean: float) -> str:
     return ",".join(f"{float(rate) * factor:.4f}:{share}" for rate, share in mix.items())
 
 
-class Burst:
-    """Runs cells: knows the workload, the server's settings and the reading rate."""
+def scored_at(result: Cell, rates: Sequence[float], mean: float) -> Cell:
+    """A measured cell as if its requests had been sent with these rates."""
+    records = msgspec.convert(result["requests"], list[RequestRecord])
+    for record, rate in zip(records, rates, strict=True):
+        record.rate = rate
+    cpu_s = result["summary"]["client_cpu_s"]
+    summary = summarize(records, cpu_s / result["summary"]["client_cpu_share"], cpu_s)
+    return {**result, "rate": mean, "summary": as_json(summary), "requests": as_json(records)}
 
-    def __init__(self, args: argparse.Namespace, store: Store, work: Path) -> None:
+
+def as_json(value: object) -> Any:
+    """What a JSON file would give back: no structs, null for NaN."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
+class Burst:
+    """Runs cells: knows the workload, the server's settings and the reading rate. Servers get `kv_tokens` of KV."""
+
+    def __init__(self, args: argparse.Namespace, store: Store, work: Path, kv_tokens: int) -> None:
         self._args = args
         self._store = store
         self._work = work
         self._rows = burst_rows(args.num_prompts)
-        self.kv_tokens = round(args.kv_share * burst_tokens(args.model, self._rows))
+        self._kv_tokens = kv_tokens
 
     def settings(self) -> dict[str, Any]:
         """What must be equal for cells to be compared: a result file has one such set."""
-        names = ("num_prompts", "kv_share", "rate_factor", "rate", "mix", "loose", "generate_ahead_s", "quantization")
+        names = (
+            "num_prompts",
+            "kv_share",
+            "rate_factor",
+            "rate",
+            "calibrate",
+            "mix",
+            "loose",
+            "generate_ahead_s",
+            "quantization",
+        )
         names += ("endpoint", "threads", "seed", "server_option")
-        return {**{name: getattr(self._args, name) for name in names}, "kv_tokens": self.kv_tokens}
+        return {**{name: getattr(self._args, name) for name in names}, "kv_tokens": self._kv_tokens}
 
     def run(self) -> None:
         """All cells that the store lacks, at most --max-cells of them."""
         args = self._args
-        plan = [] if args.rate else [(CALIBRATION, 0)]
+        plan: list[tuple[str, int]] = []
         for repeat in range(args.repeats):
             plan.append((PREFILL, repeat))
+            if not args.rate and self._calibrated_by(repeat) == repeat:
+                plan.append((CALIBRATION, repeat))
             # Rotated, so that no policy always runs first, or always after the same other one.
             turn = repeat % len(args.policies)
             plan += [(policy, repeat) for policy in args.policies[turn:] + args.policies[:turn]]
         missing = [cell for cell in plan if not self._store.has(*cell)]
         for done, (policy, repeat) in enumerate(missing[: args.max_cells]):
-            print(f"cell {done + 1} of {len(missing)}: {policy}, repeat {repeat} ...", file=sys.stderr, flush=True)
-            self._store.add(policy, repeat, self._cell(policy, repeat))
+            if not self._store.has(policy, repeat):
+                print(f"cell {done + 1} of {len(missing)}: {policy}, repeat {repeat} ...", file=sys.stderr, flush=True)
+                self._run_cell(policy, repeat)
 
-    @property
-    def rate(self) -> float:
-        """Tokens/s of one reader, on average."""
+    def rate(self, repeat: int) -> float:
+        """Tokens/s of one reader, on average. Raises KeyError before the calibration."""
         if self._args.rate:
             return float(self._args.rate)
-        raw = self._store.get(CALIBRATION, 0)["summary"]["output_tokens_per_s"]
-        return float(self._args.rate_factor * raw / self._args.num_prompts)
+        raw = self._store.get(CALIBRATION, self._calibrated_by(repeat))["summary"]["output_tokens_per_s"]
+        # As the client is told: four decimals.
+        return round(self._args.rate_factor * raw / self._args.num_prompts, 4)
+
+    def _calibrated_by(self, repeat: int) -> int:
+        return repeat if self._args.calibrate == "repeat" else 0
+
+    def _run_cell(self, policy: str, repeat: int) -> None:
+        result = self._cell(policy, repeat)
+        self._keep(policy, repeat, result)
+        # fcfs knows no rates, so its calibration is also its own cell, scored once the rate is known.
+        if policy == CALIBRATION and BASELINE in self._args.policies and self._args.generate_ahead_s is None:
+            rate = self.rate(repeat)
+            self._keep(BASELINE, repeat, scored_at(result, self._rates(rate), rate))
+
+    def _keep(self, policy: str, repeat: int, result: Cell) -> None:
+        self._store.add(policy, repeat, result)
+        if self._args.plots and policy not in SPECIAL:
+            records = msgspec.convert(result["requests"], list[RequestRecord])
+            timelines(records, self._args.plots / f"{policy}-{repeat}.png", title=f"{policy}, repeat {repeat}")
+
+    def _rates(self, mean: float) -> list[float]:
+        """The reading rate of each request, as the client hands them out."""
+        if not self._args.mix:
+            return [mean] * self._args.num_prompts
+        mix = parse_rate_mix(scaled_mix(self._args.mix, mean))
+        return [float(rate) for rate in mixed_rates(mix, self._args.num_prompts, MIX_SEED)]
 
     def _cell(self, policy: str, repeat: int) -> dict[str, Any]:
         rows = list(self._rows)
         random.Random(self._args.seed + repeat).shuffle(rows)
         if policy == PREFILL:
-            return self._measure("fcfs", {}, [PromptRow(row.prompt, max_tokens=1) for row in rows], [])
+            return self.measure("fcfs", {}, [PromptRow(row.prompt, max_tokens=1) for row in rows], [])
         if policy == CALIBRATION:
-            return self._measure("fcfs", {}, self._loosened(rows), [])
+            return self.measure("fcfs", {}, self._loosened(rows), [])
         name, settings = parse_policy(policy)
         if self._args.generate_ahead_s is not None:
             settings = {"scheduler.generate_ahead_s": str(self._args.generate_ahead_s), **settings}
         if self._args.mix:
-            readers = ["--rate-mix", scaled_mix(self._args.mix, self.rate), "--seed", "0"]
+            readers = ["--rate-mix", scaled_mix(self._args.mix, self.rate(repeat)), "--seed", str(MIX_SEED)]
         else:
-            readers = ["--rate", f"{self.rate:.4f}"]
-        result = self._measure(name, settings, self._loosened(rows), readers)
-        if self._args.plots:
-            records = [RequestRecord(**record) for record in result["requests"]]
-            timelines(records, self._args.plots / f"{policy}-{repeat}.png", title=f"{policy}, repeat {repeat}")
-        return result
+            readers = ["--rate", f"{self.rate(repeat):.4f}"]
+        return {"rate": self.rate(repeat), **self.measure(name, settings, self._loosened(rows), readers)}
 
     def _loosened(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
         return [PromptRow(row.prompt, max_tokens=(row.max_tokens or 0) * self._args.loose) for row in rows]
 
-    def _measure(
+    def measure(
         self, policy: str, settings: dict[str, str], rows: Sequence[PromptRow], readers: Sequence[str]
     ) -> dict[str, Any]:
         """One server from start to stop: a warm-up, the burst, and what the engine counted meanwhile."""
@@ -146,11 +205,12 @@ class Burst:
             before = get_json(f"{url}/health")["engine"]
             result = self._client(url, "burst.jsonl", len(rows), [*exact, *readers])
             after = get_json(f"{url}/health")["engine"]
+        if not result["summary"]["num_completed"]:
+            raise SystemExit(f"{policy} {settings}: no request completed: {result['summary']['failures']}")
         counted = ("step", "num_preemptions", "bytes_stored", "bytes_loaded")
         engine = {name: after[name] - before[name] for name in counted}
         return {
             "ready_s": ready_s,
-            "rate": self.rate if readers else None,
             "engine": engine,
             "summary": result["summary"],
             "requests": result["requests"],
@@ -171,7 +231,7 @@ class Burst:
             "max_num_seqs": str(args.num_prompts),
             "block_size": str(BLOCK_SIZE),
             # One block is the engine's own.
-            "num_gpu_blocks_override": str(self.kv_tokens // BLOCK_SIZE + 1),
+            "num_gpu_blocks_override": str(self._kv_tokens // BLOCK_SIZE + 1),
             "host_kv_gib": "1",
             "scheduler.policy": policy,
             **({"quantization": args.quantization} if args.quantization else {}),
@@ -193,6 +253,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--rate-factor", type=float, default=0.8, help="sum of rates over fcfs raw throughput (default: %(default)s)")
     add("--rate", type=float, help="tokens/s of each reader, instead of measuring fcfs first")
+    add("--calibrate", choices=("repeat", "run"), default="repeat", help="how often fcfs sets the rate")
     add("--mix", type=parse_rate_mix, help='kinds of readers, as "15:0.4,20:0.6"; scaled to the mean rate')
     add("--loose", type=int, default=1, help="max_tokens times this, with natural stops (default: exact lengths)")
     add("--generate-ahead-s", type=float, help="under every policy")
@@ -210,15 +271,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> Store:
+    """Measure what the result file lacks; the cells it then holds."""
+    store = Store(args.output, args.records)
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(args.output, args.records)
-        burst = Burst(args, store, Path(folder))
+        kv_tokens = round(args.kv_share * burst_tokens(args.model, burst_rows(args.num_prompts)))
+        burst = Burst(args, store, Path(folder), kv_tokens)
         store.open(burst.settings(), environment())
         if not args.report_only:
             burst.run()
-    print(report(store.cells()))
+    return store
+
+
+def main() -> None:
+    print(report(run(parse_args()).cells()))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ Cell = dict[str, Any]
 Pick = Callable[[Cell], float]
 
 BASELINE = "fcfs"
-_SPECIAL = {"calibration", "prefill"}
+SPECIAL = ("calibration", "prefill")
+"""Cells that are no policy: fcfs before the rate is known, and the burst's prompts without answers."""
 
 
 def _quality(name: str) -> Pick:
@@ -79,16 +80,17 @@ def prefill_bound(prefill: Cell) -> float:
 
 def report(cells: Sequence[Cell]) -> str:
     """The tables, as text. Policies in order of first appearance; a ratio is formed within its repeat."""
-    measured = [cell for cell in cells if cell["policy"] not in _SPECIAL]
+    measured = [cell for cell in cells if cell["policy"] not in SPECIAL]
     policies = list(dict.fromkeys(cell["policy"] for cell in measured))
     prefills = {cell["repeat"]: cell for cell in cells if cell["policy"] == "prefill"}
     base = {cell["repeat"]: cell for cell in measured if cell["policy"] == BASELINE}
-    lines = [line for cell in cells if cell["policy"] == "calibration" for line in _calibration(cell)]
+    speeds = [cell["summary"]["output_tokens_per_s"] for cell in cells if cell["policy"] == "calibration"]
+    lines = [_line("fcfs that sets the rate, tok/s", speeds)]
     if prefills:
         lines.append(_line("bound of TTFT P99: prefill alone, s", [prefill_bound(cell) for cell in prefills.values()]))
     for policy in policies:
         own = [cell for cell in measured if cell["policy"] == policy]
-        lines += ["", f"{policy}   ({len(own)} repeats, {own[0]['rate']:.2f} tokens/s a reader)"]
+        lines += ["", f"{policy}   ({len(own)} repeats, tokens/s a reader: " + _range(own) + ")"]
         lines += [_line(f"  {name}", [pick(cell) for cell in own]) for name, pick in COLUMNS]
         lines.append(_line("  effective / raw", [effective(cell) / raw(cell) for cell in own]))
         lines.append(_line("  effective / fluid bound", [effective(cell) / fluid_bound(cell) for cell in own]))
@@ -111,10 +113,6 @@ effective = _quality("effective_throughput")
 p99 = _quality("ttft_p99_s")
 
 
-def _calibration(cell: Cell) -> list[str]:
-    return [f"fcfs before all repeats: {cell['summary']['output_tokens_per_s']:.1f} tokens/s"]
-
-
 def _classes(cells: Sequence[Cell]) -> list[str]:
     """A line for each class of readers: what it was given, and how long it waited."""
     lines = []
@@ -123,6 +121,10 @@ def _classes(cells: Sequence[Cell]) -> list[str]:
             values = [scale * cell["summary"]["quality_by_rate"][rate]["report"][key] for cell in cells]
             lines.append(_line(f"  readers at {rate}/s: {name}", values))
     return lines
+
+
+def _range(cells: Sequence[Cell]) -> str:
+    return ", ".join(f"{cell['rate']:.2f}" for cell in cells)
 
 
 def _line(name: str, values: Sequence[float]) -> str:

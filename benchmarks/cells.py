@@ -47,11 +47,14 @@ class Store:
 
     def add(self, policy: str, repeat: int, result: Cell) -> None:
         """Keep a cell, on disk too; a run killed meanwhile leaves the file as it was."""
+        result = dict(result)
         requests = result.pop("requests")
         if self._records is not None:
             self._records.mkdir(parents=True, exist_ok=True)
             (self._records / f"{policy}-{repeat}.json").write_text(json.dumps(requests))
-        lengths = [[request["prompt_tokens"], request["output_tokens"], request["rate"]] for request in requests]
+        lengths = [
+            [request["prompt_tokens"] or 0, request["output_tokens"] or 0, request["rate"]] for request in requests
+        ]
         self._cells.append({"policy": policy, "repeat": repeat, **result, "lengths": lengths})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")

@@ -12,11 +12,15 @@ from tfserve.bench.cli import add_bench_parser
 from tfserve.errors import TfserveError
 
 
-def run(*args: object) -> int:
+def run_bench(*args: object) -> int:
     parser = argparse.ArgumentParser()
     add_bench_parser(parser.add_subparsers())
-    parsed = parser.parse_args(["bench", "serve", *map(str, args)])
+    parsed = parser.parse_args(["bench", *map(str, args)])
     return parsed.func(parsed)
+
+
+def run(*args: object) -> int:
+    return run_bench("serve", *args)
 
 
 async def run_against(server: FakeServer, *args: object) -> int:
@@ -142,3 +146,10 @@ def test_bad_options_are_refused_by_name(capsys):
         with pytest.raises(SystemExit):
             run("--base-url", "http://x", option, value)
         assert option in capsys.readouterr().err
+
+
+async def test_pictures_of_a_run_are_drawn_into_a_directory(dataset, tmp_path):
+    pytest.importorskip("matplotlib")
+    server = FakeServer([text("a"), finish(), usage(3, 1), DONE])
+    assert await run_against(server, "--dataset", dataset, "--num-prompts", 2, "--plots", tmp_path / "plots") == 0
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"ttft_cdf.png", "timelines.png"}

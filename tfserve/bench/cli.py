@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from tfserve.bench.compare import bench_compare
 from tfserve.bench.paper.cli import add_paper_parser
 from tfserve.bench.paper.replay import add_replay_parsers
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
@@ -33,6 +34,15 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     _add_workload(serve)
     _add_readers(serve)
     serve.add_argument("--output", type=Path, help="write the result, with every request's record, to this JSON file")
+    serve.add_argument("--plots", type=Path, help="draw pictures into this directory (needs tfserve[bench])")
+    compare = commands.add_parser(
+        "compare",
+        help="two results of bench serve side by side",
+        description="Print the numbers of two files written by bench serve --output, and the second over the first.",
+    )
+    compare.set_defaults(func=bench_compare)
+    compare.add_argument("a", type=Path, metavar="A.json")
+    compare.add_argument("b", type=Path, metavar="B.json")
 
 
 def _add_target(serve: argparse.ArgumentParser) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -46,15 +46,16 @@ def timelines(records: Sequence[RequestRecord], path: Path, title: str = "Tokens
                 longest = max(record.num_tokens for record in answered if record.rate == rate)
                 begin = min(record.chunks[0][0] for record in answered if record.rate == rate)
                 axes.plot([begin, begin + longest / rate], [0, longest], color=f"C{index}", linestyle="--")
-        handles: dict[str, Any] = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        if handles:
-            axes.legend(handles.values(), handles.keys())
+        lines, labels = axes.get_legend_handles_labels()
+        by_label = dict(zip(labels, lines, strict=True))
+        if by_label:
+            axes.legend(by_label.values(), by_label.keys())
         axes.set(xlabel="time, s", ylabel="tokens received", xlim=(0, None), ylim=(0, None))
 
     _save(draw, path, title)
 
 
-def _save(draw: Any, path: Path, title: str) -> None:
+def _save(draw: Callable[[Axes], None], path: Path, title: str) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

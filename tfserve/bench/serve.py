@@ -15,6 +15,7 @@ import msgspec
 from tqdm import tqdm
 
 from tfserve.bench.client import RequestRecord, StreamClient, Target, first_model, open_session
+from tfserve.bench.plots import timelines, ttft_cdf
 from tfserve.bench.report import summarize, table, write_result
 from tfserve.bench.scoring import score_rate
 from tfserve.bench.workload import (
@@ -70,6 +71,9 @@ async def _serve(args: argparse.Namespace) -> int:
         print(f"request {record.index} failed ({record.error}): {record.error_detail}", file=sys.stderr)
     if args.output:
         write_result(args.output, _config(args, target), summary, records)
+    if args.plots:
+        ttft_cdf(records, args.plots / "ttft_cdf.png")
+        timelines(records, args.plots / "timelines.png")
     return 1 if summary.num_failed else 0
 
 
