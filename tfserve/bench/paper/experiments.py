@@ -21,7 +21,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One line of an experiment: `settings` are of SchedulerConfig.
 
     `host_s` is charged for CPU work before each launch, and `host_row_s` for each request in it, beside the profile's
-    own overhead; `baseline` names the case that it is compared with.
+    own overhead; `baseline` names the case that it is compared with. `seeds`, where set, is fewer than the others get.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     baseline: str | None = BASELINE
     host_s: float = 0.0
     host_row_s: float = 0.0
+    seeds: int | None = None
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,9 +83,19 @@ _BURST_B = Workload(arrivals=Burst(80), lengths=_LONG)
 _POISSON_C = Workload(arrivals=Poisson(100, 2.0), lengths=_SHORT)
 
 
-def _cases(profile: Profile, workload: Workload, contenders: Mapping[str, Settings]) -> list[Case]:
+def _cases(
+    profile: Profile, workload: Workload, contenders: Mapping[str, Settings], seeds_of_others: int | None = None
+) -> list[Case]:
+    """A case for each contender; those that no target is about get `seeds_of_others`."""
     return [
-        Case(name=name, profile=profile, workload=workload, settings=settings) for name, settings in contenders.items()
+        Case(
+            name=name,
+            profile=profile,
+            workload=workload,
+            settings=settings,
+            seeds=None if name in _PAIR else seeds_of_others,
+        )
+        for name, settings in contenders.items()
     ]
 
 
@@ -120,7 +131,8 @@ def _setups() -> list[Experiment]:
             section="The eight set-ups",
             title=f"{profile.name}: {title}",
             claim=burst if isinstance(workload.arrivals, Burst) else poisson,
-            cases=_cases(profile, workload, {**POLICIES, **_CAPPED}),
+            # A run on the H200 takes twenty seconds.
+            cases=_cases(profile, workload, {**POLICIES, **_CAPPED}, 1 if profile is _H200 else 3),
             in_quick=key in {"4090-a", "4090-c"},
             plots=("ttft", "throughput", "queue", "timelines") if key in {"4090-b", "h200-a"} else ("ttft", "queue"),
         )
@@ -208,7 +220,7 @@ def _sweep(key: str, title: str, claim: str, setting: str, values: Sequence[floa
     for value in values:
         settings = {**POLICIES["tokenflow"], setting: value}
         cases.append(Case(name=f"{value:g}", profile=_RTX, workload=_POISSON_C, settings=settings))
-    return Experiment(key=key, section="Sensitivity", title=title, claim=claim, cases=cases)
+    return Experiment(key=key, section="Sensitivity", title=title, claim=claim, cases=cases, seeds=3)
 
 
 def _sensitivity() -> list[Experiment]:
@@ -248,6 +260,7 @@ def _ablation() -> Experiment:
         title=f"{_RTX.name}: burst of 80, long",
         claim="full 66.0 s; no offload 127.3; no write-through 82.8; no load-evict overlap 74.4 (of what is not said)",
         cases=_cases(_RTX, _BURST_B, {BASELINE: POLICIES["fcfs"], **contenders}),
+        seeds=3,
         in_quick=True,
     )
 
@@ -301,6 +314,7 @@ def _loose() -> Experiment:
         title=f"{_RTX.name}: burst of 60, short, answers end by themselves before max_tokens",
         claim="not in the paper",
         cases=_against(variants, _MAIN),
+        seeds=3,
     )
 
 
@@ -338,6 +352,7 @@ def _perturbed() -> Experiment:
         title=f"{_RTX.name}: burst of 80, short, with the profile's numbers off",
         claim="not in the paper",
         cases=_against({name: (profile, workload) for name, profile in variants.items()}, _PAIR),
+        seeds=3,
     )
 
 

@@ -35,7 +35,7 @@ a policy that lets a few run far ahead and keeps the others near empty can beat 
 """
 
 _HEAD = (
-    "| case | effective | x fcfs (most) | of fluid | of own | raw (x fcfs) | on time | TTFT mean (x fcfs) | P50 | "
+    "| case (seeds) | effective | x fcfs (most) | of fluid | of own | raw (x fcfs) | on time | TTFT mean (x fcfs) | P50 | "
     "P99 (x fcfs) | x prefill bound | TBT P99 | stall share | preemptions | GB out, in |"
 )
 
@@ -111,7 +111,7 @@ def _targets(found: Iterable[Target]) -> str:
 
 def _experiment(experiment: Experiment, lines: Sequence[Line], plots: Sequence[str]) -> str:
     mine = [line for line in lines if line.experiment == experiment.key]
-    parts = [f"### {experiment.title}\n", f"Paper: {experiment.claim}. {mine[0].seeds} seed(s). {_bounds(mine)}\n"]
+    parts = [f"### {experiment.title}\n", f"Paper: {experiment.claim}. {_bounds(mine)}\n"]
     columns = _HEAD.count("|") - 1
     parts += [_HEAD, "|" + "---|" * columns, *(_row(line) for line in mine), ""]
     if any(line.classes for line in mine):
@@ -135,7 +135,7 @@ def _row(line: Line) -> str:
     metrics, bounds = line.metrics, line.bounds
     most = f" ({line.effective_bound:.2f})" if line.effective_bound is not None else ""
     cells = [
-        line.case,
+        f"{line.case} ({line.seeds})",
         _spread(metrics["effective"], 0),
         f"{_times(line.ratio('effective'))}{most}",
         f"{line.mean('effective') / bounds['fluid']:.2f}",
