@@ -30,7 +30,8 @@ large as the roofline's capacity assumes where memory lets it, see raw beside ca
 - Effective throughput can be gamed; read it with raw, stalls and on-time goodput (tokens before their playback \
 deadline, the clock starting 1.3 s after arrival). `fluid` is a constant capacity shared in proportion to rates; `own` \
 is what the run's own tokens would have been worth, had each gone to the emptiest buffer. Neither knows about memory; \
-a policy that lets a few run far ahead and keeps the others near empty can beat both.
+a policy that lets a few run far ahead and keeps the others near empty can beat both. A constant capacity is kinder than \
+a device: one generates fastest while contexts are short, in a burst more than readers can use, and then slows down.
 - Means over seeds, half-widths of 95 % intervals where given; ratios are paired by seed.
 """
 
