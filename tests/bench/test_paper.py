@@ -125,7 +125,7 @@ def test_an_unknown_row_is_named_with_the_known_ones(tmp_path):
 
 
 def test_a_run_writes_its_page_tables_and_figures_and_the_same_bytes_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(paper_cli, "experiments", lambda: [tiny_experiment()])
+    monkeypatch.setattr(paper_cli, "experiments", lambda **_: [tiny_experiment()])
     written = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         assert run("paper", "--out", folder, "--workers", 1) == 0

@@ -84,7 +84,7 @@ def test_minutes_of_decoding_do_not_make_it_forget_what_prompts_cost():
     for i in range(2000):
         n = 1 + i % 40
         cost.observe_step(StepSample(n, 500.0 * n, 0, 0, seconds(TRUE, n, 500.0 * n, 0, 0)))
-    assert cost.prefill_s_per_token == pytest.approx(TRUE.prefill, rel=0.1)
+    assert cost.step_s(0, 0, 1024, 1024 * 512) == pytest.approx(seconds(TRUE, 0, 0, 1024, 1024 * 512), rel=0.1)
 
 
 def test_no_coefficient_turns_negative():

@@ -189,14 +189,21 @@ class _Link:
     def __init__(self, bytes_per_s: float) -> None:
         self.queued_bytes = 0
         self.bytes_per_s = bytes_per_s
-        self._copies: deque[tuple[int, float]] = deque(maxlen=_COPIES)
+        self._copies: deque[tuple[int, float]] = deque()
+        self._bytes, self._seconds = 0, 0.0
 
     def leave(self, nbytes: int) -> None:
         self.queued_bytes = max(0, self.queued_bytes - nbytes)
 
     def measure(self, nbytes: int, seconds: float) -> None:
         self._copies.append((nbytes, seconds))
-        self.bytes_per_s = sum(n for n, _ in self._copies) / sum(s for _, s in self._copies)
+        self._bytes += nbytes
+        self._seconds += seconds
+        if len(self._copies) > _COPIES:
+            oldest_bytes, oldest_s = self._copies.popleft()
+            self._bytes -= oldest_bytes
+            self._seconds -= oldest_s
+        self.bytes_per_s = self._bytes / self._seconds
 
 
 def _fit(steps: Sequence[StepSample], prior: Floats) -> Floats:

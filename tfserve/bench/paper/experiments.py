@@ -21,7 +21,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One line of an experiment: `settings` are of SchedulerConfig.
 
     `host_s` is charged for CPU work before each launch, and `host_row_s` for each request in it, beside the profile's
-    own overhead; `baseline` names the case that it is compared with.
+    own overhead; `baseline` names the case that it is compared with. `seeds`, where set, is fewer than the others get.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     baseline: str | None = BASELINE
     host_s: float = 0.0
     host_row_s: float = 0.0
+    seeds: int | None = None
 
 
 class Experiment(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,16 +83,29 @@ _BURST_B = Workload(arrivals=Burst(80), lengths=_LONG)
 _POISSON_C = Workload(arrivals=Poisson(100, 2.0), lengths=_SHORT)
 
 
-def _cases(profile: Profile, workload: Workload, contenders: Mapping[str, Settings]) -> list[Case]:
+def _cases(
+    profile: Profile, workload: Workload, contenders: Mapping[str, Settings], seeds_of_others: int | None = None
+) -> list[Case]:
+    """A case for each contender; those that no target is about get `seeds_of_others`."""
     return [
-        Case(name=name, profile=profile, workload=workload, settings=settings) for name, settings in contenders.items()
+        Case(
+            name=name,
+            profile=profile,
+            workload=workload,
+            settings=settings,
+            seeds=None if name in _PAIR else seeds_of_others,
+        )
+        for name, settings in contenders.items()
     ]
 
 
-def experiments() -> list[Experiment]:
-    """All of them, in the order of the page."""
+def experiments(*, long_answers: bool = False) -> list[Experiment]:
+    """All of them, in the order of the page.
+
+    `long_answers` reads the paper's "short" on the RTX 4090 as 512 in and 2048 out, in the set-ups.
+    """
     return [
-        *_setups(),
+        *_setups(Normal(512, 2048) if long_answers else _SHORT),
         *_traces(),
         *_rates(),
         *_sensitivity(),
@@ -100,13 +114,13 @@ def experiments() -> list[Experiment]:
     ]
 
 
-def _setups() -> list[Experiment]:
+def _setups(short: Normal) -> list[Experiment]:
     """The eight set-ups: bursts and Poisson arrivals on both devices, all policies."""
     rows = [
-        ("4090-a", "burst of 60, short", _RTX, _BURST_A),
+        ("4090-a", "burst of 60, short", _RTX, Workload(arrivals=Burst(60), lengths=short)),
         ("4090-b", "burst of 80, long", _RTX, _BURST_B),
-        ("4090-c", "Poisson 2/s, short", _RTX, _POISSON_C),
-        ("4090-d", "Poisson 4/s, short", _RTX, Workload(arrivals=Poisson(100, 4.0), lengths=_SHORT)),
+        ("4090-c", "Poisson 2/s, short", _RTX, Workload(arrivals=Poisson(100, 2.0), lengths=short)),
+        ("4090-d", "Poisson 4/s, short", _RTX, Workload(arrivals=Poisson(100, 4.0), lengths=short)),
         ("h200-a", "burst of 400, short", _H200, Workload(arrivals=Burst(400), lengths=_SHORT_H200)),
         ("h200-b", "burst of 200, long", _H200, Workload(arrivals=Burst(200), lengths=_LONG_H200)),
         ("h200-c", "Poisson 5/s, short", _H200, Workload(arrivals=Poisson(400, 5.0), lengths=_SHORT_H200)),
@@ -120,7 +134,8 @@ def _setups() -> list[Experiment]:
             section="The eight set-ups",
             title=f"{profile.name}: {title}",
             claim=burst if isinstance(workload.arrivals, Burst) else poisson,
-            cases=_cases(profile, workload, {**POLICIES, **_CAPPED}),
+            # A run on the H200 takes twenty seconds.
+            cases=_cases(profile, workload, {**POLICIES, **_CAPPED}, 1 if profile is _H200 else 3),
             in_quick=key in {"4090-a", "4090-c"},
             plots=("ttft", "throughput", "queue", "timelines") if key in {"4090-b", "h200-a"} else ("ttft", "queue"),
         )
@@ -208,7 +223,7 @@ def _sweep(key: str, title: str, claim: str, setting: str, values: Sequence[floa
     for value in values:
         settings = {**POLICIES["tokenflow"], setting: value}
         cases.append(Case(name=f"{value:g}", profile=_RTX, workload=_POISSON_C, settings=settings))
-    return Experiment(key=key, section="Sensitivity", title=title, claim=claim, cases=cases)
+    return Experiment(key=key, section="Sensitivity", title=title, claim=claim, cases=cases, seeds=3)
 
 
 def _sensitivity() -> list[Experiment]:
@@ -248,6 +263,7 @@ def _ablation() -> Experiment:
         title=f"{_RTX.name}: burst of 80, long",
         claim="full 66.0 s; no offload 127.3; no write-through 82.8; no load-evict overlap 74.4 (of what is not said)",
         cases=_cases(_RTX, _BURST_B, {BASELINE: POLICIES["fcfs"], **contenders}),
+        seeds=3,
         in_quick=True,
     )
 
@@ -301,6 +317,7 @@ def _loose() -> Experiment:
         title=f"{_RTX.name}: burst of 60, short, answers end by themselves before max_tokens",
         claim="not in the paper",
         cases=_against(variants, _MAIN),
+        seeds=3,
     )
 
 
@@ -338,6 +355,7 @@ def _perturbed() -> Experiment:
         title=f"{_RTX.name}: burst of 80, short, with the profile's numbers off",
         claim="not in the paper",
         cases=_against({name: (profile, workload) for name, profile in variants.items()}, _PAIR),
+        seeds=3,
     )
 
 

@@ -22,6 +22,8 @@ with the paper, not seconds; until a profile is fitted from a measured run, take
 
 - The device's KV was capped by the memory fraction that the paper states, so that bursts do not fit; tokenflow, the \
 controls and andes are told the readers' rates (and andes an expected TTFT), the fcfs family ignores them.
+- tokenflow runs with `overload: queue`, and with `share` where it says so: a newcomer beyond the capacity waits, or \
+everybody gets less.
 - No policy knows the length of an answer. max_tokens is the exact length unless a row says otherwise, which helps \
 whoever reserves by it (fcfs); tokenflow expects the lesser of max_tokens and the average of finished answers.
 - fcfs is SGLang's scheduler: prefill first, a candidate charged its whole max_tokens (at most 4,096), running \
@@ -30,13 +32,15 @@ large as the roofline's capacity assumes where memory lets it, see raw beside ca
 - Effective throughput can be gamed; read it with raw, stalls and on-time goodput (tokens before their playback \
 deadline, the clock starting 1.3 s after arrival). `fluid` is a constant capacity shared in proportion to rates; `own` \
 is what the run's own tokens would have been worth, had each gone to the emptiest buffer. Neither knows about memory; \
-a policy that lets a few run far ahead and keeps the others near empty can beat both.
+a policy that lets a few run far ahead and keeps the others near empty can beat both. A constant capacity is kinder \
+than a device, which generates fastest while contexts are short (in a burst, more than readers can use) and then slows \
+down.
 - Means over seeds, half-widths of 95 % intervals where given; ratios are paired by seed.
 """
 
 _HEAD = (
-    "| case | effective | x fcfs (most) | of fluid | of own | raw (x fcfs) | on time | TTFT mean (x fcfs) | P50 | "
-    "P99 (x fcfs) | x prefill bound | TBT P99 | stall share | preemptions | GB out, in |"
+    "| case (seeds) | effective | x fcfs (most) | of fluid | of own | raw (x fcfs) | on time | TTFT mean (x fcfs) "
+    "| P50 | P99 (x fcfs) | x prefill bound | TBT P99 | stall share | preemptions | GB out, in |"
 )
 
 
@@ -111,7 +115,7 @@ def _targets(found: Iterable[Target]) -> str:
 
 def _experiment(experiment: Experiment, lines: Sequence[Line], plots: Sequence[str]) -> str:
     mine = [line for line in lines if line.experiment == experiment.key]
-    parts = [f"### {experiment.title}\n", f"Paper: {experiment.claim}. {mine[0].seeds} seed(s). {_bounds(mine)}\n"]
+    parts = [f"### {experiment.title}\n", f"Paper: {experiment.claim}. {_bounds(mine)}\n"]
     columns = _HEAD.count("|") - 1
     parts += [_HEAD, "|" + "---|" * columns, *(_row(line) for line in mine), ""]
     if any(line.classes for line in mine):
@@ -135,7 +139,7 @@ def _row(line: Line) -> str:
     metrics, bounds = line.metrics, line.bounds
     most = f" ({line.effective_bound:.2f})" if line.effective_bound is not None else ""
     cells = [
-        line.case,
+        f"{line.case} ({line.seeds})",
         _spread(metrics["effective"], 0),
         f"{_times(line.ratio('effective'))}{most}",
         f"{line.mean('effective') / bounds['fluid']:.2f}",

@@ -93,8 +93,8 @@ def tasks_of(experiments: Sequence[Experiment], most_seeds: int) -> list[Task]:
         Task(experiment.key, case, seed)
         for seed in range(most_seeds)
         for experiment in experiments
-        if seed < experiment.seeds
         for case in experiment.cases
+        if seed < min(experiment.seeds, case.seeds or experiment.seeds)
     ]
 
 

@@ -25,7 +25,7 @@ class StepCost(Protocol):
 
 def sim_token(req: RequestId, position: int, vocab_size: int) -> int:
     """The token that the simulated model puts at `position` of a request; never 0."""
-    return 1 + zlib.crc32(f"{req} {position}".encode()) % (vocab_size - 1)
+    return 1 + zlib.crc32(req.encode(), position) % (vocab_size - 1)
 
 
 class SimInFlight:
