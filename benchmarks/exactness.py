@@ -1,10 +1,11 @@
 """Do preempted requests get exactly the tokens of an undisturbed run?
 
-    python benchmarks/exactness.py [--mode load|recompute] [--sampling greedy|seeded] [--output FILE]
+    python benchmarks/exactness.py [--mode load|recompute] [--sampling greedy|seeded] [--pipeline-depth 2] [--output F]
 
 A real model in float32 (default: the SmolLM2 demo model), 24 requests. First they run with KV for all; then they share
 a quarter of it, and every second step of decoding all residents are preempted for others, which come back by loading
-their KV or by computing it again. The four parts (mode x sampling) are independent: run them together or one by one.
+their KV or by computing it again; that run is as many steps deep as `--pipeline-depth` says, the first one is one deep.
+The four parts (mode x sampling) are independent: run them together or one by one.
 
 Loaded KV is compared with what was first computed, bit by bit. Where tokens differ, the first one must be a near-tie in
 the undisturbed run: another batch rounds differently. How near: for greedy requests the gap between the logits of the
@@ -39,6 +40,7 @@ from tfserve.engine.messages import AddRequest, StepOutputs
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
+from tfserve.engine.step_worker import StepWorker
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.kv_layout import KVLayout
@@ -78,9 +80,13 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         path = resolve_model(args.model)
-        torch.set_num_threads(args.threads)
+        # Whatever the depth, all that computes is on this thread.
+        self.worker = StepWorker()
+        self.worker.call(torch.set_num_threads, args.threads)
         self.config = load_model_config(path)
-        self.model = load_model(path, self.config, dtype="float32", device="cpu", quantization=None, progress=False)
+        self.model = self.worker.call(
+            load_model, path, self.config, dtype="float32", device="cpu", quantization=None, progress=False
+        )
         self.backend = select_backend("auto", device="cpu", dtype="float32")
         self.block_size = self.backend.block_size(None)
         self.tokenizer = Tokenizer.from_dir(path)
@@ -113,7 +119,7 @@ class Bench:
         num_blocks = 1 + (
             self.all_blocks if mode is None else max(self.all_blocks // 4, self.all_blocks // args.requests)
         )
-        pool, clock = self.pool(num_blocks), RealClock()
+        pool, clock = self.worker.call(self.pool, num_blocks), RealClock()
         sched = SchedulerConfig(policy="round-robin" if mode == "load" else "fcfs")
         settings = EngineConfig(
             model=args.model, max_num_seqs=args.requests, scheduler=sched, host_kv_gib=args.host_gib
@@ -134,7 +140,8 @@ class Bench:
             max_num_seqs=args.requests,
             max_num_batched_tokens=budget,
         )
-        inner = ModelRunner(
+        inner = self.worker.call(
+            ModelRunner,
             self.model,
             PagedKV(pool.layers()),
             self.backend,
@@ -143,6 +150,7 @@ class Bench:
         )
         pages = pool.storage.numpy().transpose(2, 0, 1, 3)
         witness = KVWitness(inner, TierArrays.from_pages(pages, layout.num_kv_heads, layout.head_dim), self.longest)
+        self.worker.serve(witness)
         tokens: dict[str, list[int]] = defaultdict(list)
         ended: dict[str, int] = {}
 
@@ -156,12 +164,13 @@ class Bench:
 
         core = EngineCore(
             scheduler=scheduler,
-            runner=witness,
+            runner=self.worker,
             clock=clock,
             tokenizer=self.tokenizer,
             eos_token_ids=self.config.eos_token_ids,
             seed=0,
             emit=emit,
+            pipeline_depth=1 if mode is None else args.pipeline_depth,
         )
         for index, prompt in enumerate(self.prompts):
             core.inbox.put(AddRequest(str(index), list(prompt), self.params(sampling, index), clock.now()))
@@ -215,12 +224,13 @@ class Bench:
             one, other = expected.tokens[str(index)], got.tokens[str(index)]
             if one != other:
                 first = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
-                distance = self.nearness(index, sampling, one[:first], one[first], other[first])
+                distance = self.worker.call(self.nearness, index, sampling, one[:first], one[first], other[first])
                 distances.append(distance)
                 print(f"  request {index} differs from output token {first} on, {distance:.1e} from a tie")
         found = {
             "mode": mode,
             "sampling": sampling,
+            "pipeline_depth": self.args.pipeline_depth,
             "requests": self.args.requests,
             "tokens_each": self.args.tokens,
             "preemptions": sum(got.preemptions),
@@ -246,7 +256,9 @@ class Bench:
 def save(path: Path, parts: list[dict[str, Any]]) -> None:
     """Put these parts into a results file, in place of earlier ones of the same name."""
     saved = json.loads(path.read_text()) if path.exists() else {}
-    saved |= {f"{part['sampling']}, {part['mode']}": part for part in parts}
+    for part in parts:
+        deep = ", two deep" if part["pipeline_depth"] == 2 else ""
+        saved[f"{part['sampling']}, {part['mode']}{deep}"] = part
     path.write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
 
 
@@ -254,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=MODES, help="default: both")
     parser.add_argument("--sampling", choices=SAMPLINGS, help="default: both")
+    parser.add_argument("--pipeline-depth", type=int, choices=(1, 2), default=1, help="default: %(default)s")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=64, help="output tokens of each")

@@ -88,6 +88,10 @@ class KVWitness:
             copy[seq.start : seq.start + seq.n] = written
         return flight
 
+    def close(self) -> None:
+        """Close the runner inside."""
+        self.inner.close()
+
     def _compare(self, req: str, row: Row, num_tokens: int) -> None:
         if num_tokens == 0:
             return
