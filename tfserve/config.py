@@ -85,15 +85,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
 
     `model` is a local directory in Hugging Face format, a hub id, or "demo" (prepared by `tfserve demo-model`).
+    `pipeline_depth` is how many steps may be under way: at 2, a step is planned and launched while the one before it
+    still runs, so that the device need not wait for Python; tokens are the same.
     None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
     `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
     `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
     less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
     copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
     file to write a JSON line to for every step and finished request (engine/step_trace.py).
-
-    `pipeline_depth` is how many steps may be under way: at 2, a step is planned and launched while the one before it
-    still runs, so that the device need not wait for Python; tokens are the same.
     """
 
     model: str
@@ -104,10 +103,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention_backend: Literal["auto", "torch"] = "auto"
     threads: int | None = None
     engine_process: Literal["auto", "on", "off"] = "auto"
+    pipeline_depth: Literal[1, 2] = 1
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
-    pipeline_depth: Literal[1, 2] = 1
     block_size: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_gib: float = 2.0

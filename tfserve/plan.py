@@ -175,7 +175,9 @@ class TransferEngine(Protocol):
     """
 
     def submit(self, copies: Sequence[Copy]) -> None:
-        """Queue copies. May be called before the step they were planned with is launched."""
+        """Queue copies. May be called before the step they were planned with is launched; a fence they wait for may be
+        of a step that a thread is still launching.
+        """
         ...
 
     def complete(self, fence: Fence) -> None:

@@ -145,9 +145,8 @@ def test_a_recompute_waits_for_the_token_in_flight_even_if_the_policy_does_not()
 
 @pytest.mark.parametrize("by", ResumeBy)
 def test_a_row_that_is_entered_again_gets_its_tokens_from_the_host_and_then_from_the_device(by):
-    engine = start(
-        {3: preempt_a(by), 6: Decision(resume=(("a", ResumeBy.LOAD),), admit=("a",) * (by is ResumeBy.RECOMPUTE))}
-    )
+    back = {6: Decision(resume=(("a", ResumeBy.LOAD),))} if by is ResumeBy.LOAD else {}
+    engine = start({3: preempt_a(by)} | back)
     run_to_the_end(engine)
     again = [seq for step, seq in seqs_of(engine, "a") if step > 3]
     tokens = [*PROMPTS["a"], *expected_output(PROMPTS["a"], 3)]
@@ -210,7 +209,7 @@ def test_buffers_count_the_token_in_flight():
     tracker.add("a", arrival_s=0.0, num_prompt=5, max_tokens=9, rate=10.0)
     tracker.on_planned(["a"])
     before = tracker.columns(1.0)
-    assert (before.num_output[0], before.unread[0], before.time_to_empty_s[0]) == (1, 1.0, 0.0)
+    assert (before.num_output[0], before.unread[0], before.time_to_empty_s[0]) == (1, 1.0, 0.1)
     tracker.on_planned(["a"])
     tracker.on_tokens(["a"], 1, 1.0)
     after = tracker.columns(1.0)

@@ -288,7 +288,7 @@ class Tracker:
         table = self._table
         c: dict[str, npt.NDArray[Any]] = {name: table[name] for name in _SNAPSHOT}
         c["num_output"] = c["num_output"] + table["num_in_flight"]
-        started = ~np.isnan(c["first_token_s"])
+        started = c["num_output"] > 0
         playback = self._play(slice(None), now_s)
         unread = c["num_output"] - playback.consumed
         time_to_empty = np.where(started, unread / c["rate"], 0.0)
