@@ -121,13 +121,15 @@ class StepPlan(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True):
     """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
 
-    `device_s` is the time the device spent on the step, by the device's own clock.
+    `device_s` is the time the device spent on the step, by the device's own clock. `failed` says of requests why there
+    is no token for them, while the others have theirs: the place of theirs is filled with 0.
     """
 
     step: Fence
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     device_s: float
+    failed: tuple[tuple[RequestId, str], ...] = ()
 
 
 class InFlight(Protocol):

@@ -70,6 +70,7 @@ class FakeRunner:
         self.rows: dict[int, FakeRow] = {}
         self.plans: list[StepPlan] = []
         self.fail_on: set[int] = set()
+        self.not_finite: dict[int, str] = {}  # by step: whose logits are not finite
 
     def launch(self, plan: StepPlan) -> FakeInFlight:
         self.plans.append(plan)
@@ -83,7 +84,9 @@ class FakeRunner:
         assert plan.num_tokens <= self.max_num_batched_tokens
         tokens = [self._run(seq) for seq in plan.seqs]
         sampled = tuple(t for t in tokens if t is not None)
-        return FakeInFlight(plan.step, StepResult(plan.step, sampled, (None,) * len(sampled), 0.0))
+        bad = self.not_finite.get(plan.step)
+        failed = tuple((seq.req, "logits are not finite") for seq in plan.seqs if seq.sample and seq.req == bad)
+        return FakeInFlight(plan.step, StepResult(plan.step, sampled, (None,) * len(sampled), 0.0, failed=failed))
 
     def _run(self, seq) -> int | None:
         row = self.rows[seq.row]

@@ -181,9 +181,13 @@ class EngineCore:
         now_s = self._clock.now()
         advanced = [(seq, self._scheduler.advance(seq)) for seq in plan.seqs]
         sampled = [request for seq, request in advanced if seq.sample]
+        failed = dict(result.failed)
         self._scheduler.deliver([request.id for request in sampled if request is not None], now_s)
         for request, token, logprob in zip(sampled, result.tokens, result.logprobs, strict=True):
             if request is None:
+                continue
+            if request.id in failed:
+                self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id]))
                 continue
             self._num_output_tokens += 1
             finish = request.append(token, now_s)
