@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.engine.columns import Phase
 from tfserve.engine.policies.sharing import exchange, out_of_blocks, resident_blocks
 from tfserve.engine.policy import Decision, Snapshot
-from tfserve.engine.tracker import Phase
 from tfserve.memory.transfers import TierArrays
 from tfserve.plan import InFlight, Row, Runner, StepPlan
 

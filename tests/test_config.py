@@ -36,6 +36,14 @@ def test_command_line_beats_file_beats_default(tmp_path):
         ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization: must be"),
         ({"model": "m", "server": {"port": 70000}}, "server.port: must be"),
         ({"model": "m", "server": 3}, "server: Expected"),
+        ({"model": "m", "host_kv_gib": -1}, "host_kv_gib: must not be negative, and a size in GiB, got -1"),
+        ({"model": "m", "host_kv_gib": float("inf")}, "host_kv_gib: must not be negative, and a size in GiB, got inf"),
+        ({"model": "m", "host_kv_gib": float("nan")}, "host_kv_gib: must not be negative, and a size in GiB, got nan"),
+        ({"model": "m", "host_kv_gib": "much"}, "host_kv_gib: Expected `float | null`"),
+        ({"model": "m", "emulated_bandwidth": 0}, "emulated_bandwidth: must be above 0 and in GiB/s, got 0"),
+        ({"model": "m", "emulated_bandwidth": -2.5}, "emulated_bandwidth: must be above 0 and in GiB/s, got -2.5"),
+        ({"model": "m", "emulated_bandwidth": float("inf")}, "emulated_bandwidth: must be above 0 and in GiB/s, got"),
+        ({"model": "m", "emulated_bandwidth": float("nan")}, "emulated_bandwidth: must be above 0 and in GiB/s, got"),
     ],
 )
 def test_mistakes_are_named_with_their_key(tree, message):

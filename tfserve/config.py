@@ -141,10 +141,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if not 0 < self.kv_cache_gib < 2**20:
             raise ConfigError("kv_cache_gib", f"must be above 0 and a size in GiB, got {self.kv_cache_gib}")
-        if self.host_kv_gib is not None and not self.host_kv_gib >= 0:
-            raise ConfigError("host_kv_gib", f"must not be negative, got {self.host_kv_gib}")
-        if self.emulated_bandwidth is not None and not self.emulated_bandwidth > 0:
-            raise ConfigError("emulated_bandwidth", f"must be above 0, got {self.emulated_bandwidth}")
+        if self.host_kv_gib is not None and not 0 <= self.host_kv_gib < 2**20:
+            raise ConfigError("host_kv_gib", f"must not be negative, and a size in GiB, got {self.host_kv_gib}")
+        if self.emulated_bandwidth is not None and not 0 < self.emulated_bandwidth < 2**20:
+            raise ConfigError("emulated_bandwidth", f"must be above 0 and in GiB/s, got {self.emulated_bandwidth}")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size", f"only 1 is supported: one GPU per engine, got {self.tensor_parallel_size}"

@@ -122,7 +122,8 @@ class StepResult(msgspec.Struct, frozen=True):
     """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
 
     `device_s` is the time the device spent on the step, by the device's own clock; `idle_s` how long it had nothing to
-    do before, since the end of the step before this one (0 for the first).
+    do before, since the end of the step before this one (0 for the first). `failed` says of requests why
+    there is no token for them, while the others have theirs: the place of theirs is filled with 0.
     """
 
     step: Fence
@@ -130,6 +131,7 @@ class StepResult(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprob | None, ...]
     device_s: float
     idle_s: float = 0.0
+    failed: tuple[tuple[RequestId, str], ...] = ()
 
 
 class InFlight(Protocol):

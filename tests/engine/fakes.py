@@ -84,6 +84,7 @@ class FakeRunner:
         self.outcomes: dict[Fence, StepResult | Exception] = {}
         self.log: list[tuple[str, int]] = []
         self.closed = False
+        self.not_finite: dict[int, str] = {}  # by step: whose logits are not finite
 
     def launch(self, plan: StepPlan) -> FakeInFlight:
         self.plans.append(plan)
@@ -120,7 +121,9 @@ class FakeRunner:
         assert plan.num_tokens <= self.max_num_batched_tokens
         tokens = [self._run(seq) for seq in plan.seqs]
         sampled = tuple(t for t in tokens if t is not None)
-        return StepResult(plan.step, sampled, (None,) * len(sampled), 0.0)
+        bad = self.not_finite.get(plan.step)
+        failed = tuple((seq.req, "logits are not finite") for seq in plan.seqs if seq.sample and seq.req == bad)
+        return StepResult(plan.step, sampled, (None,) * len(sampled), 0.0, failed=failed)
 
     def _scrub(self, plan: StepPlan) -> None:
         for seq in plan.seqs:

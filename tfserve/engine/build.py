@@ -25,6 +25,7 @@ from tfserve.engine.step_worker import StepWorker
 from tfserve.errors import ConfigError
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
+from tfserve.memory.host_pool import available_bytes
 from tfserve.memory.kv_layout import KVLayout
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.model.attention import select_backend
@@ -37,6 +38,12 @@ from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import EngineInfo
 
 logger = logging.getLogger(__name__)
+
+_ROW_BYTES = 1024
+"""About what a row takes beside its block table: sampling parameters, its place in the scheduler's lists."""
+
+_MOST_FOR_ROWS = 0.05
+"""Share of the free memory that such tables may take."""
 
 
 def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tuple[EngineCore, EngineInfo]:
@@ -82,6 +89,7 @@ def _build(
         head_dim=model_config.head_dim,
     )
     num_blocks = _num_blocks(config, layout, device)
+    _check_rows(config, model_config, block_size)
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
@@ -190,18 +198,25 @@ def _set_threads(config: EngineConfig, device: str) -> int:
 
 def _num_blocks(config: EngineConfig, layout: KVLayout, device: str) -> int:
     """Blocks in the device pool, the reserved one included."""
+    free_bytes, total_bytes = _memory(device)
     if config.num_gpu_blocks_override is not None:
+        most = free_bytes // layout.block_bytes
+        if config.num_gpu_blocks_override > most:
+            raise ConfigError(
+                "num_gpu_blocks_override",
+                f"{config.num_gpu_blocks_override} blocks of {layout.block_bytes / 2**20:.3g} MiB of KV do not fit;"
+                f" {free_bytes / 2**30:.1f} GiB are free, enough for {most}. Set it to less than that",
+            )
         return config.num_gpu_blocks_override
     if device == "cpu":
         budget_bytes = int(config.kv_cache_gib * 2**30)
-        available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if budget_bytes > available_bytes:
+        if budget_bytes > free_bytes:
             raise ConfigError(
                 "kv_cache_gib",
-                f"{config.kv_cache_gib} GiB of KV cache do not fit; {available_bytes / 2**30:.1f} are free",
+                f"{config.kv_cache_gib:g} GiB of KV cache do not fit; {free_bytes / 2**30:.1f} are free. Set a smaller"
+                " value",
             )
     else:
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
         budget_bytes = int(free_bytes - (1 - config.gpu_memory_utilization) * total_bytes)
     num_blocks = budget_bytes // layout.block_bytes
     if num_blocks < 2:
@@ -210,6 +225,27 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, device: str) -> int:
             key, f"leaves {budget_bytes / 2**20:.0f} MiB for KV; a block takes {layout.block_bytes} bytes"
         )
     return int(num_blocks)
+
+
+def _memory(device: str) -> tuple[int, int]:
+    """Bytes free and in all on the device; of a CPU's, what the machine and its control groups let us have."""
+    if device == "cpu":
+        return available_bytes(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return free_bytes, total_bytes
+
+
+def _check_rows(config: EngineConfig, model: ModelConfig, block_size: int) -> None:
+    """Raise ConfigError if there is no memory for the tables of `max_num_seqs` rows."""
+    longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    row_bytes = _ROW_BYTES + 4 * -(-longest // block_size)
+    most = int(available_bytes() * _MOST_FOR_ROWS / row_bytes)
+    if config.max_num_seqs > most:
+        raise ConfigError(
+            "max_num_seqs",
+            f"the tables of {config.max_num_seqs} requests at once take {config.max_num_seqs * row_bytes / 2**30:.3g}"
+            f" GiB, more than this machine can spare for them; set at most {most} (32 to 1024 are usual)",
+        )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int, block_size: int) -> int:

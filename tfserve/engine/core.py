@@ -237,9 +237,13 @@ class EngineCore:
         now_s = self._clock.now()
         sampled = [launched.requests[seq.req] for seq in launched.plan.seqs if seq.sample]
         wanted = [request.state is not RequestState.FINISHED for request in sampled]
+        failed = dict(result.failed)
         self._scheduler.deliver([request.id for request in compress(sampled, wanted)], now_s)
         produced = zip(sampled, result.tokens, result.logprobs, strict=True)
         for request, token, logprob in compress(produced, wanted):
+            if request.id in failed:
+                self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id]))
+                continue
             self._num_output_tokens += 1
             finish = request.append(token, now_s)
             logprobs = None if logprob is None else [logprob]

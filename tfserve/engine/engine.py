@@ -34,6 +34,9 @@ Prompt = str | Sequence[int]
 _NO_PROGRESS_S = 120.0
 """Requests are outstanding and no step has ended for this long: the engine is stuck (a CPU prefill step takes 1 s)."""
 
+_OWN_IDS = "tfserve-"
+"""What the ids begin with that the engine gives, and those that its callers choose must not."""
+
 
 class Engine:
     """A model being served. Safe to use from several threads; two engines can live in one process.
@@ -98,7 +101,7 @@ class Engine:
                 self._send(message, collector)
             return [collector.result() for collector in collectors]
         except BaseException:
-            for message in messages:
+            for message in messages:  # all ids are the engine's own
                 self.abort(message.request_id)
             raise
 
@@ -127,6 +130,7 @@ class Engine:
     ) -> RequestStream:
         """Start a request; must be called on a running event loop.
 
+        `request_id` names it; None for one of the engine's own, which begin with "tfserve-".
         `rate` is how fast its reader reads (default: `scheduler.default_rate`); policies that share the device by
         buffers use it. A request that the policy refuses ends with `finish_reason` ERROR.
         Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
@@ -194,15 +198,26 @@ class Engine:
         self, prompt: Prompt, params: SamplingParams, rate: ConsumptionRate | UnsetType, request_id: RequestId | None
     ) -> AddRequest:
         token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-        request_id = request_id if request_id is not None else f"req-{next(self._ids)}"
-        if request_id in self._sinks:
-            raise RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
+        if request_id is None:
+            request_id = f"{_OWN_IDS}{next(self._ids)}"
+        else:
+            self._check_id(request_id)
         default_rate = self.config.scheduler.default_rate
         if rate is UNSET:
             rate = default_rate
         # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
         resolve_rate(rate, default_rate)
         return AddRequest(request_id, token_ids, validate(token_ids, params, self.info), time.monotonic(), rate)
+
+    def _check_id(self, request_id: RequestId) -> None:
+        if not isinstance(request_id, str) or not request_id or request_id.startswith(_OWN_IDS):
+            raise RequestError(
+                "request_id",
+                f"request_id must be non-empty text that does not begin with {_OWN_IDS!r} (ids that the engine gives),"
+                f" got {request_id!r}",
+            )
+        if request_id in self._sinks:
+            raise _id_in_use(request_id)
 
     def _encode(self, prompt: str) -> list[int]:
         try:
@@ -220,6 +235,9 @@ class Engine:
                 raise EngineDeadError(self._death)
             if not self._sinks:
                 self._last_news_s = time.monotonic()
+            # Again, under the lock: another thread may have taken it since.
+            if message.request_id in self._sinks:
+                raise _id_in_use(message.request_id)
             self._sinks[message.request_id] = sink
         try:
             self._link.send(message)
@@ -285,6 +303,10 @@ class Engine:
                 sink.die(reason)
             elif not sink.loop.is_closed():
                 sink.loop.call_soon_threadsafe(sink.die, reason)
+
+
+def _id_in_use(request_id: RequestId) -> RequestError:
+    return RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
 
 
 def _put_all(batch: list[tuple[RequestStream | Collector, TokenOutput]]) -> None:

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.engine.columns import Columns, Ints, Mask
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Columns, Ints, Mask
 from tfserve.plan import Direction
 from tfserve.types import RequestId
 
@@ -86,6 +86,13 @@ class Snapshot:
     def blocks_for(self, num_tokens: Ints) -> Ints:
         """Blocks that hold these many tokens, elementwise."""
         return -(-num_tokens // self.memory.block_size)
+
+    @cached_property
+    def is_member(self) -> Mask:
+        """Requests that have been let in: on the device, on the host, or preempted after their first token."""
+        c = self.columns
+        mask: Mask = ~c.is_waiting | c.has_started
+        return mask
 
     @cached_property
     def is_decoding(self) -> Mask:

@@ -8,21 +8,21 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.batch import BatchBuilder, sample_of
+from tfserve.engine.columns import Columns, Phase
 from tfserve.engine.cost_model import CostModel
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policy import (
     Decision,
-    MemoryView,
     Policy,
     ResumeBy,
-    Snapshot,
     held_back,
     next_release_s,
     write_order,
 )
 from tfserve.engine.request import Request, RequestState
 from tfserve.engine.rows import Rows
-from tfserve.engine.tracker import Columns, Phase, Tracker
+from tfserve.engine.snapshots import Snapshots
+from tfserve.engine.tracker import Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import PAUSED, RESUMING, KVState
 from tfserve.plan import Fence, StepPlan
@@ -67,8 +67,9 @@ class Scheduler:
         self._cost = cost
         self._config = config
         self._tracker = Tracker(config.default_rate)
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._snapshots = Snapshots(
+            kv, self._tracker, cost, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
         self._rows = Rows(max_num_seqs)
         self._batch = BatchBuilder(kv, max_num_batched_tokens)
         self._steps_under_way = 0
@@ -123,7 +124,7 @@ class Scheduler:
         """Ask the policy and plan the coming step; a plan without `seqs` has only copies to make."""
         self.offload.cancel_withdrawn()
         self.kv.begin_step(step)
-        snapshot = self._snapshot(now_s)
+        snapshot = self._snapshots.take(now_s)
         columns = snapshot.columns
         held = self._held(columns)
         decision = self._policy.decide(snapshot)
@@ -161,6 +162,7 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless queues, rows and blocks agree with each other."""
         self.kv.check()
+        self._snapshots.check()
         self._rows.check(list(self.running.values()))
         for request in self.running.values():
             view = self.kv.view(request.id)
@@ -173,28 +175,6 @@ class Scheduler:
                     raise AssertionError(
                         f"{request.id} is {request.state.name} with KV {state.name}, row {request.row}"
                     )
-
-    def _snapshot(self, now_s: float) -> Snapshot:
-        ids = [*self.running, *self.paused, *self.loading]
-        kv = self.kv.columns(ids)
-        self._tracker.update(
-            ids, num_computed=kv.num_tokens, device_blocks=kv.num_device_blocks, host_tokens=kv.num_host_tokens
-        )
-        memory = MemoryView(
-            self.kv.block_size,
-            self.kv.num_blocks - 1,
-            self.kv.num_free_blocks,
-            max(self.kv.num_host_blocks - 1, 0),
-            self.kv.num_free_host_blocks,
-        )
-        return Snapshot(
-            now_s=now_s,
-            columns=self._tracker.columns(now_s),
-            memory=memory,
-            cost=self._cost,
-            max_num_seqs=self._max_num_seqs,
-            max_num_batched_tokens=self._max_num_batched_tokens,
-        )
 
     def _held(self, columns: Columns) -> Collection[RequestId]:
         """Requests on the device whose readers have enough for now."""
@@ -283,7 +263,6 @@ class Scheduler:
         if state is RequestState.WAITING:
             request.num_computed_tokens = 0
             request.device_has_token = False
-            self._tracker.update([request.id], num_computed=0, device_blocks=0, host_tokens=0)
 
     def _unblock(self, held: Collection[RequestId], now_s: float) -> bool:
         """Nothing runs in the coming step: change something if nothing else will; True to try again.

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from tfserve.engine.messages import TokenOutput
-from tfserve.errors import EngineDeadError
+from tfserve.errors import EngineDeadError, RequestError
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.types import FinishReason, RequestId, RequestOutput, TokenLogprob
 
@@ -65,6 +65,7 @@ class RequestStream:
         self._buffer = buffer
         self._abort = abort
         self._news = asyncio.Event()
+        self._is_over = False
         self._death: str | None = None
 
     @property
@@ -78,7 +79,12 @@ class RequestStream:
         return self._buffer.num_prompt_tokens
 
     async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
-        """Everything new since the last call; None if nothing came within the timeout. Raises EngineDeadError."""
+        """Everything new since the last call; None if nothing came within the timeout.
+
+        Raises EngineDeadError, and RequestError after the last output (the one that is `finished`).
+        """
+        if self._is_over:
+            raise RequestError(None, f"request {self.request_id} has finished: there is no output after the last one")
         try:
             async with asyncio.timeout(timeout_s):
                 await self._news.wait()
@@ -91,6 +97,7 @@ class RequestStream:
             raise EngineDeadError(self._death)
         if self._death is not None:
             self._news.set()
+        self._is_over = output is not None and output.finished
         return output
 
     def abort(self) -> None:
