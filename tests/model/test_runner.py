@@ -298,8 +298,7 @@ def test_nan_in_one_requests_kv_does_not_reach_the_next_owner_of_its_blocks(path
     for keys, values in driver.kv.layers:
         keys[driver.blocks[0]] = float("nan")
         values[driver.blocks[0]] = float("nan")
-    with pytest.raises(FloatingPointError):
-        driver.decode(0)
+    assert [req for req, _ in driver.decode(0).failed] == ["r0"]
     driver.release(0)
     driver.free.reverse()  # the freed blocks are taken first
     for each in (clean, driver):

@@ -33,6 +33,10 @@ _OUTLIER = 3.0
 """A step this many typical errors off the fit (a page fault, a neighbour's burst) stops pulling harder."""
 
 
+_LEAST_ERROR = 0.02
+"""No law is expected to be nearer: where decoding fits to a hair, prompts a little off are no outliers."""
+
+
 class StepSample(msgspec.Struct, frozen=True):
     """One step and its `seconds`.
 
@@ -219,8 +223,8 @@ def _fit(steps: Sequence[StepSample], prior: Floats) -> Floats:
     scale = np.maximum(prior, _LEAST_SCALE)
     beta = _solve(x, y, weight, prior, scale)
     error = np.abs(x @ beta - y) / y
-    typical = float(np.median(error))
-    if typical > 0:
+    typical = max(float(np.median(error)), _LEAST_ERROR)
+    if (error > _OUTLIER * typical).any():
         weight = weight * np.minimum(1.0, _OUTLIER * typical / np.maximum(error, 1e-12))
         beta = _solve(x, y, weight, prior, scale)
     return beta
