@@ -294,6 +294,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve:
         sys.exit(run_server(args.serve))
+    # A benchmark that is told to stop must not leave its server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     repeats: list[dict[str, Any]] = []
     for number in range(args.repeats):
         repeat: dict[str, Any] = {device: {} for device in args.devices}

@@ -131,7 +131,7 @@ def burst(policy: str, num_host_blocks: int, rate: float, **settings) -> SimEngi
 
 
 def test_two_deep_the_device_does_not_wait_for_the_host():
-    host_s, step = 0.004, 0.011
+    host_s, busy_s = 0.004, 0.010 + 100 * 0.011
     stats, end_s = {}, {}
     for depth in (1, 2):
         engine = SimEngine(64, depth=depth, host_s=host_s)
@@ -141,12 +141,12 @@ def test_two_deep_the_device_does_not_wait_for_the_host():
         engine.run()
         assert engine.outputs["a"] == [sim_token("a", 10 + i, VOCAB) for i in range(101)]
         stats[depth], end_s[depth] = engine.core.stats(), engine.times["a"].finished_s - 1.0
-        assert stats[depth].device_busy_s == pytest.approx(2 * (0.010 + 100 * step))
+        assert stats[depth].device_busy_s == pytest.approx(2 * busy_s)
     assert stats[1].device_idle_s == pytest.approx(200 * host_s)
-    assert stats[1].device_idle_share == pytest.approx(host_s / (host_s + step), rel=1e-3)
+    assert stats[1].device_idle_share == pytest.approx(200 * host_s / (200 * host_s + 2 * busy_s))
     assert stats[2].device_idle_share == 0.0
-    assert end_s[1] == pytest.approx(0.010 + 100 * step + 101 * host_s)
-    assert end_s[2] == pytest.approx(0.010 + 100 * step + host_s)
+    assert end_s[1] == pytest.approx(busy_s + 101 * host_s)
+    assert end_s[2] == pytest.approx(busy_s + host_s)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
