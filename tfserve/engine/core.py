@@ -16,7 +16,7 @@ from tfserve.engine.step_trace import CopyTotals, StepTrace
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.plan import Clock, Direction, Fence, InFlight, Runner, StepPlan, StepResult
-from tfserve.types import EngineStats, FinishReason, RequestId
+from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class EngineCore:
 
     `pipeline_depth` steps may be under way: at 2, a step is planned and launched before the tokens of the one before it
     are known to the host, so that the device need not wait for the host. A request that then turns out to have ended
-    has one more token computed; it is dropped. `trace` is told of every
-    step and finished request.
+    has one more token computed; it is dropped. `trace` is told of every step and finished request. `tokenizer` is for
+    stop strings: None where no request has any.
 
     One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on.
     Exceptions outside the runner are bugs in our own bookkeeping: they leave `run`.
@@ -75,7 +75,7 @@ class EngineCore:
         scheduler: Scheduler,
         runner: Runner,
         clock: Clock,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         eos_token_ids: Collection[int],
         seed: int,
         emit: Callable[[StepOutputs], None],
@@ -201,11 +201,15 @@ class EngineCore:
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
             rate=message.rate,
-            detokenizer=Detokenizer.for_params(self._tokenizer, params) if params.stop else None,
+            detokenizer=self._detokenizer(params) if params.stop else None,
         )
         self._requests[request.id] = request
         self._num_prompt_tokens += request.num_prompt_tokens
         self._scheduler.add(request)
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer:
+        assert self._tokenizer is not None
+        return Detokenizer.for_params(self._tokenizer, params)
 
     def _launch(self, plan: StepPlan) -> None:
         touched = {seq.req for seq in plan.seqs} | {entry.req for entry in plan.entered}
