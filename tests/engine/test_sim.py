@@ -99,10 +99,10 @@ def test_the_cpu_time_of_a_launch_passes_before_the_step_starts():
 
 
 def test_tokens_depend_on_request_and_position_alone():
-    tokens = [sim_token(req, position, 50) for req in "ab" for position in range(200)]
-    assert tokens == [sim_token(req, position, 50) for req in "ab" for position in range(200)]
+    tokens = [sim_token(req, position, 50) for req in "ab" for position in range(1000)]
+    assert tokens == [sim_token(req, position, 50) for req in "ab" for position in range(1000)]
     assert set(tokens) == set(range(1, 50))
-    assert tokens[:200] != tokens[200:]
+    assert tokens[:1000] != tokens[1000:]
 
 
 def make_copy(number, direction, block, ntok=BLOCK):
