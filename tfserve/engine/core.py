@@ -7,7 +7,19 @@ import random
 from collections import deque
 from collections.abc import Callable, Collection
 
-from tfserve.engine.messages import AbortRequest, AddRequest, Shutdown, StepOutputs, ToCore, TokenOutput
+import msgspec
+
+from tfserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    ListStreams,
+    ReportPlayed,
+    Shutdown,
+    StepOutputs,
+    StreamStates,
+    ToCore,
+    TokenOutput,
+)
 from tfserve.engine.request import Request
 from tfserve.engine.scheduler import Scheduler
 from tfserve.model.detokenizer import Detokenizer
@@ -57,7 +69,7 @@ class EngineCore:
         tokenizer: Tokenizer,
         eos_token_ids: Collection[int],
         seed: int,
-        emit: Callable[[StepOutputs], None],
+        emit: Callable[[StepOutputs | StreamStates], None],
         debug_checks: bool = False,
     ) -> None:
         self.inbox = Inbox(clock)
@@ -71,6 +83,7 @@ class EngineCore:
         self._debug_checks = debug_checks
         self._requests: dict[RequestId, Request] = {}
         self._outputs: list[TokenOutput] = []
+        self._resumed: list[tuple[str, float]] = []
         self._step = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -133,6 +146,7 @@ class EngineCore:
             num_free_host_blocks=kv.num_free_host_blocks,
             bytes_stored=moved[Direction.STORE],
             bytes_loaded=moved[Direction.LOAD],
+            num_dropped=self._scheduler.num_dropped,
         )
 
     def _take_messages(self) -> None:
@@ -144,6 +158,12 @@ class EngineCore:
                     request = self._requests.get(message.request_id)
                     if request is not None:
                         self._finish(request, FinishReason.ABORT)
+                case ReportPlayed():
+                    request = self._requests.get(message.request_id)
+                    if request is not None:
+                        self._scheduler.on_played(request, message.num_tokens, self._clock.now())
+                case ListStreams():
+                    self._emit(StreamStates(message.query, self._scheduler.streams(self._clock.now())))
                 case Shutdown():
                     self._stopping = True
 
@@ -187,6 +207,10 @@ class EngineCore:
                 continue
             self._num_output_tokens += 1
             finish = request.append(token, now_s)
+            if request.resume is not None:
+                path, since_s = request.resume
+                self._resumed.append((path, now_s - since_s))
+                request.resume = None
             logprobs = None if logprob is None else [logprob]
             if finish is None:
                 self._outputs.append(TokenOutput(request.id, [token], logprobs))
@@ -204,20 +228,21 @@ class EngineCore:
     def _reject(self, request: Request, wait_s: float) -> None:
         """Refuse a request that has not started: the rates of those let in already add up to the capacity."""
         error = f"overloaded: more readers than this engine can keep supplied; try again in {max(1, round(wait_s))} s"
-        self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error))
+        self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error, retry_after_s=wait_s))
 
     def _finish(self, request: Request, reason: FinishReason, last: TokenOutput | None = None) -> None:
         """Free everything the request holds and tell the front, with what it produced last."""
+        request.finished_s = self._clock.now()
+        request.stall_s = self._scheduler.stall_s(request, request.finished_s)
         self._scheduler.finish(request, completed=reason in (FinishReason.STOP, FinishReason.LENGTH))
         del self._requests[request.id]
-        request.finished_s = self._clock.now()
         self._num_finished += 1
         last = last or TokenOutput(request.id)
-        self._outputs.append(
-            TokenOutput(request.id, last.token_ids, last.logprobs, reason, last.stop_reason, last.error, request.times)
-        )
+        self._outputs.append(msgspec.structs.replace(last, finish_reason=reason, times=request.times))
 
     def _flush(self) -> None:
-        if self._outputs:
+        started = self._scheduler.take_started()
+        if self._outputs or started:
             outputs, self._outputs = self._outputs, []
-            self._emit(StepOutputs(outputs, self.stats()))
+            resumed, self._resumed = self._resumed, []
+            self._emit(StepOutputs(outputs, self.stats(), started, resumed))

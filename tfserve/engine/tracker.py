@@ -276,6 +276,10 @@ class Tracker:
         ):
             table[name][row] = value
 
+    def stall_s(self, req: RequestId, now_s: float) -> float:
+        """How long this reader has had nothing to read since its first token."""
+        return float(self._play(np.array([self._table.row(req)]), now_s).stall_s[0])
+
     def columns(self, now_s: float) -> Columns:
         """The state of every live request at `now_s`. Arrays may be views: use them before the next event."""
         table = self._table
