@@ -30,6 +30,7 @@ def test_command_line_beats_file_beats_default(tmp_path):
         ({"model": "m", "scheduler": {"polcy": 1}}, "scheduler.polcy: is not a setting; did you mean scheduler.pol"),
         ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: Expected `int`"),
         ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
+        ({"model": "m", "scheduler": {"overload": "shed"}}, "scheduler.overload: only policy tokenflow"),
         ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: Invalid enum value 'lifo'"),
         ({"model": "m", "pipeline_depth": 3}, "pipeline_depth: Invalid enum value 3"),
         ({"model": "m", "tensor_parallel_size": 2}, "tensor_parallel_size: only 1"),

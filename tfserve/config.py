@@ -70,7 +70,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent."""
+    """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
+
+    `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate`, and not as fast as it is made.
+    `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
+    Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -78,6 +83,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queued_requests: int = 1024
     max_body_bytes: int = 4 * 1024 * 1024
     keep_alive_s: float = 10.0
+    pacing: Literal["off", "smooth"] = "off"
+    cors_origins: tuple[str, ...] = ()
+    log_interval_s: float = 10.0
     drain_timeout: float = 30.0
 
 
@@ -161,6 +169,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("scheduler.reserve_decay_steps", f"must be at least 1, got {sched.reserve_decay_steps}")
         if sched.reserve_clip_tokens < 1:
             raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
+        if sched.overload == "shed" and sched.policy != "tokenflow":
+            raise ConfigError("scheduler.overload", f"only policy tokenflow can 'shed', not {sched.policy}")
         for key in ("schedule_interval_s", "buffer_scale_s", "default_rate"):
             if not getattr(sched, key) > 0:
                 raise ConfigError(f"scheduler.{key}", f"must be above 0, got {getattr(sched, key)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from tfserve.config import SchedulerConfig
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
-from tfserve.engine.messages import AddRequest, StepOutputs
+from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
@@ -271,6 +271,7 @@ class FakeEngine:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.clock = FakeClock()
+        self.messages: list[StepOutputs | StreamStates] = []
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}
         self.core = EngineCore(
@@ -291,7 +292,10 @@ class FakeEngine:
         self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time, rate))
         self.outputs[req] = []
 
-    def _emit(self, message: StepOutputs) -> None:
+    def _emit(self, message: StepOutputs | StreamStates) -> None:
+        self.messages.append(message)
+        if isinstance(message, StreamStates):
+            return
         for output in message.outputs:
             self.outputs[output.request_id] += output.token_ids
             if output.finish_reason is not None:

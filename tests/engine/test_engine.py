@@ -316,3 +316,29 @@ def test_what_no_machine_has_memory_for_is_refused_by_name(model_dir, settings, 
     with pytest.raises(ConfigError, match=fix) as caught:
         Engine(config_for(model_dir, engine_process="off", **settings))
     assert caught.value.key == next(iter(settings))
+
+
+async def test_streams_are_listed_and_readers_report_what_they_have_read(engine):
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    stream = engine.submit([5, 6, 7], params, rate=1.0)
+    while stream.num_output_tokens < 20:
+        await stream.next()
+    stream.report_played(15)
+    (state,) = await engine.streams()
+    assert state.id == stream.request_id
+    assert state.num_unread <= state.num_output_tokens - 15
+    stream.abort()
+    while (output := await stream.next()) is None or not output.finished:
+        pass
+    assert output.times.stall_s >= 0
+    assert await engine.streams() == []
+
+
+async def test_listed_streams_of_a_dead_engine_are_an_error(model_dir):
+    with Engine(config_for(model_dir, engine_process="on")) as engine:
+        os.kill(engine_pid(engine), signal.SIGSTOP)
+        asking = asyncio.create_task(engine.streams())
+        await asyncio.sleep(0.05)
+        os.kill(engine_pid(engine), signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(asking, 10)

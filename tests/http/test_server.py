@@ -130,13 +130,6 @@ def test_a_model_that_cannot_be_loaded_is_an_exit_code(launch: Launch, loader: s
     assert "Traceback" not in err
 
 
-def test_a_setting_that_http_cannot_honour_is_exit_code_2(launch: Launch) -> None:
-    server = launch("FakeEngine", "scheduler.overload=shed")
-    code, _, err = server.end()
-    assert code == 2
-    assert "scheduler.overload" in err
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_open_streams_to_their_end(launch: Launch, number: signal.Signals) -> None:
     server = launch("load_chatty")

@@ -16,7 +16,7 @@ from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
 from tfserve.engine.host_memory import granule_of, open_host_tier
-from tfserve.engine.messages import StepOutputs
+from tfserve.engine.messages import StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
@@ -46,7 +46,9 @@ _MOST_FOR_ROWS = 0.05
 """Share of the free memory that such tables may take."""
 
 
-def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tuple[EngineCore, EngineInfo]:
+def build_core(
+    config: EngineConfig, emit: Callable[[StepOutputs | StreamStates], None]
+) -> tuple[EngineCore, EngineInfo]:
     """Load everything `config` names; `config.model` is a local directory by now. Raises ConfigError, ModelError."""
     if config.pipeline_depth == 1:
         return _build(config, emit, None)

@@ -9,7 +9,19 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import compress
 
-from tfserve.engine.messages import AbortRequest, AddRequest, Shutdown, StepOutputs, ToCore, TokenOutput
+import msgspec
+
+from tfserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    ListStreams,
+    ReportPlayed,
+    Shutdown,
+    StepOutputs,
+    StreamStates,
+    ToCore,
+    TokenOutput,
+)
 from tfserve.engine.request import Request, RequestState
 from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.step_trace import CopyTotals, StepTrace
@@ -78,7 +90,7 @@ class EngineCore:
         tokenizer: Tokenizer | None,
         eos_token_ids: Collection[int],
         seed: int,
-        emit: Callable[[StepOutputs], None],
+        emit: Callable[[StepOutputs | StreamStates], None],
         pipeline_depth: int = 1,
         debug_checks: bool = False,
         trace: StepTrace | None = None,
@@ -98,6 +110,7 @@ class EngineCore:
         self._slept = True
         self._requests: dict[RequestId, Request] = {}
         self._outputs: list[TokenOutput] = []
+        self._resumed: list[tuple[str, float]] = []
         self._step = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -175,6 +188,7 @@ class EngineCore:
             bytes_loaded=moved[Direction.LOAD],
             device_busy_s=self._device_busy_s,
             device_idle_s=self._device_idle_s,
+            num_dropped=self._scheduler.num_dropped,
         )
 
     def _take_messages(self) -> None:
@@ -186,6 +200,12 @@ class EngineCore:
                     request = self._requests.get(message.request_id)
                     if request is not None:
                         self._finish(request, FinishReason.ABORT)
+                case ReportPlayed():
+                    request = self._requests.get(message.request_id)
+                    if request is not None:
+                        self._scheduler.on_played(request, message.num_tokens, self._clock.now())
+                case ListStreams():
+                    self._emit(StreamStates(message.query, self._scheduler.streams(self._clock.now())))
                 case Shutdown():
                     self._stopping = True
 
@@ -250,6 +270,10 @@ class EngineCore:
                 continue
             self._num_output_tokens += 1
             finish = request.append(token, now_s)
+            if request.resume is not None:
+                path, since_s = request.resume
+                self._resumed.append((path, now_s - since_s))
+                request.resume = None
             logprobs = None if logprob is None else [logprob]
             if finish is None:
                 self._outputs.append(TokenOutput(request.id, [token], logprobs))
@@ -265,20 +289,19 @@ class EngineCore:
     def _reject(self, request: Request, wait_s: float) -> None:
         """Refuse a request that has not started: the rates of those let in already add up to the capacity."""
         error = f"overloaded: more readers than this engine can keep supplied; try again in {max(1, round(wait_s))} s"
-        self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error))
+        self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error, retry_after_s=wait_s))
 
     def _finish(self, request: Request, reason: FinishReason, last: TokenOutput | None = None) -> None:
         """Free everything the request holds and tell the front, with what it produced last."""
+        request.finished_s = self._clock.now()
+        request.stall_s = self._scheduler.stall_s(request, request.finished_s)
         self._scheduler.finish(request, completed=reason in (FinishReason.STOP, FinishReason.LENGTH))
         del self._requests[request.id]
-        request.finished_s = self._clock.now()
         self._num_finished += 1
         if self._trace is not None:
             self._trace.on_finished(request, request.finished_s)
         last = last or TokenOutput(request.id)
-        self._outputs.append(
-            TokenOutput(request.id, last.token_ids, last.logprobs, reason, last.stop_reason, last.error, request.times)
-        )
+        self._outputs.append(msgspec.structs.replace(last, finish_reason=reason, times=request.times))
 
     def _copied(self) -> list[CopyTotals]:
         """Totals of both directions, for the trace."""
@@ -286,6 +309,8 @@ class EngineCore:
         return [CopyTotals(offload.bytes_moved[direction], offload.busy_s[direction]) for direction in Direction]
 
     def _flush(self) -> None:
-        if self._outputs:
+        started = self._scheduler.take_started()
+        if self._outputs or started:
             outputs, self._outputs = self._outputs, []
-            self._emit(StepOutputs(outputs, self.stats()))
+            resumed, self._resumed = self._resumed, []
+            self._emit(StepOutputs(outputs, self.stats(), started, resumed))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.plan import Row
 from tfserve.types import ConsumptionRate, FinishReason, RequestId, RequestTimes, SamplingParams
+
+ResumePath = Literal["load", "recompute"]
+"""How a preempted request gets its KV back."""
 
 
 class RequestState(enum.Enum):
@@ -32,6 +36,7 @@ class Request:
     `max_tokens` is resolved: never None. `detokenizer` exists only where stop strings must be looked for.
     `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader.
     `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
+    `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
     """
 
     id: RequestId
@@ -50,6 +55,8 @@ class Request:
     num_in_flight: int = 0
     device_has_token: bool = False
     num_preemptions: int = 0
+    stall_s: float = 0.0
+    resume: tuple[ResumePath, float] | None = None
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -84,7 +91,12 @@ class Request:
     def times(self) -> RequestTimes:
         """The request's time stamps, for its outputs."""
         return RequestTimes(
-            self.arrival_s, self.first_scheduled_s, self.first_token_s, self.finished_s, self.num_preemptions
+            self.arrival_s,
+            self.first_scheduled_s,
+            self.first_token_s,
+            self.finished_s,
+            self.num_preemptions,
+            self.stall_s,
         )
 
     def plan(self, n: int) -> bool:

@@ -22,11 +22,12 @@ from tfserve.engine.policy import (
 from tfserve.engine.request import Request, RequestState
 from tfserve.engine.rows import Rows
 from tfserve.engine.snapshots import Snapshots
+from tfserve.engine.stream_states import stream_states
 from tfserve.engine.tracker import Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import PAUSED, RESUMING, KVState
 from tfserve.plan import Fence, StepPlan
-from tfserve.types import RequestId
+from tfserve.types import RequestId, StreamState
 
 _AFTER_RELEASE_S = 1e-4
 """A held-back reader is released this much late, so that it is released when the loop wakes for it."""
@@ -61,6 +62,7 @@ class Scheduler:
         self.kv = kv
         self.offload = offload
         self.num_preemptions = 0
+        self.num_dropped = 0
         self.rejected: tuple[tuple[Request, float], ...] = ()
         self.wake_s: float | None = None
         self._policy = policy
@@ -73,6 +75,7 @@ class Scheduler:
         self._rows = Rows(max_num_seqs)
         self._batch = BatchBuilder(kv, max_num_batched_tokens)
         self._steps_under_way = 0
+        self._started: list[RequestId] = []
         self._by_state = {
             RequestState.WAITING: (self.waiting, Phase.WAITING),
             RequestState.RUNNING: (self.running, Phase.RUNNING),
@@ -111,6 +114,23 @@ class Scheduler:
         request.state = RequestState.FINISHED
         self._tracker.remove(request.id, completed=completed)
 
+    def take_started(self) -> list[RequestId]:
+        """Requests that were let in, for the first time, since the last call."""
+        started, self._started = self._started, []
+        return started
+
+    def on_played(self, request: Request, num_tokens: int, now_s: float) -> None:
+        """The reader of a live request reports how much of it has been read."""
+        self._tracker.on_played(request.id, num_tokens, now_s)
+
+    def stall_s(self, request: Request, now_s: float) -> float:
+        """How long the reader of a live request has had nothing to read since its first token."""
+        return self._tracker.stall_s(request.id, now_s)
+
+    def streams(self, now_s: float) -> list[StreamState]:
+        """Every live request, in order of arrival."""
+        return stream_states(self._tracker.columns(now_s), now_s)
+
     def take_acks(self, now_s: float) -> None:
         """Let requests whose KV has come back run, and queue those again that lost it to a failed copy."""
         ended, failed = self.offload.poll()
@@ -136,7 +156,9 @@ class Scheduler:
             work = sample_of(seqs, n_decode, 0.0)
             predicted_s = self._cost.step_s(work.n_decode, work.decode_ctx, work.n_prefill, work.prefill_ctx)
             self.offload.write_through(self._write_order(columns), predicted_s if seqs else None)
-        self.rejected = tuple((self.waiting[req], wait_s) for req, wait_s in decision.reject if req in self.waiting)
+        refused = ((self.waiting.get(req), wait_s) for req, wait_s in decision.reject)
+        # Whoever has been let in once was promised an answer.
+        self.rejected = tuple((r, wait_s) for r, wait_s in refused if r is not None and r.first_scheduled_s is None)
         release_s = next_release_s(columns, now_s, self._config.generate_ahead_s)
         moments = [decision.wake_s, None if release_s is None else release_s + _AFTER_RELEASE_S]
         self.wake_s = min((moment for moment in moments if moment is not None), default=None)
@@ -217,6 +239,8 @@ class Scheduler:
         else:
             self.kv.release(request.id)
         kept = self.kv.view(request.id).state is not KVState.NONE
+        self.num_dropped += not kept
+        request.resume = None
         self._move(request, RequestState.PAUSED if kept else RequestState.WAITING, now_s)
 
     def _resume(self, request: Request, by: ResumeBy, reserved: int, now_s: float) -> None:
@@ -224,6 +248,7 @@ class Scheduler:
             self.kv.release(request.id)
             self._enter(request, now_s)
         else:
+            request.resume = ("load", now_s)
             self._move(request, RequestState.LOADING, now_s)
             self._load(request, reserved, now_s)
 
@@ -238,6 +263,7 @@ class Scheduler:
         if state is KVState.DEVICE:
             self._enter(request, now_s)
         elif state is KVState.NONE:
+            request.resume = None
             self._move(request, RequestState.WAITING, now_s)
 
     def _enter(self, request: Request, now_s: float) -> None:
@@ -250,6 +276,9 @@ class Scheduler:
         self._rows.enter(request, view.blocks)
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now_s
+            self._started.append(request.id)
+        elif request.resume is None:
+            request.resume = ("recompute", now_s)
         self._move(request, RequestState.RUNNING, now_s)
 
     def _move(self, request: Request, state: RequestState, now_s: float) -> None:

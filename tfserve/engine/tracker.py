@@ -185,6 +185,10 @@ class Tracker:
         self._table["device_blocks"][:] = device_blocks
         self._table["host_tokens"][:] = host_tokens
 
+    def stall_s(self, req: RequestId, now_s: float) -> float:
+        """How long this reader has had nothing to read since its first token."""
+        return float(self._play(np.array([self._table.row(req)]), now_s).stall_s[0])
+
     def columns(self, now_s: float) -> Columns:
         """The state of every live request at `now_s`. Arrays may be views: use it before the next event."""
         table = self._table

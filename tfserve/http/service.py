@@ -13,6 +13,7 @@ from tfserve.config import EngineConfig
 from tfserve.errors import EngineDeadError
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.exchange import Exchange
+from tfserve.http.metrics import Metrics
 from tfserve.http.ports import EnginePort
 from tfserve.types import EngineStats
 
@@ -39,11 +40,13 @@ class Service:
         self.idle.set()
         self._death = ""
         self._loaded: EnginePort | None = None
-        self._open: set[Exchange] = set()
+        self.metrics = Metrics()
+        self._open: dict[str, Exchange] = {}
 
     def ready(self, engine: EnginePort) -> None:
         """Start to admit requests."""
         self._loaded = engine
+        self.metrics.attach(engine)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 
@@ -57,6 +60,18 @@ class Service:
         self.phase = Phase.DEAD
         self._death = reason
         self.died.set()
+
+    @property
+    def is_ending(self) -> bool:
+        """True once the server is on its way out."""
+        return self.phase in (Phase.DRAINING, Phase.DEAD)
+
+    @property
+    def engine_alive(self) -> EnginePort:
+        """The engine, to those who only look: while draining too. Raises ApiError (503) before and after."""
+        if self.phase is Phase.DRAINING and self._loaded is not None:
+            return self._loaded
+        return self.engine
 
     @property
     def engine(self) -> EnginePort:
@@ -94,20 +109,27 @@ class Service:
         return len(self._open)
 
     @contextlib.contextmanager
-    def exchange(self) -> Iterator[Exchange]:
-        """A place for one API request's streams; what is unfinished on the way out, however it comes, is aborted."""
-        exchange = Exchange(self.engine)
-        self._open.add(exchange)
+    def exchange(self, name: str) -> Iterator[Exchange]:
+        """A place for one API request's streams; what is unfinished on the way out, however it comes, is aborted.
+
+        `name` is the answer's id, unique, by which `find` finds it.
+        """
+        exchange = Exchange(self.engine, self.metrics.on_end)
+        self._open[name] = exchange
         self.idle.clear()
         try:
             yield exchange
         finally:
             exchange.close()
-            self._open.remove(exchange)
+            del self._open[name]
             if not self._open:
                 self.idle.set()
 
+    def find(self, name: str) -> Exchange | None:
+        """The open request whose answer has this id."""
+        return self._open.get(name)
+
     def abort_open(self, reason: str) -> None:
         """Abort every open request; their clients are told `reason`."""
-        for exchange in tuple(self._open):
+        for exchange in tuple(self._open.values()):
             exchange.abort(reason)
