@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from tfserve.bench.paper.experiments import Experiment
+from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.runs import Outcome, Task
 from tfserve.bench.paper.summary import METRICS, RATIOS, Line
 from tfserve.engine.sim.hardware import Profile

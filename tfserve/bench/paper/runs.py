@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from tfserve.bench.paper.bounds import fluid_of_run
-from tfserve.bench.paper.experiments import Case, Experiment
+from tfserve.bench.paper.cases import Case, Experiment
 from tfserve.config import SchedulerConfig
 from tfserve.engine.qos import Floats, Served, buffer_sizes, effective_tokens, score
 from tfserve.engine.sim.engine import Moment, SimEngine, SimRequest, SimRun
