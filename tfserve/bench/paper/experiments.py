@@ -75,13 +75,13 @@ def _setups(short: Normal) -> list[Experiment]:
 
 def _traces() -> list[Experiment]:
     """Recorded arrivals; none of them are the paper's BurstGPT windows, which cannot be had."""
-    replay = Trace("burstgpt_day1_compressed_20min.csv", speed=8.0)
+    replay = Trace("burstgpt_day1_compressed_20min.csv", speed=16.0)
     code = Trace("azure_code_20min.csv", window_s=240.0, own_lengths=False)
-    conv = Trace("azure_conv_20min.csv", speed=0.6)
+    conv = Trace("azure_conv_20min.csv", speed=0.9)
     rows = [
         (
             "trace-a6000",
-            "BurstGPT day 1, 10 h compressed to 150 s (249 times as fast as life)",
+            "BurstGPT day 1, 10 h compressed to 75 s (497 times as fast as life)",
             "mean TTFT -52.6 % on average, effective +45.1 % (A6000)",
             PROFILES["a6000-llama3-8b"],
             Workload(arrivals=replay, lengths=Sampled()),
@@ -90,16 +90,16 @@ def _traces() -> list[Experiment]:
         ),
         (
             "trace-h200",
-            "arrivals of Azure code (first 240 s, native speed) with lengths of ShareGPT",
+            "arrivals of Azure code (first 240 s, native speed) with short requests",
             "mean TTFT -52.6 % on average, effective +37.1 % (H200)",
             H200,
-            Workload(arrivals=code, lengths=Sampled()),
+            Workload(arrivals=code, lengths=_SHORT_H200),
             MAIN,
-            5,
+            3,
         ),
         (
             "trace-32b",
-            "Azure conversations, 20 min stretched to 33",
+            "Azure conversations, 20 min stretched to 22",
             "fewer queued, more running at the peaks (20 min of BurstGPT)",
             PROFILES["h200-qwen2.5-32b"],
             Workload(arrivals=conv, lengths=Sampled()),
@@ -113,7 +113,7 @@ def _traces() -> list[Experiment]:
             section="Recorded arrivals",
             title=f"{profile.name}: {title}",
             claim=claim,
-            cases=cases_of(profile, workload, contenders),
+            cases=cases_of(profile, workload, contenders, 1),
             seeds=seeds,
             plots=("queue", "throughput"),
         )
