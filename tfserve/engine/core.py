@@ -45,7 +45,7 @@ class Inbox:
 class EngineCore:
     """Runs requests to their end. Everything it touches is injected; `emit` gets every step's outputs.
 
-    `trace` is told of every step and finished request.
+    `trace` is told of every step and finished request. Without a `tokenizer` stop strings are not looked for.
 
     One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on.
     Exceptions outside the runner are bugs in our own bookkeeping: they leave `run`.
@@ -57,7 +57,7 @@ class EngineCore:
         scheduler: Scheduler,
         runner: Runner,
         clock: Clock,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         eos_token_ids: Collection[int],
         seed: int,
         emit: Callable[[StepOutputs], None],
@@ -166,7 +166,7 @@ class EngineCore:
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
             rate=message.rate,
-            detokenizer=Detokenizer.for_params(self._tokenizer, params) if params.stop else None,
+            detokenizer=Detokenizer.for_params(self._tokenizer, params) if self._tokenizer and params.stop else None,
         )
         self._requests[request.id] = request
         self._num_prompt_tokens += request.num_prompt_tokens
