@@ -12,7 +12,8 @@ import pytest
 from tfserve.bench.cli import add_bench_parser
 from tfserve.bench.paper import cli as paper_cli
 from tfserve.bench.paper.bounds import fluid_of_run, peak_demand
-from tfserve.bench.paper.experiments import Case, Experiment, experiments
+from tfserve.bench.paper.cases import Case, Experiment
+from tfserve.bench.paper.experiments import experiments
 from tfserve.bench.paper.summary import Estimate
 from tfserve.bench.paper.targets import targets
 from tfserve.bench.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload, read_columns

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from tfserve.bench.paper.experiments import Case
+from tfserve.bench.paper.cases import Case
 from tfserve.engine.qos import Floats, Served, fluid_effective_throughput, prefill_bound_s
 from tfserve.engine.sim.engine import SimRequest
 from tfserve.engine.sim.hardware import capacity, prefill_tokens_per_s

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tfserve.bench.paper.experiments import Experiment, experiments
+from tfserve.bench.paper.cases import Experiment
+from tfserve.bench.paper.experiments import experiments
 from tfserve.bench.paper.files import timing_of, write_results
 from tfserve.bench.paper.page import page
 from tfserve.bench.paper.plots import draw

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from tfserve.bench.paper.experiments import Experiment
+from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.runs import Outcome, Task
 from tfserve.bench.paper.summary import METRICS, RATIOS, Line
 from tfserve.engine.sim.hardware import Profile
@@ -42,7 +42,7 @@ def write_results(
     }
     _write_json(folder / "results.json", results)
     series = {f"{o.experiment}/{o.case}": o.detail for o in outcomes if o.detail is not None}
-    _write_json(folder / "series.json", series)
+    (folder / "series.json").write_bytes(msgspec.json.encode(series) + b"\n")
     _write_json(folder / "timing.json", timing)
 
 

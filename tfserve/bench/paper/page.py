@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from tfserve.bench.paper.experiments import Experiment
+from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.summary import Estimate, Line
 from tfserve.bench.paper.targets import Target, targets
 from tfserve.engine.sim.hardware import Profile

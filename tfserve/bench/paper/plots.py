@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tfserve.bench.paper.experiments import Experiment
+from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.runs import Outcome
 from tfserve.bench.paper.summary import Line
 from tfserve.errors import TfserveError

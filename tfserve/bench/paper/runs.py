@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from tfserve.bench.paper.bounds import fluid_of_run
-from tfserve.bench.paper.experiments import Case, Experiment
+from tfserve.bench.paper.cases import Case, Experiment
 from tfserve.config import SchedulerConfig
 from tfserve.engine.qos import Floats, Served, buffer_sizes, effective_tokens, score
 from tfserve.engine.sim.engine import Moment, SimEngine, SimRequest, SimRun
@@ -20,7 +20,10 @@ from tfserve.engine.sim.fitted import HostTime
 _MOST_MOMENTS = 400
 _NUM_TIMELINES = 12
 _TIMELINE_POINTS = 120
+_NUM_FANS = 80
 _FAN_POINTS = 40
+_DIGITS = 4
+"""Of seconds in what is plotted."""
 
 DETAIL_SEED = 0
 """The seed whose runs are plotted."""
@@ -39,8 +42,8 @@ class ReaderClass(msgspec.Struct, frozen=True, kw_only=True):
 class Detail(msgspec.Struct, frozen=True, kw_only=True):
     """What the plots need of a run.
 
-    `timelines` are some requests' token times and how many tokens each had by then, from their arrival; `fans` all
-    requests' (rate, seconds since the first token, tokens).
+    `timelines` are some requests' token times and how many tokens each had by then, from their arrival; `fans` are
+    (rate, seconds since the first token, tokens) of more of them.
     """
 
     ttft_s: list[float]
@@ -181,12 +184,12 @@ def _detail(run: SimRun) -> Detail:
     answered = [request for request in run.served if len(request.token_s)]
     shown = answered[:: max(1, len(answered) // _NUM_TIMELINES)][:_NUM_TIMELINES]
     fans = []
-    for request in answered:
+    for request in answered[:: max(1, len(answered) // _NUM_FANS)][:_NUM_FANS]:
         times, counts = _curve(request.token_s - request.token_s[0], _FAN_POINTS)
         fans.append((request.rate, times, counts))
     step = -(-len(run.moments) // _MOST_MOMENTS)
     return Detail(
-        ttft_s=sorted(float(request.token_s[0] - request.arrival_s) for request in answered),
+        ttft_s=sorted(round(float(request.token_s[0] - request.arrival_s), _DIGITS) for request in answered),
         moments=run.moments[:: max(1, step)],
         timelines=[_curve(request.token_s - request.arrival_s, _TIMELINE_POINTS) for request in shown],
         fans=fans,
@@ -196,4 +199,4 @@ def _detail(run: SimRun) -> Detail:
 def _curve(times: Floats, points: int) -> tuple[list[float], list[int]]:
     """Some points of a request's cumulative tokens over time."""
     index = np.unique(np.linspace(0, len(times) - 1, min(points, len(times))).astype(int))
-    return [float(value) for value in times[index]], [int(value) for value in index + 1]
+    return [round(float(value), _DIGITS) for value in times[index]], [int(value) for value in index + 1]

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from tfserve.bench.paper.bounds import RowBounds, row_bounds
-from tfserve.bench.paper.experiments import Case, Experiment
+from tfserve.bench.paper.cases import Case, Experiment
 from tfserve.bench.paper.runs import Outcome, ReaderClass
 
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
