@@ -44,7 +44,7 @@ def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tup
     device = _device(config)
     dtype = _dtype(config, model_config, device)
     threads = _set_threads(config, device)
-    backend = select_backend(config.attention_backend, device=device, dtype=dtype)
+    backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
     block_size = backend.block_size(config.block_size)
     tokenizer = Tokenizer.from_dir(path)
     model = load_model(path, model_config, dtype=dtype, device=device, quantization=config.quantization, progress=False)
