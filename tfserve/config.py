@@ -90,6 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
     less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
     copies between the tiers down to those of a link that this machine does not have: for experiments.
+    `enforce_eager` switches CUDA graphs off.
     """
 
     model: str
@@ -109,6 +110,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host_kv_gib: float | None = None
     emulated_bandwidth: float | None = None
     num_gpu_blocks_override: int | None = None
+    enforce_eager: bool = False
     seed: int = 0
     tensor_parallel_size: int = 1
     debug_checks: bool = False

@@ -12,7 +12,7 @@ from tfserve.model.attention.torch_backend import TorchBackend
 
 log = logging.getLogger(__name__)
 
-_PAGED: dict[str, type[FlashKernels | VarlenKernels]] = {
+_PAGED: dict[str, type[FlashKernels] | type[VarlenKernels]] = {
     FlashKernels.name: FlashKernels,
     VarlenKernels.name: VarlenKernels,
 }
