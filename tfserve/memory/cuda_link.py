@@ -82,7 +82,8 @@ class CudaLink:
 
     def _register(self, host: npt.NDArray[Any], chunk_bytes: int) -> list[int]:
         began_s = time.monotonic()
-        base, registered = host.ctypes.data, []
+        base: int = host.ctypes.data
+        registered: list[int] = []
         for begin in range(0, host.nbytes, chunk_bytes):
             size = min(chunk_bytes, host.nbytes - begin)
             code = int(torch.cuda.cudart().cudaHostRegister(base + begin, size, 0))

@@ -44,7 +44,8 @@ class StreamTransfers:
     `launched` says that a step has been launched and gives the mark that it leaves on the compute stream: every copy
     that waits for the step waits for that mark, on the device. A step that nobody has launched yet holds the copies
     that wait for it, and those behind them, on the host; so does a copy of the other direction that is held itself.
-    What is enqueued cannot be cancelled. A thread per direction waits for the copies' ends, so the loop never does.
+    What is enqueued cannot be cancelled. A thread per direction waits for the copies' ends, so the loop never does;
+    acknowledgements of two directions may overtake each other by the time that a thread takes to wake.
     """
 
     def __init__(self, link: Link, geometry: BlockGeometry, blocks_per_chunk: int, clock: Clock) -> None:
