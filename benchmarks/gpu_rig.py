@@ -203,6 +203,8 @@ class Rig:
         self._rows: range = range(0)
         # Zeros would hide wrong indexing and run faster than real data does.
         self.pool.storage.normal_()
+        if self.pool.storage.is_cuda:
+            torch.cuda.synchronize()  # the runner reads it on a stream of its own
 
     @classmethod
     def make(

@@ -63,6 +63,21 @@ def timed(work: Callable[[], Any], device: str, repeats: int) -> float:
     return statistics.median(seconds)
 
 
+def kernels_s(work: Callable[[], Any], device: str, most: int = 8) -> dict[str, float]:
+    """Seconds that one call keeps the GPU busy, `busy`, and those of the `most` kernels that take most; CPU: nothing.
+
+    What a step takes beyond `busy` it spends waiting for the host, or between kernels.
+    """
+    if device != "cuda":
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    taken = {event.key: event.self_device_time_total / 1e6 for event in profiler.key_averages()}
+    ranked = sorted(taken.items(), key=lambda item: -item[1])[:most]
+    return {"busy": sum(taken.values()), **{name[:80]: seconds for name, seconds in ranked}}
+
+
 def measure_ceilings(device: str, *, small: bool) -> dict[str, float]:
     """Copy bandwidth on the device (read and written), matrix rate on random data, PCIe each way from pinned memory."""
     size, side = (2**24, 256) if small else (2**32, 8192)

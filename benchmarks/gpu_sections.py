@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from gpu_rig import Rig, Shape
-from gpu_roofline import floor_s, operations
+from gpu_roofline import floor_s, kernels_s, operations
 
 from tfserve.engine.cost_model import CostModel, StepSample
 from tfserve.memory.block_pool import BlockPool
@@ -69,6 +69,7 @@ def step_times(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
             "wall_ms": wall_s * 1e3,
             "roofline_ms": floor * 1e3,
             "over_roofline": device_s / floor,
+            "kernels_s": kernels_s(lambda context=context: rig.decode(context), rig.pool.storage.device.type),
         }
     yield _simulator_profile(rig, samples)
 
@@ -99,6 +100,7 @@ def _prefill_cell(rig: Rig, shape: Shape, ceilings: Ceilings, batch: int, contex
         "roofline_ms": floor * 1e3,
         "over_roofline": device_s / floor,
         "share_of_matmul_rate": flops / device_s / ceilings["matmul_flops_per_s"],
+        "kernels_s": kernels_s(lambda: rig.prefill(context), rig.pool.storage.device.type),
     }
     return cell, sample
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 
@@ -11,7 +12,7 @@ from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.kv_layout import KVLayout
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.attention.paged_backend import PagedBackend
-from tfserve.model.cuda_graphs import DecodeGraphs
+from tfserve.model.cuda_graphs import CudaRecorder, DecodeGraphs
 from tfserve.model.decoder import Decoder
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
@@ -40,9 +41,19 @@ def cuda_runner(
     graphs = None
     if isinstance(backend, PagedBackend) and not config.enforce_eager:
         max_blocks = -(-max_model_len // kv.block_size)
-        graphs = DecodeGraphs(model, kv, backend, max_num_seqs=config.max_num_seqs, max_blocks=max_blocks)
         torch.cuda.synchronize(stream.device)  # what the graphs read was made on the default stream
-        graphs.capture(stream)
+        began_s, free_before = time.monotonic(), torch.cuda.mem_get_info()[0]
+        graphs = DecodeGraphs(
+            model,
+            kv,
+            backend,
+            CudaRecorder(stream),
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=max_blocks,
+            num_processors=torch.cuda.get_device_properties(stream.device).multi_processor_count,
+        )
+        seconds, taken = time.monotonic() - began_s, free_before - torch.cuda.mem_get_info()[0]
+        logger.info("captured %d decode graphs in %.1f s, %.0f MiB", len(graphs), seconds, taken / 2**20)
     runner = ModelRunner(
         model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, graphs=graphs
     )

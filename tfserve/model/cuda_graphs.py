@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ from tfserve.model.attention.paged_kernels import DecodeWork
 from tfserve.model.decoder import Decoder
 from tfserve.model.forward_batch import ForwardBatch
 from tfserve.model.staging import upload
-
-logger = logging.getLogger(__name__)
 
 _SMALL = (1, 2, 4, 8, 16)
 _STEP, _LARGE_STEP, _LARGE = 16, 32, 128
@@ -79,43 +77,71 @@ class DecodeInputs:
             self.tokens[:, n:].zero_()
 
 
-class DecodeGraphs:
-    """One CUDA graph per rung of the ladder and width, for steps that are all decodes.
+class Recorder(Protocol):
+    """Keeps GPU work for later."""
 
-    All graphs share one memory pool and are captured largest first, so that the smaller ones fit into what the first
-    took. A result is valid until the next `replay`.
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What repeats `work`, and the tensor in which each repetition leaves its result."""
+        ...
+
+
+class CudaRecorder:
+    """Captures CUDA graphs on `stream`, where they are to be replayed, all of them in one memory pool."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """See Recorder; runs `work` twice."""
+        self._stream.wait_stream(torch.cuda.current_stream())  # where the inputs were made
+        with torch.cuda.stream(self._stream):
+            work()  # libraries allocate their workspaces in the first call
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (those that wait for copies, say) may call CUDA meanwhile; only this one must not misbehave.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = work()
+        return graph.replay, result
+
+
+class DecodeGraphs:
+    """One recorded step per rung of the ladder and width, for steps that are all decodes.
+
+    They are recorded largest first, so that the smaller ones fit into the memory that the first took. A result is valid
+    until the next `replay`.
     """
 
+    @torch.inference_mode()
     def __init__(
-        self, model: Decoder, kv: PagedKV, backend: PagedBackend, *, max_num_seqs: int, max_blocks: int
+        self,
+        model: Decoder,
+        kv: PagedKV,
+        backend: PagedBackend,
+        recorder: Recorder,
+        *,
+        max_num_seqs: int,
+        max_blocks: int,
+        num_processors: int,
     ) -> None:
-        self._model, self._kv, self._backend = model, kv, backend
-        self._max_blocks = max_blocks
         self._sizes = ladder(max_num_seqs)
         self._widths: dict[int, list[int]] = {}
-        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, DecodeInputs, Tensor]] = {}
-
-    @torch.inference_mode()
-    def capture(self, stream: torch.cuda.Stream) -> None:
-        """Capture every graph on `stream`, where they will be replayed; logs the time and the memory it took."""
-        began_s, free_before = time.monotonic(), torch.cuda.mem_get_info()[0]
-        processors = torch.cuda.get_device_properties(self._kv.device).multi_processor_count
-        pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], DecodeInputs, Tensor]] = {}
         for size in reversed(self._sizes):
-            self._widths[size] = widths(size, self._kv.num_kv_heads, processors, self._max_blocks)
+            self._widths[size] = widths(size, kv.num_kv_heads, num_processors, max_blocks)
             for width in reversed(self._widths[size]):
-                inputs = DecodeInputs.zeros(size, width, self._kv.device)
-                with torch.cuda.stream(stream):
-                    self._forward(inputs)  # libraries allocate their workspaces in the first call
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                # Other threads (transfers, a step's waiters) may call CUDA meanwhile; only ours must not misbehave.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    hidden = self._forward(inputs)
-                self._graphs[size, width] = graph, inputs, hidden
-        taken = free_before - torch.cuda.mem_get_info()[0]
-        seconds = time.monotonic() - began_s
-        logger.info("captured %d decode graphs in %.1f s, %.0f MiB", len(self._graphs), seconds, taken / 2**20)
+                inputs = DecodeInputs.zeros(size, width, kv.device)
+
+                def forward(inputs: DecodeInputs = inputs) -> Tensor:
+                    ids, positions, slots = inputs.tokens
+                    hidden: Tensor = model(ids, positions, backend.build_decode(slots, inputs.work(), kv))
+                    return hidden
+
+                replay, hidden = recorder.record(forward)
+                self._graphs[size, width] = replay, inputs, hidden
+
+    def __len__(self) -> int:
+        return len(self._graphs)
 
     def replay(self, batch: ForwardBatch) -> Tensor | None:
         """Hidden states `[T, H]` of a step that is all decodes, before the final norm; None if no graph fits it."""
@@ -125,12 +151,7 @@ class DecodeGraphs:
         size = self._sizes[bisect_left(self._sizes, n)]
         choices = self._widths[size]
         width = choices[bisect_left(choices, batch.block_tables.shape[1])]
-        graph, inputs, hidden = self._graphs[size, width]
+        replay, inputs, hidden = self._graphs[size, width]
         inputs.fill(batch)
-        graph.replay()
+        replay()
         return hidden[:n]
-
-    def _forward(self, inputs: DecodeInputs) -> Tensor:
-        ids, positions, slots = inputs.tokens
-        hidden: Tensor = self._model(ids, positions, self._backend.build_decode(slots, inputs.work(), self._kv))
-        return hidden
