@@ -100,7 +100,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
     less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
     copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
-    file to write a JSON line to for every step and finished request (engine/step_trace.py).
+    file to write a JSON line to for every step and finished request (engine/step_trace.py). `enforce_eager` switches
+    CUDA graphs off.
     """
 
     model: str
@@ -108,7 +109,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention_backend: Literal["auto", "torch"] = "auto"
+    attention_backend: Literal["auto", "torch", "flash_attn", "torch_varlen"] = "auto"
     threads: int | None = None
     engine_process: Literal["auto", "on", "off"] = "auto"
     pipeline_depth: Literal[1, 2] = 1
@@ -121,6 +122,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host_kv_gib: float | None = None
     emulated_bandwidth: float | None = None
     num_gpu_blocks_override: int | None = None
+    enforce_eager: bool = False
     seed: int = 0
     tensor_parallel_size: int = 1
     debug_checks: bool = False

@@ -15,6 +15,7 @@ from tfserve.engine.calibration import calibrate
 from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
+from tfserve.engine.cuda_device import cuda_runner, measure_kv_bytes
 from tfserve.engine.host_memory import granule_of, open_host_tier
 from tfserve.engine.messages import StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
@@ -34,6 +35,7 @@ from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
+from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import EngineInfo
 
@@ -61,7 +63,7 @@ def build_core(
 
 
 def _build(
-    config: EngineConfig, emit: Callable[[StepOutputs], None], worker: StepWorker | None
+    config: EngineConfig, emit: Callable[[StepOutputs | StreamStates], None], worker: StepWorker | None
 ) -> tuple[EngineCore, EngineInfo]:
     """Everything, on the thread that is to run the steps; with a worker, the calling thread is the worker's."""
     started_s = time.monotonic()
@@ -70,7 +72,7 @@ def _build(
     device = _device(config)
     dtype = _dtype(config, model_config, device)
     threads = _set_threads(config, device)
-    backend = select_backend(config.attention_backend, device=device, dtype=dtype)
+    backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
     block_size = backend.block_size(config.block_size)
     tokenizer = Tokenizer.from_dir(path)
     model = load_model(
@@ -90,16 +92,24 @@ def _build(
         num_kv_heads=model_config.num_key_value_heads,
         head_dim=model_config.head_dim,
     )
-    num_blocks = _num_blocks(config, layout, device)
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    measured_bytes = None
+    if stream is not None and config.num_gpu_blocks_override is None:
+        measured_bytes = measure_kv_bytes(model, layout, backend, config, stream)
+    num_blocks = _num_blocks(config, layout, device, measured_bytes)
     _check_rows(config, model_config, block_size)
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
-    runner = ModelRunner(model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    runner: ModelRunner | StreamRunner
+    if stream is None:
+        runner = ModelRunner(model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    else:
+        runner = cuda_runner(model, kv, backend, config, max_model_len=max_model_len, stream=stream)
     # A new request's stretch of blocks: enough for its length, but never more than its share of the pool.
     run_tokens = min(max_model_len, num_blocks * block_size // config.max_num_seqs)
     clock = RealClock()
-    tier = open_host_tier(config, device_pool, clock)
+    tier = open_host_tier(config, device_pool, clock, runner if isinstance(runner, StreamRunner) else None)
     sched = config.scheduler
     manager = KVCacheManager(
         BlockPool(num_blocks),
@@ -198,9 +208,9 @@ def _set_threads(config: EngineConfig, device: str) -> int:
     return threads
 
 
-def _num_blocks(config: EngineConfig, layout: KVLayout, device: str) -> int:
-    """Blocks in the device pool, the reserved one included."""
-    free_bytes, total_bytes = _memory(device)
+def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_bytes: int | None) -> int:
+    """Blocks in the device pool, the reserved one included; `measured_bytes` is what a GPU has left for them."""
+    free_bytes, _ = _memory(device)
     if config.num_gpu_blocks_override is not None:
         most = free_bytes // layout.block_bytes
         if config.num_gpu_blocks_override > most:
@@ -210,7 +220,7 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, device: str) -> int:
                 f" {free_bytes / 2**30:.1f} GiB are free, enough for {most}. Set it to less than that",
             )
         return config.num_gpu_blocks_override
-    if device == "cpu":
+    if measured_bytes is None:
         budget_bytes = int(config.kv_cache_gib * 2**30)
         if budget_bytes > free_bytes:
             raise ConfigError(
@@ -219,10 +229,10 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, device: str) -> int:
                 " value",
             )
     else:
-        budget_bytes = int(free_bytes - (1 - config.gpu_memory_utilization) * total_bytes)
+        budget_bytes = measured_bytes
     num_blocks = budget_bytes // layout.block_bytes
     if num_blocks < 2:
-        key = "kv_cache_gib" if device == "cpu" else "gpu_memory_utilization"
+        key = "kv_cache_gib" if measured_bytes is None else "gpu_memory_utilization"
         raise ConfigError(
             key, f"leaves {budget_bytes / 2**20:.0f} MiB for KV; a block takes {layout.block_bytes} bytes"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tfserve.model.attention.base import AttentionBackend, PagedKV
+from tfserve.model.cuda_graphs import DecodeGraphs
 from tfserve.model.decoder import Decoder
 from tfserve.model.forward_batch import BlockTables, ForwardBatch, build_batch
 from tfserve.model.sampler import NonFiniteLogitsError, Sampled, Sampler
@@ -40,8 +41,10 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
+        self._graphs = graphs
         self._kv = kv
         self._backend = backend
         self._sampler = Sampler(model.config.vocab_size, max_num_seqs, str(kv.device))
@@ -131,7 +134,9 @@ class ModelRunner:
 
     def _logits(self, batch: ForwardBatch) -> Tensor | None:
         """Run the model; logits `[N, vocab]` float32 at the positions the batch wants, None if it wants none."""
-        hidden = self._model(batch.input_ids, batch.positions, self._backend.build(batch, self._kv))
+        hidden = None if self._graphs is None else self._graphs.replay(batch)
+        if hidden is None:
+            hidden = self._model(batch.input_ids, batch.positions, self._backend.build(batch, self._kv))
         if not len(batch.logits_indices):
             return None
         return self._model.logits(hidden[batch.logits_indices])
