@@ -51,7 +51,7 @@ class FakeLink:
         mark.reached.wait()
         if mark.error is not None:
             raise mark.error
-        return 1e-4
+        return 0.0
 
     def close(self) -> None:
         self.closed = True
