@@ -105,7 +105,7 @@ def test_health_is_503_while_loading_and_the_port_is_bound(launch: Launch) -> No
             time.sleep(0.05)
     server.wait_until_ready()
     status, body = server.get("/health")
-    assert (status, body["status"], body["engine"]["num_free_blocks"]) == (200, "ready", 100)
+    assert (status, body["status"], body["engine"]["num_free_blocks"]) == (200, "ready", 76)
 
 
 def test_a_port_in_use_is_exit_code_2_before_anything_loads(launch: Launch) -> None:
