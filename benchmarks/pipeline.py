@@ -146,7 +146,7 @@ def measure_cpu(args: argparse.Namespace, depth: int) -> dict[str, Any]:
         def load(streams: int, max_tokens: int) -> Any:
             output = Path(work) / "client.json"
             command = [*NICE, sys.executable, "-m", "tfserve.cli", "bench", "serve", "--base-url", url]
-            command += ["--endpoint", "completions", "--num-prompts", str(streams), "--rate", "burst", "--ignore-eos"]
+            command += ["--endpoint", "completions", "--num-prompts", str(streams), "--ignore-eos"]
             command += ["--max-tokens", str(max_tokens), "--input-len", str(args.prompt), "--output", str(output)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode != 0:
@@ -304,9 +304,9 @@ def main() -> None:
         repeat: dict[str, Any] = {device: {} for device in args.devices}
         for device in args.devices:
             for depth in DEPTHS if number % 2 == 0 else DEPTHS[::-1]:
+                print(f"repeat {number + 1} of {args.repeats}: {device}, depth {depth} ...", file=sys.stderr, flush=True)
                 repeat[device][str(depth)] = MEASURE[device](args, depth)
         repeats.append(repeat)
-        print(f"repeat {number + 1} of {args.repeats} done", file=sys.stderr, flush=True)
     print(table(repeats))
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "serve")}
