@@ -4,9 +4,9 @@
 
 Two devices. "cpu" is the real model over HTTP under 32 and 200 streams, a fresh server for each repeat and depth, its
 client in a process of its own: here planning and computing share the cores. "emulated" is the core alone, in real time,
-with a device that only lets time pass (`--step-ms` at 32 and at 200 streams; the defaults are Llama-3-8B on an H100,
-by its memory bandwidth): what two steps are worth where the device is not the CPU. Each repeat measures both depths,
-in alternating order; ratios are formed within a repeat. Run it on a quiet machine.
+with a device that only lets time pass (`--step-ms` for each of `--streams`; the defaults are roughly Llama-3-8B on an
+H100): what two steps are worth where the device is not the CPU. Each repeat measures both depths, in alternating order;
+ratios are formed within a repeat. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.plan import Fence, StepPlan, StepResult
 from tfserve.types import EngineStats, SamplingParams
 
-STREAMS, DEPTHS = (32, 200), (1, 2)
+DEPTHS = (1, 2)
 NICE = ["nice", "-n", "10"]
 QUANTITIES = {
     "tokens_per_s": ("output tokens/s", 1.0),
@@ -88,7 +88,7 @@ def serving(args: argparse.Namespace, depth: int, stats: Path) -> Iterator[tuple
         "pipeline_depth": depth,
         "dtype": "float32",
         "threads": args.threads,
-        "max_num_seqs": max(STREAMS),
+        "max_num_seqs": max(args.streams),
         "max_model_len": 1024,
     }
     if args.format == "int8":
@@ -146,7 +146,7 @@ def measure_cpu(args: argparse.Namespace, depth: int) -> dict[str, Any]:
         def load(streams: int, max_tokens: int) -> Any:
             output = Path(work) / "client.json"
             command = [*NICE, sys.executable, "-m", "tfserve.cli", "bench", "serve", "--base-url", url]
-            command += ["--endpoint", "completions", "--num-prompts", str(streams), "--rate", "burst", "--ignore-eos"]
+            command += ["--endpoint", "completions", "--num-prompts", str(streams), "--ignore-eos"]
             command += ["--max-tokens", str(max_tokens), "--input-len", str(args.prompt), "--output", str(output)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
             if done.returncode != 0:
@@ -154,7 +154,7 @@ def measure_cpu(args: argparse.Namespace, depth: int) -> dict[str, Any]:
             return json.loads(output.read_text())["summary"]
 
         load(4, 8)
-        for streams in STREAMS:
+        for streams in args.streams:
             before = stats_of(server, Path(work) / "stats")
             summary = load(streams, args.tokens)
             after = stats_of(server, Path(work) / "stats")
@@ -204,8 +204,8 @@ class PassedStep:
 
 def measure_emulated(args: argparse.Namespace, depth: int) -> dict[str, Any]:
     """The core over a device that only lets time pass, with every step's outputs encoded as for the front."""
-    step_ms = dict(zip(STREAMS, args.step_ms, strict=True))
-    return {str(streams): emulate(args, depth, streams, step_ms[streams] / 1e3) for streams in STREAMS}
+    loads = zip(args.streams, args.step_ms, strict=True)
+    return {str(streams): emulate(args, depth, streams, step_ms / 1e3) for streams, step_ms in loads}
 
 
 def emulate(args: argparse.Namespace, depth: int, streams: int, step_s: float) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def table(repeats: list[dict[str, Any]]) -> str:
     """Medians over the repeats of each quantity at each depth, and of the ratio (for shares: the difference)."""
     lines = []
     for device in repeats[0]:
-        for streams in map(str, STREAMS):
+        for streams in repeats[0][device]["1"]:
             lines.append(f"{device}, {streams} streams{'depth 1':>32}{'depth 2':>12}   2 / 1")
             for key, (name, scale) in QUANTITIES.items():
                 one, two = ([scale * repeat[device][str(d)][streams][key] for repeat in repeats] for d in DEPTHS)
@@ -284,14 +284,17 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--format", choices=("fp32", "int8"), default="int8")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--streams", type=int, nargs="+", default=(32, 200), help="default: 32 200")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="output tokens (default: %(default)s)")
     parser.add_argument("--policy", default="fcfs-chunked", help="of the emulated device (default: %(default)s)")
-    parser.add_argument("--step-ms", type=float, nargs=2, default=(6.5, 10.0), help="of the emulated device")
+    parser.add_argument("--step-ms", type=float, nargs="+", default=(6.5, 10.0), help="one for each of --streams")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--serve", nargs=argparse.REMAINDER, help="be the server (run by this script)")
     args = parser.parse_args()
+    if len(args.step_ms) != len(args.streams):
+        parser.error("--step-ms needs one number for each of --streams")
     if args.serve:
         sys.exit(run_server(args.serve))
     # A benchmark that is told to stop must not leave its server behind.
@@ -301,9 +304,9 @@ def main() -> None:
         repeat: dict[str, Any] = {device: {} for device in args.devices}
         for device in args.devices:
             for depth in DEPTHS if number % 2 == 0 else DEPTHS[::-1]:
+                print(f"repeat {number + 1} of {args.repeats}: {device}, depth {depth} ...", file=sys.stderr, flush=True)
                 repeat[device][str(depth)] = MEASURE[device](args, depth)
         repeats.append(repeat)
-        print(f"repeat {number + 1} of {args.repeats} done", file=sys.stderr, flush=True)
     print(table(repeats))
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "serve")}
