@@ -77,7 +77,8 @@ class LinearCost:
     def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
         """Seconds of a step; arguments as StepCost's."""
         features = StepSample(n_decode, decode_ctx, n_prefill, prefill_ctx, 0.0).features()
-        return sum(per * feature for per, feature in zip(self._per, features, strict=True))
+        seconds: float = sum(per * feature for per, feature in zip(self._per, features, strict=True))
+        return seconds
 
 
 class HostTime:

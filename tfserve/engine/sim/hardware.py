@@ -163,7 +163,7 @@ class Roofline:
     def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
         """Seconds of a step; arguments as StepCost's."""
         tokens = n_decode + n_prefill
-        compute = tokens * self._token_flops + n_decode * self._head_flops
+        compute: float = tokens * self._token_flops + n_decode * self._head_flops
         compute += (decode_ctx + prefill_ctx) * self._pair_flops
         moved = self._weight_bytes + (decode_ctx + tokens) * self._kv_bytes
         work_s = max(compute / self._flops_per_s, moved / self._bytes_per_s)
