@@ -7,11 +7,17 @@ PYTHON     ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
                 $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || echo python3)
 CONFIG     ?= configs/smollm2-cpu.yaml
 ARGS       ?=
+GPU_PYTHON ?= python3
+GPU_WHEELS ?= .whl
+OUT        ?= results/gpu
 
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 CODE := tfserve tests benchmarks examples
+
+GPU_SITE := build/gpu-site
+GPU_RUN  := PYTHONPATH=$(GPU_SITE):. PYTHONUNBUFFERED=1 $(GPU_PYTHON)
 
 # A killed install can leave a package that pip takes for whole. `.installing` is there while pip works, with the process id
 # of its make: found without that process, the environment cannot be trusted and is made again.
@@ -22,7 +28,7 @@ define install
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help serve demo test test-all check format clean discard-interrupted
+.PHONY: help serve demo test test-all check format gpu-check gpu-wheels clean discard-interrupted
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 @/' | column -t -s @
@@ -48,6 +54,22 @@ check: $(VENV)/.stamp-dev  ## format, lint and types
 format: $(VENV)/.stamp-dev  ## format the code and fix what lint can fix
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
+
+# A GPU machine need not have a network, nor this project's environment: it runs under its own Python, and what that lacks
+# comes along as wheels in $(GPU_WHEELS) (ignored by git; `make gpu-wheels` fetches those that are on the package index).
+gpu-check:  ## on a machine with a GPU: run tests/gpu, then measure (docs/performance.md); needs no network
+	@rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE) $(OUT)
+	@set -- $(GPU_WHEELS)/*.whl; [ -e "$$1" ] || exit 0; \
+	  $(GPU_PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --target $(GPU_SITE) "$$@"
+	@$(GPU_RUN) -c 'import aiohttp, einops, jinja2, msgspec, numpy, pytest, pytest_asyncio, pytest_timeout, tokenizers, torch, tqdm, transformers, yaml' || \
+	  { echo 'The packages named above are missing: put their wheels into $(GPU_WHEELS).' >&2; exit 1; }
+	@status=0; $(GPU_RUN) -m pytest tests/gpu -q -p no:cacheprovider -rs --junitxml=$(OUT)/gpu-tests.xml || status=1; \
+	$(GPU_RUN) benchmarks/gpu.py --output $(OUT)/benchmarks/results/gpu.json $(ARGS) || status=1; exit $$status
+
+gpu-wheels:  ## fetch what `make gpu-check` needs on a bare machine with Python 3.12 (flash-attn: bring its wheel yourself)
+	@mkdir -p $(GPU_WHEELS)
+	@$(GPU_PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) -d $(GPU_WHEELS) msgspec pytest-asyncio
 
 clean:  ## remove the environment and every cache in this directory (the demo model stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

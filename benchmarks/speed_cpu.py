@@ -15,18 +15,15 @@ import argparse
 import contextlib
 import json
 import random
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from local_server import CLIENT_NICE, free_port, run_json, running
 from tokenizers import Tokenizer
 
 from tfserve.bench.report import environment
@@ -35,8 +32,6 @@ from tfserve.model.demo import demo_model_dir
 
 PROMPT_TOKENS, NEW_TOKENS, STREAMS, HF_BATCH = 64, 64, 32, 16
 FORMATS = ("fp32", "int8")
-CLIENT_NICE = ["nice", "-n", "10"]
-"""The client shares the cores with the server here; niced, it takes what is left, and only sees tokens later for it."""
 
 
 def write_prompts(model_dir: Path, path: Path) -> None:
@@ -51,52 +46,19 @@ def write_prompts(model_dir: Path, path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
-def run_json(command: list[str], output: Path) -> Any:
-    """Run a command that writes JSON to `output` and return that."""
-    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=900, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
-    return json.loads(output.read_text())
-
-
 @contextlib.contextmanager
 def serving(args: argparse.Namespace, fmt: str) -> Iterator[tuple[str, float]]:
     """A fresh server: its address and the seconds it took to be ready."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "tfserve.cli", "serve", str(args.model), "--server.port", str(port)]
-    begin = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen([*command, *engine_options(args, fmt)], stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while not is_ready(url):
-                if server.poll() is not None or time.perf_counter() - begin > 120:
-                    log.seek(0)
-                    raise SystemExit(f"the {fmt} server did not get ready:\n{log.read()}")
-                time.sleep(0.02)
-            yield url, time.perf_counter() - begin
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+    with running([*command, *engine_options(args, fmt)], url, "/ready") as ready_s:
+        yield url, ready_s
 
 
 def engine_options(args: argparse.Namespace, fmt: str) -> list[str]:
     options = ["--dtype", "float32", "--threads", str(args.threads), "--max_num_seqs", str(STREAMS)]
     return options + (["--quantization", "int8"] if fmt == "int8" else [])
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=1) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def measure_http(args: argparse.Namespace, fmt: str, prompts: Path, work: Path) -> dict[str, Any]:
@@ -106,7 +68,7 @@ def measure_http(args: argparse.Namespace, fmt: str, prompts: Path, work: Path) 
         def load(streams: int, max_tokens: int) -> Any:
             command = [*CLIENT_NICE, sys.executable, "-m", "tfserve.cli", "bench", "serve", "--base-url", url]
             command += ["--endpoint", "completions", "--dataset", str(prompts), "--num-prompts", str(streams)]
-            command += ["--max-tokens", str(max_tokens), "--ignore-eos", "--rate", "burst"]
+            command += ["--max-tokens", str(max_tokens), "--ignore-eos", "--request-rate", "burst"]
             summary = run_json(command, work / "http.json")["summary"]
             if summary["output_tokens"] != streams * max_tokens:
                 raise SystemExit(

@@ -70,7 +70,12 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent."""
+    """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
+
+    `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate`, and not as fast as it is made.
+    `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
+    Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -78,6 +83,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queued_requests: int = 1024
     max_body_bytes: int = 4 * 1024 * 1024
     keep_alive_s: float = 10.0
+    pacing: Literal["off", "smooth"] = "off"
+    cors_origins: tuple[str, ...] = ()
+    log_interval_s: float = 10.0
     drain_timeout: float = 30.0
 
 
@@ -85,12 +93,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
 
     `model` is a local directory in Hugging Face format, a hub id, or "demo" (prepared by `tfserve demo-model`).
+    `pipeline_depth` is how many steps may be under way: at 2, a step is planned and launched while the one before it
+    still runs, so that the device need not wait for Python; tokens are the same.
     None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
     `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
     `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
     less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
     copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
-    file to write a JSON line to for every step and finished request (engine/step_trace.py).
+    file to write a JSON line to for every step and finished request (engine/step_trace.py). `enforce_eager` switches
+    CUDA graphs off.
     """
 
     model: str
@@ -98,9 +109,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention_backend: Literal["auto", "torch"] = "auto"
+    attention_backend: Literal["auto", "torch", "flash_attn", "torch_varlen"] = "auto"
     threads: int | None = None
     engine_process: Literal["auto", "on", "off"] = "auto"
+    pipeline_depth: Literal[1, 2] = 1
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -110,6 +122,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host_kv_gib: float | None = None
     emulated_bandwidth: float | None = None
     num_gpu_blocks_override: int | None = None
+    enforce_eager: bool = False
     seed: int = 0
     tensor_parallel_size: int = 1
     debug_checks: bool = False
@@ -138,10 +151,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if not 0 < self.kv_cache_gib < 2**20:
             raise ConfigError("kv_cache_gib", f"must be above 0 and a size in GiB, got {self.kv_cache_gib}")
-        if self.host_kv_gib is not None and not self.host_kv_gib >= 0:
-            raise ConfigError("host_kv_gib", f"must not be negative, got {self.host_kv_gib}")
-        if self.emulated_bandwidth is not None and not self.emulated_bandwidth > 0:
-            raise ConfigError("emulated_bandwidth", f"must be above 0, got {self.emulated_bandwidth}")
+        if self.host_kv_gib is not None and not 0 <= self.host_kv_gib < 2**20:
+            raise ConfigError("host_kv_gib", f"must not be negative, and a size in GiB, got {self.host_kv_gib}")
+        if self.emulated_bandwidth is not None and not 0 < self.emulated_bandwidth < 2**20:
+            raise ConfigError("emulated_bandwidth", f"must be above 0 and in GiB/s, got {self.emulated_bandwidth}")
         if self.tensor_parallel_size != 1:
             raise ConfigError(
                 "tensor_parallel_size", f"only 1 is supported: one GPU per engine, got {self.tensor_parallel_size}"
@@ -158,6 +171,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("scheduler.reserve_decay_steps", f"must be at least 1, got {sched.reserve_decay_steps}")
         if sched.reserve_clip_tokens < 1:
             raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
+        if sched.overload == "shed" and sched.policy != "tokenflow":
+            raise ConfigError("scheduler.overload", f"only policy tokenflow can 'shed', not {sched.policy}")
         for key in ("schedule_interval_s", "buffer_scale_s", "default_rate"):
             if not getattr(sched, key) > 0:
                 raise ConfigError(f"scheduler.{key}", f"must be above 0, got {getattr(sched, key)}")

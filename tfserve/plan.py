@@ -121,13 +121,17 @@ class StepPlan(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True):
     """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
 
-    `device_s` is the time the device spent on the step, by the device's own clock.
+    `device_s` is the time the device spent on the step, by the device's own clock; `idle_s` how long it had nothing to
+    do before, since the end of the step before this one (0 for the first). `failed` says of requests why
+    there is no token for them, while the others have theirs: the place of theirs is filled with 0.
     """
 
     step: Fence
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     device_s: float
+    idle_s: float = 0.0
+    failed: tuple[tuple[RequestId, str], ...] = ()
 
 
 class InFlight(Protocol):
@@ -143,15 +147,24 @@ class InFlight(Protocol):
         ...
 
     def result(self) -> StepResult:
-        """The step's outcome; waits for the device. Raises what the step raised."""
+        """The step's outcome; waits for the device. Raises what the step raised. Any one thread may ask."""
         ...
 
 
 class Runner(Protocol):
-    """Turns a plan into tokens. Owns rows (block tables, sampling state); owns no request and no block."""
+    """Turns a plan into tokens. Owns rows (block tables, sampling state); owns no request and no block.
+
+    Several steps may be under way. What a step needs to know of the one before (the tokens sampled, their counts) stays
+    in the rows, so it is planned without; a failed step leaves finite KV and its rows seated, for the next may hold its
+    requests too.
+    """
 
     def launch(self, plan: StepPlan) -> InFlight:
-        """Start a step; steps run in launch order."""
+        """Start a step; steps run in launch order. Raises nothing: what goes wrong comes out of `result`."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what is under way and let go of threads; nothing may be launched after."""
         ...
 
 
@@ -164,7 +177,9 @@ class TransferEngine(Protocol):
     """
 
     def submit(self, copies: Sequence[Copy]) -> None:
-        """Queue copies. May be called before the step they were planned with is launched."""
+        """Queue copies. May be called before the step they were planned with is launched; a fence they wait for may be
+        of a step that a thread is still launching.
+        """
         ...
 
     def complete(self, fence: Fence) -> None:

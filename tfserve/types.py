@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from typing import Literal
 
 import msgspec
 
@@ -109,20 +110,25 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
-    """When things happened to a request, in seconds of the engine's clock, and how often it was interrupted."""
+    """When things happened to a request, in seconds of the engine's clock, and how often it was interrupted.
+
+    `stall_s` is how long its reader had nothing to read after the first token, by estimate or by its own reports.
+    """
 
     arrival_s: float
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
     num_preemptions: int = 0
+    stall_s: float = 0.0
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
     """Text and tokens of one request: everything since the previous output when streamed, all of it from `generate`.
 
     `finish_reason` is None until the last output. `stop_reason` is the stop string or stop token id that ended the
-    request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR.
+    request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR;
+    `retry_after_s` is then set if the request was refused before it started, because too many others are served.
     """
 
     request_id: RequestId
@@ -135,6 +141,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     stop_reason: str | int | None = None
     error: str | None = None
     times: RequestTimes | None = None
+    retry_after_s: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -142,11 +149,34 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         return self.finish_reason is not None
 
 
+class StreamState(msgspec.Struct, frozen=True, kw_only=True):
+    """A live request as the scheduler sees it. Rates in tokens/s; None where there is no reader, or no first token yet.
+
+    `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV on its way back). `num_unread`
+    tokens are generated and not read, enough for `time_to_empty_s`; `stall_s` is how long there was nothing to read.
+    """
+
+    id: RequestId
+    phase: Literal["waiting", "running", "paused", "loading"]
+    age_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    max_tokens: int
+    rate: float | None
+    num_unread: float
+    time_to_empty_s: float | None
+    stall_s: float
+    ttft_s: float | None
+    num_preemptions: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A picture of the engine after a step. Times in seconds of the engine's clock, KV in blocks.
 
     `num_paused` requests have their KV on the host, `num_loading` ones have it on its way back. `bytes_stored` and
-    `bytes_loaded` have moved between the tiers so far.
+    `bytes_loaded` have moved between the tiers so far, `num_dropped` of the preemptions gave their KV up.
+    `device_busy_s` is the time spent in steps so far; `device_idle_s` that between the end of a step and the start of
+    the next, except where the loop had slept because there was nothing that could run.
     """
 
     now_s: float
@@ -166,6 +196,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_free_host_blocks: int = 0
     bytes_stored: int = 0
     bytes_loaded: int = 0
+    num_dropped: int = 0
+    device_busy_s: float = 0.0
+    device_idle_s: float = 0.0
+
+    @property
+    def device_idle_share(self) -> float:
+        """How much of the time with work to do the device waited for the loop; 0 before the first step."""
+        return self.device_idle_s / max(self.device_busy_s + self.device_idle_s, 1e-12)
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,14 +6,15 @@ import pytest
 
 from tests.bench.fake_server import DONE, ROLE, FakeServer, event, finish, serving, text, usage
 from tfserve.bench.client import RequestRecord, SseParser, StreamClient, Target, first_model, open_session
+from tfserve.bench.workload import Work
 from tfserve.errors import TfserveError
 
 
-async def ask(server: FakeServer, timeout_s: float = 5.0, **settings) -> RequestRecord:
+async def ask(server: FakeServer, timeout_s: float = 5.0, rate=None, **settings) -> RequestRecord:
     async with serving(server), open_session("key", timeout_s) as session:
         record = RequestRecord(index=0, arrival_s=0.0)
         target = Target(base_url=server.url, model="m", **settings)
-        await StreamClient(session, target).send(record, "hello", 8)
+        await StreamClient(session, target).send(record, Work("hello", 8, rate))
         return record
 
 
@@ -94,7 +95,20 @@ async def test_completions_endpoint_is_asked_and_read_in_its_own_words():
 async def test_ignore_eos_is_not_sent_unless_asked_for():
     server = FakeServer([finish(), DONE])
     await ask(server)
-    assert "ignore_eos" not in server.bodies[0]
+    assert {"ignore_eos", "consumption_rate"}.isdisjoint(server.bodies[0])
+
+
+@pytest.mark.parametrize("rate", [7.5, "read"])
+async def test_the_readers_rate_is_sent_as_it_was_given(rate):
+    server = FakeServer([finish(), DONE])
+    await ask(server, rate=rate)
+    assert server.bodies[0]["consumption_rate"] == rate
+
+
+async def test_preemptions_are_taken_from_usage_where_the_server_counts_them():
+    last = event({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "num_preemptions": 4}})
+    assert (await ask(FakeServer([text("a"), finish(), last, DONE]))).num_preemptions == 4
+    assert (await ask(FakeServer([text("a"), finish(), usage(1, 1), DONE]))).num_preemptions is None
 
 
 @pytest.mark.parametrize(
@@ -131,7 +145,7 @@ def closed_port_url() -> str:
 async def test_refused_connection_is_a_failure_of_the_request():
     async with open_session(None, 2.0) as session:
         record = RequestRecord(index=0, arrival_s=0.0)
-        await StreamClient(session, Target(base_url=closed_port_url(), model="m")).send(record, "hi", 1)
+        await StreamClient(session, Target(base_url=closed_port_url(), model="m")).send(record, Work("hi", 1))
     assert record.error == "connect"
 
 

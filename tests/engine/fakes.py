@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from tfserve.config import SchedulerConfig
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
-from tfserve.engine.messages import AddRequest, StepOutputs
+from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
@@ -39,29 +39,39 @@ def expected_output(prompt: list[int], n: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+class WrongPlanError(BaseException):
+    """A plan that no runner could run; not an Exception, which the core would take for a failed step."""
+
+
 @dataclass
 class FakeInFlight:
+    runner: FakeRunner
     fence: Fence
-    outcome: StepResult | Exception
 
     def ready(self) -> bool:
-        return True
+        return self.fence in self.runner.outcomes
 
     def result(self) -> StepResult:
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+        self.runner.run_until(self.fence)
+        outcome = self.runner.outcomes.pop(self.fence)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
 
 @dataclass
 class FakeRow:
     init: RowInit
     blocks: list[int] = field(default_factory=list)
-    last: int | None = None
+    last: int = 0
 
 
 class FakeRunner:
-    """Stores each token in its KV slot and reads them all back before it answers, as attention would."""
+    """Stores each token in its KV slot and reads them all back before it answers, as attention would.
+
+    As late as it can: a step runs when its result is asked for. `plans` are those launched; `log` says what was
+    launched and asked for, in order.
+    """
 
     def __init__(self, block_size: int, max_num_batched_tokens: int) -> None:
         self.block_size = block_size
@@ -70,26 +80,58 @@ class FakeRunner:
         self.rows: dict[int, FakeRow] = {}
         self.plans: list[StepPlan] = []
         self.fail_on: set[int] = set()
+        self.queue: deque[StepPlan] = deque()
+        self.outcomes: dict[Fence, StepResult | Exception] = {}
+        self.log: list[tuple[str, int]] = []
+        self.closed = False
+        self.not_finite: dict[int, str] = {}  # by step: whose logits are not finite
 
     def launch(self, plan: StepPlan) -> FakeInFlight:
         self.plans.append(plan)
+        self.queue.append(plan)
+        self.log.append(("launch", plan.step))
+        return FakeInFlight(self, plan.step)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def run_until(self, fence: Fence) -> None:
+        self.log.append(("result", fence))
+        while self.queue and self.queue[0].step <= fence:
+            plan = self.queue.popleft()
+            try:
+                self.outcomes[plan.step] = self._step(plan)
+            except (AssertionError, LookupError) as error:
+                raise WrongPlanError(plan) from error
+
+    def _step(self, plan: StepPlan) -> StepResult | Exception:
         for row in plan.released_rows:
             del self.rows[row]
         for entry in plan.entered:
             assert entry.row not in self.rows, "a row was given twice"
             self.rows[entry.row] = FakeRow(entry, list(entry.blocks))
+        for seq in plan.seqs:
+            row = self.rows[seq.row]
+            assert row.init.req == seq.req
+            row.blocks += seq.new_blocks
+            assert NULL_BLOCK not in row.blocks
         if plan.step in self.fail_on:
-            return FakeInFlight(plan.step, RuntimeError("planned failure"))
+            self._scrub(plan)
+            return RuntimeError("planned failure")
         assert plan.num_tokens <= self.max_num_batched_tokens
         tokens = [self._run(seq) for seq in plan.seqs]
         sampled = tuple(t for t in tokens if t is not None)
-        return FakeInFlight(plan.step, StepResult(plan.step, sampled, (None,) * len(sampled), 0.0))
+        bad = self.not_finite.get(plan.step)
+        failed = tuple((seq.req, "logits are not finite") for seq in plan.seqs if seq.sample and seq.req == bad)
+        return StepResult(plan.step, sampled, (None,) * len(sampled), 0.0, failed=failed)
+
+    def _scrub(self, plan: StepPlan) -> None:
+        for seq in plan.seqs:
+            for block in self.rows[seq.row].blocks:
+                self.slots |= {(block, place): 0 for place in range(self.block_size)}
 
     def _run(self, seq) -> int | None:
         row = self.rows[seq.row]
-        assert row.init.req == seq.req
-        row.blocks += seq.new_blocks
-        assert NULL_BLOCK not in row.blocks
         tokens = seq.token_ids if seq.token_ids is not None else (row.last,)
         assert len(tokens) == seq.n
         for position, token in enumerate(tokens, seq.start):
@@ -109,7 +151,8 @@ class FakeTransfers:
 
     `speeds` says how many copies of each direction move at each turn, over and over: 0 keeps them waiting. A turn is
     every `submit` (before the step runs) and every `poll` (after it). The copies numbered in `fail` come to nothing;
-    `bps` is what the acknowledgements say of the link, at a byte per token.
+    `bps` is what the acknowledgements say of the link, at a byte per token. With `honour_fences` off, no copy waits for
+    a step: the control of the tests that say it must.
     """
 
     def __init__(self, runner: FakeRunner, speeds: Sequence[int] = (4,), fail: set[int] = frozenset(), bps=1e6):
@@ -123,6 +166,7 @@ class FakeTransfers:
         self.pending: set[CopyId] = set()
         self.acks: list[Ack] = []
         self.passed = -1
+        self.honour_fences = True
         self.closed = False
         self.moved = dict.fromkeys(Direction, 0)
 
@@ -159,7 +203,7 @@ class FakeTransfers:
                     self._move(queue.popleft())
 
     def _ready(self, copy: Copy) -> bool:
-        fence_passed = copy.after.fence is None or copy.after.fence <= self.passed
+        fence_passed = copy.after.fence is None or copy.after.fence <= self.passed or not self.honour_fences
         return fence_passed and self.pending.isdisjoint(copy.after.copies)
 
     def _move(self, copy: Copy) -> None:
@@ -168,7 +212,7 @@ class FakeTransfers:
         for token in range(copy.tok0, copy.tok0 + copy.ntok):
             dev, host = (copy.dev, token), (copy.host, token)
             if store:
-                self.host[host] = self.device[dev] if ok else -1
+                self.host[host] = self.device.get(dev, -1) if ok else -1
             else:
                 self.device[dev] = self.host[host] if ok else -1
         self.moved[copy.dir] += copy.ntok
@@ -194,6 +238,8 @@ class FakeClock:
 
 class FakeEngine:
     """A core with the fake runner, stepped by hand; collects what each request got."""
+
+    pipeline_depth = 1
 
     def __init__(
         self,
@@ -225,6 +271,7 @@ class FakeEngine:
             max_num_batched_tokens=max_num_batched_tokens,
         )
         self.clock = FakeClock()
+        self.messages: list[StepOutputs | StreamStates] = []
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}
         self.core = EngineCore(
@@ -235,6 +282,7 @@ class FakeEngine:
             eos_token_ids={EOS},
             seed=0,
             emit=self._emit,
+            pipeline_depth=self.pipeline_depth,
             debug_checks=True,
         )
 
@@ -244,7 +292,10 @@ class FakeEngine:
         self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time, rate))
         self.outputs[req] = []
 
-    def _emit(self, message: StepOutputs) -> None:
+    def _emit(self, message: StepOutputs | StreamStates) -> None:
+        self.messages.append(message)
+        if isinstance(message, StreamStates):
+            return
         for output in message.outputs:
             self.outputs[output.request_id] += output.token_ids
             if output.finish_reason is not None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Phase
 from tfserve.engine.cost_model import CostModel, StepCoefficients
 from tfserve.engine.policies import make_policy
 from tfserve.engine.policy import MemoryView, ResumeBy, Snapshot, held_back, next_release_s, write_order
 from tfserve.engine.qos import Served, score
-from tfserve.engine.tracker import Phase, Tracker
+from tfserve.engine.tracker import Tracker
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tfserve.engine.columns import Phase
 from tfserve.engine.policy import MemoryView, Snapshot
-from tfserve.engine.tracker import Phase, Tracker
+from tfserve.engine.tracker import Tracker
 
 
 class FlatCost:

@@ -11,6 +11,12 @@ from tfserve.types import FinishReason
 POLICIES = ["fcfs", "fcfs-chunked"]
 
 
+@pytest.fixture(autouse=True, params=[1, 2], ids=["depth1", "depth2"])
+def depth(request, monkeypatch):
+    """Everything here holds at both depths of the pipeline."""
+    monkeypatch.setattr(FakeEngine, "pipeline_depth", request.param)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_requests_of_unequal_lengths_all_get_their_own_tokens(policy):
     engine = FakeEngine(policy=policy)
@@ -103,6 +109,22 @@ def test_a_failing_step_fails_its_batch_and_the_loop_goes_on():
     assert engine.finished["a"].finish_reason is FinishReason.ERROR
     assert "planned failure" in engine.finished["b"].error
     assert engine.outputs["c"] == expected_output([1, 2, 3], 10)
+    assert engine.kv.num_free_blocks == engine.kv.num_blocks - 1
+
+
+def test_a_request_whose_logits_are_not_finite_fails_alone():
+    engine = FakeEngine(max_num_seqs=3)
+    engine.runner.not_finite = {4: "b"}
+    for req in ("a", "b", "c"):
+        engine.add(req, [1, 2, 3], max_tokens=10)
+    engine.run()
+    assert engine.finished["b"].finish_reason is FinishReason.ERROR
+    assert "not finite" in engine.finished["b"].error
+    assert engine.outputs["b"] == expected_output([1, 2, 3], 10)[: len(engine.outputs["b"])]
+    assert len(engine.outputs["b"]) < 10
+    for req in ("a", "c"):
+        assert engine.outputs[req] == expected_output([1, 2, 3], 10)
+        assert engine.finished[req].finish_reason is FinishReason.LENGTH
     assert engine.kv.num_free_blocks == engine.kv.num_blocks - 1
 
 

@@ -16,6 +16,12 @@ POLICIES = sorted(_POLICIES)
 SHARING = ["round-robin", "earliest-underflow", "andes-offload", "tokenflow"]
 
 
+@pytest.fixture(autouse=True, params=[1, 2], ids=["depth1", "depth2"])
+def depth(request, monkeypatch):
+    """Everything here holds at both depths of the pipeline."""
+    monkeypatch.setattr(FakeEngine, "pipeline_depth", request.param)
+
+
 def burst(engine: FakeEngine, n: int = 8, prompt: int = 10, max_tokens: int = 30, rate: float | None = 5.0) -> None:
     for i in range(n):
         engine.add(f"r{i}", [i + 1] * prompt, max_tokens, rate)
@@ -117,6 +123,7 @@ shapes = st.tuples(
     st.integers(0, 25),
     st.sampled_from([None, 0, 3, 9]),
     st.sampled_from([None, 2.0, 10.0, 50.0, "read"]),
+    st.sampled_from([None, 1, 4, 12]),
 )
 
 
@@ -143,7 +150,8 @@ def test_whatever_arrives_everyone_ends_exactly_and_no_block_is_lost(
     requests, policy, num_blocks, num_host_blocks, max_num_seqs, budget, ratio, failing, fail_copies, speeds, overload,
     interval, overlap, write_through, ahead, bps,
 ):  # fmt: skip
-    """Arrivals over time, aborts, failing steps and copies, scarce memory in both tiers; check() after every step.
+    """Arrivals over time, aborts, stop tokens, failing steps and copies, scarce memory in both tiers; check() after
+    every step.
 
     An interval is long enough to compute a request anew: whoever exchanges faster than that gets nowhere.
     """
@@ -168,22 +176,27 @@ def test_whatever_arrives_everyone_ends_exactly_and_no_block_is_lost(
     )
     engine.runner.fail_on = failing
     aborts: dict[int, list[str]] = {}
-    arrivals: dict[int, list[tuple[str, list[int], int, float | str | None]]] = {}
-    for i, (prompt, max_tokens, arrival, abort, rate) in enumerate(requests):
-        arrivals.setdefault(arrival, []).append((f"r{i}", [i + 1] * prompt, max_tokens, rate))
+    arrivals: dict[int, list[tuple[tuple[str, list[int], int, float | str | None], dict]]] = {}
+    for i, (prompt, max_tokens, arrival, abort, rate, stop) in enumerate(requests):
+        params = {} if stop is None else {"stop_token_ids": (expected_output([i + 1] * prompt, stop)[-1],)}
+        arrivals.setdefault(arrival, []).append(((f"r{i}", [i + 1] * prompt, max_tokens, rate), params))
         if abort is not None:
             aborts.setdefault(arrival + abort, []).append(f"r{i}")
     for step in range(40):
-        for request in arrivals.get(step, ()):
-            engine.add(*request)
+        for request, params in arrivals.get(step, ()):
+            engine.add(*request, **params)
         for req in aborts.get(step, ()):
             engine.core.inbox.put(AbortRequest(req))
         engine.step()
     engine.run()
-    for i, (prompt, max_tokens, *_) in enumerate(requests):
+    for i, (prompt, max_tokens, *_, stop) in enumerate(requests):
         got, end = engine.outputs[f"r{i}"], engine.finished[f"r{i}"].finish_reason
         assert got == expected_output([i + 1] * prompt, len(got))
-        assert (end is FinishReason.LENGTH) == (len(got) == max_tokens)
+        if end in (FinishReason.LENGTH, FinishReason.STOP):
+            # A token may come before its turn, by chance.
+            assert len(got) == max_tokens if stop is None or end is FinishReason.LENGTH else len(got) <= stop
+        else:
+            assert len(got) < max_tokens
     engine.drain()
     assert engine.all_free()
     assert not engine.scheduler.has_work

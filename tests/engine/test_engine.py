@@ -7,12 +7,14 @@ import os
 import signal
 import time
 
+import msgspec
 import psutil
 import pytest
 
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
 from tfserve.engine.engine import Engine
+from tfserve.engine.validation import validate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
 from tfserve.types import FinishReason, SamplingParams
 
@@ -149,6 +151,62 @@ def test_bad_requests_are_refused_by_name_before_they_run(engine, prompt, params
     assert caught.value.param == param
 
 
+async def test_ids_in_use_and_the_engines_own_are_refused(engine):
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    stream = engine.submit([5, 6], params, request_id="req-0")
+    with pytest.raises(RequestError, match="'req-0' is in use; give each request its own") as caught:
+        engine.submit([5, 6], params, request_id="req-0")
+    assert caught.value.param == "request_id"
+    for bad in ("tfserve-0", "", 7):
+        with pytest.raises(RequestError, match="does not begin with 'tfserve-'"):
+            engine.submit([5, 6], params, request_id=bad)
+    own = {engine.submit([5, 6], GREEDY).request_id for _ in range(3)}
+    assert len(own) == 3
+    assert all(req.startswith("tfserve-") for req in own)
+    stream.abort()
+    while not (await stream.next()).finished:
+        pass
+    again = engine.submit([5, 6], GREEDY, request_id="req-0")
+    while not (await again.next()).finished:
+        pass
+    await asyncio.to_thread(wait_until_free, engine)
+
+
+async def test_two_threads_cannot_take_one_id(engine):
+    """The check before the request is built may pass for both."""
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    stream = engine.submit([5, 6], params, request_id="mine")
+    message = engine._prepare([5, 6], params, None, "other")
+    late = msgspec.structs.replace(message, request_id="mine")
+    with pytest.raises(RequestError, match="in use"):
+        engine._send(late, stream)
+    stream.abort()
+    while not (await stream.next()).finished:
+        pass
+
+
+async def test_a_stream_that_is_over_says_so(engine):
+    stream = engine.submit([5, 6], GREEDY)
+    await read_to_the_end(stream)
+    for _ in range(2):
+        with pytest.raises(RequestError, match=f"{stream.request_id} has finished"):
+            await asyncio.wait_for(stream.next(), 10)
+
+
+def test_parameters_are_verified_once_with_max_tokens_resolved(engine, monkeypatch):
+    seen = []
+    verify = SamplingParams.verify
+
+    def counting(params, vocab_size):
+        seen.append(params.max_tokens)
+        verify(params, vocab_size)
+
+    monkeypatch.setattr(SamplingParams, "verify", counting)
+    assert validate([1, 2], SamplingParams(), engine.info).max_tokens == 254
+    assert validate([1, 2], SamplingParams(max_tokens=7), engine.info).max_tokens == 7
+    assert seen == [254, 7]
+
+
 def test_scarce_kv_preempts_without_changing_a_token(model_dir):
     prompts = [[i + 3] * 20 for i in range(6)]
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=100, ignore_eos=True)
@@ -242,3 +300,45 @@ def test_start_errors_name_the_setting(model_dir, tmp_path, mode):
     with pytest.raises(ConfigError, match="max_model_len") as caught:
         Engine(config_for(model_dir, num_gpu_blocks_override=3, engine_process=mode))
     assert caught.value.key == "num_gpu_blocks_override"
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ({"num_gpu_blocks_override": 10**12}, "Set it to less than that"),
+        ({"max_num_seqs": 10**12}, "set at most"),
+        ({"kv_cache_gib": 10**6}, "Set a smaller value"),
+        ({"host_kv_gib": 10**6, "scheduler": SchedulerConfig(policy="tokenflow")}, "set a smaller value"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_no_machine_has_memory_for_is_refused_by_name(model_dir, settings, fix):
+    with pytest.raises(ConfigError, match=fix) as caught:
+        Engine(config_for(model_dir, engine_process="off", **settings))
+    assert caught.value.key == next(iter(settings))
+
+
+async def test_streams_are_listed_and_readers_report_what_they_have_read(engine):
+    params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
+    stream = engine.submit([5, 6, 7], params, rate=1.0)
+    while stream.num_output_tokens < 20:
+        await stream.next()
+    stream.report_played(15)
+    (state,) = await engine.streams()
+    assert state.id == stream.request_id
+    assert state.num_unread <= state.num_output_tokens - 15
+    stream.abort()
+    while (output := await stream.next()) is None or not output.finished:
+        pass
+    assert output.times.stall_s >= 0
+    assert await engine.streams() == []
+
+
+async def test_listed_streams_of_a_dead_engine_are_an_error(model_dir):
+    with Engine(config_for(model_dir, engine_process="on")) as engine:
+        os.kill(engine_pid(engine), signal.SIGSTOP)
+        asking = asyncio.create_task(engine.streams())
+        await asyncio.sleep(0.05)
+        os.kill(engine_pid(engine), signal.SIGKILL)
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(asking, 10)

@@ -1,4 +1,7 @@
-"""A real tiny model whose requests are put out and brought back: exactly the tokens of an undisturbed run."""
+"""A real tiny model whose requests are put out and brought back: exactly the tokens of an undisturbed run.
+
+At both depths of the pipeline, and under whatever a request may ask of the sampler or stop at.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +69,10 @@ def undisturbed(model_dir):
     return tokens
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
-def test_preempted_requests_get_the_tokens_of_an_undisturbed_run(model_dir, undisturbed, way):
-    tokens, stats = run(model_dir, WAYS[way], 25)
+def test_preempted_requests_get_the_tokens_of_an_undisturbed_run(model_dir, undisturbed, way, depth):
+    tokens, stats = run(model_dir, WAYS[way], 25, pipeline_depth=depth)
     assert stats.num_preemptions > 0
     if way != "tokenflow":  # which takes the cheaper way
         assert (stats.bytes_loaded > 0) == (way != "recompute")

@@ -81,15 +81,28 @@ def test_a_step_costs_what_its_batch_costs_and_follows_the_one_before():
     result = first.result()
     assert (clock.now(), result.device_s, result.tokens) == (0.5, 0.5, (sim_token("a", 10, 100),))
     assert (first.ready(), second.ready(), second.fence) == (True, False, 1)
-    second.result()
+    assert second.result().idle_s == 0.0
     assert clock.now() == 1.0
+    clock.advance_to(1.25)
+    assert runner.launch(plan(2, decode, n_decode=1)).result().idle_s == 0.25
+
+
+def test_the_cpu_time_of_a_launch_passes_before_the_step_starts():
+    clock = SimClock()
+    runner = SimRunner(clock, lambda *work: 0.5, vocab_size=100, host_s=lambda _: 0.1)
+    decode = SeqStep("a", Row(0), 9, 1, True, None)
+    flights = [runner.launch(plan(step, decode, n_decode=1)) for step in range(3)]
+    assert clock.now() == pytest.approx(0.3)
+    assert [flight.result().idle_s for flight in flights] == [0.0, 0.0, 0.0]
+    assert clock.now() == pytest.approx(0.1 + 3 * 0.5)
+    assert runner.launch(plan(3, decode, n_decode=1)).result().idle_s == pytest.approx(0.1)
 
 
 def test_tokens_depend_on_request_and_position_alone():
-    tokens = [sim_token(req, position, 50) for req in "ab" for position in range(200)]
-    assert tokens == [sim_token(req, position, 50) for req in "ab" for position in range(200)]
+    tokens = [sim_token(req, position, 50) for req in "ab" for position in range(1000)]
+    assert tokens == [sim_token(req, position, 50) for req in "ab" for position in range(1000)]
     assert set(tokens) == set(range(1, 50))
-    assert tokens[:200] != tokens[200:]
+    assert tokens[:1000] != tokens[1000:]
 
 
 def make_copy(number, direction, block, ntok=BLOCK):

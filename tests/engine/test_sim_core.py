@@ -32,7 +32,15 @@ def step_s(n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float)
 class SimEngine:
     """A core on simulated hardware; arrivals are events of its clock."""
 
-    def __init__(self, num_blocks: int, num_host_blocks: int = 0, max_num_seqs: int = 8, **scheduler) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        num_host_blocks: int = 0,
+        max_num_seqs: int = 8,
+        depth: int = 1,
+        host_s: float = 0.0,
+        **scheduler,
+    ) -> None:
         self.clock = SimClock()
         self.outputs: dict[str, list[int]] = {}
         self.times: dict[str, object] = {}
@@ -53,12 +61,13 @@ class SimEngine:
         )
         self.core = EngineCore(
             scheduler=self.scheduler,
-            runner=SimRunner(self.clock, step_s, VOCAB),
+            runner=SimRunner(self.clock, step_s, VOCAB, host_s=lambda _: host_s),
             clock=self.clock,
             tokenizer=None,
             eos_token_ids={0},
             seed=0,
             emit=self._emit,
+            pipeline_depth=depth,
             debug_checks=True,
         )
 
@@ -86,8 +95,9 @@ class SimEngine:
         return score(served)
 
 
-def test_requests_arrive_and_end_in_virtual_time():
-    engine = SimEngine(64)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_requests_arrive_and_end_in_virtual_time(depth):
+    engine = SimEngine(64, depth=depth)
     engine.arrive(1.0, "a", 10, 5)
     engine.arrive(100.0, "b", 10, 2)
     engine.run()
@@ -97,9 +107,10 @@ def test_requests_arrive_and_end_in_virtual_time():
     assert engine.times["b"].first_token_s == pytest.approx(100.010)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("policy", ["fcfs", "fcfs-chunked"])
-def test_preempted_requests_still_get_every_position_once(policy):
-    engine = SimEngine(14, policy=policy, reserve_ratio=0.0, reserve_min_ratio=0.0)
+def test_preempted_requests_still_get_every_position_once(policy, depth):
+    engine = SimEngine(14, depth=depth, policy=policy, reserve_ratio=0.0, reserve_min_ratio=0.0)
     for i in range(6):
         engine.arrive(0.1 * i, f"r{i}", 20 + i, 40)
     engine.run()
@@ -108,9 +119,9 @@ def test_preempted_requests_still_get_every_position_once(policy):
         assert engine.outputs[f"r{i}"] == [sim_token(f"r{i}", 20 + i + k, VOCAB) for k in range(40)]
 
 
-def burst(policy: str, num_host_blocks: int, rate: float, **scheduler) -> SimEngine:
+def burst(policy: str, num_host_blocks: int, rate: float, **settings) -> SimEngine:
     """24 readers at once, where the device has room for about six of them."""
-    engine = SimEngine(6 * 10 + 1, num_host_blocks, 24, policy=policy, **scheduler)
+    engine = SimEngine(6 * 10 + 1, num_host_blocks, 24, policy=policy, **settings)
     for i in range(24):
         engine.arrive(0.001 * i, f"r{i}", 48, 100, rate)
     engine.run()
@@ -119,10 +130,31 @@ def burst(policy: str, num_host_blocks: int, rate: float, **scheduler) -> SimEng
     return engine
 
 
-def test_in_a_burst_tokenflow_brings_first_tokens_sooner_than_fcfs_and_nobody_stalls_for_it():
+def test_two_deep_the_device_does_not_wait_for_the_host():
+    host_s, busy_s = 0.004, 0.010 + 100 * 0.011
+    stats, end_s = {}, {}
+    for depth in (1, 2):
+        engine = SimEngine(64, depth=depth, host_s=host_s)
+        engine.arrive(1.0, "a", 10, 101)
+        # The device has nothing to do between the two; that is not idle time.
+        engine.arrive(50.0, "b", 10, 101)
+        engine.run()
+        assert engine.outputs["a"] == [sim_token("a", 10 + i, VOCAB) for i in range(101)]
+        stats[depth], end_s[depth] = engine.core.stats(), engine.times["a"].finished_s - 1.0
+        assert stats[depth].device_busy_s == pytest.approx(2 * busy_s)
+    assert stats[1].device_idle_s == pytest.approx(200 * host_s)
+    assert stats[1].device_idle_share == pytest.approx(200 * host_s / (200 * host_s + 2 * busy_s))
+    assert stats[2].device_idle_share == 0.0
+    assert end_s[1] == pytest.approx(busy_s + 101 * host_s)
+    assert end_s[2] == pytest.approx(busy_s + host_s)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_in_a_burst_tokenflow_brings_first_tokens_sooner_than_fcfs_and_nobody_stalls_for_it(depth):
     rate = 8.0
-    fcfs = burst("fcfs", 0, rate).report(rate)
-    engine = burst("tokenflow", 300, rate, schedule_interval_s=0.2, min_residency_s=0.2, critical_s=0.5)
+    fcfs = burst("fcfs", 0, rate, depth=depth).report(rate)
+    sharing = {"schedule_interval_s": 0.2, "min_residency_s": 0.2, "critical_s": 0.5}
+    engine = burst("tokenflow", 300, rate, depth=depth, **sharing)
     flow = engine.report(rate)
     assert flow.ttft_p99_s < 0.3 * fcfs.ttft_p99_s
     assert flow.stall_share < 0.02

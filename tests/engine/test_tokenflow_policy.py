@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from tests.engine.policy_driver import CPU, Ask, Driver, Machine, burst
 from tests.engine.scene import FlatCost, Scene
 from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Phase
 from tfserve.engine.cost_model import StepCoefficients
 from tfserve.engine.policies.headroom import gain
 from tfserve.engine.policies.tokenflow import TokenFlow, is_stressed
 from tfserve.engine.policies.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.policy import ResumeBy
-from tfserve.engine.tracker import Phase, Tracker
+from tfserve.engine.tracker import Tracker
 
 LOAD, RECOMPUTE = ResumeBy.LOAD, ResumeBy.RECOMPUTE
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfserve.engine.tracker import Phase, Tracker
+from tfserve.engine.columns import Phase
+from tfserve.engine.tracker import Tracker
 from tfserve.errors import RequestError
 
 

@@ -43,9 +43,14 @@ async def start() -> AsyncIterator[StartServer]:
     sessions: list[aiohttp.ClientSession] = []
 
     async def begin(
-        reply: str | None = "Hello, wide world", step_s: float = 0.0, loaded: bool = True, **server: Any
+        reply: str | None = "Hello, wide world",
+        step_s: float = 0.0,
+        loaded: bool = True,
+        overload: str = "queue",
+        **server: Any,
     ) -> Running:
-        config: EngineConfig = config_from({"model": "models/tiny", "server": server})
+        scheduler = {"policy": "tokenflow", "overload": overload}
+        config: EngineConfig = config_from({"model": "models/tiny", "server": server, "scheduler": scheduler})
         service = Service(config)
         engine = FakeEngine(config, reply, step_s)
         if loaded:

@@ -10,9 +10,19 @@ from typing import Any
 import msgspec
 
 from tfserve.config import EngineConfig
+from tfserve.engine.messages import StepOutputs
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
-from tfserve.types import EngineInfo, FinishReason, RequestOutput, SamplingParams, TokenLogprob
+from tfserve.types import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    RequestOutput,
+    RequestTimes,
+    SamplingParams,
+    StreamState,
+    TokenLogprob,
+)
 
 VOCAB = 300
 MAX_LEN = 1000
@@ -42,29 +52,39 @@ class FakeStream:
         self.num_prompt_tokens = len(prompt)
         self.aborted = asyncio.Event()
         self.reads = 0
+        self.on_news: Callable[[], None] | None = None
+        self.started = False
+        self.is_refused = False
+        self.num_output_tokens = 0
+        self.num_chars = 0
+        self.token_s: list[float] = []
+        self.played: list[int] = []
         self._engine = engine
         self._pending: list[RequestOutput] = []
-        self._news = asyncio.Event()
         self._ended = False
+        self._is_called = False
 
-    async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(output.token_ids) for output in self._pending)
+
+    def take(self, most: int | None = None) -> RequestOutput | None:
         self.reads += 1
-        try:
-            async with asyncio.timeout(timeout_s):
-                await self._news.wait()
-        except TimeoutError:
-            return None
         if not self._pending:
-            raise EngineDeadError(self._engine.death)
-        self._news.clear()
-        pending, self._pending = self._pending, []
+            if self._engine.death:
+                raise EngineDeadError(self._engine.death)
+            return None
+        pending, self._pending = self._pending[:most], self._pending[most:] if most else []
         output = pending[-1]
         output.text = "".join(each.text for each in pending)
         output.token_ids = [token for each in pending for token in each.token_ids]
         output.logprobs = [entry for each in pending for entry in each.logprobs or ()] or None
-        if self._engine.death:
-            self._news.set()
+        self.num_output_tokens += len(output.token_ids)
+        self.num_chars += len(output.text)
         return output
+
+    def report_played(self, num_tokens: int) -> None:
+        self.played.append(num_tokens)
 
     def abort(self) -> None:
         if not self._ended:
@@ -72,22 +92,55 @@ class FakeStream:
             if not self._engine.stuck:
                 self._put([], "", FinishReason.ABORT)
 
-    def say(self, text: str, finish: FinishReason | None = None, tokens: int | None = None) -> None:
+    def begin(self) -> None:
+        """Let the request in; it has no token yet."""
+        self.started = True
+        self._notify()
+
+    def refuse(self, retry_after_s: float) -> None:
+        """What the policy does to a newcomer when it sheds."""
+        self.is_refused = True
+        self._put([], "", FinishReason.ERROR, "overloaded", retry_after_s=retry_after_s)
+
+    def say(
+        self, text: str, finish: FinishReason | None = None, tokens: int | None = None, preemptions: int = 3
+    ) -> None:
         """Generate `text`, a token per byte (or `tokens` tokens)."""
         ids = list(text.encode()) if tokens is None else [97] * tokens
-        self._put(ids, text, finish)
+        self._put(ids, text, finish, preemptions=preemptions)
 
     def fail(self, message: str) -> None:
         self._put([], "", FinishReason.ERROR, message)
 
     def die(self) -> None:
-        self._ended = True
-        self._news.set()
+        self._ended = self.started = True
+        self._notify()
 
-    def _put(self, ids: list[int], text: str, finish: FinishReason | None, error: str | None = None) -> None:
+    def _notify(self) -> None:
+        """As the real one does: once for all that has come by the time the loop comes round."""
+        if not self._is_called:
+            self._is_called = True
+            asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._is_called = False
+        if self.on_news is not None:
+            self.on_news()
+
+    def _put(
+        self,
+        ids: list[int],
+        text: str,
+        finish: FinishReason | None,
+        error: str | None = None,
+        preemptions: int = 3,
+        **more: Any,
+    ) -> None:
         if self._ended:
             return
         self._ended = finish is not None
+        self.started = True
+        self.token_s += [time.monotonic()] * len(ids)
         top = self.params.logprobs
         logprobs = None
         if top is not None:
@@ -102,9 +155,11 @@ class FakeStream:
             logprobs=logprobs,
             finish_reason=finish,
             error=error,
+            times=RequestTimes(1.0, 1.0, 1.25, 2.0, preemptions, 0.5) if finish else None,
+            **more,
         )
         self._pending.append(output)
-        self._news.set()
+        self._notify()
 
 
 class FakeEngine:
@@ -115,12 +170,13 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer()
         self.reply = reply
         self.step_s = step_s
-        self.streams: list[FakeStream] = []
+        self.live: list[FakeStream] = []
         self.submitted = asyncio.Event()
         self.queue_full = False
         self.stuck = False
         self.death = ""
         self.info = fake_info(config)
+        self.step_callbacks: list[Callable[[StepOutputs], None]] = []
         self._callbacks: list[Callable[[str], None]] = []
         self._speakers: set[asyncio.Task[None]] = set()
 
@@ -128,7 +184,7 @@ class FakeEngine:
         self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None, rate=msgspec.UNSET
     ) -> FakeStream:
         assert request_id is not None
-        assert request_id not in {stream.request_id for stream in self.streams}
+        assert request_id not in {stream.request_id for stream in self.live}
         if self.death:
             raise EngineDeadError(self.death)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -143,8 +199,9 @@ class FakeEngine:
             raise QueueFullError("too many requests wait", retry_after_s=2.4)
         msgspec.msgpack.encode((ids, params))  # the real one sends them to another process
         stream = FakeStream(self, request_id, ids, params)
-        stream.rate = rate
-        self.streams.append(stream)
+        stream.rate = resolve_rate(20.0 if rate is msgspec.UNSET else rate, 20.0)
+        stream.asked_rate = rate
+        self.live.append(stream)
         self.submitted.set()
         if self.reply is not None:
             speaker = asyncio.ensure_future(self._speak(stream, self.reply))
@@ -161,14 +218,52 @@ class FakeEngine:
 
     def die(self, reason: str) -> None:
         self.death = reason
-        for stream in self.streams:
+        for stream in self.live:
             stream.die()
         for callback in self._callbacks:
             callback(reason)
 
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            now_s=10.0,
+            step=7,
+            num_waiting=0,
+            num_running=len(self.live),
+            num_blocks=101,
+            num_free_blocks=76,
+            block_size=32,
+            num_preemptions=3,
+            num_prompt_tokens=40,
+            num_output_tokens=50,
+            num_finished=2,
+            num_dropped=1,
+        )
+
+    async def streams(self) -> list[StreamState]:
+        return [
+            StreamState(
+                id=stream.request_id,
+                phase="running" if stream.started else "waiting",
+                age_s=2.0,
+                num_prompt_tokens=stream.num_prompt_tokens,
+                num_output_tokens=stream.num_output_tokens,
+                max_tokens=100,
+                rate=20.0,
+                num_unread=5.0,
+                time_to_empty_s=0.25,
+                stall_s=0.0,
+                ttft_s=0.5,
+                num_preemptions=0,
+            )
+            for stream in self.live
+        ]
+
     def check_health(self) -> None:
         if self.stuck:
             raise EngineDeadError("no progress for 120 s")
+
+    def on_step(self, callback: Callable[[StepOutputs], None]) -> None:
+        self.step_callbacks.append(callback)
 
     def on_death(self, callback: Callable[[str], None]) -> None:
         self._callbacks.append(callback)

@@ -14,6 +14,8 @@ from tests.http.fakes import BOS
 from tfserve.types import FinishReason
 
 ASK = [{"role": "user", "content": "Hi"}]
+TIMINGS = {"num_preemptions": 3, "ttft_s": 0.25, "stall_s": 0.5}
+"""What the fake engine says of every request that has ended."""
 
 
 def events(raw: bytes) -> list[Any]:
@@ -56,7 +58,7 @@ async def test_chat_prompt_is_the_template_without_added_special_tokens(start: S
     messages = [{"role": "developer", "content": "S"}, {"role": "user", "content": parts, "name": "me"}]
     async with server.post("/v1/chat/completions", {"messages": messages}) as response:
         assert response.status == 200
-    assert bytes(server.engine.streams[0].prompt) == b"<system>S<user>ab<assistant>"
+    assert bytes(server.engine.live[0].prompt) == b"<system>S<user>ab<assistant>"
 
 
 async def test_whole_chat_answer_counts_tokens(start: StartServer) -> None:
@@ -70,7 +72,7 @@ async def test_whole_chat_answer_counts_tokens(start: StartServer) -> None:
     assert choice["finish_reason"] == "stop"
     assert choice["logprobs"] is None
     prompt = len("<user>Hi<assistant>")
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 17, "total_tokens": prompt + 17}
+    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 17, "total_tokens": prompt + 17, **TIMINGS}
 
 
 async def test_usage_chunk_comes_last_when_asked_for(start: StartServer) -> None:
@@ -78,8 +80,19 @@ async def test_usage_chunk_comes_last_when_asked_for(start: StartServer) -> None
     chunks = await stream(server, "/v1/completions", prompt="ab", stream_options={"include_usage": True})
     assert chunks[-1] == "[DONE]"
     assert chunks[-2]["choices"] == []
-    assert chunks[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 17, "total_tokens": 20}
+    assert chunks[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 17, "total_tokens": 20, **TIMINGS}
     assert all(chunk["usage"] is None for chunk in chunks[:-2])
+
+
+async def test_usage_tells_how_often_the_answers_were_interrupted(start: StartServer) -> None:
+    server = await start(reply=None)
+    options = {"include_usage": True}
+    reading = asyncio.create_task(stream(server, "/v1/completions", prompt=["a", "b"], stream_options=options))
+    while len(server.engine.live) < 2:
+        await asyncio.sleep(0)
+    for said, preemptions in zip(server.engine.live, (2, 3), strict=True):
+        said.say("x", FinishReason.STOP, preemptions=preemptions)
+    assert (await reading)[-2]["usage"]["num_preemptions"] == 5
 
 
 async def test_tokens_without_text_make_no_chunk_but_are_counted(start: StartServer) -> None:
@@ -88,7 +101,7 @@ async def test_tokens_without_text_make_no_chunk_but_are_counted(start: StartSer
         stream(server, "/v1/completions", prompt="ab", stream_options={"include_usage": True})
     )
     await server.engine.submitted.wait()
-    says = server.engine.streams[0].say
+    says = server.engine.live[0].say
     for text, tokens, finish in (("", 1, None), ("é", 1, None), ("", 2, FinishReason.LENGTH)):
         says(text, finish, tokens)
         await asyncio.sleep(0.02)
@@ -103,8 +116,8 @@ async def test_outputs_that_piled_up_are_one_chunk(start: StartServer) -> None:
     reading = asyncio.create_task(stream(server, "/v1/completions", prompt="ab"))
     await server.engine.submitted.wait()
     for letter in "abc":
-        server.engine.streams[0].say(letter)
-    server.engine.streams[0].say("d", FinishReason.STOP)
+        server.engine.live[0].say(letter)
+    server.engine.live[0].say("d", FinishReason.STOP)
     chunks = await reading
     assert [chunk["choices"][0]["text"] for chunk in chunks[:-1]] == ["abcd"]
 
@@ -122,7 +135,7 @@ async def test_every_shape_of_prompt(start: StartServer, prompt: Any, submitted:
     server = await start()
     async with server.post("/v1/completions", {"model": "tiny", "prompt": prompt}) as response:
         body = await response.json()
-    assert [stream.prompt for stream in server.engine.streams] == submitted
+    assert [stream.prompt for stream in server.engine.live] == submitted
     assert [choice["index"] for choice in body["choices"]] == list(range(len(submitted)))
     assert {choice["text"] for choice in body["choices"]} == {"Hello, wide world"}
     assert body["usage"]["prompt_tokens"] == sum(map(len, submitted))
@@ -141,7 +154,7 @@ async def test_a_list_of_prompts_streams_interleaved_by_index(start: StartServer
     server = await start(reply=None)
     reading = asyncio.create_task(stream(server, "/v1/completions", prompt=["a", "b"]))
     await server.engine.submitted.wait()
-    first, second = server.engine.streams
+    first, second = server.engine.live
     script = [
         (second, "x", None),
         (first, "1", FinishReason.STOP),
@@ -204,7 +217,7 @@ async def test_every_sampling_field_reaches_the_engine(start: StartServer) -> No
     body = {"messages": ASK, **sampling, "stop": "END", "stop_token_ids": [5], "logit_bias": {"7": -100}}
     async with server.post("/v1/chat/completions", {**body, "max_tokens": 3, "max_completion_tokens": 9}) as response:
         assert response.status == 200
-    params = server.engine.streams[0].params
+    params = server.engine.live[0].params
     assert {name: getattr(params, name) for name in sampling} == sampling
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("END",), (5,), {7: -100.0})
     assert params.max_tokens == 9
@@ -217,7 +230,7 @@ async def test_defaults_are_openais(start: StartServer) -> None:
     for path, body in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", {"messages": ASK})):
         async with server.post(path, {**body, **nothing}) as response:
             assert response.status == 200
-    completion, chat = (stream.params for stream in server.engine.streams)
+    completion, chat = (stream.params for stream in server.engine.live)
     assert (completion.temperature, completion.top_p, completion.max_tokens) == (1.0, 1.0, 16)
     assert chat.max_tokens is None
 
@@ -256,7 +269,9 @@ async def test_models_version_and_probes(start: StartServer) -> None:
         assert set(await response.json()) == {"version"}
     for path in ("/health", "/ready"):
         async with server.get(path) as response:
-            assert (response.status, await response.json()) == (200, {"status": "ready"})
+            body = await response.json()
+            assert (response.status, body["status"]) == (200, "ready")
+            assert ("engine" in body) == (path == "/health")
 
 
 async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: StartServer) -> None:
@@ -265,10 +280,10 @@ async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: St
         for path, ask in (("/v1/chat/completions", {"messages": ASK}), ("/v1/completions", {"prompt": "Hi"})):
             async with server.post(path, {**ask, **body}) as response:
                 assert response.status == 200
-            assert server.engine.streams[-1].rate == rate
+            assert server.engine.live[-1].asked_rate == rate
     async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": None}) as response:
         assert response.status == 200
-    assert server.engine.streams[-1].rate is None
+    assert server.engine.live[-1].asked_rate is None
 
 
 @pytest.mark.parametrize("rate", [0, -3, "slowly", True, [6]])

@@ -77,7 +77,7 @@ async def test_bad_requests_are_400_and_say_why(
         assert error["type"] == "invalid_request_error"
         assert error["param"] == param
         assert says in error["message"]
-    assert server.engine.streams == []
+    assert server.engine.live == []
     assert server.service.num_open == 0
 
 
@@ -105,8 +105,8 @@ async def test_one_bad_prompt_rejects_the_list_and_frees_the_others(start: Start
     server = await start(reply=None)
     async with server.post(PLAIN, {"prompt": [[1], [2], [999]]}) as response:
         assert response.status == 400
-    assert len(server.engine.streams) == 2
-    assert all(stream.aborted.is_set() for stream in server.engine.streams)
+    assert len(server.engine.live) == 2
+    assert all(stream.aborted.is_set() for stream in server.engine.live)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +217,4 @@ async def test_bodies_made_to_hurt_are_refused(start: StartServer, body: Any) ->
     server = await start()
     async with server.post("/v1/completions", body) as response:
         assert response.status == 400
-        assert not server.engine.streams
+        assert not server.engine.live

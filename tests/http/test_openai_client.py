@@ -65,7 +65,7 @@ async def test_async_client(start: StartServer) -> None:
         )
         assert chat.choices[0].logprobs is not None
         assert len(chat.choices[0].logprobs.content or []) == 17
-        assert server.engine.streams[0].params.top_k == 5
+        assert server.engine.live[0].params.top_k == 5
         stream = await client.chat.completions.create(
             model="tiny", messages=ASK, stream=True, stream_options={"include_usage": True}
         )
@@ -95,9 +95,9 @@ async def test_an_error_mid_stream_is_raised(start: StartServer) -> None:
     server = await start(reply=None)
     async with async_client(server) as client:
         stream = await client.completions.create(model="tiny", prompt="x", stream=True)
-        server.engine.streams[0].say("first")
+        server.engine.live[0].say("first")
         assert (await anext(stream)).choices[0].text == "first"
-        server.engine.streams[0].fail("out of KV blocks")
+        server.engine.live[0].fail("out of KV blocks")
         with pytest.raises(openai.APIError, match="out of KV blocks"):
             await anext(stream)
 
@@ -106,10 +106,10 @@ async def test_closing_a_stream_aborts_the_request(start: StartServer) -> None:
     server = await start(reply=None)
     async with async_client(server) as client:
         stream = await client.chat.completions.create(model="tiny", messages=ASK, stream=True)
-        server.engine.streams[0].say("first")
+        server.engine.live[0].say("first")
         await anext(stream)
         await stream.close()
-        await asyncio.wait_for(server.engine.streams[0].aborted.wait(), 2)
+        await asyncio.wait_for(server.engine.live[0].aborted.wait(), 2)
 
 
 async def test_a_client_that_times_out_aborts_the_request(start: StartServer) -> None:
@@ -117,6 +117,6 @@ async def test_a_client_that_times_out_aborts_the_request(start: StartServer) ->
     async with async_client(server, timeout=0.2) as client:
         with pytest.raises(openai.APITimeoutError):
             await client.completions.create(model="tiny", prompt="x")
-    await asyncio.wait_for(server.engine.streams[0].aborted.wait(), 2)
-    server.engine.streams[0].say("late", FinishReason.STOP)
+    await asyncio.wait_for(server.engine.live[0].aborted.wait(), 2)
+    server.engine.live[0].say("late", FinishReason.STOP)
     await asyncio.wait_for(server.service.idle.wait(), 2)

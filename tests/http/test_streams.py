@@ -20,14 +20,14 @@ async def open_stream(server: Running, **body: Any) -> Any:
     asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": "x", "stream": True, **body}).__aenter__())
     await server.engine.submitted.wait()
     server.engine.submitted.clear()
-    server.engine.streams[-1].say("first")
+    server.engine.live[-1].say("first")
     return await asking
 
 
 async def test_silence_is_filled_with_comments(start: StartServer) -> None:
     server = await start(reply=None, keep_alive_s=0.05)
     async with server.post(PLAIN, {"prompt": "x", "stream": True}) as response:
-        stream = server.engine.streams[0]
+        stream = server.engine.live[0]
         for _ in range(3):
             stream.say("", tokens=1)  # tokens without text are silence too
             await asyncio.sleep(0.04)
@@ -56,7 +56,7 @@ async def test_a_client_that_leaves_before_the_first_token_frees_its_request(
         (await asking).close()  # its headers came at once
     else:
         asking.cancel()
-    for stream in server.engine.streams:
+    for stream in server.engine.live:
         await asyncio.wait_for(stream.aborted.wait(), 2)
     await asyncio.wait_for(server.service.idle.wait(), 2)
     assert server.service.num_open == 0
@@ -70,7 +70,7 @@ async def test_a_client_that_leaves_mid_stream_frees_its_request_and_is_logged(
     response = await open_stream(server)
     assert b"first" in await response.content.readuntil(b"\n\n")
     response.close()
-    await asyncio.wait_for(server.engine.streams[0].aborted.wait(), 2)
+    await asyncio.wait_for(server.engine.live[0].aborted.wait(), 2)
     await asyncio.wait_for(server.service.idle.wait(), 2)
     assert [r.getMessage() for r in caplog.records if " 499 in " in r.getMessage()] != []
     assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
@@ -79,7 +79,7 @@ async def test_a_client_that_leaves_mid_stream_frees_its_request_and_is_logged(
 async def test_a_half_read_stream_holds_the_reader_not_the_memory(start: StartServer) -> None:
     server = await start(reply=None)
     response = await open_stream(server)
-    stream = server.engine.streams[0]
+    stream = server.engine.live[0]
     for _ in range(300):  # 30 MB; nobody reads
         stream.say("x" * 100_000, tokens=1)
         await asyncio.sleep(0)
@@ -97,16 +97,16 @@ async def test_a_slow_reader_that_leaves_is_noticed(start: StartServer) -> None:
     server = await start(reply=None)
     response = await open_stream(server)
     for _ in range(300):
-        server.engine.streams[0].say("x" * 100_000, tokens=1)
+        server.engine.live[0].say("x" * 100_000, tokens=1)
         await asyncio.sleep(0)
     response.close()
-    await asyncio.wait_for(server.engine.streams[0].aborted.wait(), 2)
+    await asyncio.wait_for(server.engine.live[0].aborted.wait(), 2)
 
 
 async def test_a_request_that_fails_mid_stream_ends_with_an_error_and_done(start: StartServer) -> None:
     server = await start(reply=None)
     response = await open_stream(server)
-    server.engine.streams[0].fail("out of KV blocks")
+    server.engine.live[0].fail("out of KV blocks")
     chunks = events(await response.read())
     assert chunks[0]["choices"][0]["text"] == "first"
     assert chunks[1]["error"]["message"] == "out of KV blocks"
@@ -117,11 +117,11 @@ async def test_a_request_that_fails_whole_is_a_500(start: StartServer) -> None:
     server = await start(reply=None)
     asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": ["x", "y"]}).__aenter__())
     await server.engine.submitted.wait()
-    server.engine.streams[0].fail("out of KV blocks")
+    server.engine.live[0].fail("out of KV blocks")
     response = await asking
     assert response.status == 500
     assert (await response.json())["error"]["code"] == "generation_failed"
-    await asyncio.wait_for(server.engine.streams[1].aborted.wait(), 2)
+    await asyncio.wait_for(server.engine.live[1].aborted.wait(), 2)
 
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
@@ -157,12 +157,12 @@ async def test_a_bug_mid_stream_is_a_bare_error_event_and_a_logged_traceback(
     server = await start(reply=None)
     response = await open_stream(server, logprobs=1)
     server.engine.tokenizer.token_bytes = None  # type: ignore[method-assign,assignment]
-    server.engine.streams[0].say("next")
+    server.engine.live[0].say("next")
     chunks = events(await response.read())
     assert chunks[-2]["error"]["message"].startswith("Internal server error")
     assert chunks[-1] == "[DONE]"
     assert "Traceback" in caplog.text
-    assert server.engine.streams[0].aborted.is_set()
+    assert server.engine.live[0].aborted.is_set()
 
 
 async def test_a_drain_refuses_newcomers_and_lets_streams_finish(start: StartServer) -> None:
@@ -174,7 +174,7 @@ async def test_a_drain_refuses_newcomers_and_lets_streams_finish(start: StartSer
         assert (await refused.json())["error"]["code"] == "draining"
     async with server.get("/ready") as ready, server.get("/health") as health:
         assert (ready.status, health.status) == (503, 200)
-    server.engine.streams[0].say(" last", FinishReason.STOP)
+    server.engine.live[0].say(" last", FinishReason.STOP)
     assert "".join(chunk["choices"][0]["text"] for chunk in events(await response.read())[:-1]) == "first last"
     await asyncio.wait_for(server.service.idle.wait(), 2)
 
@@ -192,4 +192,38 @@ async def test_aborted_streams_are_told_why_even_if_the_engine_is_stuck(
     chunks = events(await response.read())
     assert chunks[-2]["error"]["message"] == "The server is shutting down."
     assert chunks[-1] == "[DONE]"
-    assert all(stream.aborted.is_set() for stream in server.engine.streams)
+    assert all(stream.aborted.is_set() for stream in server.engine.live)
+
+
+@pytest.mark.parametrize(("version", "is_chunked"), [("1.0", False), ("1.1", True)])
+async def test_events_are_framed_as_the_clients_protocol_wants_them(
+    start: StartServer, version: str, is_chunked: bool
+) -> None:
+    server = await start(reply="one two three", step_s=0.01)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    body = b'{"prompt": "x", "stream": true}'
+    head = f"POST {PLAIN} HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    raw = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    headers, _, rest = raw.partition(b"\r\n\r\n")
+    assert (b"chunked" in headers) is is_chunked
+    if is_chunked:
+        pieces = []
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            pieces.append(rest[: int(size, 16)])
+            rest = rest[int(size, 16) + 2 :]
+        rest = b"".join(pieces)
+    assert [chunk["choices"][0]["text"] for chunk in events(rest)[:-1]] == ["one ", "two ", "three"]
+
+
+async def test_text_that_json_must_escape_arrives_as_it_is(start: StartServer) -> None:
+    server = await start(reply=None)
+    response = await open_stream(server)
+    for text in ('"quoted"\n', "back\\slash\t", "naïve 🙂 \u2028", "\x00\x1f"):
+        server.engine.live[0].say(text)
+        await asyncio.sleep(0.01)
+    server.engine.live[0].say("", FinishReason.STOP)
+    text = "".join(chunk["choices"][0]["text"] for chunk in events(await response.read())[:-1])
+    assert text == 'first"quoted"\nback\\slash\tnaïve 🙂 \u2028\x00\x1f'

@@ -28,6 +28,7 @@ class Scene:
         self.tiers = FakeTiers(num_blocks=DEVICE_BLOCKS, block_size=4, **options)
         self.live: list[str] = []
         self.num_arrived = 0
+        self.rows: dict[str, int] = {}
 
     def among(self, pick: int, *states: KVState) -> str | None:
         able = [req for req in self.live if self.tiers.state(req) in states]
@@ -93,6 +94,16 @@ class Scene:
     def check(self) -> None:
         self.tiers.kv.check()
         assert self.tiers.wrong == []
+        self.check_columns()
+
+    def check_columns(self) -> None:
+        """Whoever only follows those that move has the counters that looking everybody up gives."""
+        kv = self.tiers.kv
+        self.rows |= kv.take_moved()
+        looked_up = kv.columns(self.live)
+        followed = kv.columns_at([self.rows.get(req, 0) for req in self.live])
+        for name in ("state", "num_tokens", "num_host_tokens", "num_device_blocks"):
+            assert getattr(followed, name).tolist() == getattr(looked_up, name).tolist()
 
     def end(self) -> None:
         """From any state: all pause, then one after the other comes back whole; then all leave nothing behind."""

@@ -9,10 +9,13 @@ import time
 import numpy as np
 import pytest
 
+from tests.memory.fake_link import FakeLink
 from tests.memory.fakes import FakeDevice
 from tfserve.engine.clock import RealClock
 from tfserve.engine.sim.clock import SimClock
 from tfserve.engine.sim.transfers import SimLinks, SimTransfers
+from tfserve.memory.copy_runs import BlockGeometry
+from tfserve.memory.stream_transfers import StreamTransfers
 from tfserve.memory.transfers import TierArrays, WorkerTransfers
 from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
 
@@ -78,7 +81,28 @@ class FakeBench:
         return self.engine.poll()
 
 
-@pytest.fixture(params=[WorkerBench, SimBench, FakeBench])
+class StreamBench:
+    """Transfers over streams, on a device that runs one copy after another."""
+
+    def __init__(self) -> None:
+        geometry = BlockGeometry(2 * LAYERS, BLOCK, HEADS * WIDTH)
+        device, host = (np.zeros(9 * geometry.block_bytes, np.uint8) for _ in range(2))
+        self.link = FakeLink(device, host)
+        self.engine = StreamTransfers(self.link, geometry, 100, RealClock())
+
+    def settle(self, n: int) -> list[Ack]:
+        acks: list[Ack] = []
+        deadline = time.monotonic() + PATIENCE_S
+        while (ready := self.link.ready()) and time.monotonic() < deadline:
+            self.link.run(ready[0])
+            while not (new := self.engine.poll()) and time.monotonic() < deadline:
+                time.sleep(1e-3)
+            acks += new
+        # The copies of a run are acknowledged together.
+        return acks
+
+
+@pytest.fixture(params=[WorkerBench, SimBench, FakeBench, StreamBench])
 def bench(request):
     bench = request.param()
     yield bench

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import aiohttp
 import msgspec
 
+from tfserve.bench.workload import Work
 from tfserve.errors import TfserveError
 
 Endpoint = Literal["chat", "completions"]
@@ -39,38 +40,43 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         """Where requests are posted."""
         return server_root(self.base_url) + _PATHS[self.endpoint]
 
-    def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
-        """The request's JSON. `ignore_eos` is not OpenAI's, so it is sent only when asked for."""
+    def body(self, work: Work) -> dict[str, Any]:
+        """The request's JSON. `ignore_eos` and `consumption_rate` are not OpenAI's: sent only when asked for."""
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": max_tokens,
+            "max_tokens": work.max_tokens,
             "temperature": self.temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
         if self.endpoint == "chat":
-            body["messages"] = [{"role": "user", "content": prompt}]
+            body["messages"] = [{"role": "user", "content": work.prompt}]
         else:
-            body["prompt"] = prompt
+            body["prompt"] = work.prompt
         if self.ignore_eos:
             body["ignore_eos"] = True
+        if work.rate is not None:
+            body["consumption_rate"] = work.rate
         return body
 
 
 class RequestRecord(msgspec.Struct, kw_only=True):
     """What one request saw. Times in seconds since the run began.
 
-    `chunks` holds (time, tokens) per SSE chunk that carried text. `prompt_tokens` and `output_tokens` are the server's
-    usage, None where it gave none. `error` is the kind of failure, None for a request that completed.
+    `chunks` holds (time, tokens) per SSE chunk that carried text. `prompt_tokens`, `output_tokens` and
+    `num_preemptions` are the server's usage, None where it gave none. `rate`, tokens/s, is what it is scored at.
+    `error` is the kind of failure, None for a request that completed.
     """
 
     index: int
     arrival_s: float
+    rate: float | None = None
     sent_s: float = 0.0
     end_s: float = 0.0
     chunks: list[tuple[float, int]] = []
     prompt_tokens: int | None = None
     output_tokens: int | None = None
+    num_preemptions: int | None = None
     finish_reason: str | None = None
     error: str | None = None
     error_detail: str | None = None
@@ -151,11 +157,11 @@ class StreamClient:
         """Seconds since the run began, to the microsecond: records of many chunks stay small."""
         return round(time.perf_counter() - self._origin, 6)
 
-    async def send(self, record: RequestRecord, prompt: str, max_tokens: int) -> None:
+    async def send(self, record: RequestRecord, work: Work) -> None:
         """Send one request now and fill `record` with what came back; a failure of any kind ends up in it too."""
         record.sent_s = self.now()
         try:
-            async with self._session.post(self._target.url, json=self._target.body(prompt, max_tokens)) as response:
+            async with self._session.post(self._target.url, json=self._target.body(work)) as response:
                 if response.status != 200:
                     raise _StreamError(f"http_{response.status}", await response.text(errors="replace"))
                 await self._read(response, record)
@@ -214,6 +220,8 @@ def _take_usage(usage: object, record: RequestRecord) -> int:
         return 1
     if isinstance(usage.get("prompt_tokens"), int):
         record.prompt_tokens = usage["prompt_tokens"]
+    if isinstance(usage.get("num_preemptions"), int):
+        record.num_preemptions = usage["num_preemptions"]
     if not isinstance(usage.get("completion_tokens"), int):
         return 1
     # Usage that comes only at the end says nothing about its own chunk; a running one does, from the first chunk on.

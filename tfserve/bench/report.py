@@ -6,7 +6,7 @@ import collections
 import datetime
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,15 @@ import numpy as np
 
 import tfserve
 from tfserve.bench.client import RequestRecord
+from tfserve.bench.scoring import (
+    QOS_ALPHA,
+    QOS_STALL_PENALTY,
+    QOS_TAU_TOKENS,
+    QOS_TTFT_PENALTY,
+    Quality,
+    quality,
+    quality_by_rate,
+)
 from tfserve.errors import TfserveError
 
 
@@ -43,7 +52,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     `duration_s` runs from the first arrival to the last token. `unplaced_tokens` were counted by the server but not
     seen as chunks of their own, so their arrival is unknown: `tbt` is the gap between chunks, `tpot` each request's
     mean time per token, which does not depend on the chunking. `surplus_chunks` came beyond the tokens that the server
-    counted, so its count is in doubt. `send_lag` is how much later than due a request left.
+    counted, so its count is in doubt. `send_lag` is how much later than due a request left. `quality` needs a reading
+    rate for every request; `quality_by_rate` is empty unless there are several. `preemptions` are per request.
     """
 
     num_requests: int
@@ -63,6 +73,9 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     tpot: Spread | None
     e2e: Spread | None
     send_lag: Spread | None
+    quality: Quality | None
+    quality_by_rate: dict[str, Quality]
+    preemptions: Spread | None
     client_cpu_s: float
     client_cpu_share: float
 
@@ -99,6 +112,9 @@ def summarize(records: Sequence[RequestRecord], wall_s: float, cpu_s: float) -> 
         tpot=Spread.of(record.tpot_s for record in completed),
         e2e=Spread.of(record.end_s - record.sent_s for record in completed),
         send_lag=Spread.of(record.sent_s - record.arrival_s for record in records),
+        quality=quality(records),
+        quality_by_rate=quality_by_rate(records),
+        preemptions=Spread.of(record.num_preemptions for record in completed),
         client_cpu_s=cpu_s,
         client_cpu_share=cpu_s / wall_s,
     )
@@ -153,6 +169,9 @@ def table(summary: Summary) -> str:
         _row("time per token, ms", summary.tpot, 1e3),
         _row("end to end, s", summary.e2e, 1),
         _row("sent later than due, ms", summary.send_lag, 1e3),
+        _row("preemptions per request", summary.preemptions, 1),
+        "",
+        *_quality_lines(summary),
         "",
         f"{'client CPU':<26}{summary.client_cpu_s:.2f} s, {summary.client_cpu_share:.1%} of one core",
     ]
@@ -166,6 +185,30 @@ def table(summary: Summary) -> str:
     if summary.surplus_chunks:
         lines.append(f"{summary.surplus_chunks} more chunks came than tokens were counted: doubt the server's usage")
     return "\n".join(lines)
+
+
+def _quality_lines(summary: Summary) -> list[str]:
+    """Scores of all requests, and of each class of readers if there are several."""
+    columns = {"all": summary.quality, **{f"at {rate}/s": each for rate, each in summary.quality_by_rate.items()}}
+    rows: list[tuple[str, Callable[[Quality], float]]] = [
+        ("raw throughput, tok/s", lambda q: q.report.raw_throughput),
+        ("effective, tok/s", lambda q: q.report.effective_throughput),
+        ("on time, tok/s", lambda q: q.report.on_time_goodput),
+        ("stalls, s", lambda q: q.report.stall_s),
+        ("stall share, %", lambda q: 100 * q.report.stall_share),
+        ("QoS *", lambda q: q.qos),
+    ]
+    lines = [f"{'':<26}" + "".join(f"{name:>10}" for name in columns)]
+    for name, pick in rows:
+        lines.append(
+            f"{name:<26}" + "".join(f"{'n/a' if q is None else f'{pick(q):.2f}':>10}" for q in columns.values())
+        )
+    if summary.quality is not None:
+        lines.append(
+            f"* tau {QOS_TAU_TOKENS:g} tokens, alpha {QOS_ALPHA:g}, a second of waiting costs "
+            f"{QOS_TTFT_PENALTY:g} token before the first one and {QOS_STALL_PENALTY:g} after it"
+        )
+    return lines
 
 
 def _number(value: float | None, unit: str = "") -> str:

@@ -1,14 +1,17 @@
-"""What a benchmark sends and when: arrival times and prompts, both functions of a seed."""
+"""What a benchmark sends and when: arrival times, prompts, lengths and reading rates, all functions of a seed."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from tfserve.engine.token_buffer import AUTO, NAMED_RATES
 from tfserve.errors import TfserveError
 
 # Plain English words, each one token after a space in the common BPE vocabularies, so that a prompt's length in tokens
@@ -22,13 +25,92 @@ level office door health person art war history party result change morning reas
 """
 WORDS = tuple(_WORD_LIST.split())
 
+BUNDLED_PROMPTS = Path(__file__).with_name("data") / "prompts.jsonl"
+"""500 real prompts with the lengths of reference answers; licences and sources are in SOURCES.md beside it."""
 
-def parse_rate(text: str) -> float:
+Rate = float | str | None
+"""What is sent as `consumption_rate`: tokens/s or a name; None sends nothing."""
+
+
+class Work(msgspec.Struct, frozen=True):
+    """One request to send: its prompt, how long the answer may be and how fast its reader reads."""
+
+    prompt: str
+    max_tokens: int
+    rate: Rate = None
+
+
+class PromptRow(msgspec.Struct, frozen=True):
+    """A row of a prompts file. `max_tokens` overrules the command line; `ref_output_tokens` is a reference's length,
+    `prompt_tokens` the prompt's by some tokenizer.
+    """
+
+    prompt: str
+    max_tokens: int | None = None
+    ref_output_tokens: int | None = None
+    prompt_tokens: int | None = None
+
+
+class Lengths(msgspec.Struct, frozen=True):
+    """How long answers may be: `default` tokens; with `clamp` as the reference answer, kept between two bounds."""
+
+    default: int
+    clamp: tuple[int, int] | None = None
+
+    def of(self, row: PromptRow) -> int:
+        """max_tokens of one row: its own, else its reference's, else the default."""
+        if row.max_tokens is not None:
+            return row.max_tokens
+        if self.clamp is None:
+            return self.default
+        low, high = self.clamp
+        return min(max(row.ref_output_tokens or self.default, low), high)
+
+
+def parse_request_rate(text: str) -> float:
     """Requests per second from "2.5", or infinity from "inf" or "burst". Raises ValueError for anything else."""
     rate = math.inf if text in {"inf", "burst"} else float(text)
     if not rate > 0:
         raise ValueError(f"a rate must be above 0, got {text}")
     return rate
+
+
+def parse_rate(text: str) -> float | str:
+    """A reading rate: tokens/s above 0, or the name of one. Raises ValueError."""
+    if text == AUTO or text in NAMED_RATES:
+        return text
+    rate = float(text)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"a rate must be above 0, got {text}")
+    return rate
+
+
+def parse_rate_mix(text: str) -> dict[float | str, float]:
+    """Rates and their shares from "8:0.4,16:0.6". Raises ValueError unless the shares are above 0 and add up to 1."""
+    mix: dict[float | str, float] = {}
+    for part in text.split(","):
+        rate, _, share = part.partition(":")
+        mix[parse_rate(rate)] = float(share)
+    if min(mix.values()) <= 0 or not math.isclose(sum(mix.values()), 1.0, abs_tol=1e-6):
+        raise ValueError(f"shares must be above 0 and add up to 1, got {text}")
+    return mix
+
+
+def parse_clamp(text: str) -> tuple[int, int]:
+    """Bounds from "96:256". Raises ValueError unless 1 <= low <= high."""
+    low, high = (int(part) for part in text.split(":"))
+    if not 1 <= low <= high:
+        raise ValueError(f"needs 1 <= low <= high, got {text}")
+    return low, high
+
+
+def mixed_rates(mix: dict[float | str, float], count: int, seed: int) -> list[float | str]:
+    """A rate for each of `count` requests: as close to the shares as whole requests allow, in an order of the seed."""
+    edges = [round(count * share) for share in itertools.accumulate(mix.values())]
+    counts = [end - begin for begin, end in itertools.pairwise([0, *edges[:-1], count])]
+    rates = [rate for rate, times in zip(mix, counts, strict=True) for _ in range(times)]
+    random.Random(seed).shuffle(rates)
+    return rates
 
 
 def arrival_times(rate: float, count: int, seed: int) -> list[float]:
@@ -45,30 +127,48 @@ def random_prompt(num_words: int, rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=num_words))
 
 
-def read_prompts(path: Path, count: int, seed: int) -> list[str]:
-    """`count` prompts drawn from a JSON-lines file with a "prompt" field, each row once before any row twice.
+def read_prompts(path: Path, count: int, seed: int) -> list[PromptRow]:
+    """`count` rows drawn from a JSON-lines file with a "prompt" field, each row once before any row twice.
 
     Raises TfserveError naming the line that is not such a row.
     """
+    rows = read_rows(path)
+    random.Random(seed).shuffle(rows)
+    return list(itertools.islice(itertools.cycle(rows), count))
+
+
+def read_rows(path: Path) -> list[PromptRow]:
+    """All rows of a JSON-lines file of prompts, in order. Raises TfserveError."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise TfserveError(f"--dataset: cannot read {path}: {error.strerror}; give a .jsonl file or random") from None
-    prompts = [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not prompts:
+        known = "give a .jsonl file, prompts or random"
+        raise TfserveError(f"--dataset: cannot read {path}: {error.strerror}; {known}") from None
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
         raise TfserveError(f"--dataset: {path} holds no rows; give a file with one JSON object a line")
-    random.Random(seed).shuffle(prompts)
-    return list(itertools.islice(itertools.cycle(prompts), count))
+    return rows
 
 
-def _prompt_of(line: bytes, where: str) -> str:
+def write_rows(path: Path, rows: Sequence[PromptRow]) -> None:
+    """Write a file that `read_rows` reads."""
+    path.write_bytes(b"".join(msgspec.json.encode(_given(row)) + b"\n" for row in rows))
+
+
+def _given(row: PromptRow) -> dict[str, Any]:
+    return {name: value for name, value in msgspec.structs.asdict(row).items() if value is not None}
+
+
+def _row(line: bytes, where: str) -> PromptRow:
     try:
-        prompt = msgspec.json.decode(line)["prompt"]
-    except (msgspec.DecodeError, LookupError, TypeError):
-        prompt = None
-    if not isinstance(prompt, str) or not prompt:
-        raise TfserveError(f'--dataset: {where} must be a JSON object with a non-empty text "prompt"')
-    return prompt
+        row = msgspec.json.decode(line, type=PromptRow)
+    except msgspec.DecodeError as error:
+        raise TfserveError(
+            f'--dataset: {where} must be a JSON object with a non-empty text "prompt": {error}'
+        ) from None
+    if not row.prompt or (row.max_tokens is not None and row.max_tokens < 1):
+        raise TfserveError(f'--dataset: {where} needs a non-empty text "prompt", and "max_tokens", if any, above 0')
+    return row
 
 
 class PromptSize(msgspec.Struct, frozen=True):

@@ -54,18 +54,21 @@ class BatchBuilder:
         for request in decoding:
             if len(decodes) == self._max_num_batched_tokens:
                 break
-            if request.id not in held:
+            # A last token in flight is the last one, whatever it is.
+            if request.id not in held and not request.is_complete:
                 self._append(decodes, request, 1)
 
     def _append(self, seqs: list[SeqStep], request: Request, n: int) -> bool:
-        """Plan n tokens of a request if there are blocks for them; a request without waits for the next step."""
+        """Plan n tokens of a request if there are blocks for them; a request without waits for the next step.
+
+        From then on they count as computed.
+        """
         start = request.num_computed_tokens
         new_blocks = self._kv.extend(request.id, n, request.num_prompt_tokens + request.max_tokens)
         if new_blocks is None or request.row is None:
             return False
         tokens = None if request.device_has_token else tuple(request.token_ids[start : start + n])
-        sample = start + n == request.num_tokens
-        seqs.append(SeqStep(request.id, request.row, start, n, sample, tokens, new_blocks))
+        seqs.append(SeqStep(request.id, request.row, start, n, request.plan(n), tokens, new_blocks))
         return True
 
 

@@ -15,40 +15,75 @@ from tfserve.engine.calibration import calibrate
 from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
+from tfserve.engine.cuda_device import cuda_runner, measure_kv_bytes
 from tfserve.engine.host_memory import granule_of, open_host_tier
-from tfserve.engine.messages import StepOutputs
+from tfserve.engine.messages import StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.step_trace import StepTrace, TraceHead
+from tfserve.engine.step_worker import StepWorker
 from tfserve.errors import ConfigError
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
+from tfserve.memory.host_pool import available_bytes
 from tfserve.memory.kv_layout import KVLayout
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
+from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
+from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import EngineInfo
 
 logger = logging.getLogger(__name__)
 
+_ROW_BYTES = 1024
+"""About what a row takes beside its block table: sampling parameters, its place in the scheduler's lists."""
 
-def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tuple[EngineCore, EngineInfo]:
+_MOST_FOR_ROWS = 0.05
+"""Share of the free memory that such tables may take."""
+
+
+def build_core(
+    config: EngineConfig, emit: Callable[[StepOutputs | StreamStates], None]
+) -> tuple[EngineCore, EngineInfo]:
     """Load everything `config` names; `config.model` is a local directory by now. Raises ConfigError, ModelError."""
+    if config.pipeline_depth == 1:
+        return _build(config, emit, None)
+    worker = StepWorker()
+    try:
+        return worker.call(_build, config, emit, worker)
+    except BaseException:
+        worker.close()
+        raise
+
+
+def _build(
+    config: EngineConfig, emit: Callable[[StepOutputs | StreamStates], None], worker: StepWorker | None
+) -> tuple[EngineCore, EngineInfo]:
+    """Everything, on the thread that is to run the steps; with a worker, the calling thread is the worker's."""
     started_s = time.monotonic()
     path = Path(config.model)
     model_config = load_model_config(path)
     device = _device(config)
     dtype = _dtype(config, model_config, device)
     threads = _set_threads(config, device)
-    backend = select_backend(config.attention_backend, device=device, dtype=dtype)
+    backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
     block_size = backend.block_size(config.block_size)
     tokenizer = Tokenizer.from_dir(path)
-    model = load_model(path, model_config, dtype=dtype, device=device, quantization=config.quantization, progress=False)
+    model = load_model(
+        path,
+        model_config,
+        dtype=dtype,
+        device=device,
+        quantization=config.quantization,
+        progress=False,
+        quantized_dir=cache_dir() / "int8",
+    )
     layout = KVLayout.for_device(
         device,
         dtype,
@@ -57,15 +92,24 @@ def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tup
         num_kv_heads=model_config.num_key_value_heads,
         head_dim=model_config.head_dim,
     )
-    num_blocks = _num_blocks(config, layout, device)
+    stream = torch.cuda.Stream() if device == "cuda" else None
+    measured_bytes = None
+    if stream is not None and config.num_gpu_blocks_override is None:
+        measured_bytes = measure_kv_bytes(model, layout, backend, config, stream)
+    num_blocks = _num_blocks(config, layout, device, measured_bytes)
+    _check_rows(config, model_config, block_size)
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
-    runner = ModelRunner(model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    runner: ModelRunner | StreamRunner
+    if stream is None:
+        runner = ModelRunner(model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+    else:
+        runner = cuda_runner(model, kv, backend, config, max_model_len=max_model_len, stream=stream)
     # A new request's stretch of blocks: enough for its length, but never more than its share of the pool.
     run_tokens = min(max_model_len, num_blocks * block_size // config.max_num_seqs)
     clock = RealClock()
-    tier = open_host_tier(config, device_pool, clock)
+    tier = open_host_tier(config, device_pool, clock, runner if isinstance(runner, StreamRunner) else None)
     sched = config.scheduler
     manager = KVCacheManager(
         BlockPool(num_blocks),
@@ -85,14 +129,17 @@ def build_core(config: EngineConfig, emit: Callable[[StepOutputs], None]) -> tup
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
+    if worker is not None:
+        worker.serve(runner)
     core = EngineCore(
         scheduler=scheduler,
-        runner=runner,
+        runner=worker or runner,
         clock=clock,
         tokenizer=tokenizer,
         eos_token_ids=model_config.eos_token_ids,
         seed=config.seed,
         emit=emit,
+        pipeline_depth=config.pipeline_depth,
         debug_checks=config.debug_checks,
         trace=_trace(config, device, manager, layout.token_bytes),
     )
@@ -161,28 +208,56 @@ def _set_threads(config: EngineConfig, device: str) -> int:
     return threads
 
 
-def _num_blocks(config: EngineConfig, layout: KVLayout, device: str) -> int:
-    """Blocks in the device pool, the reserved one included."""
+def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_bytes: int | None) -> int:
+    """Blocks in the device pool, the reserved one included; `measured_bytes` is what a GPU has left for them."""
+    free_bytes, _ = _memory(device)
     if config.num_gpu_blocks_override is not None:
+        most = free_bytes // layout.block_bytes
+        if config.num_gpu_blocks_override > most:
+            raise ConfigError(
+                "num_gpu_blocks_override",
+                f"{config.num_gpu_blocks_override} blocks of {layout.block_bytes / 2**20:.3g} MiB of KV do not fit;"
+                f" {free_bytes / 2**30:.1f} GiB are free, enough for {most}. Set it to less than that",
+            )
         return config.num_gpu_blocks_override
-    if device == "cpu":
+    if measured_bytes is None:
         budget_bytes = int(config.kv_cache_gib * 2**30)
-        available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if budget_bytes > available_bytes:
+        if budget_bytes > free_bytes:
             raise ConfigError(
                 "kv_cache_gib",
-                f"{config.kv_cache_gib} GiB of KV cache do not fit; {available_bytes / 2**30:.1f} are free",
+                f"{config.kv_cache_gib:g} GiB of KV cache do not fit; {free_bytes / 2**30:.1f} are free. Set a smaller"
+                " value",
             )
     else:
-        free_bytes, total_bytes = torch.cuda.mem_get_info()
-        budget_bytes = int(free_bytes - (1 - config.gpu_memory_utilization) * total_bytes)
+        budget_bytes = measured_bytes
     num_blocks = budget_bytes // layout.block_bytes
     if num_blocks < 2:
-        key = "kv_cache_gib" if device == "cpu" else "gpu_memory_utilization"
+        key = "kv_cache_gib" if measured_bytes is None else "gpu_memory_utilization"
         raise ConfigError(
             key, f"leaves {budget_bytes / 2**20:.0f} MiB for KV; a block takes {layout.block_bytes} bytes"
         )
     return int(num_blocks)
+
+
+def _memory(device: str) -> tuple[int, int]:
+    """Bytes free and in all on the device; of a CPU's, what the machine and its control groups let us have."""
+    if device == "cpu":
+        return available_bytes(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    return free_bytes, total_bytes
+
+
+def _check_rows(config: EngineConfig, model: ModelConfig, block_size: int) -> None:
+    """Raise ConfigError if there is no memory for the tables of `max_num_seqs` rows."""
+    longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
+    row_bytes = _ROW_BYTES + 4 * -(-longest // block_size)
+    most = int(available_bytes() * _MOST_FOR_ROWS / row_bytes)
+    if config.max_num_seqs > most:
+        raise ConfigError(
+            "max_num_seqs",
+            f"the tables of {config.max_num_seqs} requests at once take {config.max_num_seqs * row_bytes / 2**30:.3g}"
+            f" GiB, more than this machine can spare for them; set at most {most} (32 to 1024 are usual)",
+        )
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int, block_size: int) -> int:

@@ -6,15 +6,29 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from itertools import compress
 
-from tfserve.engine.messages import AbortRequest, AddRequest, Shutdown, StepOutputs, ToCore, TokenOutput
-from tfserve.engine.request import Request
+import msgspec
+
+from tfserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    ListStreams,
+    ReportPlayed,
+    Shutdown,
+    StepOutputs,
+    StreamStates,
+    ToCore,
+    TokenOutput,
+)
+from tfserve.engine.request import Request, RequestState
 from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.step_trace import CopyTotals, StepTrace
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.tokenizer import Tokenizer
-from tfserve.plan import Clock, Direction, Fence, Runner, StepPlan, StepResult
-from tfserve.types import EngineStats, FinishReason, RequestId
+from tfserve.plan import Clock, Direction, Fence, InFlight, Runner, StepPlan, StepResult
+from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +56,26 @@ class Inbox:
         return taken
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step under way, and those it touches as they were then: an id may have a new owner when it ends.
+
+    `after_sleep`: the device had nothing to do before it because there was nothing to run.
+    """
+
+    plan: StepPlan
+    flight: InFlight
+    requests: dict[RequestId, Request]
+    after_sleep: bool
+
+
 class EngineCore:
     """Runs requests to their end. Everything it touches is injected; `emit` gets every step's outputs.
 
-    `trace` is told of every step and finished request. Without a `tokenizer` stop strings are not looked for.
+    `pipeline_depth` steps may be under way: at 2, a step is planned and launched before the tokens of the one before it
+    are known to the host, so that the device need not wait for the host. A request that then turns out to have ended
+    has one more token computed; it is dropped. `trace` is told of every step and finished request. `tokenizer` is for
+    stop strings: None where no request has any.
 
     One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on.
     Exceptions outside the runner are bugs in our own bookkeeping: they leave `run`.
@@ -60,7 +90,8 @@ class EngineCore:
         tokenizer: Tokenizer | None,
         eos_token_ids: Collection[int],
         seed: int,
-        emit: Callable[[StepOutputs], None],
+        emit: Callable[[StepOutputs | StreamStates], None],
+        pipeline_depth: int = 1,
         debug_checks: bool = False,
         trace: StepTrace | None = None,
     ) -> None:
@@ -72,14 +103,20 @@ class EngineCore:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seeds = random.Random(seed)
         self._emit = emit
+        self._pipeline_depth = pipeline_depth
         self._debug_checks = debug_checks
         self._trace = trace
+        self._launched: deque[_Launched] = deque()
+        self._slept = True
         self._requests: dict[RequestId, Request] = {}
         self._outputs: list[TokenOutput] = []
+        self._resumed: list[tuple[str, float]] = []
         self._step = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._num_finished = 0
+        self._device_busy_s = 0.0
+        self._device_idle_s = 0.0
         self._stopping = False
 
     def run(self) -> None:
@@ -92,12 +129,16 @@ class EngineCore:
                 self._finish(request, FinishReason.ABORT)
             self._flush()
         finally:
+            self._runner.close()
             self._scheduler.offload.close()
             if self._trace is not None:
                 self._trace.close()
 
     def step(self) -> bool:
-        """One turn of the loop; False when there was nothing to run."""
+        """One turn of the loop: launch a step, and commit the one before if too many are under way or none is new.
+
+        False when there was nothing to run.
+        """
         self._scheduler.take_acks(self._clock.now())
         self._take_messages()
         if self._stopping:
@@ -106,16 +147,21 @@ class EngineCore:
         for request, wait_s in self._scheduler.rejected:
             self._reject(request, wait_s)
         self._scheduler.offload.submit(plan)
+        most = 0
         if plan.seqs:
-            self._step += 1
-            self._run_plan(plan)
+            self._launch(plan)
+            most = self._pipeline_depth - 1
+        worked = bool(self._launched)
+        while len(self._launched) > most:
+            self._commit(self._launched.popleft())
         self._flush()
         if self._debug_checks:
             self._scheduler.check()
-        return bool(plan.seqs)
+        return worked
 
     def sleep(self) -> None:
         """Wait for a message, an acknowledgement, or the moment that the scheduler wants to be asked again."""
+        self._slept = True
         wake_s = self._scheduler.wake_s
         self._clock.wait(None if wake_s is None else max(wake_s, self._clock.now() + _LEAST_SLEEP_S))
 
@@ -140,6 +186,9 @@ class EngineCore:
             num_free_host_blocks=kv.num_free_host_blocks,
             bytes_stored=moved[Direction.STORE],
             bytes_loaded=moved[Direction.LOAD],
+            device_busy_s=self._device_busy_s,
+            device_idle_s=self._device_idle_s,
+            num_dropped=self._scheduler.num_dropped,
         )
 
     def _take_messages(self) -> None:
@@ -151,6 +200,12 @@ class EngineCore:
                     request = self._requests.get(message.request_id)
                     if request is not None:
                         self._finish(request, FinishReason.ABORT)
+                case ReportPlayed():
+                    request = self._requests.get(message.request_id)
+                    if request is not None:
+                        self._scheduler.on_played(request, message.num_tokens, self._clock.now())
+                case ListStreams():
+                    self._emit(StreamStates(message.query, self._scheduler.streams(self._clock.now())))
                 case Shutdown():
                     self._stopping = True
 
@@ -166,67 +221,87 @@ class EngineCore:
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
             rate=message.rate,
-            detokenizer=Detokenizer.for_params(self._tokenizer, params) if self._tokenizer and params.stop else None,
+            detokenizer=self._detokenizer(params) if params.stop else None,
         )
         self._requests[request.id] = request
         self._num_prompt_tokens += request.num_prompt_tokens
         self._scheduler.add(request)
 
-    def _run_plan(self, plan: StepPlan) -> None:
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer:
+        assert self._tokenizer is not None
+        return Detokenizer.for_params(self._tokenizer, params)
+
+    def _launch(self, plan: StepPlan) -> None:
+        touched = {seq.req for seq in plan.seqs} | {entry.req for entry in plan.entered}
+        requests = {req: self._requests[req] for req in touched}
+        self._launched.append(_Launched(plan, self._runner.launch(plan), requests, self._slept))
+        self._slept = False
+        self._step += 1
+
+    def _commit(self, launched: _Launched) -> None:
+        """Wait for a step's end and hand out what it produced."""
+        plan = launched.plan
         try:
-            result = self._runner.launch(plan).result()
+            result = launched.flight.result()
         except Exception as error:  # whatever a kernel raises must not end other people's streams
             logger.exception("step %d failed", plan.step)
-            self._scheduler.offload.complete(plan.step)
-            self._fail(plan, f"{type(error).__name__}: {error}")
+            self._scheduler.ended(plan)
+            self._fail(launched, f"{type(error).__name__}: {error}")
         else:
-            self._scheduler.offload.complete(plan.step)
+            self._scheduler.ended(plan)
             self._scheduler.observe(plan, result.device_s)
+            self._device_busy_s += result.device_s
+            self._device_idle_s += 0.0 if launched.after_sleep else result.idle_s
             if self._trace is not None:
                 self._trace.on_step(plan, result.device_s, self._clock.now(), self._scheduler.counts, self._copied())
-            self._commit(plan, result)
+            self._hand_out(launched, result)
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+    def _hand_out(self, launched: _Launched, result: StepResult) -> None:
+        """Give those who still want them their tokens, wherever they are by now."""
         now_s = self._clock.now()
-        advanced = [(seq, self._scheduler.advance(seq)) for seq in plan.seqs]
-        sampled = [request for seq, request in advanced if seq.sample]
-        self._scheduler.deliver([request.id for request in sampled if request is not None], now_s)
-        for request, token, logprob in zip(sampled, result.tokens, result.logprobs, strict=True):
-            if request is None:
+        sampled = [launched.requests[seq.req] for seq in launched.plan.seqs if seq.sample]
+        wanted = [request.state is not RequestState.FINISHED for request in sampled]
+        failed = dict(result.failed)
+        self._scheduler.deliver([request.id for request in compress(sampled, wanted)], now_s)
+        produced = zip(sampled, result.tokens, result.logprobs, strict=True)
+        for request, token, logprob in compress(produced, wanted):
+            if request.id in failed:
+                self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id]))
                 continue
             self._num_output_tokens += 1
             finish = request.append(token, now_s)
+            if request.resume is not None:
+                path, since_s = request.resume
+                self._resumed.append((path, now_s - since_s))
+                request.resume = None
             logprobs = None if logprob is None else [logprob]
             if finish is None:
                 self._outputs.append(TokenOutput(request.id, [token], logprobs))
             else:
                 self._finish(request, finish[0], TokenOutput(request.id, [token], logprobs, stop_reason=finish[1]))
 
-    def _fail(self, plan: StepPlan, error: str) -> None:
+    def _fail(self, launched: _Launched, error: str) -> None:
         """End every request the failed step touched; those that merely took a row in it too, for it may be unset."""
-        touched = {seq.req for seq in plan.seqs} | {entry.req for entry in plan.entered}
-        for req in touched:
-            request = self._requests.get(req)
-            if request is not None:
+        for req, request in launched.requests.items():
+            if request.state is not RequestState.FINISHED:
                 self._finish(request, FinishReason.ERROR, TokenOutput(req, error=error))
 
     def _reject(self, request: Request, wait_s: float) -> None:
         """Refuse a request that has not started: the rates of those let in already add up to the capacity."""
         error = f"overloaded: more readers than this engine can keep supplied; try again in {max(1, round(wait_s))} s"
-        self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error))
+        self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error, retry_after_s=wait_s))
 
     def _finish(self, request: Request, reason: FinishReason, last: TokenOutput | None = None) -> None:
         """Free everything the request holds and tell the front, with what it produced last."""
+        request.finished_s = self._clock.now()
+        request.stall_s = self._scheduler.stall_s(request, request.finished_s)
         self._scheduler.finish(request, completed=reason in (FinishReason.STOP, FinishReason.LENGTH))
         del self._requests[request.id]
-        request.finished_s = self._clock.now()
         self._num_finished += 1
         if self._trace is not None:
             self._trace.on_finished(request, request.finished_s)
         last = last or TokenOutput(request.id)
-        self._outputs.append(
-            TokenOutput(request.id, last.token_ids, last.logprobs, reason, last.stop_reason, last.error, request.times)
-        )
+        self._outputs.append(msgspec.structs.replace(last, finish_reason=reason, times=request.times))
 
     def _copied(self) -> list[CopyTotals]:
         """Totals of both directions, for the trace."""
@@ -234,6 +309,8 @@ class EngineCore:
         return [CopyTotals(offload.bytes_moved[direction], offload.busy_s[direction]) for direction in Direction]
 
     def _flush(self) -> None:
-        if self._outputs:
+        started = self._scheduler.take_started()
+        if self._outputs or started:
             outputs, self._outputs = self._outputs, []
-            self._emit(StepOutputs(outputs, self.stats()))
+            resumed, self._resumed = self._resumed, []
+            self._emit(StepOutputs(outputs, self.stats(), started, resumed))

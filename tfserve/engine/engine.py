@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import threading
@@ -15,8 +14,17 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
-from tfserve.engine.link import connect
-from tfserve.engine.messages import AbortRequest, AddRequest, StepOutputs, TokenOutput
+from tfserve.engine.delivery import Delivery, Questions, Sink
+from tfserve.engine.link import Connect, connect
+from tfserve.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    ListStreams,
+    ReportPlayed,
+    StepOutputs,
+    StreamStates,
+    ToCore,
+)
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.engine.validation import validate
@@ -25,7 +33,15 @@ from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
-from tfserve.types import ConsumptionRate, EngineInfo, EngineStats, RequestId, RequestOutput, SamplingParams
+from tfserve.types import (
+    ConsumptionRate,
+    EngineInfo,
+    EngineStats,
+    RequestId,
+    RequestOutput,
+    SamplingParams,
+    StreamState,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +50,18 @@ Prompt = str | Sequence[int]
 _NO_PROGRESS_S = 120.0
 """Requests are outstanding and no step has ended for this long: the engine is stuck (a CPU prefill step takes 1 s)."""
 
+_OWN_IDS = "tfserve-"
+"""What the ids begin with that the engine gives, and those that its callers choose must not."""
+
 
 class Engine:
     """A model being served. Safe to use from several threads; two engines can live in one process.
 
     Blocks while the model loads. Raises ConfigError for settings this machine cannot meet, ModelError for a checkpoint
-    that cannot be loaded. Use as a context manager, or call `shutdown`.
+    that cannot be loaded. Use as a context manager, or call `shutdown`. `link` starts the core; benchmarks give theirs.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, link: Connect = connect) -> None:
         path = resolve_model(config.model)
         self.config = msgspec.structs.replace(
             config,
@@ -52,8 +71,10 @@ class Engine:
         # Read here too, so that a directory that is no checkpoint is called that before anything slow happens.
         load_model_config(path)
         self.tokenizer = Tokenizer.from_dir(path)
-        self._sinks: dict[RequestId, RequestStream | Collector] = {}
+        self._delivery = Delivery()
         self._ids = itertools.count()
+        self._questions = Questions()
+        self._on_step: list[Callable[[StepOutputs], None]] = []
         self._stats: EngineStats | None = None
         self._last_news_s = time.monotonic()
         self._finish_interval_s = 1.0
@@ -61,7 +82,7 @@ class Engine:
         self._death: str | None = None
         self._on_death: list[Callable[[str], None]] = []
         self._state_lock = threading.Lock()
-        self._link = connect(self.config, self._deliver, self._die)
+        self._link = link(self.config, self._deliver, self._die)
         self.info: EngineInfo = self._link.info
 
     def __enter__(self) -> Self:
@@ -98,7 +119,7 @@ class Engine:
                 self._send(message, collector)
             return [collector.result() for collector in collectors]
         except BaseException:
-            for message in messages:
+            for message in messages:  # all ids are the engine's own
                 self.abort(message.request_id)
             raise
 
@@ -127,24 +148,40 @@ class Engine:
     ) -> RequestStream:
         """Start a request; must be called on a running event loop.
 
+        `request_id` names it; None for one of the engine's own, which begin with "tfserve-".
         `rate` is how fast its reader reads (default: `scheduler.default_rate`); policies that share the device by
-        buffers use it. A request that the policy refuses ends with `finish_reason` ERROR.
+        buffers use it. A request that the policy refuses ends with `finish_reason` ERROR and a `retry_after_s`.
         Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
         wait already, EngineDeadError.
         """
         self._check_queue()
         message = self._prepare(prompt, params, rate, request_id)
-        stream = RequestStream(self._buffer(message), self.abort)
+        tokens_per_s = resolve_rate(message.rate, self.config.scheduler.default_rate)
+        stream = RequestStream(self._buffer(message), tokens_per_s, self.abort, self.report_played)
         self._send(message, stream)
         return stream
 
     def abort(self, request_id: RequestId) -> None:
         """Stop a request and free what it holds; unknown and finished ids are ignored. Its stream ends as aborted."""
-        if request_id in self._sinks and self._death is None:
-            try:
-                self._link.send(AbortRequest(request_id))
-            except EngineDeadError:
-                logger.debug("abort of %s: the engine is gone", request_id)
+        self._tell(request_id, AbortRequest(request_id))
+
+    def report_played(self, request_id: RequestId, num_tokens: int) -> None:
+        """The reader has read `num_tokens` of the output so far: this replaces the scheduler's estimate.
+
+        With rate "auto" the reports also tell how fast the reader is. Unknown and finished ids are ignored.
+        """
+        self._tell(request_id, ReportPlayed(request_id, num_tokens))
+
+    async def streams(self) -> list[StreamState]:
+        """Every live request as the scheduler sees it, after the step under way. Raises EngineDeadError."""
+        if self._death is not None:
+            raise EngineDeadError(self._death)
+        query, answer = self._questions.ask()
+        try:
+            self._link.send(ListStreams(query))
+            return await answer
+        finally:
+            self._questions.forget(query)
 
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""
@@ -170,8 +207,12 @@ class Engine:
         if self._death is not None:
             raise EngineDeadError(self._death)
         silent_s = time.monotonic() - self._last_news_s
-        if self._sinks and silent_s > _NO_PROGRESS_S:
-            raise EngineDeadError(f"no progress for {silent_s:.0f} s with {len(self._sinks)} requests outstanding")
+        if self._delivery and silent_s > _NO_PROGRESS_S:
+            raise EngineDeadError(f"no progress for {silent_s:.0f} s with {len(self._delivery)} requests outstanding")
+
+    def on_step(self, callback: Callable[[StepOutputs], None]) -> None:
+        """Have `callback` called with every step's message, from the link's thread: for metrics. It must not block."""
+        self._on_step.append(callback)
 
     def on_death(self, callback: Callable[[str], None]) -> None:
         """Have `callback(reason)` called, from any thread, if the engine ends unexpectedly; at once if it has."""
@@ -188,21 +229,32 @@ class Engine:
         if already == "the engine was shut down":
             return
         self._link.close(timeout_s)
-        self._release_all("the engine was shut down")
+        self._release("the engine was shut down")
 
     def _prepare(
         self, prompt: Prompt, params: SamplingParams, rate: ConsumptionRate | UnsetType, request_id: RequestId | None
     ) -> AddRequest:
         token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
-        request_id = request_id if request_id is not None else f"req-{next(self._ids)}"
-        if request_id in self._sinks:
-            raise RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
+        if request_id is None:
+            request_id = f"{_OWN_IDS}{next(self._ids)}"
+        else:
+            self._check_id(request_id)
         default_rate = self.config.scheduler.default_rate
         if rate is UNSET:
             rate = default_rate
         # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
         resolve_rate(rate, default_rate)
         return AddRequest(request_id, token_ids, validate(token_ids, params, self.info), time.monotonic(), rate)
+
+    def _check_id(self, request_id: RequestId) -> None:
+        if not isinstance(request_id, str) or not request_id or request_id.startswith(_OWN_IDS):
+            raise RequestError(
+                "request_id",
+                f"request_id must be non-empty text that does not begin with {_OWN_IDS!r} (ids that the engine gives),"
+                f" got {request_id!r}",
+            )
+        if request_id in self._delivery:
+            raise _id_in_use(request_id)
 
     def _encode(self, prompt: str) -> list[int]:
         try:
@@ -214,51 +266,53 @@ class Engine:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
         return OutputBuffer(message.request_id, len(message.prompt_token_ids), detokenizer)
 
-    def _send(self, message: AddRequest, sink: RequestStream | Collector) -> None:
+    def _send(self, message: AddRequest, sink: Sink) -> None:
         with self._state_lock:
             if self._death is not None:
                 raise EngineDeadError(self._death)
-            if not self._sinks:
+            if not self._delivery:
                 self._last_news_s = time.monotonic()
-            self._sinks[message.request_id] = sink
+            # Again, under the lock: another thread may have taken it since.
+            if message.request_id in self._delivery:
+                raise _id_in_use(message.request_id)
+            self._delivery.add(message.request_id, sink)
         try:
             self._link.send(message)
         except BaseException:
-            self._sinks.pop(message.request_id, None)
+            self._delivery.discard(message.request_id)
             raise
+
+    def _tell(self, request_id: RequestId, message: ToCore) -> None:
+        """Send a message about a live request; nobody is left to hear one about another."""
+        if request_id in self._delivery and self._death is None:
+            try:
+                self._link.send(message)
+            except EngineDeadError:
+                logger.debug("%s: the engine is gone", message)
 
     def _check_queue(self) -> None:
         limit = self.config.server.max_queued_requests
         stats = self.stats()
-        waiting = len(self._sinks) - stats.num_running - stats.num_paused - stats.num_loading
+        waiting = len(self._delivery) - stats.num_running - stats.num_paused - stats.num_loading
         # A burst that has not been scheduled yet counts as waiting, but has room to run.
-        if waiting >= limit and len(self._sinks) >= self.info.max_num_seqs + limit:
+        if waiting >= limit and len(self._delivery) >= self.info.max_num_seqs + limit:
             retry_after_s = max(1.0, self._finish_interval_s * (waiting - limit + 1))
             raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
 
-    def _deliver(self, message: StepOutputs) -> None:
-        """Hand a step's outputs to their readers: one hop per event loop, not one per request."""
+    def _deliver(self, message: StepOutputs | StreamStates) -> None:
+        """Take a message of the core, in the link's thread."""
+        if isinstance(message, StreamStates):
+            self._questions.answer(message)
+            return
         self._stats = message.stats
         self._last_news_s = time.monotonic()
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream | Collector, TokenOutput]]] = {}
+        for callback in self._on_step:
+            callback(message)
         for output in message.outputs:
-            if output.finish_reason is None:
-                sink = self._sinks.get(output.request_id)
-            else:
-                sink = self._sinks.pop(output.request_id, None)
+            if output.finish_reason is not None:
                 self._note_finish()
-            if sink is None:
-                continue
-            if sink.loop is None:
-                sink.put(output)
-            else:
-                by_loop.setdefault(sink.loop, []).append((sink, output))
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_put_all, batch)
-            except RuntimeError:  # the loop is closed: its readers are gone
-                for _, output in batch:
-                    self.abort(output.request_id)
+        for request_id in self._delivery.hand_out(message, self._last_news_s):
+            self.abort(request_id)
 
     def _note_finish(self) -> None:
         """Keep a moving average of the time between finishes: how soon a place in the queue comes free."""
@@ -273,23 +327,18 @@ class Engine:
             self._death = reason
             callbacks = list(self._on_death)
         logger.error("engine dead: %s", reason)
-        self._release_all(reason)
+        self._release(reason)
         for callback in callbacks:
             callback(reason)
 
-    def _release_all(self, reason: str) -> None:
-        """End every open stream with the news."""
-        while self._sinks:
-            _, sink = self._sinks.popitem()
-            if sink.loop is None:
-                sink.die(reason)
-            elif not sink.loop.is_closed():
-                sink.loop.call_soon_threadsafe(sink.die, reason)
+    def _release(self, reason: str) -> None:
+        """End every open stream, and every question, with the news."""
+        self._delivery.release_all(reason)
+        self._questions.release_all(reason)
 
 
-def _put_all(batch: list[tuple[RequestStream | Collector, TokenOutput]]) -> None:
-    for sink, output in batch:
-        sink.put(output)
+def _id_in_use(request_id: RequestId) -> RequestError:
+    return RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tfserve.config import EngineConfig
 from tfserve.engine.policies import OFFLOADING
 from tfserve.errors import ConfigError
+from tfserve.memory.copy_runs import BlockGeometry, blocks_per_chunk
+from tfserve.memory.cuda_link import CudaLink
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.host_pool import HostPool, available_bytes, host_blocks
+from tfserve.memory.stream_transfers import StreamTransfers
 from tfserve.memory.transfers import TierArrays, WorkerTransfers
+from tfserve.model.stream_runner import StreamRunner
 from tfserve.plan import Clock, Direction, TransferEngine
 
 logger = logging.getLogger(__name__)
@@ -21,6 +26,9 @@ _PER_DEVICE_BLOCK = 2
 """Host blocks per device block where `host_kv_gib` is not set."""
 
 _GRANULE_TOKENS = 32
+
+_CHUNK_BYTES = 2**30
+"""Host memory is pinned so much at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +44,16 @@ def granule_of(block_size: int) -> int:
     return _GRANULE_TOKENS if block_size % _GRANULE_TOKENS == 0 else block_size
 
 
-def open_host_tier(config: EngineConfig, device: DevicePool, clock: Clock) -> HostTierMemory | None:
-    """The host tier that `config` asks for; None if there is to be none.
+def open_host_tier(
+    config: EngineConfig, device: DevicePool, clock: Clock, runner: StreamRunner | None
+) -> HostTierMemory | None:
+    """The host tier that `config` asks for; None if there is to be none. `runner` is that of a CUDA device.
 
-    Raises ConfigError for one that this machine has no memory for, or no way to reach from the device.
+    Raises ConfigError for one that this machine has no memory for, or cannot pin for the device.
     """
     if config.host_kv_gib == 0 or not config.scheduler.offload or config.scheduler.policy not in OFFLOADING:
         return None
-    storage, layout = device.storage, device.layout
-    if storage.device.type != "cpu":
-        if config.host_kv_gib is not None:
-            raise ConfigError("host_kv_gib", f"there is no host tier for device {storage.device.type} yet; set 0")
-        logger.warning("no host tier for device %s yet: preempted requests are recomputed", storage.device.type)
-        return None
+    layout = device.layout
     available = available_bytes()
     if config.host_kv_gib is None:
         num_blocks = min(_PER_DEVICE_BLOCK * device.num_blocks, available // 2 // layout.block_bytes)
@@ -57,6 +62,13 @@ def open_host_tier(config: EngineConfig, device: DevicePool, clock: Clock) -> Ho
     if num_blocks < 2:
         logger.warning("no memory for a host tier: preempted requests are recomputed")
         return None
+    if runner is not None:
+        return HostTierMemory(num_blocks, _stream_transfers(config, device, num_blocks, clock, runner))
+    return HostTierMemory(num_blocks, _worker_transfers(config, device, num_blocks, clock))
+
+
+def _worker_transfers(config: EngineConfig, device: DevicePool, num_blocks: int, clock: Clock) -> TransferEngine:
+    storage, layout = device.storage, device.layout
     # numpy has no bfloat16; copies only need items of the right size.
     items = storage.view(torch.int16) if storage.element_size() == 2 else storage
     pages = items.numpy().transpose(2, 0, 1, 3)
@@ -65,10 +77,25 @@ def open_host_tier(config: EngineConfig, device: DevicePool, clock: Clock) -> Ho
     if config.emulated_bandwidth is not None:
         logger.warning("emulated_bandwidth: copies are slowed down to %g GiB/s", config.emulated_bandwidth)
         bandwidth = dict.fromkeys(Direction, config.emulated_bandwidth * 2**30)
-    transfers = WorkerTransfers(
+    return WorkerTransfers(
         TierArrays.from_pages(pages, layout.num_kv_heads, layout.head_dim),
         TierArrays.from_pages(host.data, layout.num_kv_heads, layout.head_dim),
         clock,
         emulated_bytes_per_s=bandwidth,
     )
-    return HostTierMemory(num_blocks, transfers)
+
+
+def _stream_transfers(
+    config: EngineConfig, device: DevicePool, num_blocks: int, clock: Clock, runner: StreamRunner
+) -> TransferEngine:
+    if config.emulated_bandwidth is not None:
+        raise ConfigError("emulated_bandwidth", "a GPU's link has a speed of its own: leave it out")
+    layout = device.layout
+    row_bytes = layout.num_kv_heads * layout.head_dim * layout.dtype.itemsize
+    geometry = BlockGeometry(2 * layout.num_layers, layout.block_size, row_bytes)
+    per_chunk = blocks_per_chunk(geometry.block_bytes, _CHUNK_BYTES)
+    host = HostPool(num_blocks, (geometry.block_bytes,), np.uint8)
+    link = CudaLink(device.storage, host.data, chunk_bytes=per_chunk * geometry.block_bytes, compute=runner.stream)
+    transfers = StreamTransfers(link, geometry, per_chunk, clock)
+    runner.on_launched = transfers.launched
+    return transfers

@@ -17,12 +17,23 @@ import msgspec
 
 from tfserve.config import EngineConfig
 from tfserve.engine.core import Inbox
-from tfserve.engine.messages import Failed, Ready, Shutdown, StepOutputs, ToCore, ToFront
+from tfserve.engine.messages import Failed, Ready, Shutdown, StepOutputs, StreamStates, ToCore, ToFront
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError
 from tfserve.types import EngineInfo
 
-Deliver = Callable[[StepOutputs], None]
+Deliver = Callable[[StepOutputs | StreamStates], None]
 OnDeath = Callable[[str], None]
+
+CORE_MODULE = "tfserve.engine.process"
+"""What a core's process runs; its only argument is the file descriptor of its end of the socket pair."""
+
+
+class Connect(Protocol):
+    """Starts a core, or finds one."""
+
+    def __call__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+        """Wait until the core is ready. Raises ConfigError or ModelError."""
+        ...
 
 
 class CoreLink(Protocol):
@@ -100,7 +111,7 @@ class ProcessLink:
     front need not import torch.
     """
 
-    def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> None:
+    def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath, module: str = CORE_MODULE) -> None:
         self._deliver = deliver
         self._on_death = on_death
         self._closing = False
@@ -111,7 +122,7 @@ class ProcessLink:
             environment["OMP_NUM_THREADS"] = str(config.threads)
         with child_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tfserve.engine.process", str(child_end.fileno())],
+                [sys.executable, "-m", module, str(child_end.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(child_end.fileno(),),
                 env=environment,
@@ -171,7 +182,7 @@ class ProcessLink:
         try:
             while True:
                 match receive(self._conn):
-                    case StepOutputs() as outputs:
+                    case StepOutputs() | StreamStates() as outputs:
                         self._deliver(outputs)
                     case Failed() as failed:
                         reason = f"the engine failed: {failed.message}"

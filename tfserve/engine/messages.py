@@ -12,6 +12,7 @@ from tfserve.types import (
     RequestId,
     RequestTimes,
     SamplingParams,
+    StreamState,
     TokenLogprob,
 )
 
@@ -35,15 +36,31 @@ class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     request_id: RequestId
 
 
+class ReportPlayed(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A reader has read `num_tokens` of the output so far; unknown or finished ids are fine."""
+
+    request_id: RequestId
+    num_tokens: int
+
+
+class ListStreams(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Asks for every live request's state; StreamStates with the same `query` answers."""
+
+    query: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Abort what is left and end the loop."""
 
 
-ToCore = AddRequest | AbortRequest | Shutdown
+ToCore = AddRequest | AbortRequest | ReportPlayed | ListStreams | Shutdown
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What a step did for one request: its new tokens, and how it finished if it did."""
+    """What a step did for one request: its new tokens, and how it finished if it did.
+
+    `retry_after_s` is set on a request that was refused before it started: when to try again.
+    """
 
     request_id: RequestId
     token_ids: list[int] = []
@@ -52,13 +69,26 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: str | int | None = None
     error: str | None = None
     times: RequestTimes | None = None
+    retry_after_s: float | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """All outputs of one step."""
+    """All outputs of one step; `started` are requests that were let in with it, whether they have a token yet or not.
+
+    `resumed` are those that came back from a preemption with it: by which path, and after how many seconds.
+    """
 
     outputs: list[TokenOutput]
     stats: EngineStats
+    started: list[RequestId] = []
+    resumed: list[tuple[str, float]] = []
+
+
+class StreamStates(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Every live request, in order of arrival."""
+
+    query: int
+    streams: list[StreamState]
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -74,4 +104,4 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     key: str | None = None
 
 
-ToFront = StepOutputs | Ready | Failed
+ToFront = StepOutputs | StreamStates | Ready | Failed

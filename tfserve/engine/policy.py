@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.engine.columns import Columns, Ints, Mask
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Columns, Ints, Mask
 from tfserve.plan import Direction
 from tfserve.types import RequestId
 
@@ -88,6 +88,13 @@ class Snapshot:
         return -(-num_tokens // self.memory.block_size)
 
     @cached_property
+    def is_member(self) -> Mask:
+        """Requests that have been let in: on the device, on the host, or preempted after their first token."""
+        c = self.columns
+        mask: Mask = ~c.is_waiting | c.has_started
+        return mask
+
+    @cached_property
     def is_decoding(self) -> Mask:
         """Requests on the device that lack only their newest token."""
         c = self.columns
@@ -96,9 +103,12 @@ class Snapshot:
 
     @cached_property
     def next_step_blocks(self) -> Ints:
-        """New blocks that each decoding request's next token takes: 1 where the last block is full."""
+        """New blocks that each decoding request's next token takes: 1 where the last block is full.
+
+        Whoever has its last token in flight takes none.
+        """
         is_full: Mask = self.columns.num_computed % self.memory.block_size == 0
-        return (self.is_decoding & is_full).astype(np.int64)
+        return (self.is_decoding & is_full & (self.columns.num_remaining > 0)).astype(np.int64)
 
     @cached_property
     def clean_blocks(self) -> Ints:

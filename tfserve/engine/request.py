@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.plan import Row
 from tfserve.types import ConsumptionRate, FinishReason, RequestId, RequestTimes, SamplingParams
+
+ResumePath = Literal["load", "recompute"]
+"""How a preempted request gets its KV back."""
 
 
 class RequestState(enum.Enum):
@@ -25,12 +29,14 @@ class RequestState(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """`token_ids` are the prompt and then the output; [0, num_computed_tokens) of them have KV.
+    """`token_ids` are the prompt and then the output, as far as the host knows it.
 
-    There is no prefill phase and no decode phase: a request catches num_computed_tokens up with num_tokens.
+    `num_in_flight` more tokens are sampled by steps under way. [0, num_computed_tokens) have KV once those steps have
+    ended. There is no prefill phase and no decode phase: a request catches num_computed_tokens up with num_tokens.
     `max_tokens` is resolved: never None. `detokenizer` exists only where stop strings must be looked for.
     `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader.
-    `device_has_token`: the newest token was sampled in the row held now, so a step need not send it.
+    `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
+    `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
     """
 
     id: RequestId
@@ -46,8 +52,11 @@ class Request:
     state: RequestState = RequestState.WAITING
     row: Row | None = None
     num_computed_tokens: int = 0
+    num_in_flight: int = 0
     device_has_token: bool = False
     num_preemptions: int = 0
+    stall_s: float = 0.0
+    resume: tuple[ResumePath, float] | None = None
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -60,29 +69,48 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known so far, prompt and output."""
-        return len(self.token_ids)
+        """Tokens so far, prompt and output, those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_output_tokens(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far and known."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def is_decoding(self) -> bool:
         """True when only the newest token lacks KV, and it is not the prompt's own."""
-        return self.num_computed_tokens == len(self.token_ids) - 1 >= self.num_prompt_tokens
+        return self.num_computed_tokens == self.num_tokens - 1 >= self.num_prompt_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """True when max_tokens are generated or in flight: nothing is left to compute, whatever they turn out to be."""
+        return self.num_tokens - self.num_prompt_tokens >= self.max_tokens
 
     @property
     def times(self) -> RequestTimes:
         """The request's time stamps, for its outputs."""
         return RequestTimes(
-            self.arrival_s, self.first_scheduled_s, self.first_token_s, self.finished_s, self.num_preemptions
+            self.arrival_s,
+            self.first_scheduled_s,
+            self.first_token_s,
+            self.finished_s,
+            self.num_preemptions,
+            self.stall_s,
         )
 
+    def plan(self, n: int) -> bool:
+        """The step being planned computes n more tokens; True if it samples one after them."""
+        self.num_computed_tokens += n
+        sample = self.num_computed_tokens == self.num_tokens
+        self.device_has_token = sample
+        self.num_in_flight += sample
+        return sample
+
     def append(self, token: int, now_s: float) -> tuple[FinishReason, str | int | None] | None:
-        """Take a sampled token; how the request finished with it (and the stop string or token), or None."""
+        """Take the oldest token in flight; how the request finished with it (and the stop string or token), or None."""
         self.token_ids.append(token)
+        self.num_in_flight -= 1
         if self.first_token_s is None:
             self.first_token_s = now_s
         if self.num_output_tokens >= self.params.min_tokens and token in self.stop_token_ids:

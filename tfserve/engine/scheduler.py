@@ -8,25 +8,26 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.batch import BatchBuilder, sample_of
+from tfserve.engine.columns import Columns, Phase
 from tfserve.engine.cost_model import CostModel
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policy import (
     Decision,
-    MemoryView,
     Policy,
     ResumeBy,
-    Snapshot,
     held_back,
     next_release_s,
     write_order,
 )
 from tfserve.engine.request import Request, RequestState
 from tfserve.engine.rows import Rows
-from tfserve.engine.tracker import Columns, Phase, Tracker
+from tfserve.engine.snapshots import Snapshots
+from tfserve.engine.stream_states import stream_states
+from tfserve.engine.tracker import Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import PAUSED, RESUMING, KVState
-from tfserve.plan import Fence, SeqStep, StepPlan
-from tfserve.types import RequestId
+from tfserve.plan import Fence, StepPlan
+from tfserve.types import RequestId, StreamState
 
 _AFTER_RELEASE_S = 1e-4
 """A held-back reader is released this much late, so that it is released when the loop wakes for it."""
@@ -35,8 +36,12 @@ _AFTER_RELEASE_S = 1e-4
 class Scheduler:
     """Owns who waits, runs, is paused and is loading. One call of `schedule` makes one StepPlan.
 
-    After it, `rejected` are requests that the policy refuses, each with the seconds after which to try again: the
-    caller finishes them. `wake_s` is when to call again, if nothing happens before; None: something will.
+    What is planned counts as computed from then on, so that the next step can be planned while this one runs: a request
+    may have a token in flight, that only the device knows. Whoever is preempted then gets it all the same, and comes
+    back no sooner than the host knows it. `ended` says that a planned step is over.
+
+    After `schedule`, `rejected` are requests that the policy refuses, each with the seconds after which to try again:
+    the caller finishes them. `wake_s` is when to call again, if nothing happens before; None: something will.
     """
 
     def __init__(
@@ -57,16 +62,20 @@ class Scheduler:
         self.kv = kv
         self.offload = offload
         self.num_preemptions = 0
+        self.num_dropped = 0
         self.rejected: tuple[tuple[Request, float], ...] = ()
         self.wake_s: float | None = None
         self._policy = policy
         self._cost = cost
         self._config = config
         self._tracker = Tracker(config.default_rate)
-        self._max_num_seqs = max_num_seqs
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._snapshots = Snapshots(
+            kv, self._tracker, cost, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
         self._rows = Rows(max_num_seqs)
         self._batch = BatchBuilder(kv, max_num_batched_tokens)
+        self._steps_under_way = 0
+        self._started: list[RequestId] = []
         self._by_state = {
             RequestState.WAITING: (self.waiting, Phase.WAITING),
             RequestState.RUNNING: (self.running, Phase.RUNNING),
@@ -105,6 +114,23 @@ class Scheduler:
         request.state = RequestState.FINISHED
         self._tracker.remove(request.id, completed=completed)
 
+    def take_started(self) -> list[RequestId]:
+        """Requests that were let in, for the first time, since the last call."""
+        started, self._started = self._started, []
+        return started
+
+    def on_played(self, request: Request, num_tokens: int, now_s: float) -> None:
+        """The reader of a live request reports how much of it has been read."""
+        self._tracker.on_played(request.id, num_tokens, now_s)
+
+    def stall_s(self, request: Request, now_s: float) -> float:
+        """How long the reader of a live request has had nothing to read since its first token."""
+        return self._tracker.stall_s(request.id, now_s)
+
+    def streams(self, now_s: float) -> list[StreamState]:
+        """Every live request, in order of arrival."""
+        return stream_states(self._tracker.columns(now_s), now_s)
+
     def take_acks(self, now_s: float) -> None:
         """Let requests whose KV has come back run, and queue those again that lost it to a failed copy."""
         ended, failed = self.offload.poll()
@@ -118,7 +144,7 @@ class Scheduler:
         """Ask the policy and plan the coming step; a plan without `seqs` has only copies to make."""
         self.offload.cancel_withdrawn()
         self.kv.begin_step(step)
-        snapshot = self._snapshot(now_s)
+        snapshot = self._snapshots.take(now_s)
         columns = snapshot.columns
         held = self._held(columns)
         decision = self._policy.decide(snapshot)
@@ -130,21 +156,22 @@ class Scheduler:
             work = sample_of(seqs, n_decode, 0.0)
             predicted_s = self._cost.step_s(work.n_decode, work.decode_ctx, work.n_prefill, work.prefill_ctx)
             self.offload.write_through(self._write_order(columns), predicted_s if seqs else None)
-        self.rejected = tuple((self.waiting[req], wait_s) for req, wait_s in decision.reject if req in self.waiting)
+        refused = ((self.waiting.get(req), wait_s) for req, wait_s in decision.reject)
+        # Whoever has been let in once was promised an answer.
+        self.rejected = tuple((r, wait_s) for r, wait_s in refused if r is not None and r.first_scheduled_s is None)
         release_s = next_release_s(columns, now_s, self._config.generate_ahead_s)
         moments = [decision.wake_s, None if release_s is None else release_s + _AFTER_RELEASE_S]
         self.wake_s = min((moment for moment in moments if moment is not None), default=None)
+        self._steps_under_way += bool(seqs)
+        self._tracker.on_planned([seq.req for seq in seqs if seq.sample])
         entered, released = self._rows.take_news() if seqs else ((), ())
         stores, loads = self.offload.take()
         return StepPlan(step, tuple(seqs), n_decode, entered, released, stores, loads)
 
-    def advance(self, seq: SeqStep) -> Request | None:
-        """Count a finished share of a step as computed; None if its request left meanwhile."""
-        request = self.running.get(seq.req)
-        if request is not None:
-            request.num_computed_tokens = seq.start + seq.n
-            request.device_has_token = seq.sample
-        return request
+    def ended(self, plan: StepPlan) -> None:
+        """The oldest step under way is over, well or badly."""
+        self._steps_under_way -= 1
+        self.offload.complete(plan.step)
 
     def deliver(self, reqs: Sequence[RequestId], now_s: float) -> None:
         """Each of these requests has a new token, and its reader gets it now."""
@@ -157,6 +184,7 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless queues, rows and blocks agree with each other."""
         self.kv.check()
+        self._snapshots.check()
         self._rows.check(list(self.running.values()))
         for request in self.running.values():
             view = self.kv.view(request.id)
@@ -170,28 +198,6 @@ class Scheduler:
                         f"{request.id} is {request.state.name} with KV {state.name}, row {request.row}"
                     )
 
-    def _snapshot(self, now_s: float) -> Snapshot:
-        ids = [*self.running, *self.paused, *self.loading]
-        kv = self.kv.columns(ids)
-        self._tracker.update(
-            ids, num_computed=kv.num_tokens, device_blocks=kv.num_device_blocks, host_tokens=kv.num_host_tokens
-        )
-        memory = MemoryView(
-            self.kv.block_size,
-            self.kv.num_blocks - 1,
-            self.kv.num_free_blocks,
-            max(self.kv.num_host_blocks - 1, 0),
-            self.kv.num_free_host_blocks,
-        )
-        return Snapshot(
-            now_s=now_s,
-            columns=self._tracker.columns(now_s),
-            memory=memory,
-            cost=self._cost,
-            max_num_seqs=self._max_num_seqs,
-            max_num_batched_tokens=self._max_num_batched_tokens,
-        )
-
     def _held(self, columns: Columns) -> Collection[RequestId]:
         """Requests on the device whose readers have enough for now."""
         if self._config.generate_ahead_s is None:
@@ -203,16 +209,19 @@ class Scheduler:
         return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))
 
     def _carry_out(self, decision: Decision, reserved: int, now_s: float) -> None:
-        """Preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step."""
+        """Preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step.
+
+        Whoever has a token in flight cannot come back yet: it would compute that token a second time.
+        """
         for req, by in decision.preempt:
             self._preempt(self.running[req], by, now_s)
         for request in list(self.loading.values()):
             self._load(request, reserved, now_s)
         for req, by in decision.resume:
-            if self._has_seat:
+            if self._has_seat and not self.paused[req].num_in_flight:
                 self._resume(self.paused[req], by, reserved, now_s)
         for req in decision.admit:
-            if self._has_seat:
+            if self._has_seat and not self.waiting[req].num_in_flight:
                 self._enter(self.waiting[req], now_s)
 
     @property
@@ -230,6 +239,8 @@ class Scheduler:
         else:
             self.kv.release(request.id)
         kept = self.kv.view(request.id).state is not KVState.NONE
+        self.num_dropped += not kept
+        request.resume = None
         self._move(request, RequestState.PAUSED if kept else RequestState.WAITING, now_s)
 
     def _resume(self, request: Request, by: ResumeBy, reserved: int, now_s: float) -> None:
@@ -237,6 +248,7 @@ class Scheduler:
             self.kv.release(request.id)
             self._enter(request, now_s)
         else:
+            request.resume = ("load", now_s)
             self._move(request, RequestState.LOADING, now_s)
             self._load(request, reserved, now_s)
 
@@ -251,16 +263,22 @@ class Scheduler:
         if state is KVState.DEVICE:
             self._enter(request, now_s)
         elif state is KVState.NONE:
+            request.resume = None
             self._move(request, RequestState.WAITING, now_s)
 
     def _enter(self, request: Request, now_s: float) -> None:
         """Give a request a row; it goes on after the tokens that have KV on the device."""
+        if request.num_in_flight:
+            raise AssertionError(f"{request.id}: takes a row while a step still samples for it")
         view = self.kv.view(request.id)
         request.num_computed_tokens = view.num_tokens
         request.device_has_token = False
         self._rows.enter(request, view.blocks)
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now_s
+            self._started.append(request.id)
+        elif request.resume is None:
+            request.resume = ("recompute", now_s)
         self._move(request, RequestState.RUNNING, now_s)
 
     def _move(self, request: Request, state: RequestState, now_s: float) -> None:
@@ -274,15 +292,15 @@ class Scheduler:
         if state is RequestState.WAITING:
             request.num_computed_tokens = 0
             request.device_has_token = False
-            self._tracker.update([request.id], num_computed=0, device_blocks=0, host_tokens=0)
 
     def _unblock(self, held: Collection[RequestId], now_s: float) -> bool:
         """Nothing runs in the coming step: change something if nothing else will; True to try again.
 
-        Policies never mean to let it come to this. A reader's buffer that runs down and a copy that ends are reasons to
-        wait. Otherwise the youngest on the device makes room for the others, or the oldest of all comes onto it.
+        Policies never mean to let it come to this. A step under way, a reader's buffer that runs down and a copy that
+        ends are reasons to wait. Otherwise the youngest on the device makes room for the others, or the oldest of all
+        comes onto it.
         """
-        if held or self.offload.is_busy:
+        if self._steps_under_way or held or self.offload.is_busy:
             return False
         if self.loading and (self.running or len(self.loading) > 1):
             # They hold blocks that the others lack, and find no more.

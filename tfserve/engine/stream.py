@@ -4,67 +4,120 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 
 from tfserve.engine.messages import TokenOutput
-from tfserve.errors import EngineDeadError
+from tfserve.errors import EngineDeadError, RequestError
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.types import FinishReason, RequestId, RequestOutput, TokenLogprob
 
 
 class OutputBuffer:
-    """Collects a request's TokenOutputs and gives everything new as one RequestOutput.
+    """Collects a request's TokenOutputs and gives what is new as one RequestOutput.
 
-    A slow reader costs no more memory than the tokens themselves: text is made when it is taken.
+    A slow reader costs no more memory than the tokens themselves, twelve bytes each: text is made when it is taken.
+    `token_s` is when each token came, by time.monotonic; `num_chars` the text taken so far.
     """
 
     def __init__(self, request_id: RequestId, num_prompt_tokens: int, detokenizer: Detokenizer) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
         self.num_output_tokens = 0
+        self.num_chars = 0
+        self.token_s = array("d")
         self._detokenizer = detokenizer
-        self._pending: list[TokenOutput] = []
+        self._tokens = array("i")
+        self._logprobs: list[TokenLogprob] = []
+        self._last: TokenOutput | None = None
 
-    def add(self, output: TokenOutput) -> None:
+    def add(self, output: TokenOutput, now_s: float) -> None:
         """Take one step's tokens."""
-        self._pending.append(output)
+        self._tokens.extend(output.token_ids)
+        for _ in output.token_ids:
+            self.token_s.append(now_s)
+        if output.logprobs is not None:
+            self._logprobs += output.logprobs
+        if output.finish_reason is not None:
+            self._last = output
 
-    def take(self) -> RequestOutput | None:
-        """Everything since the last call, or None if there is nothing."""
-        if not self._pending:
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that have come and were not taken."""
+        return len(self._tokens)
+
+    @property
+    def is_refused(self) -> bool:
+        """True from the news that the policy refuses the request until that is taken."""
+        return self._last is not None and self._last.retry_after_s is not None
+
+    def take(self, most: int | None = None) -> RequestOutput | None:
+        """Everything since the last call, or its first `most` tokens; None if there is nothing."""
+        last = self._last
+        if most is not None and most < len(self._tokens):
+            last = None
+        elif not self._tokens and last is None:
             return None
-        pending, self._pending = self._pending, []
-        last = pending[-1]
-        tokens = [token for output in pending for token in output.token_ids]
-        logprobs: list[TokenLogprob] = [entry for output in pending for entry in output.logprobs or ()]
+        tokens = self._tokens[:most].tolist()
+        del self._tokens[:most]
+        if last is not None:
+            self._last = None
         self.num_output_tokens += len(tokens)
-        # The token that ended the request (end of sequence, stop token) is no text.
-        ended_by_token = last.finish_reason is FinishReason.STOP and not isinstance(last.stop_reason, str)
-        text = self._detokenizer.push(tokens[:-1] if ended_by_token else tokens)
-        if last.finish_reason is not None:
-            text += self._detokenizer.finish()
-        return RequestOutput(
+        logprobs = None
+        if self._logprobs:
+            logprobs = self._logprobs[: len(tokens)]
+            del self._logprobs[: len(tokens)]
+        text = self._text(tokens, last)
+        self.num_chars += len(text)
+        output = RequestOutput(
             request_id=self.request_id,
             text=text,
             token_ids=tokens,
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
-            logprobs=logprobs or None,
-            finish_reason=last.finish_reason,
-            stop_reason=last.stop_reason,
-            error=last.error,
-            times=last.times,
+            logprobs=logprobs,
         )
+        if last is not None:
+            output.finish_reason = last.finish_reason
+            output.stop_reason = last.stop_reason
+            output.error = last.error
+            output.times = last.times
+            output.retry_after_s = last.retry_after_s
+        return output
+
+    def _text(self, tokens: Sequence[int], last: TokenOutput | None) -> str:
+        if last is None:
+            return self._detokenizer.push(tokens)
+        # The token that ended the request (end of sequence, stop token) is no text.
+        ended_by_token = last.finish_reason is FinishReason.STOP and not isinstance(last.stop_reason, str)
+        text = self._detokenizer.push(tokens[:-1] if ended_by_token else tokens)
+        return text + self._detokenizer.finish()
 
 
 class RequestStream:
-    """One request as an asyncio reader sees it. Belongs to the event loop it was made on."""
+    """One request as an asyncio reader sees it. Belongs to the event loop it was made on.
 
-    def __init__(self, buffer: OutputBuffer, abort: Callable[[RequestId], None]) -> None:
+    Read it by `next`, or set `on_news` and `take` when it is called: on the loop, once for all that has come meanwhile.
+    `rate` is how fast its reader reads, in tokens/s as far as is known at its start; NaN without a reader. `started`
+    turns true once the request has been let in, or has ended.
+    """
+
+    def __init__(
+        self,
+        buffer: OutputBuffer,
+        rate: float,
+        abort: Callable[[RequestId], None],
+        report_played: Callable[[RequestId, int], None],
+    ) -> None:
         self.loop = asyncio.get_running_loop()
+        self.on_news: Callable[[], None] | None = None
+        self.started = False
+        self.rate = rate
         self._buffer = buffer
         self._abort = abort
+        self._report_played = report_played
         self._news = asyncio.Event()
+        self._is_over = False
         self._death: str | None = None
 
     @property
@@ -77,35 +130,91 @@ class RequestStream:
         """Tokens in the prompt."""
         return self._buffer.num_prompt_tokens
 
+    @property
+    def is_refused(self) -> bool:
+        """True once the policy has refused the request, until that output is taken."""
+        return self._buffer.is_refused
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens taken so far."""
+        return self._buffer.num_output_tokens
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of text taken so far."""
+        return self._buffer.num_chars
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that have come and were not taken."""
+        return self._buffer.num_waiting
+
+    @property
+    def token_s(self) -> Sequence[float]:
+        """When each token came, taken or not, by time.monotonic."""
+        return self._buffer.token_s
+
     async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
-        """Everything new since the last call; None if nothing came within the timeout. Raises EngineDeadError."""
+        """Everything new since the last call; None if nothing came within the timeout.
+
+        Raises EngineDeadError, and RequestError after the last output (the one that is `finished`).
+        """
+        if self._is_over:
+            raise RequestError(None, f"request {self.request_id} has finished: there is no output after the last one")
         try:
             async with asyncio.timeout(timeout_s):
-                await self._news.wait()
+                while True:
+                    await self._news.wait()
+                    self._news.clear()
+                    output = self.take()
+                    if output is not None:
+                        return output
         except TimeoutError:
             return None
-        self._news.clear()
-        output = self._buffer.take()
-        if output is None and self._death is not None:
-            self._news.set()
-            raise EngineDeadError(self._death)
+
+    def take(self, most: int | None = None) -> RequestOutput | None:
+        """What has come since the last call, or its first `most` tokens, without waiting; None if there is nothing.
+
+        Raises EngineDeadError if nothing ever will.
+        """
+        output = self._buffer.take(most)
         if self._death is not None:
             self._news.set()
+            if output is None:
+                raise EngineDeadError(self._death)
+        if output is not None and output.finished:
+            self._is_over = True
         return output
 
     def abort(self) -> None:
         """Stop the request and free what it holds; a finished one is left as it is."""
         self._abort(self.request_id)
 
-    def put(self, output: TokenOutput) -> None:
-        """Take one step's tokens (on the loop)."""
-        self._buffer.add(output)
+    def report_played(self, num_tokens: int) -> None:
+        """Tell the scheduler that the reader has read `num_tokens` so far; this replaces its estimate."""
+        self._report_played(self.request_id, num_tokens)
+
+    def put(self, output: TokenOutput, now_s: float) -> None:
+        """Take one step's tokens (on the loop); `notify` tells the reader."""
+        self.started = True
+        self._buffer.add(output, now_s)
+
+    def start(self) -> None:
+        """The request has been let in (on the loop); `notify` tells the reader."""
+        self.started = True
+
+    def notify(self) -> None:
+        """Let the reader know that something has come (on the loop)."""
         self._news.set()
+        if self.on_news is not None:
+            self.on_news()
 
     def die(self, reason: str) -> None:
         """Let the reader have what has come, then the news of the engine's end (on the loop)."""
         self._death = reason
-        self._news.set()
+        self.started = True
+        self.notify()
 
 
 class Collector:
@@ -126,9 +235,9 @@ class Collector:
             raise EngineDeadError(self._death or "the request ended without output")
         return output
 
-    def put(self, output: TokenOutput) -> None:
+    def put(self, output: TokenOutput, now_s: float) -> None:
         """Take one step's tokens."""
-        self._buffer.add(output)
+        self._buffer.add(output, now_s)
         if output.finish_reason is not None:
             self._done.set()
 

@@ -29,6 +29,7 @@ class Table:
         }
         self._ids: list[RequestId] = []
         self._row_of: dict[RequestId, int] = {}
+        self._ids_now: tuple[RequestId, ...] | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -43,7 +44,9 @@ class Table:
     @property
     def ids(self) -> tuple[RequestId, ...]:
         """Who each row belongs to, in row order."""
-        return tuple(self._ids)
+        if self._ids_now is None:
+            self._ids_now = tuple(self._ids)
+        return self._ids_now
 
     def row(self, req: RequestId) -> int:
         """The row of one request; KeyError if it has none."""
@@ -63,6 +66,7 @@ class Table:
         for name, (_, default) in self._defaults.items():
             self._columns[name][row] = values.get(name, default)
         self._ids.append(req)
+        self._ids_now = None
         self._row_of[req] = row
         return row
 
@@ -71,6 +75,7 @@ class Table:
         row = self._row_of.pop(req)
         last = len(self._ids) - 1
         moved = self._ids.pop()
+        self._ids_now = None
         if row != last:
             for column in self._columns.values():
                 column[row] = column[last]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,18 +46,34 @@ def resolve_rate(rate: float | str | None, default: float) -> float:
     raise RequestError("consumption_rate", f"consumption_rate must be tokens/s above 0, or {names}, got {rate!r}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Playback:
     """Where readers are at one moment. Tokens and seconds; a request without a rate reads everything at once.
 
     `dry_s` is how long the present stall has lasted, `stall_s` all of them together with it. `read_area` is the
-    integral of `consumed` over time, token seconds: how far the reader has been along, for how long.
+    integral of `consumed` over time, token seconds: how far the reader has been along, for how long. The last two are
+    computed when they are asked for, from what there was at the last event (`before`) and since (`elapsed`, `read` in
+    `reading_s`).
     """
 
     consumed: Floats
-    stall_s: Floats
     dry_s: Floats
-    read_area: Floats
+    before: tuple[Floats, Floats, Floats]
+    """Consumed, stall seconds, read area."""
+    elapsed: Floats
+    read: Floats
+    reading_s: Floats
+
+    @cached_property
+    def stall_s(self) -> Floats:
+        """All stalls together."""
+        return self.before[1] + self.dry_s
+
+    @cached_property
+    def read_area(self) -> Floats:
+        """The integral of `consumed`."""
+        consumed, _, area = self.before
+        return area + consumed * self.elapsed + self.read * (0.5 * self.reading_s + self.dry_s)
 
 
 def play(
@@ -79,8 +96,7 @@ def play(
     reading_s = np.where(has_rate, reading_s, elapsed)
     # What a division rounds away must not count as a stall.
     dry_s = np.where(has_rate & (read >= unread), np.maximum(elapsed - reading_s, 0.0), 0.0)
-    area = read_area + consumed * elapsed + read * (0.5 * reading_s + dry_s)
-    return Playback(consumed + read, stall_s + dry_s, dry_s, area)
+    return Playback(consumed + read, dry_s, (consumed, stall_s, read_area), elapsed, read, reading_s)
 
 
 def estimated_rate(rate: float, tokens: float, seconds: float) -> float:

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.engine.columns import Columns, Ints, Phase, Reading
 from tfserve.engine.table import Rows, Table
-from tfserve.engine.token_buffer import AUTO, Floats, Playback, estimated_rate, play, resolve_rate
+from tfserve.engine.token_buffer import AUTO, Playback, estimated_rate, play, resolve_rate
 from tfserve.types import RequestId
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
-
-class Phase(enum.IntEnum):
-    """Where a request's KV is. WAITING: nowhere. RUNNING: on the device, with a row.
-
-    PAUSED: on the host, perhaps some of it still on the device. LOADING: on its way back, device blocks reserved.
-    """
-
-    WAITING = 0
-    RUNNING = 1
-    PAUSED = 2
-    LOADING = 3
-
-
-# Comparing an array with an enum member takes longer than the comparison.
-_WAITING, _RUNNING, _PAUSED, _LOADING = map(int, Phase)
 
 _DEFAULTS: dict[str, tuple[type, float]] = {
     "seq": (np.int64, 0),
@@ -43,10 +22,12 @@ _DEFAULTS: dict[str, tuple[type, float]] = {
     "phase_since_s": (np.float64, 0.0),
     "num_prompt": (np.int64, 0),
     "num_output": (np.int64, 0),
+    "num_in_flight": (np.int64, 0),
     "num_computed": (np.int64, 0),
     "max_tokens": (np.int64, 0),
     "device_blocks": (np.int64, 0),
     "host_tokens": (np.int64, 0),
+    "kv_row": (np.int64, 0),
     "num_preemptions": (np.int64, 0),
     "first_token_s": (np.float64, np.nan),
     "consumed": (np.float64, 0.0),
@@ -64,105 +45,6 @@ _LENGTH_WEIGHT = 0.05
 """How far one finished request moves the average output length."""
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
-
-    `rate` is NaN for a request without a reader. `unread` is its buffer in tokens; `time_to_empty_s` in seconds, 0
-    before the first token and infinite without a reader; `dry_s` is how long it has been empty. `host_tokens` are on
-    the host and acknowledged. `expected_output` is max_tokens, or less where finished requests say so. `num_events`
-    counts arrivals, departures and completed loads ever; `num_added` and `total_preemptions` are over the tracker's
-    life.
-    """
-
-    ids: tuple[RequestId, ...]
-    seq: Ints
-    arrival_s: Floats
-    rate: Floats
-    priority: Ints
-    phase: npt.NDArray[np.int8]
-    phase_since_s: Floats
-    num_prompt: Ints
-    num_output: Ints
-    num_computed: Ints
-    max_tokens: Ints
-    expected_output: Floats
-    device_blocks: Ints
-    host_tokens: Ints
-    num_preemptions: Ints
-    first_token_s: Floats
-    consumed: Floats
-    unread: Floats
-    time_to_empty_s: Floats
-    stall_s: Floats
-    dry_s: Floats
-    read_area: Floats
-    num_events: int
-    num_added: int
-    total_preemptions: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @cached_property
-    def is_waiting(self) -> Mask:
-        """Requests without KV."""
-        mask: Mask = self.phase == _WAITING
-        return mask
-
-    @cached_property
-    def is_running(self) -> Mask:
-        """Requests on the device."""
-        mask: Mask = self.phase == _RUNNING
-        return mask
-
-    @cached_property
-    def is_paused(self) -> Mask:
-        """Requests off the device, their KV on the host."""
-        mask: Mask = self.phase == _PAUSED
-        return mask
-
-    @cached_property
-    def is_loading(self) -> Mask:
-        """Requests whose KV is on its way back."""
-        mask: Mask = self.phase == _LOADING
-        return mask
-
-    @cached_property
-    def has_reader(self) -> Mask:
-        """Requests with a rate."""
-        return ~np.isnan(self.rate)
-
-    @cached_property
-    def has_started(self) -> Mask:
-        """Requests that have their first token."""
-        return self.num_output > 0
-
-    @cached_property
-    def num_tokens(self) -> Ints:
-        """Tokens known so far, prompt and output."""
-        return self.num_prompt + self.num_output
-
-    @cached_property
-    def num_uncomputed(self) -> Ints:
-        """Tokens whose KV is still to be computed."""
-        return self.num_tokens - self.num_computed
-
-    @cached_property
-    def num_remaining(self) -> Ints:
-        """Tokens a request may still generate."""
-        return self.max_tokens - self.num_output
-
-    def in_phase(self, phase: Phase) -> Rows:
-        """Rows in a phase, in order of arrival."""
-        rows = np.flatnonzero(self.phase == int(phase))
-        return rows[np.argsort(self.seq[rows])]
-
-    def ids_of(self, rows: Rows | Sequence[int]) -> tuple[RequestId, ...]:
-        """The requests of these rows, in their order."""
-        return tuple(self.ids[row] for row in rows)
-
-
 class Tracker:
     """Owns the reader state of live requests, and the columns that the Scheduler keeps up to date for its policies."""
 
@@ -171,6 +53,7 @@ class Tracker:
         self._table = Table(_DEFAULTS)
         self._num_added = 0
         self._num_events = 0
+        self._num_readings = 0
         self._num_preemptions = 0
         self._mean_output: float | None = None
 
@@ -241,6 +124,10 @@ class Tracker:
             if values is not None:
                 self._table[name][rows] = values
 
+    def on_planned(self, reqs: Sequence[RequestId]) -> None:
+        """The step being planned samples a token for each of these requests."""
+        self._table["num_in_flight"][self._table.rows(reqs)] += 1
+
     def on_tokens(self, reqs: Sequence[RequestId], n: npt.ArrayLike, now_s: float) -> None:
         """`n` new tokens each (or one number for all) were delivered to these readers at `now_s`."""
         table, rows = self._table, self._table.rows(reqs)
@@ -248,8 +135,11 @@ class Tracker:
         rows, counts = rows[counts > 0], counts[counts > 0]
         self._advance(rows, now_s)
         first = rows[np.isnan(table["first_token_s"][rows])]
-        table["first_token_s"][first] = now_s
+        if len(first):
+            table["first_token_s"][first] = now_s
+            self._num_readings += 1
         table["num_output"][rows] += counts
+        table["num_in_flight"][rows] = np.maximum(table["num_in_flight"][rows] - counts, 0)
 
     def on_played(self, req: RequestId, num_tokens: int, now_s: float) -> None:
         """A client reports having played `num_tokens` in all; this replaces the estimate, and reading goes on from it.
@@ -260,6 +150,7 @@ class Tracker:
         table, row = self._table, self._table.row(req)
         if np.isnan(table["first_token_s"][row]):
             return
+        self._num_readings += 1
         self._advance(np.array([row]), now_s)
         played = min(max(num_tokens, 0), int(table["num_output"][row]))
         since, stall = table["report_s"][row], table["stall_s"][row]
@@ -276,33 +167,45 @@ class Tracker:
         ):
             table[name][row] = value
 
+    @property
+    def kv_rows(self) -> Ints:
+        """For each row, that of the request's counters in the memory manager; 0 without KV."""
+        return self._table["kv_row"]
+
+    def follow_kv(self, moved: Mapping[RequestId, int]) -> None:
+        """Note who has got or lost a row in the memory manager; those that are not live are passed over."""
+        rows = self._table["kv_row"]
+        for req, kv_row in moved.items():
+            if req in self._table:
+                rows[self._table.row(req)] = kv_row
+
+    def set_kv(self, *, num_computed: Ints, device_blocks: Ints, host_tokens: Ints) -> None:
+        """Set what the memory manager knows of every live request, in the order of `kv_rows`."""
+        self._table["num_computed"][:] = num_computed
+        self._table["device_blocks"][:] = device_blocks
+        self._table["host_tokens"][:] = host_tokens
+
+    def stall_s(self, req: RequestId, now_s: float) -> float:
+        """How long this reader has had nothing to read since its first token."""
+        return float(self._play(np.array([self._table.row(req)]), now_s).stall_s[0])
+
     def columns(self, now_s: float) -> Columns:
-        """The state of every live request at `now_s`. Arrays may be views: use them before the next event."""
+        """The state of every live request at `now_s`. Arrays may be views: use it before the next event."""
         table = self._table
         c: dict[str, npt.NDArray[Any]] = {name: table[name] for name in _SNAPSHOT}
-        started = ~np.isnan(c["first_token_s"])
-        playback = self._play(slice(None), now_s)
-        unread = c["num_output"] - playback.consumed
-        time_to_empty = np.where(started, unread / c["rate"], 0.0)
-        time_to_empty[np.isnan(c["rate"])] = np.inf
-        expected = c["max_tokens"].astype(np.float64)
-        if self._mean_output is not None:
-            # Whoever is past the average already is expected to go on for a while.
-            longer = np.maximum(self._mean_output, 1.25 * c["num_output"])
-            expected = np.minimum(expected, longer)
+        c["num_output"] = c["num_output"] + table["num_in_flight"]
         return Columns(
+            now_s=now_s,
             ids=table.ids,
             **c,
-            expected_output=expected,
-            consumed=playback.consumed,
-            unread=unread,
-            time_to_empty_s=time_to_empty,
-            stall_s=playback.stall_s,
-            dry_s=playback.dry_s,
-            read_area=playback.read_area,
+            mean_output=self._mean_output,
             num_events=self._num_events,
+            num_readings=self._num_readings,
             num_added=self._num_added,
             total_preemptions=self._num_preemptions,
+            reading=Reading(
+                table["num_output"], table["consumed"], table["since_s"], table["stall_s"], table["read_area"]
+            ),
         )
 
     def _play(self, rows: Rows | slice, now_s: float) -> Playback:
@@ -320,9 +223,9 @@ class Tracker:
     def _advance(self, rows: Rows, now_s: float) -> None:
         """Let these readers read up to `now_s`, before something changes for them."""
         playback = self._play(rows, now_s)
-        self._table["consumed"][rows] = playback.consumed
-        self._table["stall_s"][rows] = playback.stall_s
         self._table["read_area"][rows] = playback.read_area
+        self._table["stall_s"][rows] = playback.stall_s
+        self._table["consumed"][rows] = playback.consumed
         self._table["since_s"][rows] = now_s
 
 

@@ -18,8 +18,10 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
     except (msgspec.ValidationError, TypeError) as error:
         raise RequestError("params", f"sampling parameters: {error}") from None
     _check_tokens(prompt, info.vocab_size)
-    params.verify(info.vocab_size)
     room = info.max_model_len - len(prompt)
+    if params.max_tokens is None and room >= 1:
+        params = msgspec.structs.replace(params, max_tokens=room)
+    params.verify(info.vocab_size)
     if room < 1:
         raise RequestError(
             "prompt",
@@ -27,11 +29,7 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
             " output. Shorten the prompt",
             "context_length_exceeded",
         )
-    if params.max_tokens is None:
-        params = msgspec.structs.replace(params, max_tokens=room)
-        params.verify(info.vocab_size)
-        return params
-    if params.max_tokens > room:
+    if params.max_tokens is not None and params.max_tokens > room:
         raise RequestError(
             "max_tokens",
             f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed the model's limit of"

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiohttp import web
+from aiohttp import http_exceptions, web
 from msgspec import UnsetType
 
+from tfserve.errors import QueueFullError
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
 from tfserve.http.ports import TokenizerPort
@@ -20,6 +21,9 @@ from tfserve.types import ConsumptionRate, RequestOutput, SamplingParams, TokenL
 
 USAGE = web.RequestKey("usage", Usage)
 """Where the tokens of an answer are noted on the request, for the access log."""
+
+BODY_TIMEOUT_S = 60.0
+"""How long a client has to send its request's body."""
 
 LONG_TEXT = 32_768
 """Characters from which a prompt is tokenised in a thread, so that it does not hold up everybody's streams."""
@@ -54,12 +58,23 @@ class Renderer(ChunkRenderer, Protocol):
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
-    """The whole body. Raises ApiError (413) before reading one that says it is too large, or once it proves to be."""
+    """The whole body, unpacked. Raises ApiError for one that is too large (413), too slow (408), or no gzip (400).
+
+    A body that says it is too large is not read at all.
+    """
     try:
         if (request.content_length or 0) <= max_bytes:
-            return await request.read()
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                return await request.read()
     except web.HTTPRequestEntityTooLarge:
         pass
+    except TimeoutError:
+        message = f"The body did not come within {BODY_TIMEOUT_S:.0f} s."
+        raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
+    except (web.RequestPayloadError, http_exceptions.PayloadEncodingError):
+        encoding = request.headers.get("Content-Encoding", "identity")
+        message = f"The body cannot be read; it does not come as it says (Content-Encoding: {encoding[:50]})."
+        raise ApiError(400, message, code="invalid_body", headers={"Connection": "close"}) from None
     message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
     raise ApiError(413, message, code="body_too_large") from None
 
@@ -82,12 +97,19 @@ async def answer(
     stream: bool,
 ) -> web.StreamResponse:
     """Submit all prompts, or none if one is refused, and answer with their choices."""
-    with service.exchange() as exchange:
-        for index, prompt in enumerate(prompts):
-            exchange.submit(prompt, params, f"{renderer.id}-{index}", rate)
+    with service.exchange(renderer.id) as exchange:
+        try:
+            for index, prompt in enumerate(prompts):
+                exchange.submit(prompt, params, f"{renderer.id}-{index}", rate)
+        except QueueFullError:
+            service.metrics.on_refusal("queue_full")
+            raise
         try:
             if stream:
-                return await stream_answer(request, exchange, renderer, service.config.server.keep_alive_s)
+                if service.config.scheduler.overload == "shed":
+                    # A refusal must come as a status, so the headers wait for the policy's word.
+                    await exchange.admitted()
+                return await stream_answer(request, exchange, renderer, service.config.server)
             results = await _collect(exchange, len(prompts))
             return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
         finally:
@@ -97,6 +119,6 @@ async def answer(
 async def _collect(exchange: Exchange, num_choices: int) -> list[Result]:
     results = [Result() for _ in range(num_choices)]
     while not exchange.finished:
-        for index, output in await exchange.next(None):
+        for index, output in await exchange.next():
             results[index].add(output)
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -15,12 +16,18 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 import tfserve
+from tfserve.errors import TfserveError
 from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
+from tfserve.http.cors import allow_origins
 from tfserve.http.errors import JSON, ApiError, api_error
+from tfserve.http.metrics import CONTENT_TYPE
+from tfserve.http.page import Page
 from tfserve.http.replies import ModelCard, ModelList
 from tfserve.http.service import Phase, Service
+from tfserve.http.streams import StreamEndpoints
+from tfserve.types import StreamState
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +36,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 REQUEST_ID = web.RequestKey("request_id", str)
 REQUEST_ID_HEADER = "X-Request-Id"
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-"""What is answered without a key: probes have none."""
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/metrics"})
+"""What is answered without a key: probes and scrapers have none, and the page asks for it."""
+
+SCRAPE_PATIENCE_S = 1.0
+"""How long a scrape waits for the engine, which answers between two steps."""
 
 CLIENT_GONE = 499
 """nginx's status, in the log only, for a client that went away before its answer was complete."""
@@ -46,13 +56,37 @@ def create_app(service: Service) -> web.Application:
     about = AboutEndpoints(service)
     app.router.add_post("/v1/chat/completions", ChatEndpoint(service).post)
     app.router.add_post("/v1/completions", CompletionEndpoint(service).post)
+    streams = StreamEndpoints(service)
+    app.router.add_get("/v1/streams", streams.list)
+    app.router.add_post("/v1/streams/{id}/buffer", streams.buffer)
+    app.router.add_post("/abort_request", streams.abort)
+    app.router.add_get("/", Page().get)
+    app.router.add_get("/metrics", MetricsEndpoint(service).get)
     app.router.add_get("/v1/models", about.models)
     app.router.add_get("/v1/models/{id:.+}", about.model)
     app.router.add_get("/health", about.health)
     app.router.add_get("/ready", about.ready)
     app.router.add_get("/version", about.version)
     app.on_response_prepare.append(_echo_request_id)
+    if server.cors_origins:
+        allow_origins(app, server.cors_origins)
     return app
+
+
+class MetricsEndpoint:
+    """What the server counts."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def get(self, _request: web.Request) -> web.Response:
+        """GET /metrics, in Prometheus's text format; without the streams' buffers if the engine is slow to tell."""
+        streams: list[StreamState] = []
+        with contextlib.suppress(TimeoutError, TfserveError):
+            async with asyncio.timeout(SCRAPE_PATIENCE_S):
+                streams = await self._service.engine_alive.streams()
+        body = self._service.metrics.render(streams)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
 class AboutEndpoints:
@@ -72,9 +106,9 @@ class AboutEndpoints:
         return _json(card)
 
     async def health(self, _request: web.Request) -> web.Response:
-        """GET /health: 503 unless the engine is loaded, alive and making progress."""
-        healthy, status = self._service.health()
-        return _json({"status": status}, 200 if healthy else 503)
+        """GET /health: the engine's counts; 503 unless it is loaded, alive and making progress."""
+        status, stats = self._service.health()
+        return _json({"status": status}, 503) if stats is None else _json({"status": status, "engine": stats})
 
     async def ready(self, _request: web.Request) -> web.Response:
         """GET /ready: 503 unless new requests are admitted."""

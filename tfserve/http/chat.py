@@ -55,6 +55,11 @@ class ChatRenderer:
         logprobs = self._logprobs(output.logprobs)
         return start + self._event([ChatChunkChoice(index, delta, logprobs, output.finish_reason)])
 
+    def template(self, index: int) -> tuple[bytes, bytes] | None:
+        """What surrounds the text in every further event of choice `index` that has nothing else."""
+        before, after = self._event([ChatChunkChoice(index, Delta(content=self.id))]).rsplit(self._encode(self.id), 1)
+        return before, after
+
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with token counts; empty when the client did not ask for it."""
         return self._event([], usage) if self._include_usage else b""

@@ -40,6 +40,11 @@ class CompletionRenderer:
         logprobs = self._logprobs(index, output.logprobs)
         return self._event([CompletionChoice(index, output.text, logprobs, output.finish_reason)])
 
+    def template(self, index: int) -> tuple[bytes, bytes] | None:
+        """What surrounds the text in every further event of choice `index` that has nothing else."""
+        before, after = self._event([CompletionChoice(index, self.id)]).rsplit(self._encode(self.id), 1)
+        return before, after
+
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with token counts; empty when the client did not ask for it."""
         return self._event([], usage) if self._include_usage else b""

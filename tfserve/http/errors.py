@@ -63,6 +63,11 @@ def unavailable(message: str, code: str, retry_after_s: float | None = None) -> 
     return ApiError(503, message, kind="service_unavailable_error", code=code, headers=_retry_after(retry_after_s))
 
 
+def too_many(message: str, code: str, retry_after_s: float) -> ApiError:
+    """429: too many others are being served; the client may come back after `retry_after_s`."""
+    return ApiError(429, message, kind="rate_limit_error", code=code, headers=_retry_after(retry_after_s))
+
+
 def api_error(error: BaseException) -> ApiError:
     """The ApiError that reports any exception; an unforeseen one is logged whole and becomes a bare 500."""
     match error:
@@ -71,8 +76,7 @@ def api_error(error: BaseException) -> ApiError:
         case RequestError():
             return ApiError(400, str(error), param=error.param, code=error.code)
         case QueueFullError():
-            headers = _retry_after(error.retry_after_s)
-            return ApiError(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
+            return too_many(str(error), "queue_full", error.retry_after_s)
         case EngineDeadError():
             return unavailable(str(error), "engine_dead")
         case web.HTTPException():

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
-from msgspec import UnsetType
+from msgspec import UNSET, UnsetType
 
-from tfserve.http.errors import ApiError, unavailable
+from tfserve.http.errors import ApiError, too_many, unavailable
 from tfserve.http.ports import EnginePort, StreamPort
 from tfserve.http.replies import Usage
-from tfserve.types import ConsumptionRate, FinishReason, RequestOutput, SamplingParams
+from tfserve.types import ConsumptionRate, FinishReason, RequestOutput, RequestTimes, SamplingParams
 
 
 class Exchange:
-    """The streams of one API request: one per prompt, numbered in the order of `submit`."""
+    """The streams of one API request: one per prompt, numbered in the order of `submit`.
 
-    def __init__(self, engine: EnginePort) -> None:
+    Read it by `next`, or `listen` and `take`. `on_end` gets every stream that has ended, with its last output.
+    """
+
+    def __init__(self, engine: EnginePort, on_end: Callable[[StreamPort, RequestOutput], None]) -> None:
         self._engine = engine
+        self._on_end = on_end
         self._streams: list[StreamPort] = []
         self._unfinished: set[int] = set()
-        self._reads: dict[asyncio.Task[RequestOutput | None], int] = {}
+        self._fresh: dict[int, None] = {}
+        self._news = asyncio.Event()
+        self._listener: Callable[[], None] = self._news.set
         self._num_output_tokens = 0
-        self._patience: asyncio.Timeout | None = None
+        self._times: list[RequestTimes] = []
         self._abort_reason = ""
 
     def submit(
@@ -34,7 +41,9 @@ class Exchange:
     ) -> None:
         """Queue a prompt. Raises RequestError, QueueFullError, EngineDeadError."""
         stream = self._engine.submit(prompt, params, request_id=request_id, rate=rate)
-        self._unfinished.add(len(self._streams))
+        index = len(self._streams)
+        stream.on_news = functools.partial(self._note, index)
+        self._unfinished.add(index)
         self._streams.append(stream)
 
     @property
@@ -43,64 +52,114 @@ class Exchange:
         return not self._unfinished
 
     @property
+    def has_more(self) -> bool:
+        """True while there is something to take."""
+        return bool(self._fresh)
+
+    @property
+    def unfinished(self) -> Sequence[int]:
+        """Numbers of the streams that have more to give."""
+        return sorted(self._unfinished)
+
+    @property
+    def streams(self) -> Sequence[StreamPort]:
+        """The streams, by their numbers."""
+        return self._streams
+
+    @property
     def usage(self) -> Usage:
-        """Tokens so far over all streams."""
+        """Tokens so far over all streams; interruptions and waits of those that have ended."""
         prompt = sum(stream.num_prompt_tokens for stream in self._streams)
-        return Usage(prompt, self._num_output_tokens, prompt + self._num_output_tokens)
+        usage = Usage(prompt, self._num_output_tokens, prompt + self._num_output_tokens)
+        if self._times:
+            usage.num_preemptions = sum(times.num_preemptions for times in self._times)
+            usage.stall_s = round(sum(times.stall_s for times in self._times), 3)
+            firsts = [times.first_token_s - times.arrival_s for times in self._times if times.first_token_s is not None]
+            usage.ttft_s = round(max(firsts), 4) if firsts else UNSET
+        return usage
 
-    async def next(self, timeout_s: float | None) -> list[tuple[int, RequestOutput]]:
-        """What is new, as (stream number, output) in stream order; empty after `timeout_s` of silence.
+    async def admitted(self) -> None:
+        """Wait until every stream has been let in. Raises ApiError (429) if one is refused, else as `take`."""
+        while not all(stream.started for stream in self._streams):
+            await self._news.wait()
+            self._news.clear()
+            for index, stream in enumerate(self._streams):
+                if stream.is_refused and (output := stream.take()) is not None:
+                    self._end(index, output)
+            self.check_aborted()
 
+    async def next(self) -> list[tuple[int, RequestOutput]]:
+        """Wait for something new. Raises as `take`."""
+        while True:
+            batch = self.take()
+            if batch or self.finished:
+                return batch
+            await self._news.wait()
+            self._news.clear()
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call `listener`, on the event loop, whenever there is something to take; from now on `next` is of no use."""
+        self._listener = listener
+
+    def take(self, index: int | None = None, most: int | None = None) -> list[tuple[int, RequestOutput]]:
+        """What is new, as (stream number, output) in stream order.
+
+        Of one stream only, if so asked, and at most `most` tokens of each; `has_more` tells of what is left.
         Raises EngineDeadError, and ApiError when a stream ended by an error or an abort.
         """
+        if index is None:
+            fresh, self._fresh = sorted(self._fresh), {}
+        else:
+            fresh = [index]
         batch: list[tuple[int, RequestOutput]] = []
-        try:
-            async with asyncio.timeout(timeout_s) as self._patience:
-                batch = await (self._read_one() if len(self._streams) == 1 else self._read_many())
-        except TimeoutError:
-            pass
-        finally:
-            self._patience = None
-        for index, output in batch:
-            self._num_output_tokens += len(output.token_ids)
-            if output.finished:
-                self._unfinished.discard(index)
-            if output.finish_reason is FinishReason.ERROR:
-                message = output.error or "The engine failed on this request."
-                raise ApiError(500, message, kind="server_error", code="generation_failed")
-            if output.finish_reason is FinishReason.ABORT:
-                raise unavailable(self._abort_reason or "The request was aborted.", "aborted")
-        if self._abort_reason and self._unfinished:
-            raise unavailable(self._abort_reason, "aborted")
+        for number in fresh:
+            if number in self._unfinished:
+                stream = self._streams[number]
+                output = stream.take(most)
+                if output is not None:
+                    batch.append((number, output))
+                    self._num_output_tokens += len(output.token_ids)
+                    if output.finish_reason is not None:
+                        self._end(number, output)
+                    elif most is not None and stream.num_waiting:
+                        self._fresh[number] = None
+        self.check_aborted()
         return batch
 
-    async def _read_one(self) -> list[tuple[int, RequestOutput]]:
-        output = await self._streams[0].next()
-        return [] if output is None else [(0, output)]
-
-    async def _read_many(self) -> list[tuple[int, RequestOutput]]:
-        for index in self._unfinished - set(self._reads.values()):
-            self._reads[asyncio.ensure_future(self._streams[index].next())] = index
-        done, _ = await asyncio.wait(self._reads, return_when=asyncio.FIRST_COMPLETED)
-        for read in done:
-            read.exception()  # marks it as seen: where several streams fail at once, one is reported
-        outputs = [(self._reads.pop(read), read.result()) for read in done]
-        return sorted(((index, output) for index, output in outputs if output is not None), key=lambda pair: pair[0])
+    def check_aborted(self) -> None:
+        """Raise ApiError if `abort` was called before everything had ended."""
+        if self._abort_reason and self._unfinished:
+            raise unavailable(self._abort_reason, "aborted")
 
     def abort(self, reason: str) -> None:
-        """Stop what is unfinished; `next` raises ApiError with `reason`, at once, even if the engine is busy."""
+        """Stop what is unfinished; its reader gets an ApiError with `reason`, at once, even if the engine is busy."""
         self._abort_reason = reason
-        for index in self._unfinished:
+        for index in sorted(self._unfinished):
             self._streams[index].abort()
-        if self._patience is not None and not self._patience.expired():
-            self._patience.reschedule(asyncio.get_running_loop().time())
+        self._listener()
 
     def close(self) -> None:
         """Stop whatever is unfinished without waiting for it; nothing more is read."""
-        for index in self._unfinished:
-            self._streams[index].abort()
+        for index, stream in enumerate(self._streams):
+            stream.on_news = None
+            if index in self._unfinished:
+                stream.abort()
         self._unfinished.clear()
-        for read in self._reads:
-            if not read.cancel():
-                read.exception()
-        self._reads.clear()
+
+    def _note(self, index: int) -> None:
+        self._fresh[index] = None
+        self._listener()
+
+    def _end(self, index: int, output: RequestOutput) -> None:
+        """Count a stream's end; raise if it is not a good one."""
+        self._unfinished.discard(index)
+        self._on_end(self._streams[index], output)
+        if output.times is not None:
+            self._times.append(output.times)
+        if output.retry_after_s is not None:
+            raise too_many(output.error or "The server is overloaded.", "overloaded", output.retry_after_s)
+        if output.finish_reason is FinishReason.ERROR:
+            message = output.error or "The engine failed on this request."
+            raise ApiError(500, message, kind="server_error", code="generation_failed")
+        if output.finish_reason is FinishReason.ABORT:
+            raise unavailable(self._abort_reason or "The request was aborted.", "aborted")

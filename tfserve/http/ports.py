@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
-from tfserve.types import ConsumptionRate, EngineInfo, RequestOutput, SamplingParams
+from tfserve.engine.messages import StepOutputs
+from tfserve.types import ConsumptionRate, EngineInfo, EngineStats, RequestOutput, SamplingParams, StreamState
 
 
 class TokenizerPort(Protocol):
@@ -28,7 +29,14 @@ class TokenizerPort(Protocol):
 
 
 class StreamPort(Protocol):
-    """One request inside the engine."""
+    """One request inside the engine.
+
+    `on_news` is called on the event loop when something has come, once for all that came meanwhile. `started` is true
+    once the request has been let in, or has ended.
+    """
+
+    on_news: Callable[[], None] | None
+    started: bool
 
     @property
     def request_id(self) -> str:
@@ -40,12 +48,46 @@ class StreamPort(Protocol):
         """Tokens of the prompt, special tokens included."""
         ...
 
-    async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
-        """Everything new since the last call, merged; None after `timeout_s` of silence. Raises EngineDeadError."""
+    @property
+    def is_refused(self) -> bool:
+        """True once the engine has refused the request; its one output says when to try again."""
+        ...
+
+    @property
+    def rate(self) -> float:
+        """How fast the request is read, tokens/s; NaN without a reader."""
+        ...
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens taken so far."""
+        ...
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of text taken so far."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that have come and were not taken."""
+        ...
+
+    @property
+    def token_s(self) -> Sequence[float]:
+        """When each token came, by time.monotonic."""
+        ...
+
+    def take(self, most: int | None = None) -> RequestOutput | None:
+        """What is new since the last call, or its first `most` tokens; None if nothing. Raises EngineDeadError."""
+        ...
+
+    def report_played(self, num_tokens: int) -> None:
+        """The reader has read `num_tokens` of the output so far."""
         ...
 
     def abort(self) -> None:
-        """Stop the request and free its KV; `next` then ends with FinishReason.ABORT. Idempotent."""
+        """Stop the request and free its KV; `take` then ends with FinishReason.ABORT. Idempotent."""
         ...
 
 
@@ -73,8 +115,20 @@ class EnginePort(Protocol):
         """Queue a request. Raises RequestError, QueueFullError, EngineDeadError."""
         ...
 
+    def stats(self) -> EngineStats:
+        """The engine's state after its last step."""
+        ...
+
+    async def streams(self) -> list[StreamState]:
+        """Every live request, in order of arrival. Raises EngineDeadError."""
+        ...
+
     def check_health(self) -> None:
         """Raise EngineDeadError when the engine is dead or makes no progress."""
+        ...
+
+    def on_step(self, callback: Callable[[StepOutputs], None]) -> None:
+        """Call `callback` with every step's message, from any thread."""
         ...
 
     def on_death(self, callback: Callable[[str], None]) -> None:

@@ -10,11 +10,18 @@ UNSET = msgspec.UNSET
 
 
 class Usage(msgspec.Struct):
-    """Token counts of an answer, over all its choices."""
+    """Token counts of an answer, over all its choices.
+
+    Ours, once it has ended: how often the scheduler interrupted it, when its first token came after its arrival (the
+    latest choice's), and how long its reader had nothing to read after that.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    num_preemptions: int | msgspec.UnsetType = UNSET
+    ttft_s: float | msgspec.UnsetType = UNSET
+    stall_s: float | msgspec.UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):

@@ -20,6 +20,7 @@ from tfserve.config import EngineConfig
 from tfserve.errors import ConfigError, TfserveError
 from tfserve.http.app import create_app
 from tfserve.http.banner import banner
+from tfserve.http.interval_log import log_intervals
 from tfserve.http.ports import EngineFactory, EnginePort
 from tfserve.http.service import Phase, Service
 
@@ -85,9 +86,6 @@ class _Server:
 
     async def run(self) -> int:
         """Bind first (a taken port costs no load), answer while loading, serve, drain. Raises TfserveError."""
-        if self._config.scheduler.overload == "shed":
-            # It would have to answer 429 before the stream begins, and the scheduler decides after.
-            raise ConfigError("scheduler.overload", "the server cannot 'shed' yet; use 'queue' or 'share'")
         loop = asyncio.get_running_loop()
         app = create_app(self._service)
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=GOODBYE_S)
@@ -99,7 +97,9 @@ class _Server:
             await self._load_engine()
             if self._engine is not None and not self._stop.is_set():
                 self._go_live(self._engine, url)
+                logging_intervals = asyncio.ensure_future(self._log_intervals(self._engine))
                 await self._serve()
+                logging_intervals.cancel()
         finally:
             await runner.cleanup()
             if self._engine is not None:
@@ -156,6 +156,10 @@ class _Server:
             os.nice(NICENESS)  # only now: the engine's process would have inherited it
         self._service.ready(engine)
         print(banner(engine.info, self._service, url), flush=True)
+
+    async def _log_intervals(self, engine: EnginePort) -> None:
+        if self._config.server.log_interval_s > 0:
+            await log_intervals(engine, self._config.server.log_interval_s)
 
     async def _serve(self) -> None:
         """Until a signal, then drain; or until the engine's death."""

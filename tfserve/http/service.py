@@ -13,7 +13,9 @@ from tfserve.config import EngineConfig
 from tfserve.errors import EngineDeadError
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.exchange import Exchange
+from tfserve.http.metrics import Metrics
 from tfserve.http.ports import EnginePort
+from tfserve.types import EngineStats
 
 
 class Phase(enum.StrEnum):
@@ -38,11 +40,13 @@ class Service:
         self.idle.set()
         self._death = ""
         self._loaded: EnginePort | None = None
-        self._open: set[Exchange] = set()
+        self.metrics = Metrics()
+        self._open: dict[str, Exchange] = {}
 
     def ready(self, engine: EnginePort) -> None:
         """Start to admit requests."""
         self._loaded = engine
+        self.metrics.attach(engine)
         if self.phase is Phase.LOADING:
             self.phase = Phase.READY
 
@@ -56,6 +60,18 @@ class Service:
         self.phase = Phase.DEAD
         self._death = reason
         self.died.set()
+
+    @property
+    def is_ending(self) -> bool:
+        """True once the server is on its way out."""
+        return self.phase in (Phase.DRAINING, Phase.DEAD)
+
+    @property
+    def engine_alive(self) -> EnginePort:
+        """The engine, to those who only look: while draining too. Raises ApiError (503) before and after."""
+        if self.phase is Phase.DRAINING and self._loaded is not None:
+            return self._loaded
+        return self.engine
 
     @property
     def engine(self) -> EnginePort:
@@ -75,17 +91,17 @@ class Service:
             message = f"The model {name!r} does not exist; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def health(self) -> tuple[bool, str]:
-        """Whether the engine lives and progresses, and in what phase it is or what is wrong with it."""
+    def health(self) -> tuple[str, EngineStats | None]:
+        """In what phase the engine is or what is wrong with it, and its counts; None unless it lives and progresses."""
         if self.phase is Phase.DEAD:
-            return False, f"dead: {self._death}"
+            return f"dead: {self._death}", None
         if self._loaded is None:
-            return False, self.phase
+            return self.phase, None
         try:
             self._loaded.check_health()
         except EngineDeadError as error:
-            return False, f"dead: {error}"
-        return True, self.phase
+            return f"dead: {error}", None
+        return self.phase, self._loaded.stats()
 
     @property
     def num_open(self) -> int:
@@ -93,20 +109,27 @@ class Service:
         return len(self._open)
 
     @contextlib.contextmanager
-    def exchange(self) -> Iterator[Exchange]:
-        """A place for one API request's streams; what is unfinished on the way out, however it comes, is aborted."""
-        exchange = Exchange(self.engine)
-        self._open.add(exchange)
+    def exchange(self, name: str) -> Iterator[Exchange]:
+        """A place for one API request's streams; what is unfinished on the way out, however it comes, is aborted.
+
+        `name` is the answer's id, unique, by which `find` finds it.
+        """
+        exchange = Exchange(self.engine, self.metrics.on_end)
+        self._open[name] = exchange
         self.idle.clear()
         try:
             yield exchange
         finally:
             exchange.close()
-            self._open.remove(exchange)
+            del self._open[name]
             if not self._open:
                 self.idle.set()
 
+    def find(self, name: str) -> Exchange | None:
+        """The open request whose answer has this id."""
+        return self._open.get(name)
+
     def abort_open(self, reason: str) -> None:
         """Abort every open request; their clients are told `reason`."""
-        for exchange in tuple(self._open):
+        for exchange in tuple(self._open.values()):
             exchange.abort(reason)

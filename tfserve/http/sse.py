@@ -1,14 +1,22 @@
-"""Server-sent events: framing, and the loop that turns engine outputs into one write per step."""
+"""Server-sent events: framing, and the writer that turns engine outputs into one write per stream and step.
+
+Nothing runs per token but a callback: no task wakes, no future is made. At 20,000 tokens/s a stream's step has 50 us.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 from aiohttp import web
 
+from tfserve.config import ServerConfig
 from tfserve.http.errors import api_error
 from tfserve.http.exchange import Exchange
+from tfserve.http.pacing import Pacer
 from tfserve.http.replies import Usage
 from tfserve.types import RequestOutput
 
@@ -21,12 +29,28 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # nginx would hold tokens back until a buffer fills
 }
 
+MAX_UNSENT_BYTES = 16 * 1024
+"""What one stream may have rendered and not yet handed to the kernel; beyond it tokens wait as ids, four bytes each."""
+
+KERNEL_BUFFER_BYTES = 64 * 1024
+"""What the kernel may hold for one stream; left alone it takes up to 4 MiB, minutes of text, for each slow reader."""
+
+MAX_TOKENS_AT_ONCE = 512
+"""Tokens of one event: a reader who comes back after a long time gets the rest in pieces, as they fit."""
+
 
 class ChunkRenderer(Protocol):
     """Turns outputs into the events of one endpoint."""
 
     def chunk(self, index: int, output: RequestOutput) -> bytes:
         """Events for what is new in choice `index`; empty when there is nothing to tell yet."""
+        ...
+
+    def template(self, index: int) -> tuple[bytes, bytes] | None:
+        """What surrounds the JSON string of the text in every event of choice `index` that has nothing but text.
+
+        Asked for after the choice's first event; None if there is no such constant.
+        """
         ...
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -40,38 +64,172 @@ def event(json: bytes) -> bytes:
 
 
 async def stream_answer(
-    request: web.Request, exchange: Exchange, renderer: ChunkRenderer, keep_alive_s: float
+    request: web.Request, exchange: Exchange, renderer: ChunkRenderer, server: ServerConfig
 ) -> web.StreamResponse:
-    """Answer with a stream: chunks as they come, a comment every `keep_alive_s` of silence (0: never), then [DONE].
+    """Answer with a stream: chunks as they come, or as they are read if `server` paces; then [DONE].
+
+    A comment breaks every `keep_alive_s` of silence (0: never).
 
     What fails after the headers are out is told as an error event. Raises ConnectionError or CancelledError when the
     client goes away.
     """
     response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
+    writer = EventWriter(request, response, exchange, renderer, server)
     try:
-        rest = await _chunks(response, exchange, renderer, keep_alive_s)
+        rest = await writer.run()
     except ConnectionError:
         raise
     except Exception as error:
         rest = event(api_error(error).body())
+    finally:
+        writer.close()
     await response.write_eof(rest + DONE)
     return response
 
 
-async def _chunks(
-    response: web.StreamResponse, exchange: Exchange, renderer: ChunkRenderer, keep_alive_s: float
-) -> bytes:
-    """Write all events but the last step's, which are returned. Memory stays bounded: outputs merge while we write."""
-    clock = asyncio.get_running_loop().time
-    written = clock()
-    while True:
-        patience = max(0.0, written + keep_alive_s - clock()) if keep_alive_s > 0 else None
-        batch = await exchange.next(patience)
-        data = b"".join([renderer.chunk(index, output) for index, output in batch])
-        if exchange.finished:
-            return data + renderer.usage_chunk(exchange.usage)
-        silent = patience is not None and clock() - written >= keep_alive_s
-        if data or silent:
-            await response.write(data or KEEP_ALIVE)
-            written = clock()
+class EventWriter:
+    """Writes an exchange's events as they come, straight to the connection.
+
+    A reader who is slower than the model costs no memory for text: once the connection holds MAX_UNSENT_BYTES, outputs
+    stay in the engine's stream, merged, until it has room again.
+    """
+
+    def __init__(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        exchange: Exchange,
+        renderer: ChunkRenderer,
+        server: ServerConfig,
+    ) -> None:
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client has gone")
+        self._transport = transport
+        transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER_BYTES)
+        self._protocol = request.protocol
+        self._writer = request.writer
+        self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
+        self._exchange = exchange
+        self._renderer = renderer
+        self._templates: dict[int, tuple[bytes, bytes] | None] = {}
+        self._encode = msgspec.json.Encoder().encode
+        self._keep_alive_s = server.keep_alive_s
+        self._pacers = [Pacer(stream.rate) for stream in exchange.streams] if server.pacing == "smooth" else None
+        self._pace_timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._written_s = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._attention = asyncio.Event()
+        self._is_full = False
+        self._is_over = False
+        self._rest = b""
+        self._error: Exception | None = None
+
+    async def run(self) -> bytes:
+        """Write everything but the last step's events, which are returned. Raises what the exchange raises."""
+        self._exchange.listen(self._on_news)
+        if self._keep_alive_s > 0:
+            self._timer = self._loop.call_later(self._keep_alive_s, self._on_silence)
+        self._on_news()
+        while True:
+            await self._attention.wait()
+            self._attention.clear()
+            if self._error is not None:
+                raise self._error
+            if self._is_over:
+                return self._rest
+            await self._writer.drain()
+            self._is_full = False
+            self._on_news()
+
+    def close(self) -> None:
+        """Nothing more will be written by the writer itself."""
+        self._is_over = True
+        for timer in (self._timer, self._pace_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def _on_news(self) -> None:
+        """Write what has come, unless the connection is full. Runs once per stream and step: it must be cheap."""
+        if self._is_full or self._is_over:
+            return
+        try:
+            if self._pacers is not None:
+                self._pass_on(self._take_paced(self._pacers))
+                return
+            self._pass_on(self._exchange.take(most=MAX_TOKENS_AT_ONCE))
+            while self._exchange.has_more and not (self._is_full or self._is_over):
+                self._pass_on(self._exchange.take(most=MAX_TOKENS_AT_ONCE))
+        except Exception as error:
+            self._error = error
+            self._end()
+
+    def _pass_on(self, batch: list[tuple[int, RequestOutput]]) -> None:
+        """Write these outputs, or keep the last ones for the end."""
+        data = self._render(batch)
+        if self._exchange.finished:
+            self._rest = data + self._renderer.usage_chunk(self._exchange.usage)
+            self._end()
+        elif data:
+            self._write(data)
+
+    def _take_paced(self, pacers: Sequence[Pacer]) -> list[tuple[int, RequestOutput]]:
+        """What is due, and a timer for what is not."""
+        self._exchange.check_aborted()
+        now_s = self._loop.time()
+        batch: list[tuple[int, RequestOutput]] = []
+        for index in self._exchange.unfinished:
+            allowed = pacers[index].allowed(self._exchange.streams[index].num_waiting, now_s)
+            if allowed != 0:
+                batch += self._exchange.take(index, allowed)
+        if self._pace_timer is not None:
+            self._pace_timer.cancel()
+        due_s = min((pacer.wake_s for pacer in pacers if pacer.wake_s is not None), default=None)
+        self._pace_timer = None if due_s is None else self._loop.call_at(due_s, self._on_news)
+        return batch
+
+    def _render(self, batch: list[tuple[int, RequestOutput]]) -> bytes:
+        return b"".join([self._event(index, output) for index, output in batch])
+
+    def _event(self, index: int, output: RequestOutput) -> bytes:
+        template = self._templates.get(index)
+        if template is None or output.logprobs is not None or output.finish_reason is not None:
+            data = self._renderer.chunk(index, output)
+            if data and index not in self._templates:
+                self._templates[index] = self._renderer.template(index)
+            return data
+        if not output.text:
+            return b""
+        return template[0] + self._encode(output.text) + template[1]
+
+    def _write(self, data: bytes) -> None:
+        if self._transport.is_closing():
+            raise ConnectionResetError("the client has gone")
+        # As aiohttp's own writer frames it, without a coroutine per write.
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+        self._written_s = self._loop.time()
+        if self._protocol.writing_paused:
+            self._is_full = True
+            self._attention.set()
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._attention.set()
+
+    def _on_silence(self) -> None:
+        """Comment on a silence that has lasted long enough, and look again when the next would."""
+        if self._is_over:
+            return
+        if self._loop.time() - self._written_s >= self._keep_alive_s and not self._is_full:
+            try:
+                self._write(KEEP_ALIVE)
+            except ConnectionError as error:
+                self._error = error
+                self._end()
+                return
+        # Full, the connection speaks for itself.
+        due_s = self._loop.time() if self._is_full else self._written_s
+        self._timer = self._loop.call_at(due_s + self._keep_alive_s, self._on_silence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from tfserve.errors import ConfigError
 
 _GIB = 1024**3
+_PAGE_BYTES = 4096
 _KEEP_FREE = 0.1
 """Share of the memory available now that is left to everything else."""
 
@@ -55,12 +57,13 @@ class HostPool:
 
     `data` is `[num_blocks, *block_shape]`, with the bytes of a page in the order that the device's layout has, so that
     whole blocks are plain copies: `(layers, 2, page)` for a CPU device. The system gives the memory as it is first
-    written. Raises ConfigError if it refuses the address range.
+    written; it begins on a page boundary, as a GPU's driver wants what it is to pin. Raises ConfigError if the system
+    refuses the address range.
     """
 
     def __init__(self, num_blocks: int, block_shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         try:
-            self.data: npt.NDArray[np.generic] = np.empty((num_blocks, *block_shape), dtype=dtype)
+            self.data = _empty_pages((num_blocks, *block_shape), np.dtype(dtype))
         except MemoryError:
             raise ConfigError("host_kv_gib", f"cannot reserve {num_blocks} KV blocks; set a smaller value") from None
 
@@ -68,6 +71,13 @@ class HostPool:
     def block_bytes(self) -> int:
         """Bytes of one block."""
         return int(self.data[0].nbytes)
+
+
+def _empty_pages(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _PAGE_BYTES, np.uint8)
+    skip = -raw.ctypes.data % _PAGE_BYTES
+    return raw[skip : skip + nbytes].view(dtype).reshape(shape)
 
 
 def _mem_available(path: Path) -> int:

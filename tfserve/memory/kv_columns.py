@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from tfserve.types import RequestId
 
 IntColumn = npt.NDArray[np.int64]
 
@@ -15,7 +16,9 @@ IntColumn = npt.NDArray[np.int64]
 class ResidencyTable:
     """The counters of all requests, as columns; a row per Residency. Row 0 is of zeros: a request without KV.
 
-    array.array because one element is set in 30 ns, and numpy reads the whole column without a copy.
+    array.array because one element is set in 30 ns, and numpy reads the whole column without a copy. `moved` says for
+    each request that got or gave back a row lately which one it has now: whoever keeps an index of rows need not look
+    anybody up who did not move.
     """
 
     def __init__(self) -> None:
@@ -25,24 +28,29 @@ class ResidencyTable:
         self.num_device_blocks = array("q", [0])
         self._columns = (self.state, self.num_tokens, self.num_host_tokens, self.num_device_blocks)
         self._free: list[int] = []
+        self.moved: dict[RequestId, int] = {}
 
-    def open(self) -> int:
+    def open(self, req: RequestId) -> int:
         """A row of zeros."""
         if self._free:
-            return self._free.pop()
-        for column in self._columns:
-            column.append(0)
-        return len(self.state) - 1
+            row = self._free.pop()
+        else:
+            for column in self._columns:
+                column.append(0)
+            row = len(self.state) - 1
+        self.moved[req] = row
+        return row
 
-    def close(self, row: int) -> None:
+    def close(self, row: int, req: RequestId) -> None:
         """Give a row back."""
         for column in self._columns:
             column[row] = 0
         self._free.append(row)
+        self.moved[req] = 0
 
-    def gather(self, rows: Sequence[int], block_size: int) -> KVColumns:
+    def gather(self, rows: npt.ArrayLike, block_size: int) -> KVColumns:
         """The counters of some rows, copied."""
-        index = np.array(rows, dtype=np.intp)
+        index = np.asarray(rows, dtype=np.intp)
         return KVColumns(block_size, *(np.frombuffer(column, dtype=np.int64)[index] for column in self._columns))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
+import numpy.typing as npt
 
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.copy_ledger import CopyInFlight, CopyLedger
@@ -112,6 +113,15 @@ class KVCacheManager:
         """The counters of many requests at once, in the order given."""
         get, nothing = self._requests.get, Residency("", self._table)
         return self._table.gather([get(req, nothing).row for req in reqs], self.block_size)
+
+    def take_moved(self) -> dict[RequestId, int]:
+        """For requests that got KV or lost all of it since the last call: the row of their counters, 0 without KV."""
+        moved, self._table.moved = self._table.moved, {}
+        return moved
+
+    def columns_at(self, rows: npt.ArrayLike) -> KVColumns:
+        """As `columns`, for rows kept up to date with `take_moved`: no look-up per request."""
+        return self._table.gather(rows, self.block_size)
 
     def begin_step(self, step: Fence) -> None:
         """What follows is planned for `step`: `extend` makes room that it writes."""

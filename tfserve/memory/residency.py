@@ -180,10 +180,10 @@ class Residency:
         if state not in TRANSITIONS[old]:
             raise AssertionError(f"{self.req}: KV cannot go from {old.name} to {state.name}")
         if old is KVState.NONE:
-            self._row = self._table.open()
+            self._row = self._table.open(self.req)
         self._table.state[self._row] = state
         if state is KVState.NONE:
-            self._table.close(self._row)
+            self._table.close(self._row, self.req)
             self._row = 0
 
     def grow(self, n: int, step: Fence, new_blocks: Sequence[BlockId]) -> None:

@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.memory.copy_runs import take_run
 from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, Fence
 
 logger = logging.getLogger(__name__)
@@ -154,11 +155,8 @@ class WorkerTransfers:
 
     def _take_run(self, queue: deque[Copy]) -> list[Copy]:
         """The head of the queue, and those after it that continue it on both tiers and may start too."""
-        run = [queue.popleft()]
-        most = max(1, _MAX_RUN_BYTES // (run[0].ntok * self._token_bytes))
-        while queue and len(run) < most and _continues(queue[0], run[-1]) and self._ready(queue[0]):
-            run.append(queue.popleft())
-        return run
+        most = max(1, _MAX_RUN_BYTES // (queue[0].ntok * self._token_bytes))
+        return take_run(queue, self._ready, most=most, blocks_per_chunk=len(self._host.blocks))
 
     def _move(self, run: list[Copy]) -> list[Ack]:
         first, n = run[0], len(run)
@@ -192,8 +190,3 @@ class WorkerTransfers:
         bandwidth = self._emulated.get(direction)
         if bandwidth is not None:
             self._closed.wait(max(0.0, start_s + nbytes / bandwidth - self._clock.now()))
-
-
-def _continues(copy: Copy, before: Copy) -> bool:
-    same_tokens = copy.tok0 == before.tok0 and copy.ntok == before.ntok
-    return same_tokens and copy.dev == before.dev + 1 and copy.host == before.host + 1

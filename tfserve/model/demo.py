@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tfserve.errors import ModelError
+from tfserve.model.cache_dir import cache_dir
 
 _MANIFEST = "tfserve_manifest.json"
 _FORMAT = 1
@@ -47,12 +47,12 @@ SMOLLM2 = WheelModel(
 
 def demo_model_dir(model: WheelModel = SMOLLM2) -> Path:
     """Where the demo model is, or will be: `$TFSERVE_CACHE`, or `tfserve` in the user's cache, `/models/NAME`."""
-    return _cache_dir() / "models" / model.name
+    return cache_dir() / "models" / model.name
 
 
 def demo_gguf_file(model: WheelModel = SMOLLM2) -> Path:
     """Where the GGUF file that the demo model was made from is kept."""
-    return _cache_dir() / "downloads" / Path(model.member).name
+    return cache_dir() / "downloads" / Path(model.member).name
 
 
 def prepare_demo_model(progress: bool = True, model: WheelModel = SMOLLM2) -> Path:
@@ -71,17 +71,10 @@ def prepare_demo_model(progress: bool = True, model: WheelModel = SMOLLM2) -> Pa
         _prepare(target, model, progress)
     except OSError as error:
         raise ModelError(
-            f"cannot prepare the demo model in {_cache_dir()}: {error}; it needs 1 GB there: make room, or set "
+            f"cannot prepare the demo model in {cache_dir()}: {error}; it needs 1 GB there: make room, or set "
             "TFSERVE_CACHE to another directory"
         ) from error
     return target
-
-
-def _cache_dir() -> Path:
-    if own := os.environ.get("TFSERVE_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tfserve"
 
 
 def _wheel_file(model: WheelModel) -> Path:

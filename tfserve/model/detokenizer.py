@@ -25,9 +25,8 @@ class Detokenizer:
     ) -> None:
         self.stopped: str | None = None
         self.tokens_used = 0
-        self._tokenizer = tokenizer
         self._stop = stop
-        self._skipped: frozenset[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._bytes_of = tokenizer.bytes_table(skip_special_tokens)
         self._min_tokens = min_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._leading_spaces = tokenizer.leading_spaces
@@ -49,7 +48,9 @@ class Detokenizer:
         """
         if not self._stop:
             self.tokens_used += len(token_ids)
-            return self._utf8.decode(b"".join([self._bytes(token_id) for token_id in token_ids]))
+            if self._leading_spaces:
+                return self._utf8.decode(b"".join([self._bytes(token_id) for token_id in token_ids]))
+            return self._utf8.decode(b"".join(map(self._bytes_of.__getitem__, token_ids)))
         pieces = []
         for token_id in token_ids:
             if self.stopped is not None:
@@ -65,9 +66,7 @@ class Detokenizer:
         return rest
 
     def _bytes(self, token_id: int) -> bytes:
-        if token_id in self._skipped:
-            return b""
-        data = self._tokenizer.token_bytes(token_id)
+        data = self._bytes_of[token_id]
         if self._leading_spaces and data:
             stripped = data.lstrip(b" ")
             data = data[min(self._leading_spaces, len(data) - len(stripped)) :]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tfserve.model.staging import upload
 from tfserve.plan import BlockId, Row, StepPlan
 
 
@@ -81,12 +81,12 @@ def build_batch(plan: StepPlan, tables: BlockTables, last_tokens: Tensor, block_
     slots = blocks.astype(np.int64) * block_size + positions % block_size
     wanted = ends[np.array([seq.sample for seq in seqs])] - 1
 
-    device = last_tokens.device
+    positions_on_device, slots_on_device, wanted_on_device = upload(last_tokens.device, positions, slots, wanted)
     return ForwardBatch(
         input_ids=_input_ids(plan, ends - query_lens, int(ends[-1]), last_tokens),
-        positions=torch.from_numpy(positions).to(device),
-        slots=torch.from_numpy(slots).to(device),
-        logits_indices=torch.from_numpy(wanted).to(device),
+        positions=positions_on_device,
+        slots=slots_on_device,
+        logits_indices=wanted_on_device,
         num_decodes=plan.n_decode,
         query_lens=query_lens,
         context_lens=context_lens,
@@ -104,7 +104,7 @@ def _input_ids(plan: StepPlan, offsets: NDArray[np.int64], num_tokens: int, last
             holes.append(offset)
         else:
             ids[offset : offset + seq.n] = seq.token_ids
-    input_ids = torch.from_numpy(ids).to(last_tokens.device)
+    input_ids, where, row = upload(last_tokens.device, ids, np.array(holes, np.int64), np.array(rows, np.int64))
     if rows:
-        input_ids[torch.tensor(holes)] = last_tokens[torch.tensor(rows)]
+        input_ids[where] = last_tokens[row]
     return input_ids

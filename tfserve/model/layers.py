@@ -29,6 +29,12 @@ class RMSNorm(nn.Module):
         """Take `weight [H]`, in the model's dtype and on its device."""
         self._weight, self._scale = weight, weight * self._sqrt_size
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight `[H]` that `load` took."""
+        assert self._weight is not None
+        return self._weight
+
     def fold_into(self, linear_weight: Tensor, weight: Tensor) -> Tensor:
         """What the linear that follows must use for its `linear_weight [out, H]`, this norm keeping no `weight [H]`."""
         return linear_weight * (weight * self._sqrt_size)

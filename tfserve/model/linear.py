@@ -54,16 +54,27 @@ class Linear(nn.Module):
         assert (bias is not None) == self.has_bias
         weight = weight.to(self._format.device, self._format.dtype)
         bias = None if bias is None else bias.to(self._format.device, self._format.dtype)
-        self._kernel: _Kernel = self._kernel_type()(weight, bias)
+        self._kernel: _Kernel = self._make_kernel(weight, bias)
+
+    def load_quantized(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Take what `quantized` gave for an int8 layer of the same shape."""
+        assert weight.shape == (self.out_features, self.in_features)
+        assert (bias is not None) == self.has_bias
+        self._kernel = _Int8(weight, scale, bias)
+
+    def quantized(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """An int8 layer's weight `[out, in]` int8, the size of its steps `[out]` float64, and its bias."""
+        assert isinstance(self._kernel, _Int8)
+        return self._kernel.parts()
 
     def forward(self, x: Tensor) -> Tensor:
         """From `x [N, in]` in the model's dtype to `[N, out]`, a new tensor."""
         return self._kernel(x)
 
-    def _kernel_type(self) -> type[_Plain] | type[_Packed] | type[_Int8]:
+    def _make_kernel(self, weight: Tensor, bias: Tensor | None) -> _Kernel:
         if self._format.kind == "int8":
-            return _Int8
-        return _Packed if self._format.kind == "packed" else _Plain
+            return _Int8(*quantize(weight), bias)
+        return _Packed(weight, bias) if self._format.kind == "packed" else _Plain(weight, bias)
 
     def extra_repr(self) -> str:
         """For printing the model."""
@@ -101,15 +112,18 @@ class _Int8:
     precision, and make its tokens depend on them. So rows are brought to [-1, 1] here and their size is put back after.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scale = saturation_free_scale(weight).double()
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         zero = torch.zeros(len(weight), dtype=torch.int64)
         with warnings.catch_warnings():
             # Deprecated, but there is no other way yet to make the weight that linear_prepack takes.
-            warnings.filterwarnings("ignore", message=".*quantize_per_channel", category=UserWarning)
-            quantized = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+            warnings.filterwarnings("ignore", category=UserWarning)
+            quantized = torch._make_per_channel_quantized_tensor(weight, scale, zero, 0)
         self._weight = torch.ops.quantized.linear_prepack(quantized, None)
         self._bias = bias
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        quantized, _ = torch.ops.quantized.linear_unpack(self._weight)
+        return quantized.int_repr(), quantized.q_per_channel_scales(), self._bias
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor
@@ -119,6 +133,13 @@ class _Int8:
 
 
 _TINY = 1e-30
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """From `weight [out, in]` float32 to int8 steps of the same shape and the size of a step, `[out]` float64."""
+    scale = saturation_free_scale(weight)
+    steps = (weight / scale[:, None]).round_().clamp_(-128, 127)
+    return steps.to(torch.int8), scale.double()
 
 
 def saturation_free_scale(weight: Tensor) -> Tensor:

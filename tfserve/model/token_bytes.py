@@ -21,14 +21,19 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _KNOWN = {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
 
 
-class TokenBytes:
+class TokenBytes(dict[int, bytes]):
     """Bytes of each token of `backend`; the text of a sequence is their concatenation, decoded as UTF-8.
+
+    Look a token up by `[]`; what was looked up before is found at the speed of a dict. Empty for an id without a token
+    (padded vocabularies), and for those in `left_out`.
 
     Knows byte-level BPE (Llama 3, Qwen2) and the SentencePiece decoders (Metaspace; Replace, ByteFallback, Fuse, Strip)
     and raises ModelError for others. `leading_spaces` is how many spaces a sequence's first token loses.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, left_out: frozenset[int] = frozenset()) -> None:
+        super().__init__()
+        self._left_out = left_out
         self._backend = backend
         steps = _decoder_steps(backend)
         kinds = {step["type"] for step in steps}
@@ -42,17 +47,14 @@ class TokenBytes:
         self._byte_fallback = "ByteFallback" in kinds
         self._replaced = [pair for step in steps for pair in _replacements(step)]
         self.leading_spaces = sum(_leading_spaces(step) for step in steps)
-        self._cache: dict[int, bytes] = {}
 
-    def __getitem__(self, token_id: int) -> bytes:
-        """The token's bytes, maybe part of a character; empty for an id without a token (padded vocabularies)."""
-        data = self._cache.get(token_id)
-        if data is None:
-            data = self._cache[token_id] = self._compute(token_id)
+    def __missing__(self, token_id: int) -> bytes:
+        data = self[token_id] = self._compute(token_id)
         return data
 
     def _compute(self, token_id: int) -> bytes:
-        token = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        known = token_id >= 0 and token_id not in self._left_out
+        token = self._backend.id_to_token(token_id) if known else None
         if token is None:
             return b""
         if self._byte_of_char is not None:

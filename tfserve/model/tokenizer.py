@@ -36,6 +36,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._text_bytes = TokenBytes(backend, self.special_ids)
 
     @classmethod
     def from_dir(cls, path: Path | str) -> Tokenizer:
@@ -87,6 +88,10 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; may be part of a UTF-8 character, and empty for an id without a token."""
         return self._bytes[token_id]
+
+    def bytes_table(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
+        """`token_bytes` of every id as a mapping, for speed; in it special tokens are empty if they are skipped."""
+        return self._text_bytes if skip_special_tokens else self._bytes
 
     def token_str(self, token_id: int) -> str:
         """One token for display: a partial character shows as U+FFFD; `token_bytes` is exact."""

@@ -137,8 +137,9 @@ def _fans(runs: Mapping[str, Outcome], _: Sequence[Line]) -> Figure:
             for own, times, counts in fans:
                 if own == rate:
                     axis.plot(times, counts, color=f"C{index}", linewidth=0.6, alpha=0.6)
-            line = [0.0, longest], [0.0, rate * longest]
-            axis.plot(*line, color=f"C{index}", linestyle="--", label=f"{rate:g} tokens/s")
+            axis.plot(
+                [0.0, longest], [0.0, rate * longest], color=f"C{index}", linestyle="--", label=f"{rate:g} tokens/s"
+            )
         axis.set_ylim(0, max((counts[-1] for _, _, counts in fans), default=1))
         _label(axis, case, "s since the first token", "tokens")
         axis.legend(fontsize=7)

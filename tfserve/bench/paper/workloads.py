@@ -143,8 +143,8 @@ def read_columns(file: str, columns: tuple[str, ...]) -> npt.NDArray[Any]:
     """These columns of a CSV in bench/data as numbers, `[rows, columns]`. Raises TfserveError for what is none."""
     path = files("tfserve.bench") / "data" / file
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [[float(row[column]) for column in columns] for row in csv.DictReader(lines)]
+        with path.open(encoding="utf-8") as lines:
+            rows = [[float(row[column]) for column in columns] for row in csv.DictReader(lines)]
     except (OSError, KeyError, ValueError) as error:
         raise TfserveError(f"{file} is not a table with columns {', '.join(columns)}: {error!r}") from None
     return np.array(rows, np.float64).reshape(-1, len(columns))

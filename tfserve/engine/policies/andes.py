@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Mask
 from tfserve.engine.policies.sharing import Sizes, TimeShared, fill, stream_speed
 from tfserve.engine.policy import Snapshot
 from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Mask
 
 _TTFT_S = 1.0
 """When the ideal delivery curve of a request starts, after its arrival (the paper's expected TTFT)."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
-from typing import NamedTuple
+from functools import cached_property
 
 import numpy as np
 
 from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Mask
 from tfserve.engine.policies.headroom import gain, headroom_s
 from tfserve.engine.policies.sharing import (
     exchange,
@@ -18,11 +17,10 @@ from tfserve.engine.policies.sharing import (
     stream_speed,
     usable_blocks,
 )
-from tfserve.engine.policies.working_set import members
+from tfserve.engine.policies.victims import Victims, Way
 from tfserve.engine.policy import Decision, Snapshot
 from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Mask
 
 _MOST_EXCHANGES = 64
 """Exchanges considered in one pass; the rest waits for the next."""
@@ -32,17 +30,6 @@ _MOST_VICTIMS = 2 * _MOST_EXCHANGES
 
 _STAY_PER_RECOMPUTE = 10.0
 """Whoever will be recomputed stays this many times as long as that takes: it is device time, taken from everybody."""
-
-
-class _Victim(NamedTuple):
-    """A resident that may be put out: `affords` a switch, `survives` one with the margin that admission asks for."""
-
-    row: int
-    headroom: float
-    gain: float
-    need: int
-    affords: bool
-    survives: bool
 
 
 class Balance:
@@ -62,57 +49,83 @@ class Balance:
         self._snapshot = snapshot
         self._config = config
         self._speed = stream_speed(snapshot)
-        self._switch_s, self._by_host = round_trip_s(snapshot, offload=config.offload)
         self._return_s, self._loads = return_s(snapshot)
-        recompute_s = np.where(self._by_host, 0.0, self._switch_s)
-        recompute_s = np.where(c.is_running, recompute_s, np.where(self._loads, 0.0, self._return_s))
-        self._stay_s = np.maximum(config.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
         self._running = c.is_running
         self._resident = self._running | c.is_loading
-        self._gain = gain(
-            config,
-            unread=c.unread,
-            headroom=self.headroom,
-            rate=c.rate,
-            expected_output=c.expected_output,
-            overhead_s=np.where(self._resident, 0.0, self._return_s),
-            speed=self._speed,
-        )
+        self._num_residents = int(np.count_nonzero(self._resident))
         self._need = resident_blocks(snapshot)
-        self._spare = usable_blocks(snapshot, config.watermark) - int(self._need[self._resident].sum())
+        self._spare = usable_blocks(snapshot, config.watermark) - int(np.dot(self._need, self._resident))
         self._free_rows = snapshot.num_free_rows
-        self._away = self._by_gain(members(snapshot) & ~self._resident)
+        self._away = np.flatnonzero(snapshot.is_member & ~self._resident)
         self._is_due = self.headroom <= self._return_s + config.critical_s + 1e-9
-        self._victims_or_none: list[_Victim] | None = None
 
-    @property
-    def _victims(self) -> list[_Victim]:
-        """Who may be put out, least gain first; listed only when somebody asks, for most passes exchange nobody."""
-        if self._victims_or_none is None:
-            self._victims_or_none = self._settled_residents()
-        return self._victims_or_none
+    # What only some passes need is computed when it is asked for.
+
+    @cached_property
+    def _round_trip(self) -> tuple[Floats, Mask]:
+        """For each resident, the seconds of leaving and coming back; and whether that is by the host."""
+        return round_trip_s(self._snapshot, offload=self._config.offload)
+
+    @cached_property
+    def _stay_s(self) -> Floats:
+        """The least time that each request stays once it is on the device."""
+        switch_s, by_host = self._round_trip
+        recompute_s = np.where(by_host, 0.0, switch_s)
+        recompute_s = np.where(self._running, recompute_s, np.where(self._loads, 0.0, self._return_s))
+        return np.maximum(self._config.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
+
+    @cached_property
+    def _victims(self) -> Victims:
+        """Residents that decode and have had their minimum stay, those with least to lose."""
+        snapshot, config = self._snapshot, self._config
+        c = snapshot.columns
+        stayed_s = snapshot.now_s - c.phase_since_s
+        rows = np.flatnonzero(snapshot.is_decoding & (stayed_s >= self._stay_s - 1e-9))
+        gains = self._gains(rows)
+        if len(rows) > _MOST_VICTIMS:
+            # Nobody beyond these, ties included, can be among the least: the others need not be sorted.
+            least = gains <= np.partition(gains, _MOST_VICTIMS - 1)[_MOST_VICTIMS - 1]
+            rows, gains = rows[least], gains[least]
+        order = np.lexsort((self.headroom[rows], -gains))[::-1][:_MOST_VICTIMS]
+        rows, gains = rows[order], gains[order]
+        switch_s, left_s = self._round_trip[0][rows], c.time_to_empty_s[rows]
+        margin_s = config.buffer_conservativeness * (switch_s + config.schedule_interval_s)
+        return Victims(
+            rows,
+            self.headroom[rows],
+            gains,
+            self._need[rows],
+            affords=left_s >= switch_s - 1e-9,
+            survives=left_s >= margin_s - 1e-9,
+        )
 
     def orders(self) -> Decision:
         """Who is to be preempted, resumed and admitted, and how."""
-        return exchange(self._snapshot, self.leaving, self.coming, by_host=self._by_host, loads=self._loads)
+        if not self.leaving and not self.coming:
+            return Decision()
+        by_host = self._round_trip[1]
+        return exchange(self._snapshot, self.leaving, self.coming, by_host=by_host, loads=self._loads)
 
     def shrink(self) -> None:
         """Take off the device what its growing requests no longer fit into; somebody stays, whatever it takes."""
         if self._spare >= 0:
             return
-        willing = [victim.row for victim in self._victims if victim.affords]
-        for row in willing[: int(np.count_nonzero(self._running)) - 1]:
+        victims = self._victims
+        affords = victims.can_go["affords"]
+        willing = [index for index in victims.left if affords[index]]
+        for index in willing[: int(np.count_nonzero(self._running)) - 1]:
             if self._spare >= 0:
                 break
-            self._take_off(row)
+            self._take_off(victims.rows[index])
         if self._spare < 0:
-            self._take_off_reluctant(willing)
-        self._victims[:] = [victim for victim in self._victims if victim.row not in self.leaving]
+            self._take_off_reluctant([victims.rows[index] for index in willing])
+        gone = set(self.leaving)
+        victims.left = [index for index in victims.left if victims.rows[index] not in gone]
 
     def _take_off_reluctant(self, willing: list[int]) -> None:
         """Nobody can go unnoticed: who has most to read suffers least; who must recompute, if it has just come."""
         others = np.setdiff1d(np.flatnonzero(self._running), willing)
-        latest = np.where(self._by_host, 0.0, -self._snapshot.columns.phase_since_s)
+        latest = np.where(self._round_trip[1], 0.0, -self._snapshot.columns.phase_since_s)
         order = others[np.lexsort((-self.headroom[others], latest[others]))]
         for row in order[:-1].tolist():
             if self._spare >= 0:
@@ -121,43 +134,61 @@ class Balance:
 
     def bring_back(self) -> None:
         """Return those whose playback runs out, most gain first: into spare memory, else in exchange."""
-        for row in self._away[self._is_due[self._away]][:_MOST_EXCHANGES].tolist():
-            if not self._loads[row] and self._need[row] + self._growth_blocks(self._stay_s[row]) > self._spare:
+        due = self._away[self._is_due[self._away]]
+        if not len(due):
+            return
+        due, gains = self._by_gain(due)
+        due = due[:_MOST_EXCHANGES]
+        columns = [values[due].tolist() for values in (self._need, self._loads, self.headroom)]
+        for row, gain_of, need, loads, headroom in zip(due.tolist(), gains.tolist(), *columns, strict=False):
+            if not loads and need + self._growth_blocks(self._stay_s[row]) > self._spare:
                 # A recompute that growth soon undoes is device time for nothing.
                 continue
-            victims = self._make_room(row, attrgetter("affords"), self._config.relief_s)
-            if victims is not None and sum(victim.gain for victim in victims) < self._gain[row]:
-                self._put_on(row, victims)
+            victims = self._make_room(need, headroom, "affords", self._config.relief_s)
+            if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
+                self._put_on(row, need, victims)
 
     def let_in(self, newcomers: Rows) -> bool:
         """Admit in this order while there is memory, or victims that survive it; True if one is left for memory."""
         exchanges = 0
         relief_s = self._config.relief_s if self._config.overload == "share" else np.inf
-        for row in newcomers.tolist():
-            if self._fits(row):
-                victims: list[_Victim] | None = []
-            elif not self._is_due[row] or exchanges == _MOST_EXCHANGES:
+        columns = [values[newcomers].tolist() for values in (self._need, self._is_due, self.headroom)]
+        for row, need, is_due, headroom in zip(newcomers.tolist(), *columns, strict=True):
+            if self._fits(need):
+                victims: list[int] | None = []
+            elif not is_due or exchanges == _MOST_EXCHANGES:
                 victims = None
             else:
-                victims = self._make_room(row, attrgetter("survives"), relief_s)
+                victims = self._make_room(need, headroom, "survives", relief_s)
                 exchanges += 1
             if victims is None:
                 return True
-            self._put_on(row, victims)
+            self._put_on(row, need, victims)
         return False
 
     def fill_up(self) -> None:
         """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
         # Most passes end here: there is no room, and nobody needs to be ranked for it.
         least = self._growth_blocks(self._config.min_residency_s)
-        for row in self._in_priority(self._away) if self._spare > least else []:
+        is_empty = not self._num_residents and not self.coming
+        if not len(self._away) or not (self._spare > least or is_empty):
+            return
+        away, gains = self._by_gain(self._away)
+        if self._spare > least:
+            self._fill_up_with(self._in_priority(away, gains), least)
+        if not self._num_residents and not self.coming:
+            # Alone, anything fits that was validated, watermark or not.
+            row = int(away[0])
+            self._put_on(row, int(self._need[row]), [])
+
+    def _fill_up_with(self, rows: Rows, least: float) -> None:
+        came = set(self.coming)
+        columns = [values[rows].tolist() for values in (self._need, self._stay_s)]
+        for row, need, stay_s in zip(rows.tolist(), *columns, strict=True):
             if self._free_rows <= 0 or self._spare <= least:
                 break
-            if row not in self.coming and self._need[row] + self._growth_blocks(self._stay_s[row]) <= self._spare:
-                self._put_on(row, [])
-        if not self._resident.any() and not self.coming and len(self._away):
-            # Alone, anything fits that was validated, watermark or not.
-            self._put_on(int(self._away[0]), [])
+            if row not in came and need + self._growth_blocks(stay_s) <= self._spare:
+                self._put_on(row, need, [])
 
     def next_return_s(self) -> float:
         """When the next of those off the device will be due."""
@@ -169,71 +200,55 @@ class Balance:
 
     def _growth_blocks(self, seconds: float) -> float:
         """Blocks that residents and one more take up while they run for that long."""
-        residents = int(np.count_nonzero(self._resident)) + len(self.coming) - len(self.leaving) + 1
+        residents = self._num_residents + len(self.coming) - len(self.leaving) + 1
         return residents * float(seconds) * self._speed / self._snapshot.memory.block_size
 
-    def _by_gain(self, rows: Mask) -> Rows:
-        """These rows, most gain first; where nothing is to be gained, the emptier buffer."""
-        indices = np.flatnonzero(rows)
-        return indices[np.lexsort((self.headroom[indices], -self._gain[indices]))]
+    def _gains(self, rows: Rows) -> Floats:
+        """What running each of these over idling it is worth."""
+        c = self._snapshot.columns
+        return gain(
+            self._config,
+            unread=c.unread[rows],
+            headroom=self.headroom[rows],
+            rate=c.rate[rows],
+            expected_output=c.expected_output[rows],
+            overhead_s=np.where(self._resident[rows], 0.0, self._return_s[rows]),
+            speed=self._speed,
+        )
 
-    def _in_priority(self, rows: Rows) -> list[int]:
+    def _by_gain(self, rows: Rows) -> tuple[Rows, Floats]:
+        """These rows and their gains, most gain first; where nothing is to be gained, the emptier buffer."""
+        gains = self._gains(rows)
+        order = np.lexsort((self.headroom[rows], -gains))
+        return rows[order], gains[order]
+
+    def _in_priority(self, rows: Rows, gains: Floats) -> Rows:
         """Readers by gain, then the others by priority, then by gain."""
         c = self._snapshot.columns
         background = np.isnan(c.rate[rows])
-        order = np.lexsort((-self._gain[rows], np.where(background, c.priority[rows], 0), background))
-        return [int(row) for row in rows[order]]
+        return rows[np.lexsort((-gains, np.where(background, c.priority[rows], 0), background))]
 
-    def _settled_residents(self) -> list[_Victim]:
-        """Residents that decode and have had their minimum stay, least gain first."""
-        c, config = self._snapshot.columns, self._config
-        stayed_s = self._snapshot.now_s - c.phase_since_s
-        settled = self._snapshot.is_decoding & (stayed_s >= self._stay_s - 1e-9)
-        rows = self._by_gain(settled)[::-1]
-        rows = rows[:_MOST_VICTIMS]
-        margin_s = config.buffer_conservativeness * (self._switch_s + config.schedule_interval_s)
-        columns: Sequence[list[float]] = [
-            values[rows].tolist()
-            for values in (
-                self.headroom,
-                self._gain,
-                self._need,
-                c.time_to_empty_s >= self._switch_s - 1e-9,
-                c.time_to_empty_s >= margin_s - 1e-9,
-            )
-        ]
-        return list(map(_Victim._make, zip(rows.tolist(), *columns, strict=True)))
+    def _fits(self, need: int) -> bool:
+        return need <= self._spare and self._free_rows > 0
 
-    def _fits(self, row: int) -> bool:
-        return bool(self._need[row] <= self._spare) and self._free_rows > 0
+    def _make_room(self, need: int, headroom: float, way: Way, relief_s: float) -> list[int] | None:
+        """Victims to put out for a request, least gain first; none if it fits, None if that cannot be done.
 
-    def _make_room(self, row: int, can_go: Callable[[_Victim], bool], relief_s: float) -> list[_Victim] | None:
-        """Residents to put out for `row`, least gain first; none if it fits, None if that cannot be done.
-
-        A victim must have more to read by the swap gap, and be able to go; or be better off by `relief_s`, for
-        starving beats everything.
+        Whoever is starving is relieved by those who are better off by `relief_s`, afford it or not.
         """
-        if self._fits(row):
+        if self._fits(need):
             return []
-        missing, rows = int(self._need[row]) - self._spare, 1 - self._free_rows
-        headroom = float(self.headroom[row])
-        with_gap = max(headroom, 0.0) + self._config.swap_gap_s - 1e-9
-        victims: list[_Victim] = []
-        for victim in self._victims:
-            if victim.headroom - headroom >= relief_s or (victim.headroom >= with_gap and can_go(victim)):
-                victims.append(victim)
-                missing -= victim.need
-                rows -= 1
-                if missing <= 0 and rows <= 0:
-                    return victims
-        return None
+        gap_s = self._config.swap_gap_s
+        missing, rows = need - self._spare, 1 - self._free_rows
+        victims = self._victims.make_room(missing, rows, headroom, way=way, gap_s=gap_s, relief_s=relief_s)
+        return victims or None
 
-    def _put_on(self, row: int, victims: list[_Victim]) -> None:
-        for victim in victims:
-            self._victims.remove(victim)
-            self._take_off(victim.row)
+    def _put_on(self, row: int, need: int, victims: list[int]) -> None:
+        for index in victims:
+            self._victims.left.remove(index)
+            self._take_off(self._victims.rows[index])
         self.coming.append(row)
-        self._spare -= int(self._need[row])
+        self._spare -= need
         self._free_rows -= 1
 
     def _take_off(self, row: int) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Ints, Phase
 from tfserve.engine.policy import Decision, ResumeBy, Snapshot
 from tfserve.engine.table import Rows
-from tfserve.engine.tracker import Ints, Phase
 from tfserve.types import RequestId
 
 _RETRACT_AHEAD_STEPS = 20

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Columns
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Columns
 
 _TAU_FULL, _TAU_ZERO = 0.1, 0.2
 """A token is worth 1 up to this share of the output unread, 0 from the second on (section 4)."""
@@ -29,6 +29,8 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     c = columns
     started = c.has_started
     reading = np.where(started, c.time_to_empty_s - c.dry_s, c.arrival_s - now_s)
+    if c.has_reader.all():
+        return reading
     away = c.is_waiting | c.is_paused
     background = background_patience_s - np.where(away, now_s - c.phase_since_s, 0.0)
     return np.where(~c.has_reader, background, reading)

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 
 from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Ints, Mask, Phase
 from tfserve.engine.policy import Decision, ResumeBy, Snapshot
 from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
-from tfserve.engine.tracker import Ints, Mask, Phase
 from tfserve.types import RequestId
 
 _EVENT_GAPS = 10
@@ -63,7 +63,7 @@ def stream_speed(snapshot: Snapshot) -> float:
     c = snapshot.columns
     running = c.is_running
     count = max(int(np.count_nonzero(running)), 1)
-    return 1.0 / snapshot.cost.step_s(count, float(c.num_tokens[running].sum()))
+    return 1.0 / snapshot.cost.step_s(count, float(np.dot(c.num_tokens, running)))
 
 
 def return_s(snapshot: Snapshot) -> tuple[Floats, Mask]:
@@ -122,18 +122,16 @@ def exchange(snapshot: Snapshot, leave: Sequence[int], come: Sequence[int], *, b
     room = snapshot.memory.num_free_host_blocks
     missing = (c.device_blocks - snapshot.clean_blocks)[list(leave)].tolist()
     preempt: list[tuple[RequestId, ResumeBy]] = []
-    for row, blocks in zip(leave, missing, strict=True):
-        keeps = bool(by_host[row]) and blocks <= room
+    for row, blocks, wants in zip(leave, missing, by_host[list(leave)].tolist(), strict=True):
+        keeps = wants and blocks <= room
         room -= blocks if keeps else 0
         preempt.append((c.ids[row], ResumeBy.LOAD if keeps else ResumeBy.RECOMPUTE))
-    is_new = c.is_waiting[list(come)].tolist()
+    coming = list(zip(come, c.is_waiting[list(come)].tolist(), loads[list(come)].tolist(), strict=True))
     return Decision(
-        admit=tuple(c.ids[row] for row, new in zip(come, is_new, strict=True) if new),
+        admit=tuple(c.ids[row] for row, new, _ in coming if new),
         preempt=tuple(preempt),
         resume=tuple(
-            (c.ids[row], ResumeBy.LOAD if loads[row] else ResumeBy.RECOMPUTE)
-            for row, new in zip(come, is_new, strict=True)
-            if not new
+            (c.ids[row], ResumeBy.LOAD if load else ResumeBy.RECOMPUTE) for row, new, load in coming if not new
         ),
     )
 

@@ -11,24 +11,30 @@ from tfserve.engine.policies.fcfs import admissible
 from tfserve.engine.policies.headroom import headroom_s
 from tfserve.engine.policies.prefill import prefill_order, prefill_tokens
 from tfserve.engine.policies.sharing import Ticker, out_of_blocks
-from tfserve.engine.policies.working_set import WorkingSet, measure, members, predicted_wait_s
+from tfserve.engine.policies.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.policy import Decision, Snapshot
 from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
 from tfserve.types import RequestId
 
+_ROUNDING_S = 1e-6
+"""Buffers are looked at this much earlier than need be: times are rounded."""
+
 
 class TokenFlow:
     """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
 
-    It remembers when it last looked, how large the working set is and whether admission has fallen back; everything
-    else is a function of the snapshot.
+    It remembers when it last looked, until when no buffer can be low, how large the working set is and whether
+    admission has fallen back; everything else is a function of the snapshot. `num_passes` counts full passes.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
         self._working_set = WorkingSet()
+        self._calm_until_s = -np.inf
+        self._calm_since = (-1, -1)
+        self.num_passes = 0
 
     @property
     def is_fallback(self) -> bool:
@@ -40,11 +46,28 @@ class TokenFlow:
         c = snapshot.columns
         if not len(c):
             return Decision()
-        stressed = is_stressed(snapshot, self._config.critical_s)
+        stressed = self._is_stressed(snapshot)
         if not (stressed and self._ticker.due(snapshot.now_s, c.num_events)) and not out_of_blocks(snapshot):
             return self._go_on(snapshot, Decision(wake_s=self._ticker.next_s if stressed else None))
         self._ticker.ran(snapshot.now_s, c.num_events)
+        self.num_passes += 1
         return self._go_on(snapshot, self._pass(snapshot))
+
+    def _is_stressed(self, snapshot: Snapshot) -> bool:
+        """As `is_stressed`, but buffers are only looked at when one of them may have got low.
+
+        Without news of a reader, no buffer gets shorter by more than the time that goes by.
+        """
+        c = snapshot.columns
+        if snapshot.now_s < self._calm_until_s and self._calm_since == (c.num_events, c.num_readings):
+            # Whoever leaves the device comes back with an event, or is seen here.
+            return bool(np.count_nonzero(c.is_running) < len(c))
+        if is_stressed(snapshot, self._config.critical_s):
+            return True
+        least_s = float(c.time_to_empty_s[c.has_started].min(initial=np.inf))
+        self._calm_until_s = snapshot.now_s + least_s - self._config.critical_s - _ROUNDING_S
+        self._calm_since = (c.num_events, c.num_readings)
+        return False
 
     def _pass(self, snapshot: Snapshot) -> Decision:
         c, config = snapshot.columns, self._config
@@ -73,10 +96,10 @@ class TokenFlow:
     def _go_on(self, snapshot: Snapshot, decision: Decision) -> Decision:
         """Add who gets prompt tokens and how many."""
         c, config = snapshot.columns, self._config
+        if np.count_nonzero(c.is_running) == np.count_nonzero(snapshot.is_decoding):
+            return decision
         headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
         order = prefill_order(snapshot, headroom)
-        if not len(order) and not decision.admit:
-            return decision
         tokens = prefill_tokens(snapshot, config.min_prefill_share)
         return msgspec.structs.replace(decision, order=c.ids_of(order), prefill_tokens=tokens)
 
@@ -84,14 +107,14 @@ class TokenFlow:
 def is_stressed(snapshot: Snapshot, critical_s: float) -> bool:
     """True if somebody waits, is off the device, or has less than `critical_s` to read."""
     c = snapshot.columns
-    if (~c.is_running).any():
+    if np.count_nonzero(c.is_running) < len(c):
         return True
     return bool((c.has_started & (c.time_to_empty_s < critical_s)).any())
 
 
 def _newcomers(snapshot: Snapshot, headroom: Floats) -> Rows:
     """Requests not let in yet: first come first served, those without a reader behind until their patience is over."""
-    rows = np.flatnonzero(~members(snapshot))
+    rows = np.flatnonzero(~snapshot.is_member)
     if not len(rows):
         return rows
     c = snapshot.columns

@@ -9,7 +9,6 @@ import numpy as np
 from tfserve.config import SchedulerConfig
 from tfserve.engine.policy import Snapshot
 from tfserve.engine.table import Rows
-from tfserve.engine.tracker import Mask
 from tfserve.plan import Direction
 
 _LEAVE_FALLBACK = 0.9
@@ -26,12 +25,6 @@ class Load:
     num_members: int
 
 
-def members(snapshot: Snapshot) -> Mask:
-    """Requests that have been let in: on the device, on the host, or preempted after their first token."""
-    c = snapshot.columns
-    return (~c.is_waiting) | (c.num_output > 0)
-
-
 def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     """Capacity, demand and the most requests that both rates and memory allow.
 
@@ -40,7 +33,7 @@ def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     prompts, and of recomputing what is preempted where nothing is offloaded.
     """
     c, memory = snapshot.columns, snapshot.memory
-    member = members(snapshot)
+    member = snapshot.is_member
     output = max(float(c.expected_output.sum()) / len(c), 1.0)
     prompt = float(c.num_prompt.sum()) / len(c)
     prefill = prompt / output
@@ -113,7 +106,7 @@ def predicted_wait_s(snapshot: Snapshot, config: SchedulerConfig, num_ahead: int
     c = snapshot.columns
     if not len(c):
         return 0.0
-    load, member = measure(snapshot, config), members(snapshot)
+    load, member = measure(snapshot, config), snapshot.is_member
     rate = np.nan_to_num(c.rate)
     newcomers = int(np.count_nonzero(~member)) if num_ahead is None else num_ahead
     mean = float(rate.mean()) or config.default_rate

@@ -11,7 +11,7 @@ from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.calibration import calibrate
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
-from tfserve.engine.messages import AddRequest, StepOutputs
+from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import OFFLOADING, make_policy
 from tfserve.engine.qos import Served
@@ -162,7 +162,8 @@ class SimEngine:
         )
         self._clock.call_at(request.arrival_s, lambda: self._core.inbox.put(message))
 
-    def _emit(self, message: StepOutputs) -> None:
+    def _emit(self, message: StepOutputs | StreamStates) -> None:
+        assert isinstance(message, StepOutputs), "nobody asks a simulation for its streams"
         now_s, stats = self._clock.now(), message.stats
         for output in message.outputs:
             self._token_s[self._index[output.request_id]].extend([now_s] * len(output.token_ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -77,8 +78,7 @@ class LinearCost:
     def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
         """Seconds of a step; arguments as StepCost's."""
         features = StepSample(n_decode, decode_ctx, n_prefill, prefill_ctx, 0.0).features()
-        seconds: float = sum(per * feature for per, feature in zip(self._per, features, strict=True))
-        return seconds
+        return math.fsum(per * feature for per, feature in zip(self._per, features, strict=True))
 
 
 class HostTime:

@@ -56,7 +56,8 @@ class SimRunner:
 
     Tokens are `sim_token` of request and position, so that a preemption which lost or repeated a position shows; but
     0 at the position that `ends` gives for a request, where a model of its own accord would stop. `host_s` is the CPU
-    time to charge before each launch: the device does not start earlier.
+    time to charge before each launch: the device does not start earlier, and is idle
+    meanwhile if no other step is under way.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class SimRunner:
         self._vocab_size = vocab_size
         self._ends = ends or {}
         self._host_s = host_s
-        self._busy_until_s = 0.0
+        self._busy_until_s: float | None = None
 
     def launch(self, plan: StepPlan) -> SimInFlight:
         """Start a step; clock.next_event_s knows its end, so that a loop may wait for it."""
@@ -86,11 +87,16 @@ class SimRunner:
             sum(seq.n for seq in prefills),
             sum(seq.n * (seq.start + seq.n / 2) for seq in prefills),
         )
-        self._busy_until_s = max(self._busy_until_s, self._clock.now()) + device_s
+        free_s = self._clock.now() if self._busy_until_s is None else self._busy_until_s
+        start_s = max(free_s, self._clock.now())
+        self._busy_until_s = start_s + device_s
         self._clock.call_at(self._busy_until_s, self._clock.notify)
         tokens = tuple(self._token(seq.req, seq.start + seq.n) for seq in plan.seqs if seq.sample)
-        result = StepResult(plan.step, tokens, (None,) * len(tokens), device_s)
+        result = StepResult(plan.step, tokens, (None,) * len(tokens), device_s, start_s - free_s)
         return SimInFlight(result, self._busy_until_s, self._clock)
+
+    def close(self) -> None:
+        """See plan.Runner; nothing to let go of."""
 
     def _token(self, req: RequestId, position: int) -> int:
         return 0 if self._ends.get(req) == position else sim_token(req, position, self._vocab_size)

@@ -1,0 +1,56 @@
+"""The parity cases of paged backends: the same ones run with the fakes on a CPU and with the real kernels on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from tests.model.paged_cache import Cache, check
+from tfserve.memory.kv_layout import KVOrder
+from tfserve.model.attention.base import AttentionBackend
+
+LENGTHS = [0, 1, 255, 256, 257, 600]
+HEAD_DIMS = (64, 128)
+GROUPS = (1, 3, 4, 5, 7, 8)
+SEEDS = range(10)
+ATOL = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def paged_cache(lengths: list[int], device: str, **options) -> Cache:
+    options = {"dtype": torch.bfloat16, "kv_heads": 2, "extra": 300, "seed": 0, **options}
+    return Cache(lengths, order=KVOrder.BLOCK_MAJOR, block_size=256, device=device, **options)
+
+
+def check_paged(backend: AttentionBackend, cache: Cache, query_lens: list[int], num_decodes: int, group: int) -> None:
+    check(cache, query_lens, num_decodes, group, ATOL[cache.kv.dtype], backend)
+
+
+def decode_equals_dense(backend: AttentionBackend, device: str, head_dim: int, group: int) -> None:
+    cache = paged_cache(LENGTHS, device, head_dim=head_dim)
+    check_paged(backend, cache, [1] * len(LENGTHS), len(LENGTHS), group)
+
+
+def chunks_equal_dense(backend: AttentionBackend, device: str, head_dim: int, group: int) -> None:
+    cache = paged_cache(LENGTHS, device, head_dim=head_dim)
+    check_paged(backend, cache, [1, 255, 257, 3, 64, 300], 0, group)
+
+
+def long_context_equals_dense(backend: AttentionBackend, device: str) -> None:
+    cache = paged_cache([4096, 4095, 5], device, head_dim=128, kv_heads=1)
+    check_paged(backend, cache, [1, 33, 260], 1, group=4)
+
+
+def random_mixed_step_equals_dense(backend: AttentionBackend, device: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lengths = rng.choice([*LENGTHS, 30, 511, 513, 700], size=rng.integers(1, 9)).tolist()
+    decodes = int(rng.integers(0, len(lengths) + 1))
+    query_lens = [1] * decodes + rng.integers(1, 290, size=len(lengths) - decodes).tolist()
+    cache = paged_cache(
+        lengths,
+        device,
+        head_dim=int(rng.choice(HEAD_DIMS)),
+        kv_heads=int(rng.choice([1, 2, 3])),
+        dtype=torch.float16 if seed % 2 else torch.bfloat16,
+        seed=seed,
+    )
+    check_paged(backend, cache, query_lens, decodes, group=int(rng.choice(GROUPS)))

@@ -1,0 +1,98 @@
+"""A load from kept int8 weights is the load that made them; a stale, damaged or unwritable cache only costs time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.test_parity import run
+from tfserve.model.config import load_model_config
+from tfserve.model.decoder import Decoder
+from tfserve.model.loader import load_model
+from tfserve.model.smoothing import Smoother
+
+IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(3))
+
+
+def load(path: Path, kept: Path) -> Decoder:
+    config = load_model_config(path)
+    return load_model(
+        path, config, dtype="float32", device="cpu", quantization="int8", progress=False, quantized_dir=kept
+    )
+
+
+def logits(path: Path, kept: Path) -> Tensor:
+    return run(load(path, kept), IDS, [40])
+
+
+@pytest.fixture
+def llama(tiny_llama3: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama3, tmp_path / "model"))
+
+
+@pytest.fixture
+def smoothed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for each layer that is quantised from the checkpoint."""
+    layers: list[int] = []
+    original = Smoother.smooth_layer
+    monkeypatch.setattr(Smoother, "smooth_layer", lambda self, weights: (layers.append(1), original(self, weights)))
+    return layers
+
+
+@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen25"])
+def test_the_second_load_gives_the_same_bits(
+    name: str, tmp_path: Path, smoothed: list[int], request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(name)
+    first = logits(path, tmp_path / "int8")
+    smoothed.clear()
+    assert torch.equal(logits(path, tmp_path / "int8"), first)
+    assert not smoothed
+    assert len(list((tmp_path / "int8").iterdir())) == 1
+
+
+def test_a_changed_checkpoint_is_quantised_again(llama: Path, tmp_path: Path, smoothed: list[int]) -> None:
+    load(llama, tmp_path / "int8")
+    smoothed.clear()
+    stat = (llama / "model.safetensors").stat()
+    os.utime(llama / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    load(llama, tmp_path / "int8")
+    assert smoothed
+
+
+def damage(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("harm", [damage, lambda file: file.write_bytes(b"")])
+def test_a_damaged_cache_is_said_and_made_again(
+    harm: Callable[[Path], None], llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, smoothed: list[int]
+) -> None:
+    kept = tmp_path / "int8"
+    first = logits(llama, kept)
+    harm(next(kept.iterdir()))
+    smoothed.clear()
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(logits(llama, kept), first)
+    assert "quantising again" in caplog.text
+    assert smoothed
+    smoothed.clear()
+    load(llama, kept)
+    assert not smoothed
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    with caplog.at_level(logging.WARNING):
+        load(llama, blocked)
+    assert "cannot keep the int8 weights" in caplog.text

@@ -1,0 +1,95 @@
+"""`tfserve bench compare A.json B.json`: two results of `bench serve` side by side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tfserve.errors import TfserveError
+
+_ROWS: tuple[tuple[str, str], ...] = (
+    ("completed", "num_completed"),
+    ("output throughput, tok/s", "output_tokens_per_s"),
+    ("request throughput, /s", "requests_per_s"),
+    ("TTFT mean, s", "ttft.mean"),
+    ("TTFT P50, s", "ttft.p50"),
+    ("TTFT P99, s", "ttft.p99"),
+    ("time between chunks P50, s", "tbt.p50"),
+    ("time between chunks P99, s", "tbt.p99"),
+    ("time per token mean, s", "tpot.mean"),
+    ("end to end P50, s", "e2e.p50"),
+    ("end to end P99, s", "e2e.p99"),
+    ("effective, tok/s", "quality.report.effective_throughput"),
+    ("on time, tok/s", "quality.report.on_time_goodput"),
+    ("stalls, s", "quality.report.stall_s"),
+    ("stall share", "quality.report.stall_share"),
+    ("QoS", "quality.qos"),
+    ("preemptions per request", "preemptions.mean"),
+    ("client CPU, s", "client_cpu_s"),
+)
+
+_WORKLOAD = (
+    "endpoint",
+    "temperature",
+    "ignore_eos",
+    "dataset",
+    "num_prompts",
+    "input_len",
+    "max_tokens",
+    "reference_len",
+    "request_rate",
+    "seed",
+)
+"""What must be equal for the numbers to be about the servers. Rates may differ: some servers are told none."""
+
+
+def bench_compare(args: argparse.Namespace) -> int:
+    """Print B's numbers over A's. Raises TfserveError for a file that is no result."""
+    print(comparison(read_result(args.a), read_result(args.b)))
+    return 0
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """A result file of `bench serve`. Raises TfserveError if it is none."""
+    try:
+        result = msgspec.json.decode(path.read_bytes())
+    except OSError as error:
+        raise TfserveError(
+            f"cannot read {path}: {error.strerror}; give a file written by bench serve --output"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise TfserveError(f"{path} is not JSON ({error}); give a file written by bench serve --output") from None
+    if not isinstance(result, dict) or not {"config", "summary"} <= result.keys():
+        raise TfserveError(f"{path} is no result of bench serve: it lacks config or summary")
+    return result
+
+
+def comparison(a: dict[str, Any], b: dict[str, Any]) -> str:
+    """A line per quantity: A, B and B/A; n/a where a side did not measure it or A is 0."""
+    lines = [f"{'':<28}{'A':>12}{'B':>12}{'B / A':>10}"]
+    for name, where in _ROWS:
+        left, right = _find(a["summary"], where), _find(b["summary"], where)
+        # A stall of a rounding error's length is none.
+        ratio = None if left is None or right is None or not round(left, 6) else right / left
+        lines.append(f"{name:<28}{_show(left):>12}{_show(right):>12}{_show(ratio):>10}")
+    differing = [key for key in _WORKLOAD if a["config"].get(key) != b["config"].get(key)]
+    lines += [
+        f"not the same workload: {key} {a['config'].get(key)!r} and {b['config'].get(key)!r}" for key in differing
+    ]
+    rates = [{request.get("rate") for request in result.get("requests", ())} for result in (a, b)]
+    if rates[0] != rates[1]:
+        lines.append("not scored at the same reading rates")
+    return "\n".join(lines)
+
+
+def _find(tree: Any, where: str) -> float | None:
+    for key in where.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, int | float) else None
+
+
+def _show(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"

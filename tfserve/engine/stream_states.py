@@ -1,0 +1,74 @@
+"""The tracker's columns as StreamStates: what /v1/streams and the live page show. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from tfserve.engine.columns import Columns, Phase
+from tfserve.types import StreamState
+
+_NAMES: dict[int, Literal["waiting", "running", "paused", "loading"]] = {
+    int(Phase.WAITING): "waiting",
+    int(Phase.RUNNING): "running",
+    int(Phase.PAUSED): "paused",
+    int(Phase.LOADING): "loading",
+}
+
+
+def stream_states(columns: Columns, now_s: float) -> list[StreamState]:
+    """Every request of `columns`, which are those of `now_s`, in order of arrival."""
+    c = columns
+    order = np.argsort(c.seq)
+    table = zip(
+        c.ids_of(order),
+        c.phase[order].tolist(),
+        (now_s - c.arrival_s[order]).tolist(),
+        c.num_prompt[order].tolist(),
+        c.num_output[order].tolist(),
+        c.max_tokens[order].tolist(),
+        c.rate[order].tolist(),
+        c.unread[order].tolist(),
+        c.time_to_empty_s[order].tolist(),
+        c.stall_s[order].tolist(),
+        (c.first_token_s - c.arrival_s)[order].tolist(),
+        c.num_preemptions[order].tolist(),
+        strict=True,
+    )
+    return [
+        StreamState(
+            id=req,
+            phase=_NAMES[phase],
+            age_s=age_s,
+            num_prompt_tokens=num_prompt,
+            num_output_tokens=num_output,
+            max_tokens=max_tokens,
+            rate=_known(rate),
+            num_unread=unread,
+            time_to_empty_s=_known(empty_s),
+            stall_s=stall_s,
+            ttft_s=_known(ttft_s),
+            num_preemptions=preemptions,
+        )
+        for (
+            req,
+            phase,
+            age_s,
+            num_prompt,
+            num_output,
+            max_tokens,
+            rate,
+            unread,
+            empty_s,
+            stall_s,
+            ttft_s,
+            preemptions,
+        ) in table
+    ]
+
+
+def _known(value: float) -> float | None:
+    """NaN and infinity, which JSON lacks, become None."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,40 @@
+"""Cross-origin requests: which web pages of other sites may call this server from a browser. None unless configured."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_ALLOWED = {
+    "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Request-Id",
+    "Access-Control-Max-Age": "600",
+}
+
+
+def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
+    """Let pages of these origins ("*": any) call `app`, and answer the browsers' questions before they do."""
+    allowed = frozenset(origins)
+
+    def origin_of(request: web.Request) -> str | None:
+        origin = request.headers.get("Origin")
+        return origin if origin is not None and (origin in allowed or "*" in allowed) else None
+
+    async def mark(request: web.Request, response: web.StreamResponse) -> None:
+        if (origin := origin_of(request)) is not None:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-Id"
+        response.headers.add("Vary", "Origin")
+
+    @web.middleware
+    async def preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+        asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+        if asks and origin_of(request) is not None:
+            return web.Response(status=204, headers=_ALLOWED)
+        return await handler(request)
+
+    app.middlewares.insert(0, preflight)
+    app.on_response_prepare.append(mark)

@@ -1,0 +1,166 @@
+"""Live streams: what the scheduler thinks of each reader, what readers report back, and ending one from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Literal
+
+import msgspec
+from aiohttp import web
+
+from tfserve.errors import RequestError
+from tfserve.http.answer import read_body
+from tfserve.http.errors import JSON, ApiError
+from tfserve.http.parsing import BodyParser
+from tfserve.http.ports import StreamPort
+from tfserve.http.service import Service
+from tfserve.http.sse import HEADERS, event
+from tfserve.types import EngineStats, StreamState
+
+_MAX_BODY_BYTES = 4096
+_LEAST_INTERVAL_S = 0.1
+_DEFAULT_INTERVAL_S = 0.5
+_MOST_INTERVAL_S = 60.0
+
+
+class StreamList(msgspec.Struct, kw_only=True):
+    """Body of GET /v1/streams, and the data of each of its events; `policy` and `stats` are the engine's."""
+
+    created: float
+    policy: str
+    stats: EngineStats
+    data: list[StreamState]
+    object: Literal["list"] = "list"
+
+
+class PlayedReport(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/streams/{id}/buffer: what has been read so far of the whole answer, in tokens or characters."""
+
+    played_tokens: int | None = None
+    played_chars: int | None = None
+
+
+class PlayedReply(msgspec.Struct, kw_only=True):
+    """What the scheduler was told, and how much of what was sent that leaves unread."""
+
+    id: str
+    played_tokens: int
+    unread_tokens: int
+
+
+class AbortBody(msgspec.Struct, kw_only=True):
+    """Body of POST /abort_request: the id of an answer (all its choices end) or of one of its streams."""
+
+    request_id: str
+
+
+class AbortReply(msgspec.Struct, kw_only=True):
+    """Which request ends."""
+
+    request_id: str
+    aborted: bool = True
+
+
+class StreamFeed:
+    """Pictures of all streams. Viewers share them: the engine is asked once, however many look."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._taken_s = float("-inf")
+        self._picture = b""
+        self._asking = asyncio.Lock()
+
+    async def picture(self, max_age_s: float) -> bytes:
+        """JSON of a StreamList that is no older than `max_age_s`. Raises ApiError, EngineDeadError."""
+        async with self._asking:
+            if time.monotonic() - self._taken_s > max_age_s:
+                engine = self._service.engine_alive
+                streams = await engine.streams()
+                listed = StreamList(created=time.time(), policy=engine.info.policy, stats=engine.stats(), data=streams)
+                self._picture = msgspec.json.encode(listed)
+                self._taken_s = time.monotonic()
+            return self._picture
+
+
+class StreamEndpoints:
+    """What one can ask and say about streams that are under way."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._feed = StreamFeed(service)
+        self._reports = BodyParser(PlayedReport, {})
+        self._aborts = BodyParser(AbortBody, {})
+
+    async def list(self, request: web.Request) -> web.StreamResponse:
+        """GET /v1/streams: once, or as events every `?interval=` seconds (0.5) for who accepts text/event-stream."""
+        if "text/event-stream" not in request.headers.get("Accept", ""):
+            return web.Response(body=await self._feed.picture(0.0), content_type=JSON)
+        interval_s = _interval_s(request)
+        first = await self._feed.picture(interval_s / 2)
+        response = web.StreamResponse(headers=HEADERS)
+        await response.prepare(request)
+        await response.write(event(first))
+        while not self._service.is_ending:
+            await asyncio.sleep(interval_s)
+            await response.write(event(await self._feed.picture(interval_s / 2)))
+            # A viewer who does not look gets fewer pictures, not a backlog of them.
+            await request.writer.drain()
+        return response
+
+    async def buffer(self, request: web.Request) -> web.Response:
+        """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
+        report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES))
+        stream = self._stream(request.match_info["id"])
+        num_tokens = _num_played(report, stream)
+        stream.report_played(num_tokens)
+        unread = stream.num_output_tokens - num_tokens
+        reply = PlayedReply(id=stream.request_id, played_tokens=num_tokens, unread_tokens=unread)
+        return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """POST /abort_request: end a request, wherever it is; its client is told."""
+        wanted = self._aborts.parse(await read_body(request, _MAX_BODY_BYTES)).request_id
+        exchange = self._service.find(wanted)
+        if exchange is not None:
+            exchange.abort("The request was aborted by POST /abort_request.")
+        else:
+            self._stream(wanted).abort()
+        return web.Response(body=msgspec.json.encode(AbortReply(request_id=wanted)), content_type=JSON)
+
+    def _stream(self, name: str) -> StreamPort:
+        """The stream of this id; an answer's id means its first choice. Raises ApiError (404)."""
+        exchange, number = self._service.find(name), "0"
+        if exchange is None:
+            answer, _, number = name.rpartition("-")
+            exchange = self._service.find(answer)
+        if exchange is None or not number.isdecimal() or int(number) >= len(exchange.streams):
+            message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
+            raise ApiError(404, message, param="id", code="stream_not_found")
+        return exchange.streams[int(number)]
+
+
+def _num_played(report: PlayedReport, stream: StreamPort) -> int:
+    """Tokens read, of those sent; characters are converted by the answer's own average."""
+    given = [value for value in (report.played_tokens, report.played_chars) if value is not None]
+    if len(given) != 1 or given[0] < 0:
+        message = "give either played_tokens or played_chars, a count of 0 or more since the answer's start"
+        raise RequestError("played_tokens", message)
+    sent = stream.num_output_tokens
+    if report.played_tokens is not None:
+        return min(report.played_tokens, sent)
+    share = min(given[0] / stream.num_chars, 1.0) if stream.num_chars else 0.0
+    return round(share * sent)
+
+
+def _interval_s(request: web.Request) -> float:
+    """Seconds between two pictures. Raises RequestError."""
+    text = request.query.get("interval", str(_DEFAULT_INTERVAL_S))
+    try:
+        interval_s = float(text)
+    except ValueError:
+        interval_s = float("nan")
+    if not _LEAST_INTERVAL_S <= interval_s <= _MOST_INTERVAL_S:
+        message = f"interval must be seconds between {_LEAST_INTERVAL_S} and {_MOST_INTERVAL_S}, got {text[:50]!r}"
+        raise RequestError("interval", message)
+    return interval_s

@@ -1,0 +1,96 @@
+"""The int8 form of a checkpoint, kept between starts: making it takes longer than everything else at a start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tfserve.model.decoder import Decoder
+from tfserve.model.layers import RMSNorm
+from tfserve.model.linear import Linear
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+"""Raise when smoothing or quantisation changes, so that files made by an older version are made again."""
+
+
+class QuantizedCache:
+    """One file for a checkpoint directory, good for as long as the files there keep their sizes and times.
+
+    A cache that cannot be read or written costs time at the next start and nothing else, so neither raises.
+    """
+
+    def __init__(self, folder: Path, model_dir: Path) -> None:
+        """The file is, or will be, in `folder`, which need not exist."""
+        model_dir = model_dir.resolve()
+        digest = hashlib.sha256(str(model_dir).encode()).hexdigest()[:12]
+        self._path = folder / f"{model_dir.name}-{digest}.safetensors"
+        self._fingerprint = _fingerprint(model_dir)
+
+    def fill(self, decoder: Decoder) -> bool:
+        """Give every norm and linear of `decoder` its tensors, or return False and leave it as it was."""
+        if not self._path.is_file():
+            return False
+        try:
+            with safe_open(self._path, framework="pt", device="cpu") as file:
+                if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
+                    return False
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except (SafetensorError, OSError) as error:
+            logger.warning("cannot read %s (%s): quantising again", self._path, error)
+            return False
+        for name, module in decoder.named_modules():
+            if isinstance(module, RMSNorm):
+                module.load(tensors[f"{name}.weight"].clone())  # not a view of the file, which may go
+            elif isinstance(module, Linear):
+                bias = tensors.get(f"{name}.bias")
+                weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.scale"]
+                module.load_quantized(weight, scale, None if bias is None else bias.clone())
+        return True
+
+    def save(self, decoder: Decoder) -> None:
+        """Keep the tensors of a loaded int8 `decoder`; another process that does so at once does no harm."""
+        tensors = _tensors(decoder)
+        part = self._path.with_suffix(f".{os.getpid()}.part")
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if shutil.disk_usage(part.parent).free < 2 * size:
+                logger.warning("int8 weights not kept in %s: %d MiB are needed there", part.parent, 2 * size >> 20)
+                return
+            save_file(tensors, part, metadata={"fingerprint": self._fingerprint})
+            part.replace(self._path)
+        except (SafetensorError, OSError) as error:
+            with suppress(OSError):
+                part.unlink()
+            logger.warning("cannot keep the int8 weights in %s (%s): the next start quantises again", part, error)
+
+
+def _tensors(decoder: Decoder) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, RMSNorm):
+            tensors[f"{name}.weight"] = module.weight
+        elif isinstance(module, Linear):
+            weight, scale, bias = module.quantized()
+            tensors |= {f"{name}.weight": weight, f"{name}.scale": scale}
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias
+    return tensors
+
+
+def _fingerprint(model_dir: Path) -> str:
+    """Changes with the weights, the model's shape, and the tokenizer that the smoothing text goes through."""
+    stats = {path.name: path.stat() for path in model_dir.glob("*") if path.suffix in {".safetensors", ".json"}}
+    files = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+    return hashlib.sha256(json.dumps([_FORMAT, files]).encode()).hexdigest()
