@@ -78,8 +78,8 @@ PAIR: Mapping[str, Settings] = {name: POLICIES[name] for name in ("fcfs", "token
 RTX, H200 = PROFILES["4090-llama3-8b"], PROFILES["h200-llama3-8b"]
 SHORT = Normal(512, 1024)
 BURST_A = Workload(arrivals=Burst(60), lengths=SHORT)
-POISSON_C = Workload(arrivals=Poisson(100, 2.0), lengths=SHORT)
-"""Set-ups (a) and (c) of the RTX 4090, which most other experiments vary."""
+POISSON_D = Workload(arrivals=Poisson(100, 4.0), lengths=SHORT)
+"""Set-ups (a) and (d) of the RTX 4090, which most other experiments vary."""
 
 
 def cases_of(

@@ -13,7 +13,7 @@ from tfserve.bench.paper.cases import (
     H200,
     MAIN,
     PAIR,
-    POISSON_C,
+    POISSON_D,
     POLICIES,
     RTX,
     SHORT,
@@ -149,15 +149,15 @@ def _rates() -> list[Experiment]:
 
 
 def _sweep(key: str, title: str, claim: str, setting: str, values: Sequence[float]) -> Experiment:
-    cases = [Case(name=BASELINE, profile=RTX, workload=POISSON_C, settings=POLICIES["fcfs"])]
+    cases = [Case(name=BASELINE, profile=RTX, workload=POISSON_D, settings=POLICIES["fcfs"])]
     for value in values:
         settings = {**POLICIES["tokenflow"], setting: value}
-        cases.append(Case(name=f"{value:g}", profile=RTX, workload=POISSON_C, settings=settings))
+        cases.append(Case(name=f"{value:g}", profile=RTX, workload=POISSON_D, settings=settings))
     return Experiment(key=key, section="Sensitivity", title=title, claim=claim, cases=cases, seeds=3)
 
 
 def _sensitivity() -> list[Experiment]:
-    where = f"{RTX.name}: Poisson 2/s, short"
+    where = f"{RTX.name}: Poisson 4/s, short"
     return [
         _sweep(
             "interval",
