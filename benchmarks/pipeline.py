@@ -304,7 +304,7 @@ def main() -> None:
         repeat: dict[str, Any] = {device: {} for device in args.devices}
         for device in args.devices:
             for depth in DEPTHS if number % 2 == 0 else DEPTHS[::-1]:
-                print(f"repeat {number + 1} of {args.repeats}: {device}, depth {depth} ...", file=sys.stderr, flush=True)
+                print(f"repeat {number + 1}/{args.repeats}: {device}, depth {depth} ...", file=sys.stderr, flush=True)
                 repeat[device][str(depth)] = MEASURE[device](args, depth)
         repeats.append(repeat)
     print(table(repeats))
