@@ -43,7 +43,10 @@ ToCore = AddRequest | AbortRequest | Shutdown
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What a step did for one request: its new tokens, and how it finished if it did."""
+    """What a step did for one request: its new tokens, and how it finished if it did.
+
+    `prompt_logprobs` come once, with the first token (or with the end, where no token is wanted).
+    """
 
     request_id: RequestId
     token_ids: list[int] = []
@@ -52,6 +55,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     stop_reason: str | int | None = None
     error: str | None = None
     times: RequestTimes | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -50,6 +50,7 @@ class OutputBuffer:
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
             logprobs=logprobs or None,
+            prompt_logprobs=next((o.prompt_logprobs for o in pending if o.prompt_logprobs is not None), None),
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             error=last.error,

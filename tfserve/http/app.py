@@ -19,8 +19,10 @@ from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
 from tfserve.http.errors import JSON, ApiError, api_error
-from tfserve.http.replies import ModelCard, ModelList
+from tfserve.http.openapi import OPEN_PATHS, document
+from tfserve.http.replies import ModelCard, ModelList, Status, Version
 from tfserve.http.service import Phase, Service
+from tfserve.http.tokens import TokenEndpoints
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +30,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = web.RequestKey("request_id", str)
 REQUEST_ID_HEADER = "X-Request-Id"
-
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
-"""What is answered without a key: probes have none."""
 
 CLIENT_GONE = 499
 """nginx's status, in the log only, for a client that went away before its answer was complete."""
@@ -46,11 +45,15 @@ def create_app(service: Service) -> web.Application:
     about = AboutEndpoints(service)
     app.router.add_post("/v1/chat/completions", ChatEndpoint(service).post)
     app.router.add_post("/v1/completions", CompletionEndpoint(service).post)
+    tokens = TokenEndpoints(service)
+    app.router.add_post("/tokenize", tokens.tokenize)
+    app.router.add_post("/detokenize", tokens.detokenize)
     app.router.add_get("/v1/models", about.models)
     app.router.add_get("/v1/models/{id:.+}", about.model)
     app.router.add_get("/health", about.health)
     app.router.add_get("/ready", about.ready)
     app.router.add_get("/version", about.version)
+    app.router.add_get("/openapi.json", about.openapi)
     app.on_response_prepare.append(_echo_request_id)
     return app
 
@@ -74,16 +77,21 @@ class AboutEndpoints:
     async def health(self, _request: web.Request) -> web.Response:
         """GET /health: 503 unless the engine is loaded, alive and making progress."""
         healthy, status = self._service.health()
-        return _json({"status": status}, 200 if healthy else 503)
+        return _json(Status(status), 200 if healthy else 503)
 
     async def ready(self, _request: web.Request) -> web.Response:
         """GET /ready: 503 unless new requests are admitted."""
         phase = self._service.phase
-        return _json({"status": phase}, 200 if phase is Phase.READY else 503)
+        return _json(Status(phase), 200 if phase is Phase.READY else 503)
 
     async def version(self, _request: web.Request) -> web.Response:
         """GET /version."""
-        return _json({"version": tfserve.__version__})
+        return _json(Version(tfserve.__version__))
+
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """GET /openapi.json."""
+        service = self._service
+        return _json(document(service.model_name, with_keys=bool(service.config.server.api_keys)))
 
     def _card(self) -> ModelCard:
         service = self._service

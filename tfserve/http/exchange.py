@@ -14,13 +14,14 @@ from tfserve.types import ConsumptionRate, FinishReason, RequestOutput, Sampling
 
 
 class Exchange:
-    """The streams of one API request: one per prompt, numbered in the order of `submit`."""
+    """The streams of one API request, numbered in the order of `submit`."""
 
     def __init__(self, engine: EnginePort) -> None:
         self._engine = engine
         self._streams: list[StreamPort] = []
         self._unfinished: set[int] = set()
         self._reads: dict[asyncio.Task[RequestOutput | None], int] = {}
+        self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._patience: asyncio.Timeout | None = None
         self._abort_reason = ""
@@ -28,14 +29,17 @@ class Exchange:
     def submit(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        samples: Sequence[SamplingParams],
         request_id: str,
         rate: ConsumptionRate | UnsetType,
     ) -> None:
-        """Queue a prompt. Raises RequestError, QueueFullError, EngineDeadError."""
-        stream = self._engine.submit(prompt, params, request_id=request_id, rate=rate)
-        self._unfinished.add(len(self._streams))
-        self._streams.append(stream)
+        """Queue a prompt once for each of `samples`. Raises RequestError, QueueFullError, EngineDeadError."""
+        for params in samples:
+            number = len(self._streams)
+            stream = self._engine.submit(prompt, params, request_id=f"{request_id}-{number}", rate=rate)
+            self._unfinished.add(number)
+            self._streams.append(stream)
+        self._num_prompt_tokens += self._streams[-1].num_prompt_tokens
 
     @property
     def finished(self) -> bool:
@@ -44,9 +48,9 @@ class Exchange:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far over all streams."""
-        prompt = sum(stream.num_prompt_tokens for stream in self._streams)
-        return Usage(prompt, self._num_output_tokens, prompt + self._num_output_tokens)
+        """Tokens so far over all streams; a prompt of several streams counts once."""
+        prompt, output = self._num_prompt_tokens, self._num_output_tokens
+        return Usage(prompt, output, prompt + output)
 
     async def next(self, timeout_s: float | None) -> list[tuple[int, RequestOutput]]:
         """What is new, as (stream number, output) in stream order; empty after `timeout_s` of silence.

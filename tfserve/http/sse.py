@@ -25,8 +25,8 @@ HEADERS = {
 class ChunkRenderer(Protocol):
     """Turns outputs into the events of one endpoint."""
 
-    def chunk(self, index: int, output: RequestOutput) -> bytes:
-        """Events for what is new in choice `index`; empty when there is nothing to tell yet."""
+    def chunk(self, index: int, output: RequestOutput, usage: Usage) -> bytes:
+        """Events for what is new in choice `index`; empty when there is nothing to tell yet. `usage` is so far."""
         ...
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -68,9 +68,10 @@ async def _chunks(
     while True:
         patience = max(0.0, written + keep_alive_s - clock()) if keep_alive_s > 0 else None
         batch = await exchange.next(patience)
-        data = b"".join([renderer.chunk(index, output) for index, output in batch])
+        usage = exchange.usage
+        data = b"".join([renderer.chunk(index, output, usage) for index, output in batch])
         if exchange.finished:
-            return data + renderer.usage_chunk(exchange.usage)
+            return data + renderer.usage_chunk(usage)
         silent = patience is not None and clock() - written >= keep_alive_s
         if data or silent:
             await response.write(data or KEEP_ALIVE)
