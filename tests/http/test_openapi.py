@@ -92,7 +92,9 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_foresee(server:
     assert len(operations) == len([method for item in schema.raw_schema["paths"].values() for method in item])
     answered: set[tuple[str, int]] = set()
     for operation in operations:
-        for mode in schemathesis.GenerationMode:
+        # What has no body cannot be sent wrong.
+        modes = list(schemathesis.GenerationMode) if operation.body else [schemathesis.GenerationMode.POSITIVE]
+        for mode in modes:
 
             @given(case=operation.as_strategy(generation_mode=mode))
             @settings(

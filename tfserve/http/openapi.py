@@ -231,7 +231,7 @@ def _described(operation: Operation, secured: bool) -> dict[str, Any]:
 
 def _components(model: str) -> dict[str, Any]:
     """Every Struct that an operation mentions, with the limits that its types do not say."""
-    mentioned = [ErrorBody]
+    mentioned: list[type] = [ErrorBody]
     for operation in OPERATIONS:
         mentioned += [each for each in (operation.reply, operation.body, operation.chunk) if each is not None]
     _, components = msgspec.json.schema_components(list(dict.fromkeys(mentioned)), ref_template=_REF)

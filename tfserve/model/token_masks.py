@@ -90,13 +90,16 @@ class TokenMasks:
         if not self._matchers or not any(row in self._matchers for row in rows):
             return
         for row, token in zip(rows, tokens.tolist(), strict=True):
-            if (matcher := self._matchers.get(Row(row))) is not None:
+            matcher = self._matchers.get(Row(row))
+            # One that is lost already has been spoken of.
+            if matcher is not None and not matcher.is_error():
                 matcher.consume_token(token)
                 self._note_error(matcher, row)
 
     def _note_error(self, matcher: LLMatcher, row: int) -> None:
         if matcher.is_error():
-            logger.warning("the output in row %d left its grammar and must end: %.300s", row, matcher.get_error())
+            reason = matcher.get_error().partition("\n")[0]
+            logger.warning("the output in row %d left its grammar and must end: %s", row, reason)
 
 
 def open_masks(tokenizer_json: str, vocab_size: int, eos_token_ids: Collection[int]) -> TokenMasks | None:
