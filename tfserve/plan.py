@@ -118,16 +118,26 @@ class StepPlan(msgspec.Struct, frozen=True):
         return sum(seq.n for seq in self.seqs)
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities of a request's prompt tokens at [start, start + len(entries)), which this step predicted."""
+
+    req: RequestId
+    start: int
+    entries: tuple[TokenLogprob, ...]
+
+
 class StepResult(msgspec.Struct, frozen=True):
     """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
 
-    `device_s` is the time the device spent on the step, by the device's own clock.
+    `device_s` is the time the device spent on the step, by the device's own clock. `prompt_logprobs` are for requests
+    whose parameters ask for them.
     """
 
     step: Fence
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     device_s: float
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class InFlight(Protocol):

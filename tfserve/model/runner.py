@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.decoder import Decoder
-from tfserve.model.forward_batch import BlockTables, ForwardBatch, build_batch
+from tfserve.model.forward_batch import BlockTables, build_batch
+from tfserve.model.logprobs import PromptScorer
 from tfserve.model.sampler import Sampler
+from tfserve.model.token_masks import TokenMasks
 from tfserve.plan import Fence, InFlight, StepPlan, StepResult
 
 
@@ -31,11 +32,13 @@ class ModelRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        masks: TokenMasks | None = None,
     ) -> None:
         self._model = model
         self._kv = kv
         self._backend = backend
-        self._sampler = Sampler(model.config.vocab_size, max_num_seqs, str(kv.device))
+        self._sampler = Sampler(model.config.vocab_size, max_num_seqs, str(kv.device), masks)
+        self._prompts = PromptScorer(model.logits)
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // kv.block_size))
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=kv.device)
 
@@ -57,10 +60,12 @@ class ModelRunner:
         for row in plan.released_rows:
             self._tables.clear(row)
             self._sampler.release(row)
+            self._prompts.release(row)
         for entry in plan.entered:
             self._tables.clear(entry.row)
             self._tables.extend(entry.row, entry.blocks)
             self._sampler.enter(entry)
+            self._prompts.enter(entry)
         for seq in plan.seqs:
             self._tables.extend(seq.row, seq.new_blocks)
 
@@ -76,22 +81,17 @@ class ModelRunner:
         if not plan.seqs:
             return StepResult(plan.step, (), (), 0.0)
         batch = build_batch(plan, self._tables, self._last_tokens, self._kv.block_size)
-        logits = self._logits(batch)
-        if logits is None:
-            return StepResult(plan.step, (), (), time.perf_counter() - began_s)
+        hidden = self._model(batch.input_ids, batch.positions, self._backend.build(batch, self._kv))
+        scored = self._prompts.score(plan.seqs, hidden)
+        if not len(batch.logits_indices):
+            return StepResult(plan.step, (), (), time.perf_counter() - began_s, scored)
+        logits = self._model.logits(hidden[batch.logits_indices])
         sampling = [seq for seq in plan.seqs if seq.sample]
         rows = [int(seq.row) for seq in sampling]
         sampled = self._sampler.sample(logits, rows, [seq.start + seq.n for seq in sampling])
         self._last_tokens[torch.tensor(rows)] = sampled.token_ids
         tokens = tuple(sampled.token_ids.tolist())
-        return StepResult(plan.step, tokens, tuple(sampled.logprobs), time.perf_counter() - began_s)
-
-    def _logits(self, batch: ForwardBatch) -> Tensor | None:
-        """Run the model; logits `[N, vocab]` float32 at the positions the batch wants, None if it wants none."""
-        hidden = self._model(batch.input_ids, batch.positions, self._backend.build(batch, self._kv))
-        if not len(batch.logits_indices):
-            return None
-        return self._model.logits(hidden[batch.logits_indices])
+        return StepResult(plan.step, tokens, tuple(sampled.logprobs), time.perf_counter() - began_s, scored)
 
 
 @dataclass(frozen=True, slots=True)
