@@ -207,7 +207,10 @@ class Reader:
     """One connection: asks, then notes how many tokens came when."""
 
     def __init__(self, address: tuple[str, int], body: bytes, slow_rate: float | None) -> None:
-        self.sock = socket.create_connection(address)
+        self.sock = socket.socket()
+        if slow_rate is not None:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self.sock.connect(address)
         self.tokens = 0
         self.writes = 0
         self.at: list[tuple[float, int]] = []
@@ -216,8 +219,6 @@ class Reader:
         self._rest = b""
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         self.sock.sendall(head + body)
-        if slow_rate is not None:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         self.sock.setblocking(False)
 
     def read(self, most: int = 65536) -> None:

@@ -6,6 +6,7 @@ Nothing runs per token but a callback: no task wakes, no future is made. At 20,0
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -30,6 +31,9 @@ HEADERS = {
 
 MAX_UNSENT_BYTES = 16 * 1024
 """What one stream may have rendered and not yet handed to the kernel; beyond it tokens wait as ids, four bytes each."""
+
+KERNEL_BUFFER_BYTES = 64 * 1024
+"""What the kernel may hold for one stream; left alone it takes up to 4 MiB, minutes of text, for each slow reader."""
 
 MAX_TOKENS_AT_ONCE = 512
 """Tokens of one event: a reader who comes back after a long time gets the rest in pieces, as they fit."""
@@ -104,6 +108,7 @@ class EventWriter:
             raise ConnectionResetError("the client has gone")
         self._transport = transport
         transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BUFFER_BYTES)
         self._protocol = request.protocol
         self._writer = request.writer
         self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
