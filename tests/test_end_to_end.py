@@ -192,36 +192,3 @@ async def test_sigterm_drains_then_aborts_what_is_left(server: Server) -> None:
             assert seen[-1] == b"[DONE]"
         assert await server.exit_code() == 0
         assert not engine.is_running()
-
-
-async def test_whom_an_overloaded_server_cannot_promise_their_rate_it_refuses_before_the_stream_begins(
-    model_dir: Path, tmp_path: Path
-) -> None:
-    policy = ["--scheduler.policy", "tokenflow", "--scheduler.overload", "shed"]
-    server = Server(model_dir, tmp_path / "log", *policy)
-    body = {"prompt": [5, 6, 7], "stream": True, "max_tokens": 60, "ignore_eos": True, "consumption_rate": 1e6}
-
-    async def one(session: aiohttp.ClientSession) -> int:
-        async with session.post(server.url + "/v1/completions", json=body) as response:
-            if response.status == 429:
-                assert int(response.headers["Retry-After"]) >= 1
-                assert (await response.json())["error"]["code"] == "overloaded"
-            else:
-                _, seen = await read_stream(response)
-                assert seen[-1] == b"[DONE]"
-                assert all("error" not in chunk for chunk in seen[:-1])
-            return response.status
-
-    try:
-        async with aiohttp.ClientSession() as session:
-            await server.wait_until_ready(session)
-            statuses = await asyncio.gather(*(one(session) for _ in range(20)))
-            async with session.get(server.url + "/metrics") as response:
-                metrics = await response.text()
-        assert set(statuses) == {200, 429}
-        refused = statuses.count(429)
-        assert f'tfserve:requests_refused_total{{reason="overloaded"}} {float(refused)}' in metrics
-    finally:
-        server.process.terminate()
-        server.process.wait(20)
-        server.log.close()
