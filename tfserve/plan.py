@@ -118,12 +118,21 @@ class StepPlan(msgspec.Struct, frozen=True):
         return sum(seq.n for seq in self.seqs)
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """Log probabilities of a request's prompt tokens at [start, start + len(entries)), which this step predicted."""
+
+    req: RequestId
+    start: int
+    entries: tuple[TokenLogprob, ...]
+
+
 class StepResult(msgspec.Struct, frozen=True):
     """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
 
     `device_s` is the time the device spent on the step, by the device's own clock; `idle_s` how long it had nothing to
-    do before, since the end of the step before this one (0 for the first). `failed` says of requests why
-    there is no token for them, while the others have theirs: the place of theirs is filled with 0.
+    do before, since the end of the step before this one (0 for the first). `failed` says of requests why there is no
+    token for them, while the others have theirs: the place of theirs is filled with 0. `prompt_logprobs` are for
+    requests whose parameters ask for them.
     """
 
     step: Fence
@@ -132,6 +141,7 @@ class StepResult(msgspec.Struct, frozen=True):
     device_s: float
     idle_s: float = 0.0
     failed: tuple[tuple[RequestId, str], ...] = ()
+    prompt_logprobs: tuple[PromptLogprobs, ...] = ()
 
 
 class InFlight(Protocol):

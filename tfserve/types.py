@@ -37,6 +37,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     `top_k=0` and `min_p=0` switch the filter off. `logprobs=k` returns the chosen token's log probability and the k
     most likely alternatives; they are taken from the model's distribution before temperature and filters. `seed` makes
     the request's random numbers a function of (seed, position) alone; without it the engine draws a seed at arrival.
+    `prompt_logprobs=k` returns the same for the prompt's own tokens; with it, `max_tokens=0` generates nothing.
+    `grammar` is what the output must follow, in llguidance's words (tfserve.model.grammar makes it of a JSON schema).
     """
 
     max_tokens: int | None = None
@@ -54,15 +56,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
     skip_special_tokens: bool = True
 
     def verify(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field whose value cannot be served with a vocabulary of `vocab_size`."""
-        enough = self.max_tokens is None or self.max_tokens >= 1
-        _require(enough, "max_tokens", self.max_tokens, "an integer of at least 1")
+        least = 1 if self.prompt_logprobs is None else 0
+        enough = self.max_tokens is None or self.max_tokens >= least
+        _require(enough, "max_tokens", self.max_tokens, f"an integer of at least {least}")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "an integer of at least 0")
         most = math.inf if self.max_tokens is None else self.max_tokens
         _require(self.min_tokens <= most, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        free = self.grammar is None or self.min_tokens == 0
+        _require(free, "min_tokens", self.min_tokens, "0 where a grammar or JSON schema says when the text ends")
         _require(0 <= self.temperature <= 2, "temperature", self.temperature, "between 0 and 2")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(-1 <= self.top_k < 2**31, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")
@@ -83,8 +90,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(few, "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP_TOKENS} tokens")
         for token in self.stop_token_ids:
             _require(0 <= token < vocab_size, "stop_token_ids", token, f"token ids in [0, {vocab_size})")
-        top = self.logprobs
-        _require(top is None or 0 <= top <= MAX_LOGPROBS, "logprobs", top, f"between 0 and {MAX_LOGPROBS}")
+        for name, top in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            _require(top is None or 0 <= top <= MAX_LOGPROBS, name, top, f"between 0 and {MAX_LOGPROBS}")
 
 
 def _is_text(text: str) -> bool:
@@ -102,7 +109,7 @@ def _require(ok: bool, param: str, value: object, meaning: str) -> None:
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log probability (natural log) of one generated token and of the most likely alternatives, best first."""
+    """Log probability (natural log) of one token and of the most likely alternatives in its place, best first."""
 
     token_id: int
     logprob: float
@@ -129,6 +136,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     `finish_reason` is None until the last output. `stop_reason` is the stop string or stop token id that ended the
     request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR;
     `retry_after_s` is then set if the request was refused before it started, because too many others are served.
+    `prompt_logprobs`, where asked for, come with the first output: all prompt tokens but the first, which nothing
+    predicts.
     """
 
     request_id: RequestId
@@ -137,6 +146,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     num_prompt_tokens: int
     num_output_tokens: int
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
@@ -209,7 +219,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded and on what, printed at start: `concurrency` is how many requests of max_model_len fit in KV.
 
-    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV.
+    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV. `grammars`: outputs can
+    be held to one.
     """
 
     model: str
@@ -230,6 +241,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     load_s: float
     num_host_blocks: int = 0
+    grammars: bool = False
 
     @property
     def kv_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
 from tfserve.engine.engine import Engine
 from tfserve.engine.validation import validate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
+from tfserve.model.grammar import json_schema_grammar
 from tfserve.types import FinishReason, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -122,6 +124,39 @@ def test_logprobs_name_the_chosen_token_first_when_greedy(engine):
         assert len(entry.top) == 3
 
 
+def test_a_prompt_can_be_scored_with_and_without_going_on(engine):
+    prompt = [5, 6, 7] * 30
+    alone, before = (SamplingParams(temperature=0, max_tokens=n, prompt_logprobs=2, ignore_eos=True) for n in (0, 3))
+    scored, also_scored = engine.generate([prompt] * 2, [alone, before])
+    assert (scored.token_ids, scored.text, scored.finish_reason) == ([], "", FinishReason.LENGTH)
+    assert [entry.token_id for entry in scored.prompt_logprobs] == prompt[1:]
+    assert all(len(entry.top) == 2 for entry in scored.prompt_logprobs)
+    assert also_scored.token_ids == engine.generate([prompt], GREEDY)[0].token_ids[:3]
+    values = [[entry.logprob for entry in output.prompt_logprobs] for output in (scored, also_scored)]
+    assert values[0] == pytest.approx(values[1], abs=1e-4)
+    assert engine.generate([[5]], alone)[0].prompt_logprobs == []
+    wait_until_free(engine)
+
+
+def test_a_grammar_binds_its_own_request_only(engine):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    grammar = json_schema_grammar({**schema, "additionalProperties": False})
+    bound = SamplingParams(temperature=1, seed=1, max_tokens=120, grammar=grammar)
+    free, output, also_free = engine.generate([[5, 6, 7]] * 3, [GREEDY, bound, GREEDY])
+    assert json.loads(output.text)["ok"] in (True, False)
+    assert output.finish_reason is FinishReason.STOP
+    assert free.token_ids == also_free.token_ids == engine.generate([[5, 6, 7]], GREEDY)[0].token_ids
+    with pytest.raises(RequestError, match="Invalid type"):
+        engine.generate([[5]], SamplingParams(grammar=json_schema_grammar({"type": "wobble"})))
+
+
+async def test_prompt_logprobs_come_once_and_first(engine):
+    params = SamplingParams(temperature=0, max_tokens=5, prompt_logprobs=0, ignore_eos=True)
+    pieces = [output async for output in engine.stream([5, 6, 7], params)]
+    assert len(pieces[0].prompt_logprobs) == 2
+    assert all(piece.prompt_logprobs is None for piece in pieces[1:])
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "param", "text"),
     [
@@ -130,6 +165,8 @@ def test_logprobs_name_the_chosen_token_first_when_greedy(engine):
         ([1] * 256, {}, "prompt", "256 tokens; the model's limit is 256"),
         ([1] * 200, {"max_tokens": 100}, "max_tokens", "ask for at most 56"),
         ([1], {"max_tokens": -1}, "max_tokens", "at least 1"),
+        ([1], {"max_tokens": 0}, "max_tokens", "at least 1"),
+        ([1], {"prompt_logprobs": 21}, "prompt_logprobs", "between 0 and 20"),
         ([1], {"top_p": 3.0}, "top_p", "got 3.0"),
         ([1], {"temperature": float("nan")}, "temperature", "nan"),
         ([1], {"temperature": "hot"}, "params", "float"),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.errors import RequestError
+from tfserve.model.grammar import json_schema_grammar
 from tfserve.types import FinishReason, SamplingParams
 
 NUM_REQUESTS, NUM_TOKENS = 12, 48
@@ -32,13 +34,17 @@ def model_dir(tiny_llama3):
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
-    """Every second one sampled, with a seed of its own."""
+    """Every second one sampled, with a seed of its own; every third bound to a grammar, every fourth scored."""
     prompts = [[3 + (i * 7 + k) % 500 for k in range(10 + 5 * i)] for i in range(NUM_REQUESTS)]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     params = [
         SamplingParams(temperature=1.0, seed=i, max_tokens=NUM_TOKENS, ignore_eos=True) if i % 2 else greedy
         for i in range(NUM_REQUESTS)
     ]
+    numbers = json_schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": NUM_TOKENS})
+    for i in range(NUM_REQUESTS):
+        scored, grammar = (0 if i % 4 == 0 else None), (numbers if i % 3 == 2 else None)
+        params[i] = msgspec.structs.replace(params[i], prompt_logprobs=scored, grammar=grammar)
     return prompts, params
 
 
@@ -59,6 +65,10 @@ def run(model_dir, scheduler: SchedulerConfig, num_blocks: int, host_kv_gib: flo
     prompts, params = requests()
     with Engine(config) as engine:
         outputs = engine.generate(prompts, params, rate=200.0)
+        for prompt, output in zip(prompts[::4], outputs[::4], strict=True):
+            assert [entry.token_id for entry in output.prompt_logprobs] == prompt[1:]
+        for output in outputs[2::3]:
+            assert set(output.text) <= set("[]-0123456789, \n\r\t")
         return [output.token_ids for output in outputs], engine.stats()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from tfserve.config import EngineConfig
 from tfserve.engine.messages import StepOutputs
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
+from tfserve.model.chat_template import ToolFormat
 from tfserve.types import (
     EngineInfo,
     EngineStats,
@@ -32,11 +34,27 @@ BOS = 256
 class FakeTokenizer:
     """One token per UTF-8 byte; 256 begins a text."""
 
+    special_ids = frozenset({BOS})
+    tool_format: ToolFormat | None = ToolFormat.HERMES
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        shown = [
+            self.token_bytes(token) for token in token_ids if not (skip_special_tokens and token in self.special_ids)
+        ]
+        return b"".join(shown).decode(errors="replace")
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
+        for shown in (kwargs.get("tools"), calls):
+            if shown:
+                text = json.dumps(shown) + text
+        return text + "<assistant>" * add_generation_prompt
 
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<s>"
@@ -63,6 +81,7 @@ class FakeStream:
         self._pending: list[RequestOutput] = []
         self._ended = False
         self._is_called = False
+        self._spoken = False
 
     @property
     def num_waiting(self) -> int:
@@ -79,6 +98,9 @@ class FakeStream:
         output.text = "".join(each.text for each in pending)
         output.token_ids = [token for each in pending for token in each.token_ids]
         output.logprobs = [entry for each in pending for entry in each.logprobs or ()] or None
+        output.prompt_logprobs = next(
+            (each.prompt_logprobs for each in pending if each.prompt_logprobs is not None), None
+        )
         self.num_output_tokens += len(output.token_ids)
         self.num_chars += len(output.text)
         return output
@@ -140,12 +162,14 @@ class FakeStream:
             return
         self._ended = finish is not None
         self.started = True
+        if self.params.max_tokens == 0:
+            ids, text = [], ""
         self.token_s += [time.monotonic()] * len(ids)
-        top = self.params.logprobs
-        logprobs = None
-        if top is not None:
-            best = tuple((98 + rank, -1.0 - rank) for rank in range(top))
-            logprobs = [TokenLogprob(token, -0.5, best) for token in ids]
+        prompt_logprobs = None
+        if not self._spoken:
+            prompt_logprobs = _fake_logprobs(self.prompt[1:], self.params.prompt_logprobs)
+        self._spoken = True
+        logprobs = _fake_logprobs(ids, self.params.logprobs)
         output = RequestOutput(
             request_id=self.request_id,
             text=text,
@@ -153,6 +177,7 @@ class FakeStream:
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=len(ids),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             error=error,
             times=RequestTimes(1.0, 1.0, 1.25, 2.0, preemptions, 0.5) if finish else None,
@@ -160,6 +185,13 @@ class FakeStream:
         )
         self._pending.append(output)
         self._notify()
+
+
+def _fake_logprobs(ids: Sequence[int], top: int | None) -> list[TokenLogprob] | None:
+    if top is None:
+        return None
+    best = tuple((98 + rank, -1.0 - rank) for rank in range(top))
+    return [TokenLogprob(token, -0.5, best) for token in ids]
 
 
 class FakeEngine:
@@ -291,6 +323,7 @@ def fake_info(config: EngineConfig) -> EngineInfo:
         kv_bytes_per_token=1024,
         threads=2,
         load_s=0.1,
+        grammars=True,
     )
 
 

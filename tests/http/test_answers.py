@@ -72,7 +72,8 @@ async def test_whole_chat_answer_counts_tokens(start: StartServer) -> None:
     assert choice["finish_reason"] == "stop"
     assert choice["logprobs"] is None
     prompt = len("<user>Hi<assistant>")
-    assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": 17, "total_tokens": prompt + 17, **TIMINGS}
+    counts = {"prompt_tokens": prompt, "completion_tokens": 17, "total_tokens": prompt + 17}
+    assert body["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}, **TIMINGS}
 
 
 async def test_usage_chunk_comes_last_when_asked_for(start: StartServer) -> None:
@@ -80,7 +81,8 @@ async def test_usage_chunk_comes_last_when_asked_for(start: StartServer) -> None
     chunks = await stream(server, "/v1/completions", prompt="ab", stream_options={"include_usage": True})
     assert chunks[-1] == "[DONE]"
     assert chunks[-2]["choices"] == []
-    assert chunks[-2]["usage"] == {"prompt_tokens": 3, "completion_tokens": 17, "total_tokens": 20, **TIMINGS}
+    counts = {"prompt_tokens": 3, "completion_tokens": 17, "total_tokens": 20}
+    assert chunks[-2]["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}, **TIMINGS}
     assert all(chunk["usage"] is None for chunk in chunks[:-2])
 
 

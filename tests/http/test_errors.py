@@ -17,6 +17,22 @@ def message(**fields: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": "Hi", **fields}]
 
 
+CALL = {"type": "function", "id": "1", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def called(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": arguments}}]}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def schema(body: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": body}}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param", "says"),
     [
@@ -28,8 +44,11 @@ def message(**fields: Any) -> list[dict[str, Any]]:
         (CHAT, {"messages": []}, "messages", "at least one"),
         (CHAT, {"messages": "Hi"}, "messages", "must be a list, got a string"),
         (CHAT, {"messages": [{"content": "Hi"}]}, "messages[0].role", "required"),
-        (CHAT, {"messages": message(role="wizard")}, "messages[0].role", "system, user or assistant"),
-        (CHAT, {"messages": message(role="tool")}, "messages[0].role", "system, user or assistant"),
+        (CHAT, {"messages": message(role="wizard")}, "messages[0].role", "system, user, assistant or tool"),
+        (CHAT, {"messages": message(role="tool", content=None)}, "messages[0].content", "required"),
+        (CHAT, {"messages": message(tool_calls=[CALL])}, "messages[0].tool_calls", "only the assistant"),
+        (CHAT, {"messages": [called("[]")]}, "messages[0].tool_calls[0].function.arguments", "object"),
+        (CHAT, {"messages": [called("{")]}, "messages[0].tool_calls[0].function.arguments", "not valid JSON"),
         (CHAT, {"messages": message(content=None)}, "messages[0].content", "required"),
         (CHAT, {"messages": message(content=[{"type": "image_url"}])}, "messages[0].content[0]", "text"),
         (CHAT, {"messages": ASK, "max_tokens": -1}, "max_tokens", "at least 1, got -1"),
@@ -47,9 +66,30 @@ def message(**fields: Any) -> list[dict[str, Any]]:
         (CHAT, {"messages": ASK, "stop": ""}, "stop", "non-empty"),
         (CHAT, {"messages": ASK, "stop_token_ids": [300]}, "stop_token_ids", "300"),
         (CHAT, {"messages": ASK, "stream_options": {"include_usage": True}}, "stream_options", "stream"),
-        (CHAT, {"messages": ASK, "n": 2}, "n", "send 1"),
-        (CHAT, {"messages": ASK, "tools": [{"type": "function"}]}, "tools", "not supported"),
-        (CHAT, {"messages": ASK, "response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        (CHAT, {"messages": ASK, "n": 0}, "n", "between 1 and 128"),
+        (CHAT, {"messages": ASK, "n": 129}, "n", "between 1 and 128"),
+        (CHAT, {"messages": ASK, "tools": [{"type": "function"}]}, "tools[0].function", "required"),
+        (CHAT, {"messages": ASK, "tools": [TOOL] * 129}, "tools", "at most 128"),
+        (CHAT, {"messages": ASK, "tool_choice": "required"}, "tool_choice", "no tools"),
+        (CHAT, {"messages": ASK, "tools": [TOOL], "tool_choice": "wobble"}, "tool_choice", "must be none, auto"),
+        (CHAT, {"messages": ASK, "tools": [TOOL], "tool_choice": named("g")}, "tool_choice", "'g', which is not"),
+        (
+            CHAT,
+            {"messages": ASK, "tools": [TOOL], "response_format": {"type": "json_object"}},
+            "response_format",
+            "tools",
+        ),
+        (CHAT, {"messages": ASK, "response_format": {"type": "wobble"}}, "response_format.type", "wobble"),
+        (
+            CHAT,
+            {"messages": ASK, "response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "required",
+        ),
+        (CHAT, {"messages": ASK, "response_format": schema({"type": "wobble"})}, "response_format", "Invalid type"),
+        (CHAT, {"messages": ASK, "response_format": schema({}), "min_tokens": 3}, "min_tokens", "0 where a grammar"),
+        (CHAT, {"messages": ASK, "response_format": schema({"enum": ["x" * 150_000]})}, "response_format", "too long"),
+        (CHAT, {"messages": ASK, "functions": [{}]}, "functions", "not supported"),
         (CHAT, {"messages": message(content="x" * 2000)}, "prompt", "tokens"),
         (PLAIN, {}, "prompt", "required"),
         (PLAIN, {"prompt": []}, "prompt", "list of token ids"),
@@ -57,8 +97,12 @@ def message(**fields: Any) -> list[dict[str, Any]]:
         (PLAIN, {"prompt": [1, 300]}, "prompt", "token id 300 is not in the vocabulary"),
         (PLAIN, {"prompt": [2**63]}, "prompt[0]", "9223372036854775807"),
         (PLAIN, {"prompt": {"a": 1}}, "prompt", "must be a string or a list"),
-        (PLAIN, {"prompt": "x", "best_of": 2}, "best_of", "send 1"),
-        (PLAIN, {"prompt": "x", "echo": True}, "echo", "send false"),
+        (PLAIN, {"prompt": "x", "best_of": 2}, "best_of", "must equal n (1), got 2"),
+        (PLAIN, {"prompt": "x", "max_tokens": 0}, "max_tokens", "at least 1, got 0"),
+        (PLAIN, {"prompt": "x", "max_tokens": -1, "echo": True}, "max_tokens", "at least 0, got -1"),
+        (PLAIN, {"prompt": ["x"] * 100, "n": 3}, "n", "at most 256 choices"),
+        (PLAIN, {"prompt": [1, 999], "echo": True}, "prompt", "token id 999"),
+        (PLAIN, {"prompt": [1, -(2**40)], "echo": True}, "prompt", "not in the vocabulary"),
         (PLAIN, {"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
         (PLAIN, {"prompt": "x", "logprobs": -1}, "logprobs", "between 0 and 20"),
     ],
@@ -103,7 +147,7 @@ async def test_over_length_has_openais_code(start: StartServer) -> None:
 
 async def test_one_bad_prompt_rejects_the_list_and_frees_the_others(start: StartServer) -> None:
     server = await start(reply=None)
-    async with server.post(PLAIN, {"prompt": [[1], [2], [999]]}) as response:
+    async with server.post(PLAIN, {"prompt": [[1], [2], [5] * 2000]}) as response:
         assert response.status == 400
     assert len(server.engine.live) == 2
     assert all(stream.aborted.is_set() for stream in server.engine.live)

@@ -82,7 +82,7 @@ async def test_errors_are_the_clients_own_exceptions(start: StartServer) -> None
             await client.chat.completions.create(model="gpt-5", messages=ASK)
         assert missing.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError) as bad:
-            await client.chat.completions.create(model="tiny", messages=ASK, n=2)
+            await client.chat.completions.create(model="tiny", messages=ASK, n=0)
         assert bad.value.param == "n"
         server.engine.queue_full = True
         with pytest.raises(openai.RateLimitError):

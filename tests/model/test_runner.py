@@ -144,6 +144,34 @@ def test_prefill_in_chunks_then_decode_equals_transformers(
     check_greedy(driver, reference, 0, 45)
 
 
+@pytest.mark.parametrize("chunks", [[90], [20, 69, 1]], ids=str)
+def test_prompt_logprobs_equal_transformers_beside_a_row_without(
+    driver: Driver, reference: PreTrainedModel, chunks: list[int]
+) -> None:
+    driver.start(1, prompt(12, 1))
+    tokens = prompt(90)
+    entered = (driver.enter(0, tokens, prompt_logprobs=3),)
+    scored = []
+    start = 0
+    for n in chunks:
+        chunk = driver.seq(0, start, n, sample=start + n == 90)
+        decode = driver.seq(1, len(driver.tokens[1]) - 1, 1, from_host=False)
+        scored += driver.run(decode, chunk, n_decode=1, entered=entered).prompt_logprobs
+        entered, start = (), start + n
+    assert driver.run(driver.seq(0, 90, 1, from_host=False), n_decode=1).prompt_logprobs == ()
+    assert {part.req for part in scored} == {"r0"}
+    entries = [entry for part in scored for entry in part.entries]
+    assert [part.start for part in scored] == [1 + sum(chunks[:i]) for i in range(len(scored))]
+    assert [entry.token_id for entry in entries] == tokens[1:]
+    expected = reference_logits(reference, tokens).log_softmax(-1)
+    mine = torch.tensor([entry.logprob for entry in entries])
+    torch.testing.assert_close(
+        mine, expected[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0], atol=1e-4, rtol=0
+    )
+    best = torch.tensor([[value for _, value in entry.top] for entry in entries])
+    torch.testing.assert_close(best, expected[:-1].topk(3).values, atol=1e-4, rtol=0)
+
+
 def test_logits_equal_transformers_in_a_mixed_step(driver: Driver, reference: PreTrainedModel) -> None:
     """Two decodes of unequal length, a continued prefill and a fresh prompt in one step, seen through their top 20."""
     lengths = {0: 50, 1: 3, 2: 40, 3: 21}

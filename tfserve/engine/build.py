@@ -36,6 +36,7 @@ from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
+from tfserve.model.token_masks import open_masks
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import EngineInfo
 
@@ -101,11 +102,14 @@ def _build(
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
+    masks = open_masks(tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids)
     runner: ModelRunner | StreamRunner
     if stream is None:
-        runner = ModelRunner(model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len)
+        runner = ModelRunner(
+            model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, masks=masks
+        )
     else:
-        runner = cuda_runner(model, kv, backend, config, max_model_len=max_model_len, stream=stream)
+        runner = cuda_runner(model, kv, backend, config, max_model_len=max_model_len, stream=stream, masks=masks)
     # A new request's stretch of blocks: enough for its length, but never more than its share of the pool.
     run_tokens = min(max_model_len, num_blocks * block_size // config.max_num_seqs)
     clock = RealClock()
@@ -162,6 +166,7 @@ def _build(
         threads=threads,
         load_s=time.monotonic() - started_s,
         num_host_blocks=tier.num_blocks if tier else 0,
+        grammars=masks is not None,
     )
     return core, info
 

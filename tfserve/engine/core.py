@@ -216,7 +216,7 @@ class EngineCore:
             params=params,
             token_ids=message.prompt_token_ids,
             num_prompt_tokens=len(message.prompt_token_ids),
-            max_tokens=params.max_tokens or 0,
+            max_tokens=max(params.max_tokens or 0, 1),
             seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
@@ -262,11 +262,18 @@ class EngineCore:
         sampled = [launched.requests[seq.req] for seq in launched.plan.seqs if seq.sample]
         wanted = [request.state is not RequestState.FINISHED for request in sampled]
         failed = dict(result.failed)
+        for scored in result.prompt_logprobs:
+            launched.requests[scored.req].note_prompt(scored)
         self._scheduler.deliver([request.id for request in compress(sampled, wanted)], now_s)
         produced = zip(sampled, result.tokens, result.logprobs, strict=True)
         for request, token, logprob in compress(produced, wanted):
             if request.id in failed:
                 self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id]))
+                continue
+            # With the first token, even if it was computed again after a preemption.
+            of_prompt = request.prompt_logprobs if request.num_output_tokens == 0 else None
+            if request.params.max_tokens == 0:
+                self._finish(request, FinishReason.LENGTH, TokenOutput(request.id, prompt_logprobs=of_prompt))
                 continue
             self._num_output_tokens += 1
             finish = request.append(token, now_s)
@@ -274,11 +281,13 @@ class EngineCore:
                 path, since_s = request.resume
                 self._resumed.append((path, now_s - since_s))
                 request.resume = None
+            reason, stop = finish or (None, None)
             logprobs = None if logprob is None else [logprob]
-            if finish is None:
-                self._outputs.append(TokenOutput(request.id, [token], logprobs))
+            output = TokenOutput(request.id, [token], logprobs, stop_reason=stop, prompt_logprobs=of_prompt)
+            if reason is None:
+                self._outputs.append(output)
             else:
-                self._finish(request, finish[0], TokenOutput(request.id, [token], logprobs, stop_reason=finish[1]))
+                self._finish(request, reason, output)
 
     def _fail(self, launched: _Launched, error: str) -> None:
         """End every request the failed step touched; those that merely took a row in it too, for it may be unset."""

@@ -16,6 +16,7 @@ from tfserve.model.cuda_graphs import CudaRecorder, DecodeGraphs
 from tfserve.model.decoder import Decoder
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
+from tfserve.model.token_masks import TokenMasks
 from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 
@@ -36,6 +37,7 @@ def cuda_runner(
     *,
     max_model_len: int,
     stream: torch.cuda.Stream,
+    masks: TokenMasks | None = None,
 ) -> StreamRunner:
     """The runner of a live engine: on `stream`, with its decode graphs captured unless `enforce_eager`."""
     graphs = None
@@ -55,7 +57,7 @@ def cuda_runner(
         seconds, taken = time.monotonic() - began_s, free_before - torch.cuda.mem_get_info()[0]
         logger.info("captured %d decode graphs in %.1f s, %.0f MiB", len(graphs), seconds, taken / 2**20)
     runner = ModelRunner(
-        model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, graphs=graphs
+        model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, graphs=graphs, masks=masks
     )
     return StreamRunner(runner, stream)
 

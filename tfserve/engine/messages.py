@@ -59,7 +59,8 @@ ToCore = AddRequest | AbortRequest | ReportPlayed | ListStreams | Shutdown
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """What a step did for one request: its new tokens, and how it finished if it did.
 
-    `retry_after_s` is set on a request that was refused before it started: when to try again.
+    `prompt_logprobs` come once, with the first token (or with the end, where no token is wanted). `retry_after_s` is
+    set on a request that was refused before it started: when to try again.
     """
 
     request_id: RequestId
@@ -70,6 +71,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     error: str | None = None
     times: RequestTimes | None = None
     retry_after_s: float | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tfserve.model.detokenizer import Detokenizer
-from tfserve.plan import Row
-from tfserve.types import ConsumptionRate, FinishReason, RequestId, RequestTimes, SamplingParams
+from tfserve.plan import PromptLogprobs, Row
+from tfserve.types import ConsumptionRate, FinishReason, RequestId, RequestTimes, SamplingParams, TokenLogprob
 
 ResumePath = Literal["load", "recompute"]
 """How a preempted request gets its KV back."""
@@ -33,7 +33,8 @@ class Request:
 
     `num_in_flight` more tokens are sampled by steps under way. [0, num_computed_tokens) have KV once those steps have
     ended. There is no prefill phase and no decode phase: a request catches num_computed_tokens up with num_tokens.
-    `max_tokens` is resolved: never None. `detokenizer` exists only where stop strings must be looked for.
+    `max_tokens` is resolved, never None, and at least 1: a prompt that is only scored ends at its first token, which is
+    dropped. `detokenizer` exists only where stop strings must be looked for.
     `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader.
     `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
     `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
@@ -60,10 +61,12 @@ class Request:
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
+    prompt_logprobs: list[TokenLogprob] | None = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Merge the tokens that end this request."""
+        """Merge the tokens that end this request; make room for log probabilities of the prompt, if wanted."""
+        self.prompt_logprobs = None if self.params.prompt_logprobs is None else []
         eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
         self.stop_token_ids = eos | frozenset(self.params.stop_token_ids)
 
@@ -106,6 +109,12 @@ class Request:
         self.device_has_token = sample
         self.num_in_flight += sample
         return sample
+
+    def note_prompt(self, scored: PromptLogprobs) -> None:
+        """Keep log probabilities of prompt tokens; those that a recomputation brings again are known already."""
+        if self.prompt_logprobs is not None:
+            known = 1 + len(self.prompt_logprobs) - scored.start
+            self.prompt_logprobs += scored.entries[max(known, 0) :]
 
     def append(self, token: int, now_s: float) -> tuple[FinishReason, str | int | None] | None:
         """Take the oldest token in flight; how the request finished with it (and the stop string or token), or None."""

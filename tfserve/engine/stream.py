@@ -29,6 +29,7 @@ class OutputBuffer:
         self._detokenizer = detokenizer
         self._tokens = array("i")
         self._logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs: list[TokenLogprob] | None = None
         self._last: TokenOutput | None = None
 
     def add(self, output: TokenOutput, now_s: float) -> None:
@@ -38,6 +39,8 @@ class OutputBuffer:
             self.token_s.append(now_s)
         if output.logprobs is not None:
             self._logprobs += output.logprobs
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = output.prompt_logprobs
         if output.finish_reason is not None:
             self._last = output
 
@@ -67,6 +70,7 @@ class OutputBuffer:
         if self._logprobs:
             logprobs = self._logprobs[: len(tokens)]
             del self._logprobs[: len(tokens)]
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         text = self._text(tokens, last)
         self.num_chars += len(text)
         output = RequestOutput(
@@ -76,6 +80,7 @@ class OutputBuffer:
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
         if last is not None:
             output.finish_reason = last.finish_reason

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tfserve.errors import RequestError
+from tfserve.model.grammar import check_grammar
 from tfserve.types import EngineInfo, SamplingParams
 
 
@@ -17,7 +18,11 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
         params = msgspec.convert(msgspec.to_builtins(params), SamplingParams)
     except (msgspec.ValidationError, TypeError) as error:
         raise RequestError("params", f"sampling parameters: {error}") from None
-    _check_tokens(prompt, info.vocab_size)
+    check_tokens(prompt, info.vocab_size)
+    if params.grammar is not None:
+        check_grammar(params.grammar)
+        if not info.grammars:
+            raise RequestError("grammar", "this model's outputs cannot be held to a grammar; the server's log says why")
     room = info.max_model_len - len(prompt)
     if params.max_tokens is None and room >= 1:
         params = msgspec.structs.replace(params, max_tokens=room)
@@ -39,9 +44,10 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
     return params
 
 
-def _check_tokens(prompt: Sequence[int], vocab_size: int) -> None:
+def check_tokens(prompt: Sequence[int], vocab_size: int, param: str = "prompt") -> None:
+    """Raise RequestError about the field `param` unless `prompt` has tokens and all are in the vocabulary."""
     if not prompt:
         raise RequestError("prompt", "the prompt is empty; it must have at least one token")
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise RequestError("prompt", f"token id {token!r} is not in the vocabulary [0, {vocab_size})")
+            raise RequestError(param, f"token id {token!r} is not in the vocabulary [0, {vocab_size})")

@@ -35,12 +35,14 @@ class Result:
 
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
 
     def add(self, output: RequestOutput) -> None:
         """Append what is new."""
         self.text.append(output.text)
         self.logprobs.extend(output.logprobs or ())
+        self.prompt_logprobs.extend(output.prompt_logprobs or ())
         self.finish_reason = output.finish_reason or ""
 
 
@@ -90,17 +92,17 @@ async def answer(
     request: web.Request,
     service: Service,
     prompts: Sequence[str | Sequence[int]],
-    params: SamplingParams,
+    samples: Sequence[SamplingParams],
     renderer: Renderer,
     *,
     rate: ConsumptionRate | UnsetType,
     stream: bool,
 ) -> web.StreamResponse:
-    """Submit all prompts, or none if one is refused, and answer with their choices."""
+    """Submit each prompt once for each of `samples`, or nothing if one is refused, and answer with all the choices."""
     with service.exchange(renderer.id) as exchange:
         try:
-            for index, prompt in enumerate(prompts):
-                exchange.submit(prompt, params, f"{renderer.id}-{index}", rate)
+            for prompt in prompts:
+                exchange.submit(prompt, samples, renderer.id, rate)
         except QueueFullError:
             service.metrics.on_refusal("queue_full")
             raise
@@ -110,7 +112,7 @@ async def answer(
                     # A refusal must come as a status, so the headers wait for the policy's word.
                     await exchange.admitted()
                 return await stream_answer(request, exchange, renderer, service.config.server)
-            results = await _collect(exchange, len(prompts))
+            results = await _collect(exchange, len(prompts) * len(samples))
             return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
         finally:
             request[USAGE] = exchange.usage

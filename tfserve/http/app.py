@@ -23,10 +23,12 @@ from tfserve.http.completions import CompletionEndpoint
 from tfserve.http.cors import allow_origins
 from tfserve.http.errors import JSON, ApiError, api_error
 from tfserve.http.metrics import CONTENT_TYPE
+from tfserve.http.openapi import OPEN_PATHS, document
 from tfserve.http.page import Page
-from tfserve.http.replies import ModelCard, ModelList
+from tfserve.http.replies import ModelCard, ModelList, Status, Version
 from tfserve.http.service import Phase, Service
 from tfserve.http.streams import StreamEndpoints
+from tfserve.http.tokens import TokenEndpoints
 from tfserve.types import StreamState
 
 log = logging.getLogger(__name__)
@@ -35,9 +37,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = web.RequestKey("request_id", str)
 REQUEST_ID_HEADER = "X-Request-Id"
-
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/metrics"})
-"""What is answered without a key: probes and scrapers have none, and the page asks for it."""
 
 SCRAPE_PATIENCE_S = 1.0
 """How long a scrape waits for the engine, which answers between two steps."""
@@ -62,11 +61,15 @@ def create_app(service: Service) -> web.Application:
     app.router.add_post("/abort_request", streams.abort)
     app.router.add_get("/", Page().get)
     app.router.add_get("/metrics", MetricsEndpoint(service).get)
+    tokens = TokenEndpoints(service)
+    app.router.add_post("/tokenize", tokens.tokenize)
+    app.router.add_post("/detokenize", tokens.detokenize)
     app.router.add_get("/v1/models", about.models)
     app.router.add_get("/v1/models/{id:.+}", about.model)
     app.router.add_get("/health", about.health)
     app.router.add_get("/ready", about.ready)
     app.router.add_get("/version", about.version)
+    app.router.add_get("/openapi.json", about.openapi)
     app.on_response_prepare.append(_echo_request_id)
     if server.cors_origins:
         allow_origins(app, server.cors_origins)
@@ -108,16 +111,21 @@ class AboutEndpoints:
     async def health(self, _request: web.Request) -> web.Response:
         """GET /health: the engine's counts; 503 unless it is loaded, alive and making progress."""
         status, stats = self._service.health()
-        return _json({"status": status}, 503) if stats is None else _json({"status": status, "engine": stats})
+        return _json(Status(status), 503) if stats is None else _json(Status(status, stats))
 
     async def ready(self, _request: web.Request) -> web.Response:
         """GET /ready: 503 unless new requests are admitted."""
         phase = self._service.phase
-        return _json({"status": phase}, 200 if phase is Phase.READY else 503)
+        return _json(Status(phase), 200 if phase is Phase.READY else 503)
 
     async def version(self, _request: web.Request) -> web.Response:
         """GET /version."""
-        return _json({"version": tfserve.__version__})
+        return _json(Version(tfserve.__version__))
+
+    async def openapi(self, _request: web.Request) -> web.Response:
+        """GET /openapi.json."""
+        service = self._service
+        return _json(document(service.model_name, with_keys=bool(service.config.server.api_keys)))
 
     def _card(self) -> ModelCard:
         service = self._service

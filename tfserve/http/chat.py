@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import time
+import asyncio
+import math
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
-from aiohttp import web
 
-from tfserve.http.answer import Result, answer, encode, read_body
+from tfserve.errors import RequestError
+from tfserve.http.answer import Result, encode
+from tfserve.http.endpoint import GenerationEndpoint, Job
+from tfserve.http.messages import conversation
 from tfserve.http.parsing import chat_parser
 from tfserve.http.ports import TokenizerPort
+from tfserve.http.protocol import ChatRequest, UsageWish
+from tfserve.http.rendering import AnswerHead, tells_nothing
 from tfserve.http.replies import (
     UNSET,
     AssistantMessage,
@@ -22,64 +28,96 @@ from tfserve.http.replies import (
     ChatLogprobs,
     ChatTokenLogprob,
     Delta,
+    FunctionCallReply,
+    ToolCallReply,
     TopLogprob,
     Usage,
 )
 from tfserve.http.service import Service
 from tfserve.http.sse import event
-from tfserve.types import RequestOutput, TokenLogprob
+from tfserve.http.tool_parsing import ToolCallParser, tool_call_parser
+from tfserve.http.tools import ToolPlan
+from tfserve.model.grammar import check_grammar
+from tfserve.types import FinishReason, RequestOutput, TokenLogprob
 
 
 class ChatRenderer:
-    """One chat answer in OpenAI's words."""
+    """One chat answer in OpenAI's words. `parser` makes a parser of tool calls for a choice; None: it may call none."""
 
-    def __init__(self, model: str, tokenizer: TokenizerPort, include_usage: bool) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._model = model
-        self._tokenizer = tokenizer
-        self._created = int(time.time())
-        self._usage = None if include_usage else UNSET
-        self._include_usage = include_usage
-        self._started: set[int] = set()
-        self._encode = msgspec.json.Encoder().encode
+    def __init__(self, head: AnswerHead, parser: Callable[[], ToolCallParser] | None, parallel_calls: bool) -> None:
+        self.id = head.id
+        self._head = head
+        self._parser = parser
+        self._parallel_calls = parallel_calls
+        self._choices: dict[int, _Choice] = {}
 
-    def chunk(self, index: int, output: RequestOutput) -> bytes:
+    def chunk(self, index: int, output: RequestOutput, usage: Usage) -> bytes:
         """Events for what is new in choice `index`: the role comes first, the finish reason with the last text."""
-        if not (output.text or output.logprobs or output.finished):
+        if tells_nothing(output):
             return b""
         start = b""
-        if index not in self._started:
-            self._started.add(index)
-            start = self._event([ChatChunkChoice(index, Delta(role="assistant", content=""))])
-        delta = Delta(content=output.text) if output.text else Delta()
+        if index not in self._choices:
+            self._choices[index] = self._begin()
+            start = self._event(ChatChunkChoice(index, Delta(role="assistant", content="")), usage)
+        choice = self._choices[index]
+        content, calls = choice.read(output.text, output.finished)
         logprobs = self._logprobs(output.logprobs)
-        return start + self._event([ChatChunkChoice(index, delta, logprobs, output.finish_reason)])
+        if not (content or calls or logprobs or output.finished):
+            return start
+        delta = Delta()
+        if content:
+            delta.content = content
+        if calls:
+            delta.tool_calls = calls
+        return start + self._event(ChatChunkChoice(index, delta, logprobs, choice.reason(output.finish_reason)), usage)
 
     def template(self, index: int) -> tuple[bytes, bytes] | None:
-        """What surrounds the text in every further event of choice `index` that has nothing else."""
-        before, after = self._event([ChatChunkChoice(index, Delta(content=self.id))]).rsplit(self._encode(self.id), 1)
+        """What surrounds the text in every further event of choice `index` that has nothing else.
+
+        None where the text may hold tool calls, or each event tells the token counts.
+        """
+        head = self._head
+        if self._parser is not None or head.wish is UsageWish.ALWAYS:
+            return None
+        choice = ChatChunkChoice(index, Delta(content=self.id))
+        data = event(
+            head.encode(ChatChunk(head.id, head.created, head.model, [choice], head.chunk_usage(Usage(0, 0, 0))))
+        )
+        before, after = data.rsplit(head.encode(self.id), 1)
         return before, after
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with token counts; empty when the client did not ask for it."""
-        return self._event([], usage) if self._include_usage else b""
+        head = self._head
+        if head.wish is UsageWish.NEVER:
+            return b""
+        return event(head.encode(ChatChunk(head.id, head.created, head.model, [], usage)))
 
     def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
         """The JSON body of an answer that is not streamed."""
-        choices = [
-            ChatChoice(
-                index,
-                AssistantMessage("".join(result.text)),
-                self._logprobs(result.logprobs),
-                result.finish_reason,
-            )
-            for index, result in enumerate(results)
-        ]
-        return self._encode(ChatCompletion(self.id, self._created, self._model, choices, usage))
+        head = self._head
+        choices = [self._whole_choice(index, result) for index, result in enumerate(results)]
+        return head.encode(ChatCompletion(head.id, head.created, head.model, choices, usage))
 
-    def _event(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> bytes:
+    def _whole_choice(self, index: int, result: Result) -> ChatChoice:
+        choice = self._begin()
+        content, calls = choice.read("".join(result.text), finished=True)
+        message = AssistantMessage(content)
+        if calls:
+            message.content = content or None
+            for call in calls:
+                call.index = UNSET
+            message.tool_calls = calls
+        reason = choice.reason(result.finish_reason) or ""
+        return ChatChoice(index, message, self._logprobs(result.logprobs), reason)
+
+    def _begin(self) -> _Choice:
+        return _Choice(self._parser() if self._parser else None, self._parallel_calls)
+
+    def _event(self, choice: ChatChunkChoice, usage: Usage) -> bytes:
+        head = self._head
         return event(
-            self._encode(ChatChunk(self.id, self._created, self._model, choices, usage or self._usage)),
+            head.encode(ChatChunk(head.id, head.created, head.model, [choice], head.chunk_usage(usage))),
         )
 
     def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> ChatLogprobs | None:
@@ -88,32 +126,73 @@ class ChatRenderer:
         return ChatLogprobs([self._token(entry) for entry in entries])
 
     def _token(self, entry: TokenLogprob) -> ChatTokenLogprob:
-        raw = self._tokenizer.token_bytes(entry.token_id)
+        raw = self._head.tokenizer.token_bytes(entry.token_id)
         top = [self._alternative(token_id, logprob) for token_id, logprob in entry.top]
         return ChatTokenLogprob(raw.decode(errors="replace"), entry.logprob, list(raw), top)
 
     def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
-        raw = self._tokenizer.token_bytes(token_id)
+        raw = self._head.tokenizer.token_bytes(token_id)
         return TopLogprob(raw.decode(errors="replace"), logprob, list(raw))
 
 
-class ChatEndpoint:
-    """Answers chat requests with a Service's engine."""
+class _Choice:
+    """One choice as far as it has come: which tool calls there were in it."""
+
+    def __init__(self, parser: ToolCallParser | None, parallel_calls: bool) -> None:
+        self._parser = parser
+        self._most_calls = math.inf if parallel_calls else 1
+        self._num_calls = 0
+
+    def read(self, text: str, finished: bool) -> tuple[str, list[ToolCallReply]]:
+        """New text for the reader and new calls in `text`, which is the last if `finished`."""
+        if self._parser is None:
+            return text, []
+        content, found = self._parser.push(text)
+        if finished:
+            rest, more = self._parser.finish()
+            content, found = content + rest, [*found, *more]
+        calls = []
+        for call in found:
+            if self._num_calls < self._most_calls:
+                function = FunctionCallReply(call.name, call.arguments)
+                id = f"call_{uuid.uuid4().hex}"
+                calls.append(ToolCallReply(index=self._num_calls, id=id, type="function", function=function))
+                self._num_calls += 1
+        return content, calls
+
+    def reason(self, finish_reason: str | None) -> str | None:
+        """The finish reason in OpenAI's words."""
+        return "tool_calls" if self._num_calls and finish_reason == FinishReason.STOP else finish_reason
+
+
+async def _grammar(asked: ChatRequest, tools: ToolPlan) -> str | None:
+    """What the answer must follow, checked: a forced call or the response format. Raises RequestError."""
+    wanted = None if asked.response_format is None else asked.response_format.grammar()
+    if wanted is not None and tools.format is not None:
+        message = "response_format: JSON cannot be had together with tools; send tool_choice 'none' or leave one out"
+        raise RequestError("response_format", message)
+    grammar, param = (wanted, "response_format") if tools.grammar is None else (tools.grammar, "tools")
+    if grammar is not None:
+        # In a thread: a complex one takes long, and the streams go on.
+        await asyncio.to_thread(check_grammar, grammar, param)
+    return grammar
+
+
+class ChatEndpoint(GenerationEndpoint[ChatRequest]):
+    """Answers chat requests."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
-        self._parser = chat_parser()
+        super().__init__(service, chat_parser())
 
-    async def post(self, request: web.Request) -> web.StreamResponse:
-        """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
-        service = self._service
-        engine = service.engine
-        asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
-        service.check_model(asked.model)
-        params = asked.sampling_params()
-        renderer = ChatRenderer(service.model_name, engine.tokenizer, asked.include_usage)
-        text = engine.tokenizer.apply_chat_template(asked.conversation())
+    async def prepare(self, asked: ChatRequest, model: str, tokenizer: TokenizerPort) -> Job:
+        """The conversation as one prompt, by the model's template."""
+        parallel = asked.parallel_tool_calls is not False
+        tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
+        grammar = await _grammar(asked, tools)
+        samples = asked.samples(msgspec.structs.replace(asked.sampling_params(), grammar=grammar))
+        parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)
+        renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), parser, parallel)
+        text = tokenizer.apply_chat_template(conversation(asked.messages), tools=tools.for_template)
         # The template has written the special tokens already.
-        prompt = await encode(engine.tokenizer, text, add_special_tokens=False)
-        rate = asked.consumption_rate
-        return await answer(request, service, [prompt], params, renderer, rate=rate, stream=bool(asked.stream))
+        prompt = await encode(tokenizer, text, add_special_tokens=False)
+        return Job([prompt], samples, renderer)

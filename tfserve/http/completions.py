@@ -3,108 +3,153 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import msgspec
-from aiohttp import web
-
-from tfserve.http.answer import Result, answer, encode, read_body
+from tfserve.engine.validation import check_tokens
+from tfserve.http.answer import Result, encode
+from tfserve.http.endpoint import GenerationEndpoint, Job
 from tfserve.http.parsing import completion_parser
 from tfserve.http.ports import TokenizerPort
-from tfserve.http.replies import UNSET, Completion, CompletionChoice, CompletionLogprobs, Usage
+from tfserve.http.protocol import CompletionRequest, UsageWish
+from tfserve.http.rendering import AnswerHead, tells_nothing
+from tfserve.http.replies import Completion, CompletionChoice, CompletionLogprobs, Usage
 from tfserve.http.service import Service
 from tfserve.http.sse import event
 from tfserve.types import RequestOutput, TokenLogprob
 
+_Token = tuple[int, float | None, dict[str, float] | None]
+"""A token, its log probability and the alternatives to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that its choices begin with: its text, and the token that it begins with."""
+
+    text: str
+    first_token: int
+
 
 class CompletionRenderer:
-    """One completion, with a choice per prompt, in OpenAI's words."""
+    """One completion in OpenAI's words, with `num_samples` choices per prompt.
 
-    def __init__(self, model: str, tokenizer: TokenizerPort, include_usage: bool) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self._model = model
-        self._tokenizer = tokenizer
-        self._created = int(time.time())
-        self._usage = None if include_usage else UNSET
-        self._include_usage = include_usage
-        self._offsets: defaultdict[int, int] = defaultdict(int)
-        self._encode = msgspec.json.Encoder().encode
+    `num_logprobs` is how many alternatives each token is told with; None: no log probabilities. `echoes` has every
+    prompt, if its choices are to begin with it, or nothing.
+    """
 
-    def chunk(self, index: int, output: RequestOutput) -> bytes:
+    def __init__(
+        self, head: AnswerHead, *, num_samples: int, num_logprobs: int | None, echoes: Sequence[Echo] = ()
+    ) -> None:
+        self.id = head.id
+        self._head = head
+        self._num_samples = num_samples
+        self._num_logprobs = num_logprobs
+        self._echoes = echoes
+        self._offsets: dict[int, int] = {}  # by choice that has begun: characters told with log probabilities
+
+    def chunk(self, index: int, output: RequestOutput, usage: Usage) -> bytes:
         """The event for what is new in choice `index`; the finish reason comes with the last text."""
-        if not (output.text or output.logprobs or output.finished):
+        if tells_nothing(output):
             return b""
-        logprobs = self._logprobs(index, output.logprobs)
-        return self._event([CompletionChoice(index, output.text, logprobs, output.finish_reason)])
+        entries = [*(output.prompt_logprobs or ()), *(output.logprobs or ())]
+        choice = self._choice(index, output.text, entries, output.finish_reason)
+        head = self._head
+        return event(head.encode(Completion(head.id, head.created, head.model, [choice], head.chunk_usage(usage))))
 
     def template(self, index: int) -> tuple[bytes, bytes] | None:
-        """What surrounds the text in every further event of choice `index` that has nothing else."""
-        before, after = self._event([CompletionChoice(index, self.id)]).rsplit(self._encode(self.id), 1)
+        """What surrounds the text in every further event of choice `index` that has nothing else.
+
+        None where each event tells the token counts.
+        """
+        head = self._head
+        if head.wish is UsageWish.ALWAYS:
+            return None
+        choice = CompletionChoice(index, self.id)
+        data = event(
+            head.encode(Completion(head.id, head.created, head.model, [choice], head.chunk_usage(Usage(0, 0, 0))))
+        )
+        before, after = data.rsplit(head.encode(self.id), 1)
         return before, after
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with token counts; empty when the client did not ask for it."""
-        return self._event([], usage) if self._include_usage else b""
+        head = self._head
+        if head.wish is UsageWish.NEVER:
+            return b""
+        return event(head.encode(Completion(head.id, head.created, head.model, [], usage)))
 
     def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
         """The JSON body of an answer that is not streamed."""
+        head = self._head
         choices = [
-            CompletionChoice(index, "".join(result.text), self._logprobs(index, result.logprobs), result.finish_reason)
+            self._choice(index, "".join(result.text), [*result.prompt_logprobs, *result.logprobs], result.finish_reason)
             for index, result in enumerate(results)
         ]
-        return self._encode(Completion(self.id, self._created, self._model, choices, usage))
+        return head.encode(Completion(head.id, head.created, head.model, choices, usage))
 
-    def _event(self, choices: list[CompletionChoice], usage: Usage | None = None) -> bytes:
-        return event(self._encode(Completion(self.id, self._created, self._model, choices, usage or self._usage)))
+    def _choice(
+        self, index: int, text: str, entries: Sequence[TokenLogprob], finish_reason: str | None
+    ) -> CompletionChoice:
+        """A choice, or what is new in it; it begins with the prompt, if that is to be echoed."""
+        tokens = [self._token(entry) for entry in entries]
+        if index not in self._offsets:
+            self._offsets[index] = 0
+            if self._echoes:
+                echo = self._echoes[index // self._num_samples]
+                text = echo.text + text
+                tokens.insert(0, (echo.first_token, None, None))
+        # A prompt may have been scored without anybody asking: the engine ran it for nothing else.
+        wanted = bool(tokens) and self._num_logprobs is not None
+        return CompletionChoice(index, text, self._logprobs(index, tokens) if wanted else None, finish_reason)
 
-    def _logprobs(self, index: int, entries: Sequence[TokenLogprob] | None) -> CompletionLogprobs | None:
-        if not entries:
-            return None
-        tokens = [self._text(entry.token_id) for entry in entries]
+    def _logprobs(self, index: int, tokens: Sequence[_Token]) -> CompletionLogprobs:
+        token_ids, chosen, tops = map(list, zip(*tokens, strict=True))
         offsets = []
-        for token in tokens:
+        for token_id in token_ids:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(token)
-        chosen = [entry.logprob for entry in entries]
-        tops = [self._alternatives(entry) for entry in entries] if any(entry.top for entry in entries) else None
-        return CompletionLogprobs(offsets, chosen, tokens, tops)
+            if token_id not in self._head.tokenizer.special_ids:
+                self._offsets[index] += len(self._head.token_text(token_id))
+        texts = [self._head.token_text(token_id) for token_id in token_ids]
+        return CompletionLogprobs(offsets, chosen, texts, tops if self._num_logprobs else None)
 
-    def _alternatives(self, entry: TokenLogprob) -> dict[str, float]:
-        """The most likely tokens and the chosen one; where two read the same, the likelier stands."""
+    def _token(self, entry: TokenLogprob) -> _Token:
+        """A token, with the most likely ones and itself as alternatives; of two that read the same, the likelier."""
+        if not self._num_logprobs:
+            return entry.token_id, entry.logprob, None
         table: dict[str, float] = {}
         for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            table.setdefault(self._text(token_id), logprob)
-        return table
-
-    def _text(self, token_id: int) -> str:
-        return self._tokenizer.token_bytes(token_id).decode(errors="replace")
+            table.setdefault(self._head.token_text(token_id), logprob)
+        return entry.token_id, entry.logprob, table
 
 
-class CompletionEndpoint:
-    """Answers completion requests with a Service's engine."""
+class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
+    """Answers completion requests."""
 
     def __init__(self, service: Service) -> None:
-        self._service = service
-        self._parser = completion_parser()
+        super().__init__(service, completion_parser())
 
-    async def post(self, request: web.Request) -> web.StreamResponse:
-        """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
-        service = self._service
-        engine = service.engine
-        asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
-        service.check_model(asked.model)
+    async def prepare(self, asked: CompletionRequest, model: str, tokenizer: TokenizerPort) -> Job:
+        """The prompts as token ids, in order."""
         params = asked.sampling_params()
-        renderer = CompletionRenderer(service.model_name, engine.tokenizer, asked.include_usage)
-        prompts = []
+        samples = asked.samples(params)
+        head = AnswerHead("cmpl", model, tokenizer, asked.usage_wish)
+        prompts: list[Sequence[int]] = []
+        texts = []
         for prompt in asked.prompts():
             if isinstance(prompt, str):
-                prompts.append(await encode(engine.tokenizer, prompt, add_special_tokens=True))
+                prompts.append(await encode(tokenizer, prompt, add_special_tokens=True))
+                texts.append(prompt)
                 # Many prompts of moderate length: let other requests in between two of them.
                 await asyncio.sleep(0)
             else:
+                check_tokens(prompt, self._service.engine.info.vocab_size)
                 prompts.append(prompt)
-        rate = asked.consumption_rate
-        return await answer(request, service, prompts, params, renderer, rate=rate, stream=bool(asked.stream))
+                texts.append(tokenizer.decode(prompt, params.skip_special_tokens) if asked.echo else "")
+        echoes: list[Echo] = []
+        if asked.echo:
+            echoes = [Echo(text, token_ids[0]) for text, token_ids in zip(texts, prompts, strict=True) if token_ids]
+        return Job(
+            prompts,
+            samples,
+            CompletionRenderer(head, num_samples=len(samples), num_logprobs=asked.logprobs, echoes=echoes),
+        )

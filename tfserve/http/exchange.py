@@ -15,7 +15,8 @@ from tfserve.types import ConsumptionRate, FinishReason, RequestOutput, RequestT
 
 
 class Exchange:
-    """The streams of one API request: one per prompt, numbered in the order of `submit`.
+    """The streams of one API request, numbered in the order of `submit`.
+
 
     Read it by `next`, or `listen` and `take`. `on_end` gets every stream that has ended, with its last output.
     """
@@ -28,6 +29,7 @@ class Exchange:
         self._fresh: dict[int, None] = {}
         self._news = asyncio.Event()
         self._listener: Callable[[], None] = self._news.set
+        self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._times: list[RequestTimes] = []
         self._abort_reason = ""
@@ -35,16 +37,18 @@ class Exchange:
     def submit(
         self,
         prompt: str | Sequence[int],
-        params: SamplingParams,
+        samples: Sequence[SamplingParams],
         request_id: str,
         rate: ConsumptionRate | UnsetType,
     ) -> None:
-        """Queue a prompt. Raises RequestError, QueueFullError, EngineDeadError."""
-        stream = self._engine.submit(prompt, params, request_id=request_id, rate=rate)
-        index = len(self._streams)
-        stream.on_news = functools.partial(self._note, index)
-        self._unfinished.add(index)
-        self._streams.append(stream)
+        """Queue a prompt once for each of `samples`. Raises RequestError, QueueFullError, EngineDeadError."""
+        for params in samples:
+            number = len(self._streams)
+            stream = self._engine.submit(prompt, params, request_id=f"{request_id}-{number}", rate=rate)
+            stream.on_news = functools.partial(self._note, number)
+            self._unfinished.add(number)
+            self._streams.append(stream)
+        self._num_prompt_tokens += self._streams[-1].num_prompt_tokens
 
     @property
     def finished(self) -> bool:
@@ -68,9 +72,9 @@ class Exchange:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far over all streams; interruptions and waits of those that have ended."""
-        prompt = sum(stream.num_prompt_tokens for stream in self._streams)
-        usage = Usage(prompt, self._num_output_tokens, prompt + self._num_output_tokens)
+        """Tokens so far over all streams, a prompt of several once; interruptions and waits of those that ended."""
+        prompt, output = self._num_prompt_tokens, self._num_output_tokens
+        usage = Usage(prompt, output, prompt + output)
         if self._times:
             usage.num_preemptions = sum(times.num_preemptions for times in self._times)
             usage.stall_s = round(sum(times.stall_s for times in self._times), 3)

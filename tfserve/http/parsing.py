@@ -30,13 +30,8 @@ HINTS = frozenset(
 """OpenAI fields that are about billing, caching or bookkeeping and change nothing in an answer."""
 
 CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -49,9 +44,6 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 """OpenAI fields that are known and not supported, with the values (beside null) that ask for nothing."""
 
 COMPLETION_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
 }
 

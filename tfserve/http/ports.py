@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
 from tfserve.engine.messages import StepOutputs
+from tfserve.model.chat_template import ToolFormat
 from tfserve.types import ConsumptionRate, EngineInfo, EngineStats, RequestOutput, SamplingParams, StreamState
 
 
 class TokenizerPort(Protocol):
     """Text to token ids and back, on the HTTP side."""
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that stand for no text."""
+        ...
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None if its chat template shows no tools."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
         ...
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text of a conversation, ready for the assistant's answer. Raises RequestError."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        ...
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """The prompt text of a conversation, ready for the assistant's answer if so asked; raises RequestError.
+
+        `kwargs` are the template's.
+        """
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 
 from tfserve.errors import RequestError
+from tfserve.http.messages import ChatMessage
+from tfserve.http.structured import ResponseFormat
+from tfserve.http.tools import NamedToolChoice, Tool
 from tfserve.types import MAX_LOGPROBS, ConsumptionRate, SamplingParams
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
@@ -17,16 +21,31 @@ MAX_STOP = 64
 """Most stop strings or stop token ids of a request: each costs time at every token."""
 
 MAX_PROMPTS = 256
-"""Most prompts of one completion request: all are tokenised before the queue can refuse any."""
+"""Most prompts of one completion request: all are tokenised before the queue can refuse any. Also its most choices."""
+
+MAX_N = 128
+"""Most choices for one prompt (OpenAI's limit)."""
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat has none but the context length."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
-    """Extras of a streamed answer; `include_usage` adds a last chunk with token counts."""
+    """Extras of a streamed answer: `include_usage` adds a last chunk with token counts.
+
+    With `continuous_usage_stats` (vLLM's) as well, every chunk has the counts so far.
+    """
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class UsageWish(enum.Enum):
+    """Which chunks of a stream carry token counts."""
+
+    NEVER = enum.auto()
+    LAST = enum.auto()
+    ALWAYS = enum.auto()
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
@@ -40,6 +59,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Int | None = None
+    max_completion_tokens: Int | None = None
+    n: Int | None = None
     temperature: float | None = None
     top_p: float | None = None
     frequency_penalty: float | None = None
@@ -57,12 +78,35 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     consumption_rate: ConsumptionRate | msgspec.UnsetType = msgspec.UNSET
 
     @property
-    def include_usage(self) -> bool:
-        """Whether the stream ends with a usage chunk. Raises RequestError when the answer is not streamed at all."""
-        wanted = self.stream_options is not None and bool(self.stream_options.include_usage)
-        if wanted and not self.stream:
+    def usage_wish(self) -> UsageWish:
+        """Which chunks carry token counts. Raises RequestError when the answer is not streamed at all."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return UsageWish.NEVER
+        if not self.stream:
             raise RequestError("stream_options", "stream_options.include_usage needs stream to be true")
-        return wanted
+        return UsageWish.ALWAYS if options.continuous_usage_stats else UsageWish.LAST
+
+    @property
+    def num_samples(self) -> int:
+        """How many choices each prompt gets. Raises RequestError."""
+        n = 1 if self.n is None else self.n
+        if not 1 <= n <= MAX_N:
+            raise RequestError("n", f"n must be between 1 and {MAX_N}, got {n}")
+        return n
+
+    def output_limit(self, least: int) -> int | None:
+        """The most tokens to generate, by either of its names; the newer one counts. Raises RequestError."""
+        newer = self.max_completion_tokens
+        name, limit = ("max_tokens", self.max_tokens) if newer is None else ("max_completion_tokens", newer)
+        if limit is not None and limit < least:
+            raise RequestError(name, f"{name} must be an integer of at least {least}, got {limit}")
+        return limit
+
+    def samples(self, params: SamplingParams) -> list[SamplingParams]:
+        """`params` for each choice of a prompt; a seed makes each of them repeatable, and all of them different."""
+        seeds = [None if params.seed is None else _wrap(params.seed + number) for number in range(self.num_samples)]
+        return [params, *(msgspec.structs.replace(params, seed=seed) for seed in seeds[1:])]
 
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's parameters. The engine checks the values; here only what it could not name is checked."""
@@ -78,6 +122,11 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
 
 
+def _wrap(seed: int) -> int:
+    """A seed that has been counted up, within 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
 _SAMPLING_FIELDS = tuple(
     name
     for name in SamplingParams.__struct_fields__
@@ -85,52 +134,16 @@ _SAMPLING_FIELDS = tuple(
 )
 
 
-class ContentPart(msgspec.Struct, kw_only=True):
-    """A piece of a message; only text can be served."""
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct, kw_only=True):
-    """One turn of a conversation."""
-
-    role: str
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-
-    def for_template(self, index: int) -> dict[str, Any]:
-        """The message as chat templates expect it: a role they know and plain text. Raises RequestError."""
-        where = f"messages[{index}]"
-        role = "system" if self.role == "developer" else self.role
-        if role not in {"system", "user", "assistant"}:
-            raise RequestError(f"{where}.role", f"{where}.role must be system, user or assistant, got {self.role!r}")
-        if self.tool_calls:
-            raise RequestError(f"{where}.tool_calls", f"{where}.tool_calls: tool calls are not supported; remove them")
-        if self.content is None and role != "assistant":
-            raise RequestError(f"{where}.content", f"{where}.content is required for the role {self.role}")
-        if self.content is None or isinstance(self.content, str):
-            return {"role": role, "content": self.content or ""}
-        for number, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
-                here = f"{where}.content[{number}]"
-                raise RequestError(here, f"{here} must be {{'type': 'text', 'text': ...}}, got type {part.type!r}")
-        return {"role": role, "content": "".join(part.text or "" for part in self.content)}
-
-
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage]
-    max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
-
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages for the chat template. Raises RequestError naming the message that cannot be served."""
-        if not self.messages:
-            raise RequestError("messages", "messages must hold at least one message")
-        return [message.for_template(index) for index, message in enumerate(self.messages)]
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
 
     def sampling_params(self) -> SamplingParams:
         """Parameters for the engine. Raises RequestError in this endpoint's own field names."""
@@ -139,12 +152,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
             raise RequestError("top_logprobs", "top_logprobs needs logprobs to be true")
         if top is not None and not 0 <= top <= MAX_LOGPROBS:
             raise RequestError("top_logprobs", f"top_logprobs must be between 0 and {MAX_LOGPROBS}, got {top}")
-        newer = self.max_completion_tokens
-        if newer is not None and newer < 1:
-            message = f"max_completion_tokens must be an integer of at least 1, got {newer}"
-            raise RequestError("max_completion_tokens", message)
-        max_tokens = self.max_tokens if newer is None else newer
-        return self.sampling(max_tokens, (top or 0) if self.logprobs else None)
+        return self.sampling(self.output_limit(1), (top or 0) if self.logprobs else None)
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -152,6 +160,8 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     prompt: str | list[str | Int | list[Int]]
     logprobs: Int | None = None
+    echo: bool | None = None
+    best_of: Int | None = None
 
     def prompts(self) -> Sequence[str | list[int]]:
         """The prompts, one per answer. Raises RequestError for an empty or mixed list."""
@@ -163,11 +173,21 @@ class CompletionRequest(GenerationRequest, kw_only=True):
         if not self.prompt or max(len(tokens), len(texts), len(lists)) < len(self.prompt):
             meaning = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
             raise RequestError("prompt", f"prompt must be {meaning}; it must not be empty and not mix them")
-        if len(texts) > MAX_PROMPTS or len(lists) > MAX_PROMPTS:
-            raise RequestError("prompt", f"{len(self.prompt)} prompts in one request; send at most {MAX_PROMPTS}")
-        return [tokens] if tokens else texts or lists
+        prompts: Sequence[str | list[int]] = [tokens] if tokens else texts or lists
+        if len(prompts) > MAX_PROMPTS:
+            raise RequestError("prompt", f"{len(prompts)} prompts in one request; send at most {MAX_PROMPTS}")
+        if len(prompts) * self.num_samples > MAX_PROMPTS:
+            wish = f"{len(prompts)} prompts with n={self.num_samples} are too many"
+            raise RequestError("n", f"{wish}; one request may have at most {MAX_PROMPTS} choices")
+        return prompts
 
     def sampling_params(self) -> SamplingParams:
         """Parameters for the engine. Raises RequestError."""
-        max_tokens = COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.sampling(max_tokens, self.logprobs)
+        if self.best_of is not None and self.best_of != self.num_samples:
+            message = f"best_of must equal n ({self.num_samples}), got {self.best_of}: no choices are thrown away here"
+            raise RequestError("best_of", message)
+        limit = self.output_limit(0 if self.echo else 1)
+        params = self.sampling(COMPLETION_MAX_TOKENS if limit is None else limit, self.logprobs)
+        if self.echo and (self.logprobs is not None or params.max_tokens == 0):
+            params = msgspec.structs.replace(params, prompt_logprobs=self.logprobs or 0)
+        return params

@@ -6,11 +6,19 @@ from typing import Literal
 
 import msgspec
 
+from tfserve.types import EngineStats
+
 UNSET = msgspec.UNSET
 
 
+class PromptTokensDetails(msgspec.Struct):
+    """`cached_tokens` are prompt tokens whose KV was there already: none, because requests share no KV."""
+
+    cached_tokens: int = 0
+
+
 class Usage(msgspec.Struct):
-    """Token counts of an answer, over all its choices.
+    """Token counts of an answer, over all its choices; a prompt counts once, however many choices it has.
 
     Ours, once it has ended: how often the scheduler interrupted it, when its first token came after its arrival (the
     latest choice's), and how long its reader had nothing to read after that.
@@ -19,6 +27,7 @@ class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = msgspec.field(default_factory=PromptTokensDetails)
     num_preemptions: int | msgspec.UnsetType = UNSET
     ttft_s: float | msgspec.UnsetType = UNSET
     stall_s: float | msgspec.UnsetType = UNSET
@@ -48,19 +57,39 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Log probabilities of a completion choice; `text_offset` counts characters from the start of the choice's text."""
+    """Log probabilities of a completion choice; `text_offset` counts characters from the start of the choice's text.
+
+    The first token of an echoed prompt has none: nothing predicts it.
+    """
 
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]] | None
+    top_logprobs: list[dict[str, float] | None] | None
+
+
+class FunctionCallReply(msgspec.Struct):
+    """The function that the model calls; `arguments` is the JSON of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallReply(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One tool call, whole; `index` is its place among the calls of a choice, in a stream."""
+
+    index: int | msgspec.UnsetType = UNSET
+    id: str
+    type: Literal["function"]
+    function: FunctionCallReply
 
 
 class Delta(msgspec.Struct, omit_defaults=True):
-    """What a chat chunk adds."""
+    """What a chat chunk adds. A tool call comes in one piece."""
 
     role: str | msgspec.UnsetType = UNSET
     content: str | msgspec.UnsetType = UNSET
+    tool_calls: list[ToolCallReply] | msgspec.UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
@@ -84,11 +113,12 @@ class ChatChunk(msgspec.Struct):
 
 
 class AssistantMessage(msgspec.Struct):
-    """The model's turn."""
+    """The model's turn; `content` is null where it only calls tools."""
 
-    content: str
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCallReply] | msgspec.UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -146,3 +176,16 @@ class ModelList(msgspec.Struct):
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+class Status(msgspec.Struct):
+    """Body of GET /health and GET /ready: the phase that the server is in, or what is wrong; a living engine's counts."""
+
+    status: str
+    engine: EngineStats | msgspec.UnsetType = UNSET
+
+
+class Version(msgspec.Struct):
+    """Body of GET /version."""
+
+    version: str

@@ -42,8 +42,8 @@ MAX_TOKENS_AT_ONCE = 512
 class ChunkRenderer(Protocol):
     """Turns outputs into the events of one endpoint."""
 
-    def chunk(self, index: int, output: RequestOutput) -> bytes:
-        """Events for what is new in choice `index`; empty when there is nothing to tell yet."""
+    def chunk(self, index: int, output: RequestOutput, usage: Usage) -> bytes:
+        """Events for what is new in choice `index`; empty when there is nothing to tell yet. `usage` is so far."""
         ...
 
     def template(self, index: int) -> tuple[bytes, bytes] | None:
@@ -196,8 +196,9 @@ class EventWriter:
 
     def _event(self, index: int, output: RequestOutput) -> bytes:
         template = self._templates.get(index)
-        if template is None or output.logprobs is not None or output.finish_reason is not None:
-            data = self._renderer.chunk(index, output)
+        is_plain = output.logprobs is None and output.prompt_logprobs is None and output.finish_reason is None
+        if template is None or not is_plain:
+            data = self._renderer.chunk(index, output, self._exchange.usage)
             if data and index not in self._templates:
                 self._templates[index] = self._renderer.template(index)
             return data

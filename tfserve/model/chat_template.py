@@ -6,6 +6,7 @@ checkpoints carry templates written for it.
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -21,10 +22,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tfserve.errors import ModelError, RequestError
 
 
+class ToolFormat(enum.Enum):
+    """How a model writes tool calls: in <tool_call> tags (Hermes, Qwen2.5), or as bare JSON (Llama 3)."""
+
+    HERMES = "hermes"
+    LLAMA3 = "llama3"
+
+
 class ChatTemplate:
     """One compiled template, with the model's special tokens (`bos_token`, ...) in its scope.
 
-    Raises ModelError if `source` is not a template.
+    `tool_format` is how the template tells the model to call tools; None if it shows no tools. Raises ModelError if
+    `source` is not a template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -33,6 +42,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"chat template, line {error.lineno}: {error.message}; correct it or remove it") from None
         self._special_tokens = dict(special_tokens)
+        self.tool_format = _tool_format(source)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any) -> str:
         """The prompt text. Content given as text parts is joined by newlines.
@@ -56,6 +66,15 @@ def read_chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None
     if isinstance(stored, list):
         stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
     return stored
+
+
+def _tool_format(source: str) -> ToolFormat | None:
+    """What the template's own instructions say."""
+    if "tools" not in source:
+        return None
+    if "<tool_call>" in source:
+        return ToolFormat.HERMES
+    return ToolFormat.LLAMA3 if "ipython" in source else None
 
 
 def _flatten(message: Mapping[str, Any], index: int) -> dict[str, Any]:

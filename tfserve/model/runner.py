@@ -13,8 +13,10 @@ from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.cuda_graphs import DecodeGraphs
 from tfserve.model.decoder import Decoder
 from tfserve.model.forward_batch import BlockTables, ForwardBatch, build_batch
+from tfserve.model.logprobs import PromptScorer
 from tfserve.model.sampler import NonFiniteLogitsError, Sampled, Sampler
-from tfserve.plan import Fence, InFlight, SeqStep, StepPlan, StepResult
+from tfserve.model.token_masks import TokenMasks
+from tfserve.plan import Fence, InFlight, PromptLogprobs, SeqStep, StepPlan, StepResult
 from tfserve.types import RequestId, TokenLogprob
 
 Failures = tuple[tuple[RequestId, str], ...]
@@ -42,12 +44,14 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         graphs: DecodeGraphs | None = None,
+        masks: TokenMasks | None = None,
     ) -> None:
         self._model = model
         self._graphs = graphs
         self._kv = kv
         self._backend = backend
-        self._sampler = Sampler(model.config.vocab_size, max_num_seqs, str(kv.device))
+        self._sampler = Sampler(model.config.vocab_size, max_num_seqs, str(kv.device), masks)
+        self._prompts = PromptScorer(model.logits)
         self._tables = BlockTables(max_num_seqs, -(-max_model_len // kv.block_size))
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=kv.device)
         self._ended_s: float | None = None
@@ -74,10 +78,12 @@ class ModelRunner:
         for row in plan.released_rows:
             self._tables.clear(row)
             self._sampler.release(row)
+            self._prompts.release(row)
         for entry in plan.entered:
             self._tables.clear(entry.row)
             self._tables.extend(entry.row, entry.blocks)
             self._sampler.enter(entry)
+            self._prompts.enter(entry)
         for seq in plan.seqs:
             self._tables.extend(seq.row, seq.new_blocks)
 
@@ -93,25 +99,29 @@ class ModelRunner:
         if not plan.seqs:
             return StepResult(plan.step, (), (), 0.0)
         batch = build_batch(plan, self._tables, self._last_tokens, self._kv.block_size)
-        logits = self._logits(batch)
-        if logits is None:
-            return self._outcome(plan, began_s, (), ())
+        hidden = self._hidden(batch)
+        scored = self._prompts.score(plan.seqs, hidden)
+        if not len(batch.logits_indices):
+            return self._outcome(plan, began_s, scored=scored)
+        logits = self._model.logits(hidden[batch.logits_indices])
         sampling = [seq for seq in plan.seqs if seq.sample]
         sampled, failed = self._sample(logits, sampling)
         self._last_tokens[torch.tensor([int(seq.row) for seq in sampling])] = sampled.token_ids
-        return self._outcome(plan, began_s, tuple(sampled.token_ids.tolist()), tuple(sampled.logprobs), failed)
+        tokens, logprobs = tuple(sampled.token_ids.tolist()), tuple(sampled.logprobs)
+        return self._outcome(plan, began_s, tokens, logprobs, failed, scored)
 
     def _outcome(
         self,
         plan: StepPlan,
         began_s: float,
-        tokens: tuple[int, ...],
-        logprobs: tuple[TokenLogprob | None, ...],
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob | None, ...] = (),
         failed: Failures = (),
+        scored: tuple[PromptLogprobs, ...] = (),
     ) -> StepResult:
         before_s, self._ended_s = self._ended_s, time.perf_counter()
         idle_s = 0.0 if before_s is None else began_s - before_s
-        return StepResult(plan.step, tokens, logprobs, self._ended_s - began_s, idle_s, failed)
+        return StepResult(plan.step, tokens, logprobs, self._ended_s - began_s, idle_s, failed, scored)
 
     def _sample(self, logits: Tensor, seqs: Sequence[SeqStep]) -> tuple[Sampled, Failures]:
         """A token for each of `seqs` [N] from `logits` [N, vocab]; who gets none (there the token is 0), and why."""
@@ -132,14 +142,12 @@ class ModelRunner:
                 logprobs[i] = logprob
         return Sampled(tokens, logprobs), tuple((seq.req, _NOT_FINITE) for seq in bad)
 
-    def _logits(self, batch: ForwardBatch) -> Tensor | None:
-        """Run the model; logits `[N, vocab]` float32 at the positions the batch wants, None if it wants none."""
+    def _hidden(self, batch: ForwardBatch) -> Tensor:
+        """Run the layers; hidden states `[T, H]` of the batch's tokens (of a graph perhaps more rows, at the end)."""
         hidden = None if self._graphs is None else self._graphs.replay(batch)
         if hidden is None:
             hidden = self._model(batch.input_ids, batch.positions, self._backend.build(batch, self._kv))
-        if not len(batch.logits_indices):
-            return None
-        return self._model.logits(hidden[batch.logits_indices])
+        return hidden
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tfserve.model.logprobs import token_logprobs
 from tfserve.model.penalties import Penalties
 from tfserve.model.token_draw import draw, highest, keep_thresholds, uniform
+from tfserve.model.token_masks import TokenMasks
 from tfserve.plan import Row, RowInit
 from tfserve.types import TokenLogprob
 
@@ -40,16 +42,17 @@ class Sampled:
 class Sampler:
     """Chooses tokens; holds, for each row, its request's parameters and the token counts its penalties need.
 
-    The order of processing is vLLM's: log probabilities from the logits as they come, min_tokens, logit_bias,
-    penalties, greedy choice, temperature, then top-k, top-p, min-p and the draw. A row's token depends on its own
-    logits, parameters, seed and position only, never on the rows beside it. Parameters live on the host, so that
-    choosing a path never waits for the device.
+    The order of processing is vLLM's: log probabilities from the logits as they come, what `masks` allow where a
+    request has a grammar, min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and
+    the draw. A row's token depends on its own logits, parameters, seed and position only, never on the rows beside it.
+    Parameters live on the host, so that choosing a path never waits for the device.
     """
 
-    def __init__(self, vocab_size: int, max_num_seqs: int, device: str) -> None:
+    def __init__(self, vocab_size: int, max_num_seqs: int, device: str, masks: TokenMasks | None = None) -> None:
         self._device = torch.device(device)
         self._vocab_size = vocab_size
         self._scratch: dict[str, Tensor] = {}  # by purpose: fp32 [largest batch so far, V]
+        self._masks = masks
         self._penalties = Penalties(vocab_size, max_num_seqs, self._device)
         self._temperature = np.ones(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int64)
@@ -57,7 +60,7 @@ class Sampler:
         self._min_p = np.zeros(max_num_seqs, np.float64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._logprobs = np.full(max_num_seqs, -1, np.int64)  # how many alternatives; -1: none wanted
-        self._edited = np.zeros(max_num_seqs, np.bool_)  # has min_tokens, logit_bias or a penalty
+        self._edited = np.zeros(max_num_seqs, np.bool_)  # has a mask, min_tokens, logit_bias or a penalty
         self._first_free_end = np.zeros(max_num_seqs, np.int64)  # first position where min_tokens lets the text end
         self._ends: dict[int, IntArray] = {}  # by row with min_tokens: its end-of-sequence and stop tokens
         self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by row: tokens, what to add
@@ -81,10 +84,15 @@ class Sampler:
             self._bias[seat] = tokens, np.array(list(params.logit_bias.values()), np.float32)
         self._penalties.enter(row)
         self._edited[seat] = seat in self._ends or seat in self._bias or self._penalties.has(seat)
+        if self._masks is not None:
+            self._masks.enter(row)
+            self._edited[seat] |= self._masks.has(seat)
 
     def release(self, row: Row) -> None:
         """Forget a row; one that is empty stays so."""
         self._penalties.release(row)
+        if self._masks is not None:
+            self._masks.release(row)
         self._ends.pop(row, None)
         self._bias.pop(row, None)
         self._edited[row] = False
@@ -96,18 +104,21 @@ class Sampler:
         naming the rows concerned before any state has changed: the others can be sampled again without them.
         """
         seats, places = np.asarray(rows, np.int64), np.asarray(positions, np.int64)
-        # A mask of allowed tokens belongs in _edit, before everything else.
         tokens, usable = self._choose(self._edit(logits, seats, places), seats, places)
         if not bool(usable.all()):
             raise NonFiniteLogitsError(tuple(seats[~usable.cpu().numpy()].tolist()))
         self._penalties.append(seats, tokens)
+        if self._masks is not None:
+            self._masks.append(rows, tokens)
         return Sampled(tokens, self._take_logprobs(logits, tokens, seats))
 
     def _edit(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
-        """The logits after min_tokens, logit_bias and penalties: a copy if any row has them, else `logits` itself."""
+        """The logits after masks, min_tokens, logit_bias and penalties: a copy if any row has them, else `logits`."""
         if not self._edited[seats].any():
             return logits
         edited = self._memory("edited", len(logits)).copy_(logits)
+        if self._masks is not None:
+            self._masks.apply(edited, seats.tolist())
         early = [i for i in np.flatnonzero(places < self._first_free_end[seats]).tolist() if seats[i] in self._ends]
         if early:
             ends = [self._ends[seats[i]] for i in early]
@@ -159,16 +170,8 @@ class Sampler:
         counts = self._logprobs[seats[asking]].tolist()
         index = self._index(asking)
         raw = torch.index_select(logits, 0, index, out=self._memory("weights", len(asking)))
-        chosen = tokens[index]
-        picked = raw.gather(1, chosen[:, None])
-        best, best_tokens = raw.topk(min(max(*counts, 1), self._vocab_size))
-        peak = best[:, :1]
-        norm = raw.sub_(peak).exp_().sum(-1, keepdim=True).log_() + peak  # [n, 1]
-        values = (picked - norm)[:, 0].tolist()
-        tops = (best_tokens.tolist(), (best - norm).tolist())
-        columns = zip(asking.tolist(), counts, chosen.tolist(), values, *tops, strict=True)
-        for i, count, token, value, top_tokens, top_values in columns:
-            result[i] = TokenLogprob(token, value, tuple(zip(top_tokens[:count], top_values[:count], strict=True)))
+        for i, entry in zip(asking.tolist(), token_logprobs(raw, tokens[index], counts), strict=True):
+            result[i] = entry
         return result
 
     def _index(self, places: IntArray) -> Tensor:

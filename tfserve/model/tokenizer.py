@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from tfserve.errors import ModelError, RequestError
-from tfserve.model.chat_template import ChatTemplate, read_chat_template
+from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.token_bytes import TokenBytes
 
 _LONG_TEXT_CHARS = 16_384
@@ -73,6 +73,15 @@ class Tokenizer:
     def leading_spaces(self) -> int:
         """How many spaces `decode` drops from the first token of a sequence (SentencePiece)."""
         return self._bytes.leading_spaces
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model is told to write tool calls; None if its chat template shows no tools."""
+        return None if self._chat_template is None else self._chat_template.tool_format
+
+    def to_json(self) -> str:
+        """The whole tokenizer in the format of tokenizer.json."""
+        return self._backend.to_str()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it."""

@@ -1,0 +1,116 @@
+"""The OpenAPI document speaks of every address, and schemathesis finds no answer that it does not foresee."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from threading import Thread
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from tests.http.conftest import StartServer
+from tests.http.fakes import FakeEngine
+from tfserve.config import EngineConfig, config_from
+from tfserve.http.app import create_app
+from tfserve.http.openapi import document
+from tfserve.http.service import Service
+
+NUM_EXAMPLES = 50
+
+
+class ThreadedServer:
+    """A server with a FakeEngine in a thread of its own."""
+
+    def __init__(self) -> None:
+        config: EngineConfig = config_from({"model": "models/tiny"})
+        self.service = Service(config)
+        self.loop = asyncio.new_event_loop()
+        self.url = self.loop.run_until_complete(self._start(config))
+        self.thread = Thread(target=self.loop.run_forever)
+        self.thread.start()
+
+    async def _start(self, config: EngineConfig) -> str:
+        self.engine = FakeEngine(config, reply="Hi there")
+        self.service.ready(self.engine)
+        self.runner = web.AppRunner(create_app(self.service), handler_cancellation=True, access_log=None)
+        await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+
+    def stop(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(10)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture
+def server() -> Iterator[ThreadedServer]:
+    server = ThreadedServer()
+    yield server
+    server.stop()
+
+
+async def test_the_document_names_every_address_and_nothing_else(start: StartServer) -> None:
+    server = await start(api_keys=["key"])
+    async with server.get("/openapi.json", headers={"Authorization": "Bearer key"}) as response:
+        served = await response.json()
+    assert served == document("tiny", with_keys=True)
+    routes = {
+        (route.method.lower(), route.resource.canonical)
+        for route in create_app(server.service).router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    }
+    told = {(method, path) for path, item in served["paths"].items() for method in item}
+    assert told == routes - {("get", "/openapi.json")}
+
+
+def unresolved(node: Any, components: dict[str, Any]) -> Iterator[str]:
+    if isinstance(node, dict):
+        ref = node.get("$ref")
+        if isinstance(ref, str) and ref.rpartition("/")[2] not in components:
+            yield ref
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from unresolved(child, components)
+
+
+def test_every_reference_resolves() -> None:
+    told = document("tiny", with_keys=False)
+    assert list(unresolved(told, told["components"]["schemas"])) == []
+
+
+@pytest.mark.slow
+def test_schemathesis_finds_no_answer_that_the_document_does_not_foresee(server: ThreadedServer) -> None:
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
+    operations = [result.ok() for result in schema.get_all_operations()]
+    assert len(operations) == len([method for item in schema.raw_schema["paths"].values() for method in item])
+    answered: set[tuple[str, int]] = set()
+    for operation in operations:
+        # What has no body cannot be sent wrong.
+        modes = list(schemathesis.GenerationMode) if operation.body else [schemathesis.GenerationMode.POSITIVE]
+        for mode in modes:
+
+            @given(case=operation.as_strategy(generation_mode=mode))
+            @settings(
+                max_examples=NUM_EXAMPLES,
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+                phases=[Phase.explicit, Phase.generate],
+            )
+            def check(case: Any) -> None:
+                # Which fields go together (echo and max_tokens=0, tools and tool_choice) is beyond JSON schema, so
+                # bodies that are right by the schema may be refused.
+                response = case.call_and_validate(excluded_checks=[positive_data_acceptance])
+                answered.add((operation.path, response.status_code))  # noqa: B023  runs at once
+
+            check()
+    assert {path for path, status in answered if status == 200} >= {"/v1/chat/completions", "/v1/completions"}
+    assert server.service.num_open == 0
+    assert all(stream._ended for stream in server.engine.live)

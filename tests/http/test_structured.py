@@ -1,0 +1,101 @@
+"""response_format and forced tool calls: what grammar reaches the engine."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+
+from tests.http.conftest import Running, StartServer
+from tests.tokenizers import write_tiny_tokenizer
+from tfserve.model.chat_template import ToolFormat
+
+CHAT = "/v1/chat/completions"
+ASK = [{"role": "user", "content": "Hi"}]
+PERSON = {"type": "object", "properties": {"name": {"$ref": "#/$defs/n"}}, "$defs": {"n": {"type": "string"}}}
+TOOLS = [
+    {"type": "function", "function": {"name": "f", "parameters": {**PERSON, "required": ["name"]}}},
+    {"type": "function", "function": {"name": "g"}},
+]
+G = {"type": "function", "function": {"name": "g"}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LLTokenizer:
+    path = write_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return LLTokenizer((path / "tokenizer.json").read_text(), eos_token=2)
+
+
+async def grammar_of(server: Running, **body: Any) -> str | None:
+    async with server.post(CHAT, {"messages": ASK, **body}) as response:
+        assert response.status == 200, await response.text()
+    return server.engine.live[-1].params.grammar
+
+
+def accepts(tokenizer: LLTokenizer, grammar: str | None, text: str) -> bool:
+    assert grammar is not None
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    tokens = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+async def test_json_object_and_json_schema(start: StartServer, tokenizer: LLTokenizer) -> None:
+    server = await start(reply="{}")
+    assert await grammar_of(server, response_format={"type": "text"}) is None
+    anything = await grammar_of(server, response_format={"type": "json_object"})
+    assert accepts(tokenizer, anything, '{"a": [1, {"b": null}]}')
+    assert not accepts(tokenizer, anything, "[1]")
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
+    person = await grammar_of(server, response_format=schema, n=2)
+    assert accepts(tokenizer, person, '{"name": "x"}')
+    assert not accepts(tokenizer, person, '{"name": 3}')
+    assert server.engine.live[-2].params.grammar == person
+
+
+@pytest.mark.parametrize(
+    ("format", "f", "g", "wrong"),
+    [
+        (
+            ToolFormat.HERMES,
+            '<tool_call>\n{"name": "f", "arguments": {"name": "x"}}\n</tool_call>',
+            '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>',
+            '<tool_call>\n{"name": "f", "arguments": {"name": 1}}\n</tool_call>',
+        ),
+        (
+            ToolFormat.LLAMA3,
+            '{"name": "f", "parameters": {"name": "x"}}',
+            '{"name": "g", "parameters": {}}',
+            '{"name": "f", "parameters": {}}',
+        ),
+    ],
+)
+async def test_a_forced_call_is_one_that_the_parser_finds(
+    start: StartServer, tokenizer: LLTokenizer, format: ToolFormat, f: str, g: str, wrong: str
+) -> None:
+    server = await start(reply=f)
+    server.engine.tokenizer.tool_format = format
+    assert await grammar_of(server, tools=TOOLS, tool_choice="auto") is None
+    required = await grammar_of(server, tools=TOOLS, tool_choice="required")
+    assert accepts(tokenizer, required, f)
+    assert accepts(tokenizer, required, g)
+    assert not accepts(tokenizer, required, wrong)
+    assert not accepts(tokenizer, required, "Hello")
+    only_g = await grammar_of(server, tools=TOOLS, tool_choice=G)
+    assert accepts(tokenizer, only_g, g)
+    assert not accepts(tokenizer, only_g, f)
+    async with server.post(CHAT, {"messages": ASK, "tools": TOOLS, "tool_choice": "required"}) as response:
+        choice = (await response.json())["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"name": "x"}
+
+
+async def test_parallel_calls_can_be_forbidden(start: StartServer, tokenizer: LLTokenizer) -> None:
+    server = await start()
+    call = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+    several = await grammar_of(server, tools=TOOLS, tool_choice="required")
+    one = await grammar_of(server, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
+    assert accepts(tokenizer, several, f"{call}\n{call}")
+    assert accepts(tokenizer, one, call)
+    assert not accepts(tokenizer, one, f"{call}\n{call}")

@@ -1,0 +1,152 @@
+"""Tools: what the template is shown, and calls found in both formats, whole and streamed at every split."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from tests.http.conftest import Running, StartServer
+from tests.http.test_answers import stream
+from tfserve.http.tool_parsing import Call, tool_call_parser
+from tfserve.model.chat_template import ChatTemplate, ToolFormat
+
+CHAT = "/v1/chat/completions"
+ASK: Any = [{"role": "user", "content": "Weather in Rome?"}]
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS: Any = [{"type": "function", "function": {"name": "weather", "description": "Looks", "parameters": SCHEMA}}]
+HERMES_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Rome"}}'
+ROME = Call("weather", '{"city": "Rome"}')
+
+HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3
+
+
+@pytest.mark.parametrize(
+    ("format", "text", "content", "calls"),
+    [
+        (HERMES, HERMES_CALL, "", [ROME]),
+        (HERMES, f"Let me see.\n{HERMES_CALL}\n{HERMES_CALL}\n", "Let me see.", [ROME, ROME]),
+        (HERMES, f"{HERMES_CALL} Done.", "Done.", [ROME]),
+        (HERMES, "a < b <tool_c> </tool_call>\n", "a < b <tool_c> </tool_call>\n", []),
+        (HERMES, "<tool_call>nonsense</tool_call> ok", "<tool_call>nonsense</tool_call> ok", []),
+        (HERMES, HERMES_CALL.removesuffix("</tool_call>"), "", [ROME]),
+        (HERMES, '<tool_call>{"name": "wea', '<tool_call>{"name": "wea', []),
+        (HERMES, '<tool_call>{"name": "f"}</tool_call>', "", [Call("f", "{}")]),
+        (
+            HERMES,
+            '<tool_call>{"name": "f", "arguments": 3}</tool_call>',
+            '<tool_call>{"name": "f", "arguments": 3}</tool_call>',
+            [],
+        ),
+        (HERMES, "", "", []),
+        (LLAMA, LLAMA_CALL, "", [ROME]),
+        (LLAMA, f"\n<|python_tag|>{LLAMA_CALL}; {LLAMA_CALL}", "", [ROME, ROME]),
+        (LLAMA, "It is sunny; {x}", "It is sunny; {x}", []),
+        (LLAMA, '{"name": "unknown", "parameters": {}}', '{"name": "unknown", "parameters": {}}', []),
+        (LLAMA, '{"temperature": 3}', '{"temperature": 3}', []),
+        (LLAMA, LLAMA_CALL[:-4], LLAMA_CALL[:-4], []),
+        (LLAMA, "<|python", "<|python", []),
+        (LLAMA, "{" * 100_000, "{" * 100_000, []),
+    ],
+)
+def test_calls_are_found_however_the_text_is_cut(
+    format: ToolFormat, text: str, content: str, calls: list[Call]
+) -> None:
+    for size in (1, 3, 7, max(len(text), 1)) if len(text) < 1000 else (len(text),):
+        parser = tool_call_parser(format, {"weather"})
+        found = [parser.push(text[i : i + size]) for i in range(0, len(text), size)] + [parser.finish()]
+        assert "".join(part.content for part in found) == content
+        assert [call for part in found for call in part.calls] == calls
+
+
+def test_text_before_a_call_is_shown_at_once() -> None:
+    parser = tool_call_parser(HERMES, ())
+    assert parser.push("Let me see.").content == "Let me see."
+    assert parser.push("\n<tool").content == ""
+    assert parser.push("s>").content == "\n<tools>"
+
+
+@pytest.mark.parametrize(
+    ("source", "format"),
+    [
+        ("{{ messages[0].content }}", None),
+        ("{% if tools %}<tool_call>{% endif %}", HERMES),
+        ("{% if tools %}Environment: ipython{% endif %}", LLAMA),
+        ("{% if tools %}[TOOL_CALLS]{% endif %}", None),
+    ],
+)
+def test_the_template_tells_the_format(source: str, format: ToolFormat | None) -> None:
+    assert ChatTemplate(source, {}).tool_format is format
+
+
+@pytest.fixture(params=[HERMES, LLAMA])
+async def caller(request: pytest.FixtureRequest, start: StartServer) -> Running:
+    """A server whose model calls a tool twice."""
+    reply = {HERMES: f"Sure. {HERMES_CALL}\n{HERMES_CALL}", LLAMA: f"{LLAMA_CALL}; {LLAMA_CALL}"}[request.param]
+    server = await start(reply=reply)
+    server.engine.tokenizer.tool_format = request.param
+    return server
+
+
+async def test_the_official_client_gets_tool_calls(caller: Running) -> None:
+    async with openai.AsyncOpenAI(base_url=caller.url + "/v1", api_key="key", max_retries=0) as client:
+        whole = (await client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS)).choices[0]
+        assert whole.finish_reason == "tool_calls"
+        calls = whole.message.tool_calls or []
+        assert [(call.type, call.function.name, json.loads(call.function.arguments)) for call in calls] == [
+            ("function", "weather", {"city": "Rome"})
+        ] * 2
+        assert len({call.id for call in calls}) == 2
+        assert whole.message.content == ("Sure." if caller.engine.tokenizer.tool_format is HERMES else None)
+        answers = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in calls]
+        again: Any = [*ASK, whole.message, *answers]
+        await client.chat.completions.create(model="tiny", messages=again, tools=TOOLS, tool_choice="none")
+        prompt = bytes(caller.engine.live[-1].prompt).decode()
+        assert prompt.startswith('[{"name": "weather", "arguments": {"city": "Rome"}}')
+        assert prompt.endswith("<tool>sunny<tool>sunny<assistant>")
+        one = await client.chat.completions.create(model="tiny", messages=ASK, tools=TOOLS, parallel_tool_calls=False)
+        assert len(one.choices[0].message.tool_calls or []) == 1
+        async with client.chat.completions.stream(model="tiny", messages=ASK, tools=TOOLS) as events:
+            final = (await events.get_final_completion()).choices[0]
+        assert [call.function.name for call in final.message.tool_calls or []] == ["weather"] * 2
+        assert final.finish_reason == "tool_calls"
+
+
+async def test_streamed_calls_are_numbered_and_whole(caller: Running) -> None:
+    chunks = await stream(caller, CHAT, messages=ASK, tools=TOOLS, logprobs=True)
+    choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+    calls = [call for choice in choices for call in choice["delta"].get("tool_calls", ())]
+    assert [call["index"] for call in calls] == [0, 1]
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"city": "Rome"}] * 2
+    assert choices[-1]["finish_reason"] == "tool_calls"
+    told = sum(len((choice["logprobs"] or {"content": []})["content"]) for choice in choices)
+    assert told == len(caller.engine.reply or "")
+
+
+async def test_tool_choice_none_shows_and_parses_nothing(caller: Running) -> None:
+    chunks = await stream(caller, CHAT, messages=ASK, tools=TOOLS, tool_choice="none")
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks[:-1])
+    assert text == caller.engine.reply
+    assert bytes(caller.engine.live[0].prompt) == b"<user>Weather in Rome?<assistant>"
+
+
+async def test_the_template_is_shown_the_definitions(caller: Running) -> None:
+    bare = {"type": "function", "function": {"name": "now"}}
+    await stream(caller, CHAT, messages=ASK, tools=[*TOOLS, bare])
+    prompt = bytes(caller.engine.live[0].prompt).decode()
+    shown = json.loads(prompt[: prompt.index("<user>")])
+    assert shown[0] == TOOLS[0]
+    assert shown[1]["function"] == {"name": "now", "parameters": {"type": "object", "properties": {}}}
+
+
+async def test_a_model_whose_template_shows_no_tools_says_so(start: StartServer) -> None:
+    server = await start()
+    server.engine.tokenizer.tool_format = None
+    async with server.post(CHAT, {"messages": ASK, "tools": TOOLS}) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["param"] == "tools"
+    async with server.post(CHAT, {"messages": ASK, "tools": TOOLS, "tool_choice": "none"}) as response:
+        assert response.status == 200

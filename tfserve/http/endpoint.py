@@ -1,0 +1,50 @@
+"""From a request's body to its answer: the steps that both generation endpoints take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from aiohttp import web
+
+from tfserve.http.answer import Renderer, answer, read_body
+from tfserve.http.parsing import BodyParser
+from tfserve.http.ports import TokenizerPort
+from tfserve.http.protocol import GenerationRequest
+from tfserve.http.service import Service
+from tfserve.types import SamplingParams
+
+Asked = TypeVar("Asked", bound=GenerationRequest)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request ready for the engine: each prompt runs once for each of `samples`, and `renderer` words the answer."""
+
+    prompts: Sequence[Sequence[int]]
+    samples: Sequence[SamplingParams]
+    renderer: Renderer
+
+
+class GenerationEndpoint(ABC, Generic[Asked]):
+    """Answers POST requests with a Service's engine."""
+
+    def __init__(self, service: Service, parser: BodyParser[Asked]) -> None:
+        self._service = service
+        self._parser = parser
+
+    async def post(self, request: web.Request) -> web.StreamResponse:
+        """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
+        service = self._service
+        tokenizer = service.engine.tokenizer
+        asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
+        service.check_model(asked.model)
+        job = await self.prepare(asked, service.model_name, tokenizer)
+        rate, stream = asked.consumption_rate, bool(asked.stream)
+        return await answer(request, service, job.prompts, job.samples, job.renderer, rate=rate, stream=stream)
+
+    @abstractmethod
+    async def prepare(self, asked: Asked, model: str, tokenizer: TokenizerPort) -> Job:
+        """What to run for a parsed body, and how to word the answer. Raises RequestError."""

@@ -1,0 +1,95 @@
+"""The messages of a chat: what clients send, and what a model's chat template is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from tfserve.errors import RequestError
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class ContentPart(msgspec.Struct, kw_only=True):
+    """A piece of a message; only text can be served."""
+
+    type: str
+    text: str | None = None
+
+
+class FunctionCall(msgspec.Struct, kw_only=True):
+    """A call that the model made earlier; `arguments` is the JSON of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """A tool call of an earlier turn."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self, index: int) -> dict[str, Any]:
+        """The message as chat templates expect it: a role they know and plain text. Raises RequestError."""
+        where = f"messages[{index}]"
+        role = "system" if self.role == "developer" else self.role
+        if role not in _ROLES:
+            message = f"{where}.role must be system, user, assistant or tool, got {self.role!r}"
+            raise RequestError(f"{where}.role", message)
+        turn: dict[str, Any] = {"role": role, "content": self._text(where)}
+        if self.tool_calls:
+            if role != "assistant":
+                raise RequestError(f"{where}.tool_calls", f"{where}.tool_calls: only the assistant calls tools")
+            turn["tool_calls"] = [
+                _call_for_template(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(self.tool_calls)
+            ]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
+
+    def _text(self, where: str) -> str:
+        if self.content is None:
+            if self.role != "assistant":
+                raise RequestError(f"{where}.content", f"{where}.content is required for the role {self.role}")
+            return ""
+        if isinstance(self.content, str):
+            return self.content
+        for number, part in enumerate(self.content):
+            if part.type != "text" or part.text is None:
+                here = f"{where}.content[{number}]"
+                raise RequestError(here, f"{here} must be {{'type': 'text', 'text': ...}}, got type {part.type!r}")
+        return "".join(part.text or "" for part in self.content)
+
+
+def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """The messages for the chat template. Raises RequestError naming the message that cannot be served."""
+    if not messages:
+        raise RequestError("messages", "messages must hold at least one message")
+    return [message.for_template(index) for index, message in enumerate(messages)]
+
+
+def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
+    """Templates print the arguments as JSON themselves, so they get the object."""
+    name = f"{where}.function.arguments"
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise RequestError(name, f"{name} is not valid JSON: {error}") from None
+    if not isinstance(arguments, dict):
+        raise RequestError(name, f"{name} must be the JSON of an object")
+    turn: dict[str, Any] = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return turn if call.id is None else {**turn, "id": call.id}

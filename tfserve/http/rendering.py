@@ -1,0 +1,38 @@
+"""What the words of both generation endpoints have in common: an answer's head, and when it tells token counts."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import msgspec
+
+from tfserve.http.ports import TokenizerPort
+from tfserve.http.protocol import UsageWish
+from tfserve.http.replies import UNSET, Usage
+from tfserve.types import RequestOutput
+
+
+class AnswerHead:
+    """Who answers, since when, under which id (`prefix` and a random part), and how often with token counts."""
+
+    def __init__(self, prefix: str, model: str, tokenizer: TokenizerPort, wish: UsageWish) -> None:
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.model = model
+        self.created = int(time.time())
+        self.tokenizer = tokenizer
+        self.wish = wish
+        self.encode = msgspec.json.Encoder().encode
+
+    def chunk_usage(self, usage: Usage) -> Usage | msgspec.UnsetType | None:
+        """What an ordinary chunk has for `usage`: absent unless the client asked, null before the last chunk."""
+        return {UsageWish.NEVER: UNSET, UsageWish.LAST: None, UsageWish.ALWAYS: usage}[self.wish]
+
+    def token_text(self, token_id: int) -> str:
+        """One token for display; part of a character shows as U+FFFD."""
+        return self.tokenizer.token_bytes(token_id).decode(errors="replace")
+
+
+def tells_nothing(output: RequestOutput) -> bool:
+    """True for an output that a stream need not mention."""
+    return not (output.text or output.logprobs or output.prompt_logprobs or output.finished)

@@ -1,0 +1,92 @@
+"""POST /tokenize and POST /detokenize: what vLLM's server calls by these names."""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from tfserve.engine.validation import check_tokens
+from tfserve.errors import RequestError
+from tfserve.http.answer import encode, read_body
+from tfserve.http.errors import JSON
+from tfserve.http.messages import ChatMessage, conversation
+from tfserve.http.parsing import BodyParser
+from tfserve.http.protocol import Int
+from tfserve.http.service import Service
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /tokenize: a `prompt`, or the `messages` of a chat, which the model's template makes a prompt of.
+
+    `add_special_tokens` is true for a prompt and false for messages unless given: templates write special tokens.
+    """
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeReply(msgspec.Struct):
+    """Body of an answer to POST /tokenize; `token_strs` are for display (part of a character is U+FFFD)."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /detokenize."""
+
+    tokens: list[Int]
+    model: str | None = None
+
+
+class DetokenizeReply(msgspec.Struct):
+    """Body of an answer to POST /detokenize: the text of all tokens, special ones included."""
+
+    prompt: str
+
+
+class TokenEndpoints:
+    """Answers questions about tokens with a Service's tokenizer."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._tokenize = BodyParser(TokenizeRequest, {})
+        self._detokenize = BodyParser(DetokenizeRequest, {})
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        """POST /tokenize. Raises ApiError, RequestError."""
+        engine = self._service.engine
+        asked = self._tokenize.parse(await self._body(request))
+        self._service.check_model(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise RequestError("prompt", "send either a prompt or messages")
+        if asked.messages is None:
+            text, special = asked.prompt or "", asked.add_special_tokens is not False
+        else:
+            begin = asked.add_generation_prompt is not False
+            text = engine.tokenizer.apply_chat_template(conversation(asked.messages), add_generation_prompt=begin)
+            special = bool(asked.add_special_tokens)
+        tokens = await encode(engine.tokenizer, text, add_special_tokens=special)
+        reply = TokenizeReply(len(tokens), engine.info.max_model_len, tokens)
+        if asked.return_token_strs:
+            reply.token_strs = [engine.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+        return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        """POST /detokenize. Raises ApiError, RequestError."""
+        engine = self._service.engine
+        asked = self._detokenize.parse(await self._body(request))
+        self._service.check_model(asked.model)
+        if asked.tokens:
+            check_tokens(asked.tokens, engine.info.vocab_size, "tokens")
+        reply = DetokenizeReply(engine.tokenizer.decode(asked.tokens, skip_special_tokens=False))
+        return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
+
+    async def _body(self, request: web.Request) -> bytes:
+        return await read_body(request, self._service.config.server.max_body_bytes)

@@ -1,0 +1,131 @@
+"""Tools: what clients define, what the chat template is given, and the grammar that makes the model call one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from tfserve.errors import RequestError
+from tfserve.model.chat_template import ToolFormat
+from tfserve.model.grammar import lark_json
+
+MAX_TOOLS = 128
+"""Most tools of one request (OpenAI's limit)."""
+
+
+class FunctionDefinition(msgspec.Struct, kw_only=True):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    """One entry of `tools`."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+    def for_template(self) -> dict[str, Any]:
+        """The definition as chat templates print it."""
+        function = self.function
+        description = {} if function.description is None else {"description": function.description}
+        parameters = {"type": "object", "properties": {}} if function.parameters is None else function.parameters
+        return {"type": "function", "function": {"name": function.name, **description, "parameters": parameters}}
+
+
+class NamedFunction(msgspec.Struct, kw_only=True):
+    """The function of a NamedToolChoice."""
+
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct, kw_only=True):
+    """`tool_choice` that makes the model call one certain function."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ToolPlan:
+    """What one request wants of tools: nothing, calls if the model likes, or a call of `forced`.
+
+    Raises RequestError for a choice that makes no sense or a model whose chat template shows no tools.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Tool] | None,
+        choice: str | NamedToolChoice | None,
+        parallel: bool,
+        format: ToolFormat | None,
+    ) -> None:
+        tools = tools or ()
+        if len(tools) > MAX_TOOLS:
+            raise RequestError("tools", f"at most {MAX_TOOLS} tools, got {len(tools)}")
+        self._tools = tools
+        self.forced = _forced(tools, choice)
+        self.format = None if choice == "none" or not tools else format
+        self.parallel = parallel
+        if tools and choice != "none" and format is None:
+            message = "this model's chat template shows no tools (or not in a way known here); remove tools"
+            raise RequestError("tools", message, "unsupported_parameter")
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The functions that may be called."""
+        return frozenset(tool.function.name for tool in self._tools)
+
+    @property
+    def for_template(self) -> list[dict[str, Any]] | None:
+        """What the chat template shows the model; None where it is not to call any."""
+        return None if self.format is None else [tool.for_template() for tool in self._tools]
+
+    @property
+    def grammar(self) -> str | None:
+        """A Lark grammar (llguidance's dialect) of the calls that must come; None where the model is free."""
+        if not self.forced or self.format is None:
+            return None
+        lines = []
+        for number, function in enumerate(self.forced):
+            schema = function.parameters or {"type": "object"}
+            begin = f'{{"name": {json.dumps(function.name)}, "{_ARGUMENTS[self.format]}": '
+            # A schema of its own for each function, so that "#/$defs" is each one's own.
+            lines.append(f"call_{number}: {json.dumps(begin)} args_{number} {json.dumps('}')}")
+            lines.append(f"args_{number}: {lark_json(schema)}")
+        call = " | ".join(f"call_{number}" for number in range(len(self.forced)))
+        if self.format is ToolFormat.LLAMA3:
+            start = "start: call"
+        else:
+            start = r'start: "<tool_call>\n" call "\n</tool_call>"'
+            if self.parallel:
+                start += r' ("\n<tool_call>\n" call "\n</tool_call>")*'
+        return "\n".join([start, f"call: {call}", *lines])
+
+
+_ARGUMENTS = {ToolFormat.HERMES: "arguments", ToolFormat.LLAMA3: "parameters"}
+"""What each format calls a call's arguments."""
+
+
+def _forced(tools: Sequence[Tool], choice: str | NamedToolChoice | None) -> list[FunctionDefinition]:
+    """The functions of which one must be called; empty if the model is free."""
+    match choice:
+        case None | "none" | "auto":
+            return []
+        case "required":
+            if not tools:
+                raise RequestError("tool_choice", "tool_choice is 'required', but there are no tools")
+            return [tool.function for tool in tools]
+        case NamedToolChoice():
+            named = [tool.function for tool in tools if tool.function.name == choice.function.name]
+            if not named:
+                raise RequestError("tool_choice", f"tool_choice names {choice.function.name!r}, which is not in tools")
+            return named[:1]
+        case _:
+            wishes = "none, auto, required or {'type': 'function', 'function': {'name': ...}}"
+            raise RequestError("tool_choice", f"tool_choice must be {wishes}, got {choice!r}")
