@@ -179,7 +179,7 @@ class ModelList(msgspec.Struct):
 
 
 class Status(msgspec.Struct):
-    """Body of GET /health and GET /ready: the phase that the server is in, or what is wrong; a living engine's counts."""
+    """Body of GET /health and GET /ready: the server's phase, or what is wrong; and a living engine's counts."""
 
     status: str
     engine: EngineStats | msgspec.UnsetType = UNSET

@@ -108,7 +108,7 @@ class ModelRunner:
         sampled, failed = self._sample(logits, sampling)
         self._last_tokens[torch.tensor([int(seq.row) for seq in sampling])] = sampled.token_ids
         tokens, logprobs = tuple(sampled.token_ids.tolist()), tuple(sampled.logprobs)
-        return self._outcome(plan, began_s, tokens, logprobs, failed, scored)
+        return self._outcome(plan, began_s, tokens, logprobs, failed=failed, scored=scored)
 
     def _outcome(
         self,
@@ -116,6 +116,7 @@ class ModelRunner:
         began_s: float,
         tokens: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprob | None, ...] = (),
+        *,
         failed: Failures = (),
         scored: tuple[PromptLogprobs, ...] = (),
     ) -> StepResult:

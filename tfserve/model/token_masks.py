@@ -91,7 +91,8 @@ class TokenMasks:
             return
         for row, token in zip(rows, tokens.tolist(), strict=True):
             matcher = self._matchers.get(Row(row))
-            # One that is lost already has been spoken of; one that has ended gets a token more where the next step was launched before its end was known.
+            # One that is lost already has been spoken of; one that has ended gets a token more where the next step was
+            # launched before its end was known.
             if matcher is not None and not matcher.is_error() and not matcher.is_stopped():
                 matcher.consume_token(token)
                 self._note_error(matcher, row)
