@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tfserve import __version__
-from tfserve.bench.cli import add_bench_parser
 from tfserve.config import EngineConfig, load_config
 from tfserve.errors import ConfigError, TfserveError
 
@@ -19,8 +18,9 @@ _SETTINGS_HELP = "any setting as --key value, e.g. --max-num-seqs 16, --server.p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 when the engine failed, 2 for what the user must change."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(is_bench=words[:1] == ["bench"])
+    args, rest = parser.parse_known_args(words)
     if rest and not getattr(args, "takes_settings", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.settings = rest
@@ -60,7 +60,7 @@ def config_from_args(target: str, words: Sequence[str]) -> EngineConfig:
     return load_config(None, {"model": target, **settings})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(is_bench: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tfserve", description="Serve a language model to people who read as it writes."
     )
@@ -87,7 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     gguf.add_argument("directory", type=Path)
     gguf.set_defaults(func=_import_gguf)
 
-    add_bench_parser(commands)
+    if is_bench:
+        # The whole simulator comes with it: a server need not wait for that.
+        from tfserve.bench.cli import add_bench_parser
+
+        add_bench_parser(commands)
+    else:
+        commands.add_parser("bench", help="measure a running server, or the scheduler on simulated hardware")
     return parser
 
 

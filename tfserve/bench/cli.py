@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `bench` and its commands. Each sets `func`: Namespace -> exit code, which may raise TfserveError."""
-    bench = subparsers.add_parser("bench", help="measure a running server, or the scheduler on simulated hardware")
+    bench = subparsers.add_parser("bench")
     commands = bench.add_subparsers(dest="bench_command", required=True)
     add_paper_parser(commands)
     add_replay_parsers(commands)

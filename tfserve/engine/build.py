@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -76,15 +77,18 @@ def _build(
     backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
     block_size = backend.block_size(config.block_size)
     tokenizer = Tokenizer.from_dir(path)
-    model = load_model(
-        path,
-        model_config,
-        dtype=dtype,
-        device=device,
-        quantization=config.quantization,
-        progress=False,
-        quantized_dir=cache_dir() / "int8",
-    )
+    with ThreadPoolExecutor(1) as beside:  # neither needs the other, and both take a while
+        opening = beside.submit(open_masks, tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids)
+        model = load_model(
+            path,
+            model_config,
+            dtype=dtype,
+            device=device,
+            quantization=config.quantization,
+            progress=False,
+            quantized_dir=cache_dir() / "int8",
+        )
+        masks = opening.result()
     layout = KVLayout.for_device(
         device,
         dtype,
@@ -102,7 +106,6 @@ def _build(
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
-    masks = open_masks(tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids)
     runner: ModelRunner | StreamRunner
     if stream is None:
         runner = ModelRunner(
