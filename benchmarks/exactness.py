@@ -87,7 +87,7 @@ class Bench:
         self.model = self.worker.call(
             load_model, path, self.config, dtype="float32", device="cpu", quantization=None, progress=False
         )
-        self.backend = select_backend("auto", device="cpu", dtype="float32")
+        self.backend = select_backend("auto", device="cpu", dtype="float32", head_dim=self.config.head_dim)
         self.block_size = self.backend.block_size(None)
         self.tokenizer = Tokenizer.from_dir(path)
         rng = random.Random(0)
