@@ -124,7 +124,7 @@ class Bench:
         settings = EngineConfig(
             model=args.model, max_num_seqs=args.requests, scheduler=sched, host_kv_gib=args.host_gib
         )
-        tier = open_host_tier(settings, pool, clock)
+        tier = open_host_tier(settings, pool, clock, None)
         budget, layout = settings.max_num_batched_tokens, pool.layout
         options = OffloadOptions(granule_tokens=granule_of(self.block_size))
         host = BlockPool(tier.num_blocks) if tier else None
