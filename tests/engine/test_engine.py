@@ -34,9 +34,10 @@ def config_for(model_dir, **settings) -> EngineConfig:
     return EngineConfig(model=str(model_dir), **settings)
 
 
-@pytest.fixture(scope="module", params=["off", "on"])
+@pytest.fixture(scope="module", params=[("off", 1), ("on", 1), ("off", 2)], ids=["thread", "process", "two-deep"])
 def engine(request, model_dir):
-    with Engine(config_for(model_dir, engine_process=request.param)) as engine:
+    process, depth = request.param
+    with Engine(config_for(model_dir, engine_process=process, pipeline_depth=depth)) as engine:
         yield engine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 
@@ -11,6 +12,7 @@ from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine import build
 from tfserve.engine.engine import Engine
+from tfserve.model.grammar import json_schema_grammar
 from tfserve.model.runner import ModelRunner
 from tfserve.types import FinishReason, RequestOutput, SamplingParams
 
@@ -55,6 +57,8 @@ def wishes(free: list[RequestOutput]) -> list[SamplingParams]:
     stop_token = free[0].token_ids[NUM_TOKENS // 2]
     text = free[1].text
     stop = text[len(text) // 2 :][:4]
+    numbers = json_schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": NUM_TOKENS})
+    answer = json_schema_grammar({"enum": ["yes", "no"]})
     each = [
         {"stop_token_ids": (stop_token,)},
         {"stop": (stop,)},
@@ -68,6 +72,10 @@ def wishes(free: list[RequestOutput]) -> list[SamplingParams]:
         {"max_tokens": 1},
         {"max_tokens": 2, "temperature": 1.0, "seed": 3},
         {"temperature": 1.0, "seed": 11, "stop": (" ", "e")},
+        {"temperature": 1.0, "seed": 12, "grammar": numbers, "logprobs": 0},
+        {"temperature": 1.0, "seed": 13, "grammar": answer, "ignore_eos": False},
+        {"prompt_logprobs": 2},
+        {"prompt_logprobs": 1, "max_tokens": 0},
     ]
     common = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
     return [SamplingParams(**{**common, **wish}) for wish in each]
@@ -77,15 +85,21 @@ def wishes(free: list[RequestOutput]) -> list[SamplingParams]:
 def one_deep(model_dir):
     free = [SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)] * 3
     params = wishes(serve(model_dir, 1, free, SchedulerConfig(), 97)[0])
-    outputs, preemptions = serve(model_dir, 1, params, SchedulerConfig(), 97)
+    outputs, preemptions = serve(model_dir, 1, params, SchedulerConfig(), len(params) * 8 + 1)
     assert preemptions == 0
     assert [output.finish_reason for output in outputs[:3]] == [FinishReason.STOP] * 3
+    numbers, answer, scored, prompt_alone = outputs[-4:]
+    assert set(numbers.text) <= set("[]-0123456789, \n\r\t")
+    assert (json.loads(answer.text) in ("yes", "no"), answer.finish_reason) == (True, FinishReason.STOP)
+    assert [entry.token_id for entry in scored.prompt_logprobs] == prompt(len(params) - 2)[1:]
+    assert (prompt_alone.token_ids, prompt_alone.finish_reason) == ([], FinishReason.LENGTH)
+    assert [entry.token_id for entry in prompt_alone.prompt_logprobs] == prompt(len(params) - 1)[1:]
     return params, outputs
 
 
 @pytest.mark.parametrize(
     ("scheduler", "num_blocks"),
-    [(SchedulerConfig(), 97), (LOAD, 25), (RECOMPUTE, 25), (SchedulerConfig(policy="tokenflow", **SHARED), 25)],
+    [(SchedulerConfig(), 129), (LOAD, 25), (RECOMPUTE, 25), (SchedulerConfig(policy="tokenflow", **SHARED), 25)],
     ids=["undisturbed", "load", "recompute", "tokenflow"],
 )
 def test_two_deep_every_wish_is_met_as_it_is_one_deep(model_dir, one_deep, scheduler, num_blocks):
@@ -97,9 +111,10 @@ def test_two_deep_every_wish_is_met_as_it_is_one_deep(model_dir, one_deep, sched
         assert two.token_ids == one.token_ids
         assert (two.text, two.finish_reason, two.stop_reason) == (one.text, one.finish_reason, one.stop_reason)
         assert two.num_output_tokens == len(one.token_ids)
-        assert [entry.token_id for entry in two.logprobs or ()] == [entry.token_id for entry in one.logprobs or ()]
-        chosen = [entry.logprob for entry in one.logprobs or ()]
-        assert [entry.logprob for entry in two.logprobs or ()] == pytest.approx(chosen, abs=1e-4)
+        for known, again in ((one.logprobs, two.logprobs), (one.prompt_logprobs, two.prompt_logprobs)):
+            assert [entry.token_id for entry in again or ()] == [entry.token_id for entry in known or ()]
+            chosen = [entry.logprob for entry in known or ()]
+            assert [entry.logprob for entry in again or ()] == pytest.approx(chosen, abs=1e-4)
 
 
 async def test_two_deep_an_abort_frees_everything_and_disturbs_nobody(model_dir, one_deep):
