@@ -22,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
+from local_server import answers
 
 from tfserve.bench.report import environment
 from tfserve.config import EngineConfig, SchedulerConfig, load_config
@@ -98,7 +98,7 @@ def serving(args: argparse.Namespace, depth: int, stats: Path) -> Iterator[tuple
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
         try:
             url, end_s = f"http://127.0.0.1:{port}", time.monotonic() + 120
-            while not is_ready(url):
+            while not answers(f"{url}/ready"):
                 if server.poll() is not None or time.monotonic() > end_s:
                     log.seek(0)
                     raise SystemExit(f"the server did not get ready:\n{log.read()}")
@@ -111,14 +111,6 @@ def serving(args: argparse.Namespace, depth: int, stats: Path) -> Iterator[tuple
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=1) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 def stats_of(server: subprocess.Popen[str], path: Path) -> EngineStats:

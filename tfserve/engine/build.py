@@ -218,7 +218,7 @@ def _set_threads(config: EngineConfig, device: str) -> int:
 
 def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_bytes: int | None) -> int:
     """Blocks in the device pool, the reserved one included; `measured_bytes` is what a GPU has left for them."""
-    free_bytes, _ = _memory(device)
+    free_bytes = available_bytes() if device == "cpu" else torch.cuda.mem_get_info()[0]
     if config.num_gpu_blocks_override is not None:
         most = free_bytes // layout.block_bytes
         if config.num_gpu_blocks_override > most:
@@ -245,14 +245,6 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_by
             key, f"leaves {budget_bytes / 2**20:.0f} MiB for KV; a block takes {layout.block_bytes} bytes"
         )
     return int(num_blocks)
-
-
-def _memory(device: str) -> tuple[int, int]:
-    """Bytes free and in all on the device; of a CPU's, what the machine and its control groups let us have."""
-    if device == "cpu":
-        return available_bytes(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    free_bytes, total_bytes = torch.cuda.mem_get_info()
-    return free_bytes, total_bytes
 
 
 def _check_rows(config: EngineConfig, model: ModelConfig, block_size: int) -> None:

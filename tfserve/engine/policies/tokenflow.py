@@ -84,12 +84,13 @@ class TokenFlow:
         decision = balance.orders()
         refused: tuple[tuple[RequestId, float], ...] = ()
         if self._working_set.is_fallback and not balance.leaving and not balance.coming:
+            fitting = admissible(snapshot, config.reserve_ratio, config.reserve_clip_tokens)
             if config.overload != "shed":
                 # What first come, first served would let in beside everybody's whole output is no risk.
-                decision = Decision(admit=admissible(snapshot, config.reserve_ratio, config.reserve_clip_tokens))
+                decision = Decision(admit=fitting)
             elif not decision.admit and not snapshot.is_member.any():
                 # Nobody's reading suffers by serving one whose rate is beyond the device.
-                decision = Decision(admit=admissible(snapshot, config.reserve_ratio, config.reserve_clip_tokens)[:1])
+                decision = Decision(admit=fitting[:1])
         if self._working_set.is_fallback and config.overload == "shed":
             admitted = set(decision.admit)
             late = [row for row in newcomers[room:].tolist() if c.ids[row] not in admitted]
