@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 from burst_report import BASELINE, SPECIAL, report
 from cells import Cell, Store
+from kept_timelines import TimelineFile
 from local_server import CLIENT_NICE, free_port, get_json, run_json, running
 
 from tfserve.bench.client import RequestRecord
@@ -47,6 +48,22 @@ MAX_PROMPT_TOKENS = 300
 BLOCK_SIZE = 32
 CALIBRATION, PREFILL = SPECIAL
 MIX_SEED = 0
+SETTINGS = (
+    "num_prompts",
+    "kv_share",
+    "rate_factor",
+    "rate",
+    "calibrate",
+    "mix",
+    "loose",
+    "generate_ahead_s",
+    "quantization",
+    "endpoint",
+    "threads",
+    "seed",
+    "server_option",
+)
+"""Options that make results comparable, or not."""
 
 
 def burst_rows(count: int) -> list[PromptRow]:
@@ -106,22 +123,11 @@ class Burst:
         self._work = work
         self._rows = burst_rows(args.num_prompts)
         self._kv_tokens = kv_tokens
+        self._timelines = TimelineFile(args.timelines) if args.timelines else None
 
     def settings(self) -> dict[str, Any]:
         """What must be equal for cells to be compared: a result file has one such set."""
-        names = (
-            "num_prompts",
-            "kv_share",
-            "rate_factor",
-            "rate",
-            "calibrate",
-            "mix",
-            "loose",
-            "generate_ahead_s",
-            "quantization",
-        )
-        names += ("endpoint", "threads", "seed", "server_option")
-        return {**{name: getattr(self._args, name) for name in names}, "kv_tokens": self._kv_tokens}
+        return {**{name: getattr(self._args, name) for name in SETTINGS}, "kv_tokens": self._kv_tokens}
 
     def run(self) -> None:
         """All cells that the store lacks, at most --max-cells of them."""
@@ -146,7 +152,7 @@ class Burst:
             return float(self._args.rate)
         raw = self._store.get(CALIBRATION, self._calibrated_by(repeat))["summary"]["output_tokens_per_s"]
         # As the client is told: four decimals.
-        return round(self._args.rate_factor * raw / self._args.num_prompts, 4)
+        return round(float(self._args.rate_factor * raw / self._args.num_prompts), 4)
 
     def _calibrated_by(self, repeat: int) -> int:
         return repeat if self._args.calibrate == "repeat" else 0
@@ -161,8 +167,12 @@ class Burst:
 
     def _keep(self, policy: str, repeat: int, result: Cell) -> None:
         self._store.add(policy, repeat, result)
-        if self._args.plots and policy not in SPECIAL:
-            records = msgspec.convert(result["requests"], list[RequestRecord])
+        if policy in SPECIAL:
+            return
+        records = msgspec.convert(result["requests"], list[RequestRecord])
+        if self._timelines and repeat == self._args.timelines_repeat:
+            self._timelines.add(policy, repeat, records)
+        if self._args.plots:
             timelines(records, self._args.plots / f"{policy}-{repeat}.png", title=f"{policy}, repeat {repeat}")
 
     def _rates(self, mean: float) -> list[float]:
@@ -266,6 +276,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-cells", type=int, help="stop after this many; run again to go on")
     add("--output", type=Path, default=Path(__file__).with_name("results") / "burst.json")
     add("--records", type=Path, help="keep every cell's request records in this directory")
+    add("--timelines", type=Path, help="keep when each token of one repeat came in this JSON file, for burst_plots.py")
+    add("--timelines-repeat", type=int, default=0, help="which repeat (default: %(default)s)")
     add("--plots", type=Path, help="draw every cell's token timelines into this directory (needs tfserve[bench])")
     add("--report-only", action="store_true", help="print the table of what the result file holds")
     return parser.parse_args(argv)

@@ -14,6 +14,7 @@ from tfserve.errors import TfserveError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def ttft_cdf(records: Sequence[RequestRecord], path: Path) -> None:
@@ -55,21 +56,29 @@ def timelines(records: Sequence[RequestRecord], path: Path, title: str = "Tokens
     _save(draw, path, title)
 
 
-def _save(draw: Callable[[Axes], None], path: Path, title: str) -> None:
+def save_figure(draw: Callable[[Figure], None], path: Path, size: tuple[float, float] = (8, 5)) -> None:
+    """Make a picture of `size` inches, have `draw` fill it, write it as PNG. Raises TfserveError."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise TfserveError("--plots needs matplotlib: install tfserve[bench], or leave --plots out") from None
     # Without pyplot: it keeps every figure in a global, and wants a display.
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    draw(axes)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
+    draw(figure)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except OSError as error:
         raise TfserveError(f"--plots: cannot write {path}: {error.strerror}; name a writable directory") from None
+
+
+def _save(draw: Callable[[Axes], None], path: Path, title: str) -> None:
+    def fill(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+
+    save_figure(fill, path)

@@ -62,20 +62,29 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     fluid_effective_throughput: float
 
 
+def reading_starts(request: Served) -> Floats:
+    """When the reader begins with each token: reading starts with the first one and waits where one is not there yet.
+
+    Each takes 1/rate. The request must have a reader.
+    """
+    # Token j is there for the reader once it came; the reader has read j of them 1/r after starting on the j-th.
+    # starts[j] = max(times[j], starts[j-1] + 1/r), unrolled into one running maximum.
+    pace = np.arange(len(request.token_s)) / request.rate
+    starts: Floats = np.maximum.accumulate(request.token_s - pace) + pace
+    return starts
+
+
 def buffer_sizes(request: Served) -> tuple[Floats, float]:
     """Unread tokens just after each token came, that token included; and the request's stall seconds.
 
-    Reading starts with the first token and runs at the rate while anything is unread.
+    See `reading_starts`; without a reader nothing is ever unread but the token that has just come.
     """
     times, n = request.token_s, len(request.token_s)
     generated = np.arange(1, n + 1, dtype=np.float64)
     if n == 0 or math.isnan(request.rate):
         return np.ones(n), 0.0
-    # Token j is there for the reader once it came; the reader has read j of them 1/r after starting on the j-th.
-    # starts[j] = max(times[j], starts[j-1] + 1/r), unrolled into one running maximum.
-    pace = np.arange(n) / request.rate
-    starts = np.maximum.accumulate(times - pace) + pace
-    stall = float(starts[-1] - starts[0] - pace[-1])
+    starts = reading_starts(request)
+    stall = float(starts[-1] - starts[0] - (n - 1) / request.rate)
     # Read by the time token k comes: whole tokens before the one being read, and a fraction of that one.
     index = np.searchsorted(starts, times, side="right") - 1
     index = np.minimum(index, np.arange(n) - 1)
