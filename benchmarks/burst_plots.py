@@ -89,7 +89,8 @@ def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
         axes.set(title=f"{cell.policy}, repeat {cell.repeat}", xlabel="time, s")
     panels[0].set_ylabel("reader")
     names = ((WAITS, "waits for the first token"), (STALLS, "nothing to read"))
-    panels[-1].legend(handles=[Patch(color=colour, label=name) for colour, name in names], loc="upper right")
+    handles = [Patch(color=colour, label=name) for colour, name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.colorbar(image, ax=list(panels), label="unread, seconds at the reader's rate", extend="max")
 
 
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     beside = [kept[policy] for policy in args.beside]
     save_figure(lambda figure: draw_buffers(figure, beside), args.out / "burst-buffers.png", (13, 5))
-    save_figure(lambda figure: draw_ttft(figure, list(kept.values())), args.out / "burst-ttft.png")
+    save_figure(lambda figure: draw_ttft(figure, list(kept.values())), args.out / "burst-ttft.png", (8, 3.5))
 
 
 if __name__ == "__main__":

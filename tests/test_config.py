@@ -21,6 +21,12 @@ def test_command_line_beats_file_beats_default(tmp_path):
     assert config.max_num_batched_tokens == 512
 
 
+def test_a_list_is_given_with_commas_on_the_command_line():
+    config = config_from_args("demo", ["--server.api_keys", "first,second", "--server.cors-origins=*"])
+    assert config.server.api_keys == ("first", "second")
+    assert config.server.cors_origins == ("*",)
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

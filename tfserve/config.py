@@ -197,10 +197,14 @@ _NOT_NEGATIVE = (
 )
 
 
+_LISTS = frozenset({"server.api_keys", "server.cors_origins"})
+
+
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> EngineConfig:
     """Build a config from a YAML file (or none) and overrides whose keys may be dotted, as "scheduler.policy".
 
-    Override values may be strings, as a command line gives them. Raises ConfigError naming the key.
+    Override values may be strings, as a command line gives them; those of a list are separated by commas. Raises
+    ConfigError naming the key.
     """
     tree = _read_yaml(path) if path else {}
     for dotted, value in overrides.items():
@@ -210,7 +214,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> EngineConfig
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise ConfigError(dotted, f"{parent!r} is not a section")
-        node[leaf] = value
+        node[leaf] = value.split(",") if dotted in _LISTS and isinstance(value, str) else value
     return config_from(tree, source=str(path) if path else "")
 
 
