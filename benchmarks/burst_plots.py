@@ -27,6 +27,7 @@ from tfserve.engine.qos import Floats, Served, reading_starts
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 RESULTS = Path(__file__).with_name("results")
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
@@ -72,7 +73,7 @@ def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
     begin_s = [min(request.arrival_s for request in run) for run in runs]
     end_s = max(_read_by(request) - begin for run, begin in zip(runs, begin_s, strict=True) for request in run)
     panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
-    image = None
+    images: list[AxesImage] = []
     for axes, cell, run, begin in zip(panels, cells, runs, begin_s, strict=True):
         at_s = begin + np.linspace(0, end_s, FRAMES)
         grid = np.array([unread_s(request, at_s) for request in run])
@@ -83,7 +84,7 @@ def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
         }
         waiting = np.array([waits(request, at_s) for request in run])
         stalled = grid == 0
-        image = axes.imshow(grid, vmin=0, vmax=FULL_S, cmap="viridis", **place)
+        images.append(axes.imshow(grid, vmin=0, vmax=FULL_S, cmap="viridis", **place))
         for where, colour in ((waiting, WAITS), (stalled, STALLS)):
             axes.imshow(np.where(where, 0.0, np.nan), cmap=ListedColormap([colour]), **place)
         axes.set(title=f"{cell.policy}, repeat {cell.repeat}", xlabel="time, s")
@@ -91,7 +92,7 @@ def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
     names = ((WAITS, "waits for the first token"), (STALLS, "nothing to read"))
     handles = [Patch(color=colour, label=name) for colour, name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.colorbar(image, ax=list(panels), label="unread, seconds at the reader's rate", extend="max")
+    figure.colorbar(images[0], ax=list(panels), label="unread, seconds at the reader's rate", extend="max")
 
 
 def _read_by(request: Served) -> float:

@@ -86,7 +86,7 @@ def compare_logits(folder: Path) -> bool:
     with torch.no_grad():
         ours = model(answer).logits[0]
     theirs = torch.tensor(reference("transformers", answer[0].tolist()))
-    difference = (ours - theirs).abs().max().item()
+    difference = float((ours - theirs).abs().max())
     print(f"logits of {len(ours)} positions against transformers' gguf_file=: max abs difference {difference:.3g}")
     return difference <= LIMIT
 
@@ -117,7 +117,8 @@ def reference(name: str, inputs: list[Any]) -> list[Any]:
         install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", packages]
         run([*install, *PACKAGES[name]], {})
         request = json.dumps({"gguf": str(demo_gguf_file()), "inputs": inputs})
-        return json.loads(run([str(script), name], {"PYTHONPATH": packages}, request))
+        made: list[Any] = json.loads(run([str(script), name], {"PYTHONPATH": packages}, request))
+    return made
 
 
 def run(arguments: list[str], environment: dict[str, str], stdin: str = "") -> str:

@@ -7,15 +7,22 @@ both JSON. llama.cpp and tiktoken turn texts into ids; transformers turns ids in
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 TOKEN_CONTROL = 3
 
 
-def llama_cpp_ids(gguf_file, texts):
+def llama_cpp_ids(gguf_file: str, texts: Sequence[str]) -> list[list[int]]:
     """llama.cpp's vocabulary, through the extension module of llama-cpp-cffi (whose package imports too much)."""
-    package = Path(importlib.util.find_spec("llama").submodule_search_locations[0])
-    spec = importlib.util.spec_from_file_location("_llama_cpp_cpu", next(package.glob("_llama_cpp_cpu*")))
+    package = importlib.util.find_spec("llama")
+    if package is None or not package.submodule_search_locations:
+        raise SystemExit("llama-cpp-cffi is not installed here")
+    binary = next(Path(package.submodule_search_locations[0]).glob("_llama_cpp_cpu*"))
+    spec = importlib.util.spec_from_file_location("_llama_cpp_cpu", binary)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{binary} is no extension module of this Python")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     lib, ffi = module.lib, module.ffi
@@ -31,7 +38,7 @@ def llama_cpp_ids(gguf_file, texts):
     return ids
 
 
-def tiktoken_ids(gguf_file, texts):
+def tiktoken_ids(gguf_file: str, texts: Sequence[str]) -> list[list[int]]:
     """tiktoken with the file's tokens as ranks; digits are cut apart first, then GPT-2's pattern, as `smollm` means."""
     import gguf
     import regex
@@ -55,7 +62,7 @@ def tiktoken_ids(gguf_file, texts):
     return ids
 
 
-def transformers_logits(gguf_file, ids):
+def transformers_logits(gguf_file: str, ids: Sequence[int]) -> list[list[float]]:
     """Logits [len(ids), vocab] of the model as transformers' own GGUF support loads it, fp32."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -63,10 +70,15 @@ def transformers_logits(gguf_file, ids):
     path = Path(gguf_file)
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0].tolist()
+        logits: list[list[float]] = model(torch.tensor([ids])).logits[0].tolist()
+    return logits
 
 
-REFERENCES = {"llama.cpp": llama_cpp_ids, "tiktoken": tiktoken_ids, "transformers": transformers_logits}
+REFERENCES: dict[str, Callable[..., list[Any]]] = {
+    "llama.cpp": llama_cpp_ids,
+    "tiktoken": tiktoken_ids,
+    "transformers": transformers_logits,
+}
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)

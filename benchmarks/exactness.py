@@ -36,7 +36,7 @@ from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
 from tfserve.engine.host_memory import granule_of, open_host_tier
-from tfserve.engine.messages import AddRequest, StepOutputs
+from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
@@ -154,7 +154,9 @@ class Bench:
         tokens: dict[str, list[int]] = defaultdict(list)
         ended: dict[str, int] = {}
 
-        def emit(step: StepOutputs) -> None:
+        def emit(step: StepOutputs | StreamStates) -> None:
+            if isinstance(step, StreamStates):  # nobody asks for them
+                return
             for output in step.outputs:
                 tokens[output.request_id] += output.token_ids
                 if output.error:

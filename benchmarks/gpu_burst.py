@@ -12,7 +12,7 @@ from gpu_rig import Shape, as_checkpoint
 
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.build import build_core
-from tfserve.engine.messages import AddRequest, Shutdown, StepOutputs
+from tfserve.engine.messages import AddRequest, Shutdown, StepOutputs, StreamStates
 from tfserve.engine.qos import Served, score
 from tfserve.model.decoder import Decoder
 from tfserve.types import SamplingParams
@@ -36,7 +36,9 @@ class Recorder:
         self._deadline = time.monotonic() + budget_s
         self._asked = False
 
-    def __call__(self, message: StepOutputs) -> None:
+    def __call__(self, message: StepOutputs | StreamStates) -> None:
+        if isinstance(message, StreamStates):  # nobody asks for them
+            return
         now_s = time.monotonic()
         for output in message.outputs:
             self.token_s.setdefault(output.request_id, []).extend([now_s] * len(output.token_ids))

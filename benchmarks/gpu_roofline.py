@@ -53,7 +53,7 @@ def timed(work: Callable[[], Any], device: str, repeats: int) -> float:
             work()
             end.record()
             end.synchronize()
-            taken = begin.elapsed_time(end) / 1e3
+            taken = float(begin.elapsed_time(end)) / 1e3
         else:
             started = time.perf_counter()
             work()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -69,7 +70,7 @@ def step_times(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
             "wall_ms": wall_s * 1e3,
             "roofline_ms": floor * 1e3,
             "over_roofline": device_s / floor,
-            "kernels_s": kernels_s(lambda context=context: rig.decode(context), rig.pool.storage.device.type),
+            "kernels_s": kernels_s(functools.partial(rig.decode, context), rig.pool.storage.device.type),
         }
     yield _simulator_profile(rig, samples)
 

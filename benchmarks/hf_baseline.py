@@ -56,7 +56,7 @@ def generate_rate(model: PreTrainedModel, token_ids: list[list[int]], new_tokens
         inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
     )
     elapsed = time.perf_counter() - begin
-    made = output.shape[1] - inputs.shape[1]
+    made = int(output.shape[1] - inputs.shape[1])
     if made != new_tokens:
         raise SystemExit(f"generate stopped after {made} of {new_tokens} tokens: its rate would not compare")
     return len(token_ids) * made / elapsed

@@ -50,7 +50,7 @@ def read_chunks(model_dir: Path, prompts: Path | None, texts: list[Path], length
     token_ids: list[int] = []
     for piece in pieces:
         token_ids += tokenizer.encode(piece).ids
-    return [chunk for chunk in torch.tensor(token_ids[:limit]).split(length) if len(chunk) > 1]
+    return [chunk for chunk in torch.split(torch.tensor(token_ids[:limit]), length) if len(chunk) > 1]
 
 
 @torch.inference_mode()

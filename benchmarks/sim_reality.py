@@ -81,7 +81,7 @@ def serve(
         max_num_seqs=len(gaps),
         block_size=BLOCK_SIZE,
         num_gpu_blocks_override=max(int(tokens * kv_share), longest) // BLOCK_SIZE + 2 + len(gaps),
-        scheduler=SchedulerConfig(policy=policy, overload="share"),
+        scheduler=SchedulerConfig(policy=policy, overload="share"),  # type: ignore[arg-type]
         step_trace=str(trace),
     )
     with Engine(config) as engine:
