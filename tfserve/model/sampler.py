@@ -152,7 +152,7 @@ class Sampler:
             tokens, values = zip(*(self._bias[seats[i]] for i in biased), strict=True)
             arrays = _repeat(biased, tokens), np.concatenate(tokens), np.concatenate(values)
             line, token, value = upload(self._device, *arrays)
-            edited.index_put_((line, token), value, accumulate=True)
+            edited[line, token] += value  # no request names a token twice; accumulating would sort on a GPU
         self._penalties.apply(edited, seats)
         return edited
 
