@@ -18,6 +18,8 @@ CODE := tfserve tests benchmarks examples
 
 GPU_SITE := build/gpu-site
 GPU_RUN  := PYTHONPATH=$(GPU_SITE):. PYTHONUNBUFFERED=1 $(GPU_PYTHON)
+# Somebody else's packages may warn of what they like; a wait for a device that hangs is in C, where no signal ends it.
+GPU_PYTEST := -W default --timeout=120 --timeout-method=thread
 
 # A killed install can leave a package that pip takes for whole. `.installing` is there while pip works, with the process id
 # of its make: found without that process, the environment cannot be trusted and is made again.
@@ -63,7 +65,7 @@ gpu-check:  ## on a machine with a GPU: run tests/gpu, then measure (docs/perfor
 	  $(GPU_PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --target $(GPU_SITE) "$$@"
 	@$(GPU_RUN) -c 'import aiohttp, einops, jinja2, msgspec, numpy, pytest, pytest_asyncio, pytest_timeout, tokenizers, torch, tqdm, transformers, yaml' || \
 	  { echo 'The packages named above are missing: put their wheels into $(GPU_WHEELS).' >&2; exit 1; }
-	@status=0; $(GPU_RUN) -m pytest tests/gpu -q -p no:cacheprovider -rs --junitxml=$(OUT)/gpu-tests.xml || status=1; \
+	@status=0; $(GPU_RUN) -m pytest tests/gpu -q -p no:cacheprovider -rs $(GPU_PYTEST) --junitxml=$(OUT)/gpu-tests.xml || status=1; \
 	$(GPU_RUN) benchmarks/gpu.py --output $(OUT)/benchmarks/results/gpu.json $(ARGS) || status=1; exit $$status
 
 gpu-wheels:  ## fetch what `make gpu-check` needs on a bare machine with Python 3.12 (flash-attn: bring its wheel yourself)

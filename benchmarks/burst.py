@@ -210,7 +210,7 @@ class Burst:
         write_rows(self._work / "burst.jsonl", rows)
         write_rows(self._work / "warm.jsonl", [PromptRow(row.prompt, max_tokens=16) for row in rows[:4]])
         exact = ["--ignore-eos"] if self._args.loose == 1 else []
-        with running([*self._server(policy, settings), "--server.port", str(port)], url, "/ready") as ready_s:
+        with running([*self._server(policy, settings), "--server.port", str(port)], url, "/ready") as server:
             self._client(url, "warm.jsonl", 4, [])
             before = get_json(f"{url}/health")["engine"]
             result = self._client(url, "burst.jsonl", len(rows), [*exact, *readers])
@@ -220,7 +220,7 @@ class Burst:
         counted = ("step", "num_preemptions", "bytes_stored", "bytes_loaded")
         engine = {name: after[name] - before[name] for name in counted}
         return {
-            "ready_s": ready_s,
+            "ready_s": server.ready_s,
             "engine": engine,
             "summary": result["summary"],
             "requests": result["requests"],

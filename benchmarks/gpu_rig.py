@@ -29,7 +29,7 @@ from tfserve.model.layer_weights import LayerWeights, fill_pair
 from tfserve.model.linear import WeightFormat
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
-from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan, StepResult
+from tfserve.plan import BlockId, Fence, InFlight, Row, RowInit, SeqStep, StepPlan, StepResult
 from tfserve.types import SamplingParams
 
 
@@ -252,7 +252,7 @@ class Rig:
             for i, table in enumerate(tables)
         )
         self._rows = range(len(tables))
-        self.launch((), 0, entered, released)
+        self.launch((), 0, entered, released).result()
 
     def launch(
         self,
@@ -260,13 +260,16 @@ class Rig:
         n_decode: int,
         entered: tuple[RowInit, ...] = (),
         released: tuple[Row, ...] = (),
-    ) -> StepResult:
-        """Run a step to its end."""
+    ) -> InFlight:
         self._step += 1
-        return self.runner.launch(StepPlan(Fence(self._step), seqs, n_decode, entered, released)).result()
+        return self.runner.launch(StepPlan(Fence(self._step), seqs, n_decode, entered, released))
 
     def decode(self, context: int) -> StepResult:
-        """One token for every row, each at this context (its new token included)."""
+        """One token for every row, each at this context (its new token included), run to its end."""
+        return self.launch_decode(context).result()
+
+    def launch_decode(self, context: int) -> InFlight:
+        """The same, on its way."""
         seqs = tuple(SeqStep(f"r{row}", Row(row), context - 1, 1, True, None) for row in self._rows)
         return self.launch(seqs, len(seqs))
 
@@ -274,4 +277,4 @@ class Rig:
         """A whole prompt of so many tokens for every row."""
         ids = tuple(1 + i * 7919 % (self.decoder.config.vocab_size - 1) for i in range(tokens))
         seqs = tuple(SeqStep(f"r{row}", Row(row), 0, tokens, True, ids) for row in self._rows)
-        return self.launch(seqs, 0)
+        return self.launch(seqs, 0).result()

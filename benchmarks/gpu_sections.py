@@ -60,6 +60,7 @@ def step_times(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
             reason = f"more than {shape.prefill_tokens} tokens in one step"
             yield {"kind": "prefill", "batch": batch, "context": context, "skipped": reason}
         wall_s, device_s = _timed_decodes(rig, context)
+        two_deep_s = _two_deep_decode_s(rig, context)
         floor, _ = ceilings.floor_s(shape, itemsize, batch, 1, context)
         samples.append(StepSample(batch, float(batch * context), 0, 0.0, device_s))
         yield {
@@ -68,8 +69,10 @@ def step_times(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
             "context": context,
             "device_ms": device_s * 1e3,
             "wall_ms": wall_s * 1e3,
+            "two_deep_wall_ms": two_deep_s * 1e3,
             "roofline_ms": floor * 1e3,
             "over_roofline": device_s / floor,
+            "two_deep_over_roofline": two_deep_s / floor,
             "kernels_s": kernels_s(functools.partial(rig.decode, context), rig.pool.storage.device.type),
         }
     yield _simulator_profile(rig, samples)
@@ -85,6 +88,18 @@ def _timed_decodes(rig: Rig, context: int, repeats: int = REPEATS) -> tuple[floa
             walls.append(time.perf_counter() - began_s)
             devices.append(result.device_s)
     return statistics.median(walls), statistics.median(devices)
+
+
+def _two_deep_decode_s(rig: Rig, context: int) -> float:
+    """Wall seconds per decode step where each is launched before the one before it is read."""
+    flight = rig.launch_decode(context)
+    began_s = time.perf_counter()
+    for i in range(REPEATS):
+        following = rig.launch_decode(context + min(1 + i, ROOM - 1))
+        flight.result()
+        flight = following
+    flight.result()
+    return (time.perf_counter() - began_s) / (REPEATS + 1)
 
 
 def _prefill_cell(rig: Rig, shape: Shape, ceilings: Ceilings, batch: int, context: int) -> tuple[Result, StepSample]:

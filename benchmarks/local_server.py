@@ -13,7 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 CLIENT_NICE = ["nice", "-n", "10"]
 """The client shares the cores with the server here; niced, it takes what is left, and only sees tokens later for it."""
@@ -25,11 +25,18 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+class Server(NamedTuple):
+    """A server that is ready: the seconds it took, and its process."""
+
+    ready_s: float
+    process: subprocess.Popen[bytes]
+
+
 @contextlib.contextmanager
 def running(
     command: Sequence[str], url: str, ready_path: str, *, patience_s: float = 120, env: Mapping[str, str] | None = None
-) -> Iterator[float]:
-    """Start a server, wait until `ready_path` answers 200, stop it at the end; yields the seconds it took.
+) -> Iterator[Server]:
+    """Start a server, wait until `ready_path` answers 200, stop it at the end.
 
     Raises SystemExit with what the server printed if it does not get ready.
     """
@@ -45,7 +52,7 @@ def running(
                     state = "did not get ready" if server.poll() is None else f"ended with {server.returncode}"
                     raise SystemExit(f"{' '.join(command)} {state}:\n{log.read()[-8000:]}")
                 time.sleep(0.02)
-            yield time.perf_counter() - begin
+            yield Server(time.perf_counter() - begin, server)
         finally:
             server.send_signal(signal.SIGTERM)
             try:

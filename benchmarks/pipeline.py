@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from local_server import answers
+from local_server import Server, free_port, running
 
 from tfserve.bench.report import environment
 from tfserve.config import EngineConfig, SchedulerConfig, load_config
@@ -77,11 +76,9 @@ def run_server(settings: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def serving(args: argparse.Namespace, depth: int, stats: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A fresh server of this depth, ready: its address and process."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+def serving(args: argparse.Namespace, depth: int, stats: Path) -> Iterator[tuple[str, Server]]:
+    """A fresh server of this depth, ready, and its address."""
+    port = free_port()
     settings = {
         "model": args.model,
         "server.port": port,
@@ -94,27 +91,13 @@ def serving(args: argparse.Namespace, depth: int, stats: Path) -> Iterator[tuple
     if args.format == "int8":
         settings["quantization"] = "int8"
     command = [sys.executable, __file__, "--serve", str(stats), *(f"{key}={value}" for key, value in settings.items())]
-    with tempfile.TemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
-        try:
-            url, end_s = f"http://127.0.0.1:{port}", time.monotonic() + 120
-            while not answers(f"{url}/ready"):
-                if server.poll() is not None or time.monotonic() > end_s:
-                    log.seek(0)
-                    raise SystemExit(f"the server did not get ready:\n{log.read()}")
-                time.sleep(0.05)
-            yield url, server
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
+    url = f"http://127.0.0.1:{port}"
+    with running(command, url, "/ready") as server:
+        yield url, server
 
 
-def stats_of(server: subprocess.Popen[str], path: Path) -> EngineStats:
-    server.send_signal(signal.SIGUSR1)
+def stats_of(server: Server, path: Path) -> EngineStats:
+    server.process.send_signal(signal.SIGUSR1)
     end_s = time.monotonic() + 10
     while not path.exists():
         if time.monotonic() > end_s:
@@ -291,8 +274,6 @@ def main() -> None:
         parser.error("--step-ms needs one number for each of --streams")
     if args.serve:
         sys.exit(run_server(args.serve))
-    # A benchmark that is told to stop must not leave its server behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     repeats: list[dict[str, Any]] = []
     for number in range(args.repeats):
         repeat: dict[str, Any] = {device: {} for device in args.devices}

@@ -52,8 +52,8 @@ def serving(args: argparse.Namespace, fmt: str) -> Iterator[tuple[str, float]]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "tfserve.cli", "serve", str(args.model), "--server.port", str(port)]
-    with running([*command, *engine_options(args, fmt)], url, "/ready") as ready_s:
-        yield url, ready_s
+    with running([*command, *engine_options(args, fmt)], url, "/ready") as server:
+        yield url, server.ready_s
 
 
 def engine_options(args: argparse.Namespace, fmt: str) -> list[str]:

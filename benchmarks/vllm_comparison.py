@@ -100,13 +100,13 @@ def measure(server: str, repeat: int, args: argparse.Namespace, work: Path) -> C
         env = dict(os.environ)
     client = [*CLIENT_NICE, sys.executable, "-m", "tfserve.cli", "bench", "serve", "--base-url", url, "--ignore-eos"]
     client += ["--endpoint", "completions", "--input-len", str(args.input_len), "--seed", str(args.seed + repeat)]
-    with running(command, url, ready_path, patience_s=600, env=env) as ready_s:
+    with running(command, url, ready_path, patience_s=600, env=env) as started:
         run_json([*client, "--num-prompts", "4", "--max-tokens", "8"], work / "warm.json")
         burst = ["--num-prompts", str(args.num_prompts), "--max-tokens", str(args.max_tokens)]
         result = run_json([*client, *burst, told, str(args.rate)], work / "result.json")
     if not result["summary"]["num_completed"]:
         raise SystemExit(f"{server}: no request completed: {result['summary']['failures']}")
-    return {"ready_s": ready_s, "rate": args.rate, "summary": result["summary"], "requests": result["requests"]}
+    return {"ready_s": started.ready_s, "rate": args.rate, "summary": result["summary"], "requests": result["requests"]}
 
 
 def report(cells: Sequence[Cell]) -> str:

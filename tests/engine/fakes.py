@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from tests.copy_queues import CopyQueues
 from tfserve.config import SchedulerConfig
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
@@ -19,7 +20,7 @@ from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
-from tfserve.plan import NULL_BLOCK, Ack, Copy, CopyId, Direction, Fence, RowInit, StepPlan, StepResult
+from tfserve.plan import NULL_BLOCK, Ack, Copy, Direction, Fence, RowInit, StepPlan, StepResult
 from tfserve.types import SamplingParams
 
 VOCAB = 1000
@@ -146,7 +147,7 @@ class FakeRunner:
         return row.blocks[position // self.block_size], position % self.block_size
 
 
-class FakeTransfers:
+class FakeTransfers(CopyQueues):
     """Moves slots between the runner's device blocks and a host dictionary.
 
     `speeds` says how many copies of each direction move at each turn, over and over: 0 keeps them waiting. A turn is
@@ -156,40 +157,26 @@ class FakeTransfers:
     """
 
     def __init__(self, runner: FakeRunner, speeds: Sequence[int] = (4,), fail: set[int] = frozenset(), bps=1e6):
+        super().__init__()
         self.bps = bps
         self.device = runner.slots
         self.host: dict[tuple[int, int], int] = {}
         self.speeds = speeds
         self.fail = fail
         self.turns = 0
-        self.queues: dict[Direction, deque[Copy]] = {direction: deque() for direction in Direction}
-        self.pending: set[CopyId] = set()
         self.acks: list[Ack] = []
-        self.passed = -1
         self.honour_fences = True
         self.closed = False
         self.moved = dict.fromkeys(Direction, 0)
 
     def submit(self, copies: Sequence[Copy]) -> None:
-        for copy in copies:
-            self.pending.add(copy.id)
-            self.queues[copy.dir].append(copy)
+        super().submit(copies)
         self.turn()
-
-    def complete(self, fence: Fence) -> None:
-        self.passed = max(self.passed, fence)
 
     def poll(self) -> list[Ack]:
         self.turn()
         acks, self.acks = self.acks, []
         return acks
-
-    def cancel(self, ids: set[CopyId]) -> set[CopyId]:
-        gone = {copy.id for queue in self.queues.values() for copy in queue} & ids
-        for direction, queue in self.queues.items():
-            self.queues[direction] = deque(copy for copy in queue if copy.id not in gone)
-        self.pending -= gone
-        return gone
 
     def close(self) -> None:
         self.closed = True
@@ -203,8 +190,7 @@ class FakeTransfers:
                     self._move(queue.popleft())
 
     def _ready(self, copy: Copy) -> bool:
-        fence_passed = copy.after.fence is None or copy.after.fence <= self.passed or not self.honour_fences
-        return fence_passed and self.pending.isdisjoint(copy.after.copies)
+        return (self.step_has_passed(copy) or not self.honour_fences) and self.copies_have_ended(copy)
 
     def _move(self, copy: Copy) -> None:
         ok = copy.id not in self.fail

@@ -41,6 +41,11 @@ def test_random_mixed_steps_equal_dense(backend, seed):
     parity.random_mixed_step_equals_dense(backend, "cuda", seed)
 
 
+def test_stale_kv_is_never_read(backend):
+    """What `reads_stale_kv = False` promises: no step need wait to see whether another left NaN behind."""
+    parity.stale_kv_is_never_read(backend, "cuda")
+
+
 def test_long_contexts_equal_dense(backend):
     parity.long_context_equals_dense(backend, "cuda")
 

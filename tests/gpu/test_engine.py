@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from tests.conftest import TINY, save_random
-from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.model.attention.paged_kernels import FlashKernels
@@ -19,13 +17,6 @@ NUM_REQUESTS, NUM_TOKENS = 10, 300
 SHARED = {"schedule_interval_s": 0.02, "min_residency_s": 0.02}
 
 needs_flash = pytest.mark.skipif(FlashKernels.load() is None, reason="flash-attn is not installed")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """Heads of 64, the narrowest that the GPU kernels are built for."""
-    config = LlamaConfig(**TINY, head_dim=64, max_position_embeddings=2048, tie_word_embeddings=False)
-    return write_tiny_tokenizer(save_random(LlamaForCausalLM, config, tmp_path_factory.mktemp("tiny_gpu")))
 
 
 def run(model_dir, *, num_blocks: int, scheduler: SchedulerConfig, **settings):
@@ -84,10 +75,18 @@ def test_flash_attn_is_chosen_and_graphs_agree_with_eager(model_dir):
 
 
 @needs_flash
+def test_two_deep_gives_the_tokens_of_one_deep(model_dir):
+    one, two = (run(model_dir, num_blocks=60, scheduler=SchedulerConfig(), pipeline_depth=depth)[0] for depth in (1, 2))
+    assert agreement(two, one) > 0.5
+
+
+@needs_flash
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("policy", ["round-robin", "tokenflow"])
-def test_preempted_requests_go_on_as_if_undisturbed(model_dir, policy):
+def test_preempted_requests_go_on_as_if_undisturbed(model_dir, policy, depth):
     undisturbed, _, _ = run(model_dir, num_blocks=60, scheduler=SchedulerConfig())
-    tokens, stats, _ = run(model_dir, num_blocks=21, scheduler=SchedulerConfig(policy=policy, **SHARED))
+    scheduler = SchedulerConfig(policy=policy, **SHARED)
+    tokens, stats, _ = run(model_dir, num_blocks=21, scheduler=scheduler, pipeline_depth=depth)
     assert stats.num_preemptions > 0
     if policy == "round-robin":
         assert stats.bytes_loaded > 0

@@ -6,10 +6,11 @@ from collections import deque
 
 import numpy as np
 
+from tests.copy_queues import CopyQueues
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.memory.residency import KVState
-from tfserve.plan import Ack, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, Copy, Direction, Fence
 
 
 def kv_value(req: str, position: int) -> int:
@@ -17,22 +18,20 @@ def kv_value(req: str, position: int) -> int:
     return int(req) * 1_000_003 + position + 1
 
 
-class FakeDevice:
+class FakeDevice(CopyQueues):
     """Two arrays, queued steps and queued copies; nothing happens until the test says so.
 
     A TransferEngine, too. With `honour_after` off, copies do not wait for anything: the control of the race tests.
     """
 
     def __init__(self, num_blocks: int, num_host_blocks: int, block_size: int, honour_after: bool = True) -> None:
+        super().__init__()
         self.block_size = block_size
         self.honour_after = honour_after
         self.device = np.zeros((num_blocks, block_size), np.int64)
         self.host = np.zeros((num_host_blocks, block_size), np.int64)
         self.steps: deque[tuple[Fence, list[tuple[str, int, int, tuple[int, ...]]]]] = deque()
-        self.queues: dict[Direction, deque[Copy]] = {direction: deque() for direction in Direction}
         self.acks: dict[Direction, deque[Ack]] = {direction: deque() for direction in Direction}
-        self.pending: set[CopyId] = set()
-        self.passed = -1
         self.moved: list[Copy] = []
 
     def launch(self, fence: Fence, seqs: list[tuple[str, int, int, tuple[int, ...]]]) -> None:
@@ -54,18 +53,12 @@ class FakeDevice:
         seen = self.device[list(blocks)].ravel()[:num_tokens]
         return seen.tolist() == [kv_value(req, position) for position in range(num_tokens)]
 
-    def submit(self, copies) -> None:
-        for copy in copies:
-            self.pending.add(copy.id)
-            self.queues[copy.dir].append(copy)
-
-    def complete(self, fence: Fence) -> None:
-        self.passed = max(self.passed, fence)
-
     def move(self, direction: Direction, ok: bool = True) -> bool:
         """Run (or fail) the first copy of a direction; False if there is none or it has to wait."""
         queue = self.queues[direction]
-        if not queue or (self.honour_after and not self._ready(queue[0])):
+        if not queue or (
+            self.honour_after and not (self.step_has_passed(queue[0]) and self.copies_have_ended(queue[0]))
+        ):
             return False
         copy = queue.popleft()
         here = self.device[copy.dev, copy.tok0 : copy.tok0 + copy.ntok]
@@ -83,19 +76,8 @@ class FakeDevice:
             queue.clear()
         return acks
 
-    def cancel(self, ids: set[CopyId]) -> set[CopyId]:
-        gone = {copy.id for queue in self.queues.values() for copy in queue} & ids
-        for direction, queue in self.queues.items():
-            self.queues[direction] = deque(copy for copy in queue if copy.id not in gone)
-        self.pending -= gone
-        return gone
-
     def close(self) -> None:
         pass
-
-    def _ready(self, copy: Copy) -> bool:
-        fence_passed = copy.after.fence is None or copy.after.fence <= self.passed
-        return fence_passed and self.pending.isdisjoint(copy.after.copies)
 
 
 class FakeTiers:

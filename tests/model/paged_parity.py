@@ -54,3 +54,30 @@ def random_mixed_step_equals_dense(backend: AttentionBackend, device: str, seed:
         seed=seed,
     )
     check_paged(backend, cache, query_lens, decodes, group=int(rng.choice(GROUPS)))
+
+
+def stale_kv_is_never_read(backend: AttentionBackend, device: str) -> None:
+    """NaN wherever no sequence has a token yet, and in the null block: what a failed request may leave behind."""
+    gen = torch.Generator().manual_seed(2)
+    query_lens, decodes = [1, 1, 1, 1, 300, 20], 4
+    qkv = torch.randn(sum(query_lens), 8 + 2 + 2, 128, generator=gen).to(device, torch.bfloat16)
+    outs = []
+    for poisoned in (False, True):
+        cache = paged_cache(LENGTHS, device, head_dim=128)
+        if poisoned:
+            _poison(cache)
+        step = backend.build(cache.batch(query_lens, decodes), cache.kv)
+        outs.append(step.attend(0, *qkv.split((8, 2, 2), 1)))
+    assert outs[1].isfinite().all()
+    assert torch.equal(*outs)
+
+
+def _poison(cache: Cache) -> None:
+    for pages in (pages for layer in cache.kv.layers for pages in layer):
+        kept = pages.clone()
+        pages.fill_(torch.nan)
+        for blocks, n in zip(cache.blocks, cache.lengths, strict=True):
+            whole, rest = divmod(n, cache.block_size)
+            for i, block in enumerate(blocks[: whole + 1].tolist()):
+                end = cache.block_size if i < whole else rest
+                pages[block, :end] = kept[block, :end]

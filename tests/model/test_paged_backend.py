@@ -17,6 +17,7 @@ from tfserve.model import attention
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.paged_backend import PagedBackend, as_rows
 from tfserve.model.attention.paged_kernels import DecodeWork, FlashKernels, VarlenKernels
+from tfserve.model.attention.torch_backend import TorchBackend
 
 KERNELS = {
     "flash_attn": FlashKernels(fake.flash_attn_with_kvcache, fake.flash_attn_varlen_func),
@@ -44,6 +45,17 @@ def test_prefill_chunks_equal_dense(backend, head_dim, group):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_mixed_steps_equal_dense(backend, seed):
     parity.random_mixed_step_equals_dense(backend, "cpu", seed)
+
+
+def test_stale_kv_is_never_read(backend):
+    assert not backend.reads_stale_kv
+    parity.stale_kv_is_never_read(backend, "cpu")
+
+
+def test_plain_pytorch_which_says_that_it_reads_stale_kv_does():
+    assert TorchBackend.reads_stale_kv
+    with pytest.raises(AssertionError):
+        parity.stale_kv_is_never_read(TorchBackend(), "cpu")
 
 
 def test_long_contexts_equal_dense(backend):

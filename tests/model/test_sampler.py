@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from tfserve.model.sampler import NonFiniteLogitsError, Sampler
-from tfserve.model.token_draw import CANDIDATES, draw, keep_thresholds, uniform
+from tfserve.model.sampler import Sampler
+from tfserve.model.token_draw import CANDIDATES, draw, keep_thresholds, search_thresholds, uniform
 from tfserve.plan import Row, RowInit
 from tfserve.types import SamplingParams
 
@@ -107,6 +107,29 @@ def test_filters_keep_exactly_the_tokens_the_definition_keeps(
     for row in range(2):
         # A token of no probability may count as kept: it is never drawn. Ties, all kept, are rare enough not to occur.
         assert torch.equal(kept[row] & (weights[row] > 0), filtered(weights[row], top_k, top_p, min_p) > 0)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([300, 3000]),
+    st.floats(0.1, 20),
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, 7, 250, 10_000]), st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01])),
+        min_size=1,
+        max_size=4,
+    ),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_gpu_which_cannot_look_twice_finds_the_same_thresholds(
+    seed: int, vocab_size: int, spread: float, filters: list[tuple[int, float]]
+) -> None:
+    logits = random_logits(len(filters), vocab_size, seed, spread)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    top_k, top_p = (np.array(column) for column in zip(*filters, strict=True))
+    found = search_thresholds(weights, top_k, top_p.astype(float), torch.empty_like(weights))
+    for row, (k, p) in enumerate(filters):
+        kept = (weights[row] >= found[row]) & (weights[row] > 0)
+        assert torch.equal(kept, filtered(weights[row], k, p) > 0)
 
 
 def test_nucleus_wider_than_the_candidates_is_exact() -> None:
@@ -279,7 +302,7 @@ def test_logprobs_are_the_models_own_before_any_processing() -> None:
     )
     sampled = sampler.sample(logits, [0, 1, 2], [3, 3, 3])
     expected = logits.log_softmax(-1)
-    first, second, third = sampled.logprobs
+    first, second, third = sampled.read().logprobs
     assert second is None
     assert first is not None
     assert third is not None
@@ -293,13 +316,15 @@ def test_logprobs_are_the_models_own_before_any_processing() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_p": 0.9, "top_k": 4}])
-def test_logits_that_are_not_finite_name_their_rows_and_change_nothing(value: float, params: dict[str, Any]) -> None:
+def test_rows_whose_logits_are_not_finite_are_named_and_the_others_sampled(
+    value: float, params: dict[str, Any]
+) -> None:
     logits = random_logits(3)
     bad = logits.clone()
     bad[1, 77] = value
-    rows = (row_init(4, presence_penalty=1.0), row_init(0, **params), row_init(2))
-    sampler = sampler_with(*rows)
-    with pytest.raises(NonFiniteLogitsError, match="row 0") as caught:
-        sampler.sample(bad, [4, 0, 2], [3, 3, 3])
-    assert caught.value.rows == (0,)
-    assert tokens_of(sampler, logits, [4, 0, 2], [3] * 3) == tokens_of(sampler_with(*rows), logits, [4, 0, 2], [3] * 3)
+    rows = (row_init(4, presence_penalty=1.0, logprobs=1), row_init(0, **params, logprobs=1), row_init(2))
+    chosen = sampler_with(*rows).sample(bad, [4, 0, 2], [3, 3, 3]).read()
+    assert chosen.failed == (1,)
+    assert [logprob is not None for logprob in chosen.logprobs] == [True, False, False]
+    first, last = (tokens_of(sampler_with(*rows), logits[[i]], [row], [3])[0] for i, row in ((0, 4), (2, 2)))
+    assert chosen.tokens == (first, 0, last)

@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from tfserve.model.staging import Download, upload
 from tfserve.plan import PromptLogprobs, Row, RowInit, SeqStep
-from tfserve.types import TokenLogprob
+from tfserve.types import RequestId, TokenLogprob
 
 _ROWS_AT_ONCE = 64
 """Prompt positions whose logits exist at the same time: a long prompt over a large vocabulary would fill gigabytes."""
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
-    """For each row of `logits` fp32 [N, V]: its entry of `tokens` int64 [N] and the best `counts` of the row.
+class TokenScores:
+    """Log probabilities of tokens, computed at once and read later.
 
-    `logits` are overwritten.
+    For each row of `logits` fp32 [N, V]: its entry of `tokens` int64 [N] and the best `counts` of the row. `logits` are
+    overwritten.
     """
-    picked = logits.gather(1, tokens[:, None])
-    best, best_tokens = logits.topk(min(max(*counts, 1), logits.shape[1]))
-    peak = best[:, :1]
-    norm = logits.sub_(peak).exp_().sum(-1, keepdim=True).log_() + peak  # [N, 1]
-    columns = zip(
-        counts,
-        tokens.tolist(),
-        (picked - norm)[:, 0].tolist(),
-        best_tokens.tolist(),
-        (best - norm).tolist(),
-        strict=True,
-    )
-    return [
-        TokenLogprob(token, value, tuple(zip(top_tokens[:count], top_values[:count], strict=True)))
-        for count, token, value, top_tokens, top_values in columns
-    ]
+
+    def __init__(self, logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
+        picked = logits.gather(1, tokens[:, None])
+        best, best_tokens = logits.topk(min(max(*counts, 1), logits.shape[1]))
+        peak = best[:, :1]
+        norm = logits.sub_(peak).exp_().sum(-1, keepdim=True).log_() + peak  # [N, 1]
+        self._counts = counts
+        self._arriving = Download(tokens, (picked - norm)[:, 0], best_tokens, best - norm)
+
+    def ready(self) -> bool:
+        """True once `read` would not wait."""
+        return self._arriving.ready()
+
+    def read(self) -> list[TokenLogprob]:
+        """An entry for each row; waits for the device."""
+        columns = zip(self._counts, *self._arriving.lists(), strict=True)
+        return [
+            TokenLogprob(token, value, tuple(zip(top_tokens[:count], top_values[:count], strict=True)))
+            for count, token, value, top_tokens, top_values in columns
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """Scores of a request's prompt tokens from `start` on, in parts."""
+
+    req: RequestId
+    start: int
+    parts: tuple[TokenScores, ...]
+
+    def ready(self) -> bool:
+        """True once `read` would not wait."""
+        return all(part.ready() for part in self.parts)
+
+    def read(self) -> PromptLogprobs:
+        """What the step's result says of them; waits for the device."""
+        return PromptLogprobs(self.req, self.start, tuple(entry for part in self.parts for entry in part.read()))
 
 
 class PromptScorer:
@@ -58,7 +82,7 @@ class PromptScorer:
         """Forget a row; one that is empty stays so."""
         self._prompts.pop(row, None)
 
-    def score(self, seqs: Sequence[SeqStep], hidden: Tensor) -> tuple[PromptLogprobs, ...]:
+    def score(self, seqs: Sequence[SeqStep], hidden: Tensor) -> tuple[PromptScores, ...]:
         """Log probabilities of the prompt tokens that follow those of this step, whose states are `hidden` [T, H]."""
         if not self._prompts:
             return ()
@@ -68,13 +92,13 @@ class PromptScorer:
             prompt, count = self._prompts.get(seq.row, ((), 0))
             if targets := prompt[seq.start + 1 : seq.start + 1 + seq.n]:
                 states = hidden[offset : offset + len(targets)]
-                scored.append(PromptLogprobs(seq.req, seq.start + 1, self._entries(states, targets, count)))
+                scored.append(PromptScores(seq.req, seq.start + 1, self._parts(states, targets, count)))
             offset += seq.n
         return tuple(scored)
 
-    def _entries(self, states: Tensor, targets: Sequence[int], count: int) -> tuple[TokenLogprob, ...]:
-        entries: list[TokenLogprob] = []
-        for begin, end in pairwise([*range(0, len(targets), _ROWS_AT_ONCE), len(targets)]):
-            tokens = torch.tensor(targets[begin:end], device=states.device)
-            entries += token_logprobs(self._logits(states[begin:end]), tokens, [count] * (end - begin))
-        return tuple(entries)
+    def _parts(self, states: Tensor, targets: Sequence[int], count: int) -> tuple[TokenScores, ...]:
+        (tokens,) = upload(states.device, np.array(targets, np.int64))
+        return tuple(
+            TokenScores(self._logits(states[begin:end]), tokens[begin:end], [count] * (end - begin))
+            for begin, end in pairwise([*range(0, len(targets), _ROWS_AT_ONCE), len(targets)])
+        )

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tfserve.model.staging import upload
 from tfserve.plan import RowInit
 
 IntArray = npt.NDArray[np.int64]
@@ -35,15 +36,16 @@ class Penalties:
         if strength == (1.0, 0.0, 0.0):
             return
         prompt, output = init.token_ids[: init.num_prompt_tokens], init.token_ids[init.num_prompt_tokens :]
-        seen = torch.from_numpy(np.concatenate([np.unique(prompt), output]).astype(np.int64)).to(self._device)
+        made = np.array(output, np.int64)
+        seen, tokens = upload(self._device, np.concatenate([np.unique(prompt), made]).astype(np.int64), made)
         slot = self._slot[init.row] = self._free.pop()
         self._length[slot] = len(seen)
         self._strength[slot] = strength
         self._reserve(slot + 1, len(seen))
         self._seen[slot] = seen[0]
         self._seen[slot, : len(seen)] = seen
-        made = torch.tensor(output, dtype=torch.int64, device=self._device)
-        self._counts[slot] = torch.bincount(made, minlength=self._counts.shape[1])
+        ones = torch.ones(len(made), dtype=torch.int32, device=self._device)
+        self._counts[slot].zero_().index_add_(0, tokens, ones)  # bincount would wait for the device
 
     def has(self, row: int) -> bool:
         """True if the row's logits are penalised."""
@@ -65,9 +67,8 @@ class Penalties:
         places, slots = self._penalised(rows)
         if not slots.size:
             return
-        slot = torch.from_numpy(slots).to(self._device)
-        place = torch.from_numpy(places).to(self._device)[:, None]
-        strength = torch.from_numpy(self._strength[slots]).to(self._device)
+        slot, place, strength = upload(self._device, slots, places, self._strength[slots])
+        place = place[:, None]
         repetition, frequency, presence = strength[:, :, None].unbind(1)  # [n, 1] each
         seen = self._seen[slot, : int(self._length[slots].max())]  # [n, tokens]
         counts = self._counts[slot[:, None], seen]
@@ -81,9 +82,9 @@ class Penalties:
         if not slots.size:
             return
         self._reserve(0, int(self._length[slots].max()) + 1)
-        slot = torch.from_numpy(slots).to(self._device)
-        tokens = token_ids[torch.from_numpy(places).to(self._device)]
-        self._seen[slot, torch.from_numpy(self._length[slots]).to(self._device)] = tokens
+        slot, place, end = upload(self._device, slots, places, self._length[slots])
+        tokens = token_ids[place]
+        self._seen[slot, end] = tokens
         self._counts[slot, tokens] += 1
         self._length[slots] += 1
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, compress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,13 +15,12 @@ from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.cuda_graphs import DecodeGraphs
 from tfserve.model.decoder import Decoder
 from tfserve.model.forward_batch import BlockTables, ForwardBatch, build_batch
-from tfserve.model.logprobs import PromptScorer
-from tfserve.model.sampler import NonFiniteLogitsError, Sampled, Sampler
+from tfserve.model.logprobs import PromptScorer, PromptScores
+from tfserve.model.sampler import Choices, Sampled, Sampler
+from tfserve.model.staging import upload
 from tfserve.model.token_masks import TokenMasks
-from tfserve.plan import Fence, InFlight, PromptLogprobs, SeqStep, StepPlan, StepResult
-from tfserve.types import RequestId, TokenLogprob
-
-Failures = tuple[tuple[RequestId, str], ...]
+from tfserve.plan import Fence, InFlight, SeqStep, StepPlan, StepResult
+from tfserve.types import RequestId
 
 _NOT_FINITE = (
     "the model's logits for this request are not finite, so no token can be chosen; other requests are not affected."
@@ -28,11 +29,14 @@ _NOT_FINITE = (
 
 
 class ModelRunner:
-    """Runs plans on one device, one at a time: `launch` computes the step, and `result` hands it over.
+    """Runs plans on one device: `launch` puts a step on its way, and `result` waits for it and hands it over.
 
     A row is a request's seat: its line of the block table, its last sampled token and its sampling state. A step that
     fails raises from `result`; every row keeps its seat, and plans without the failed step's requests are
     unaffected. Where only some rows' logits are not finite, only their requests fail: `StepResult.failed` names them.
+
+    On a GPU nothing in `launch` waits for the device, but for two things that say so: a grammar (TokenMasks), and an
+    attention backend that reads stale KV.
     """
 
     def __init__(
@@ -58,20 +62,30 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
-        """Run a plan. Raises nothing: what goes wrong comes out of `result`."""
-        began_s = time.perf_counter()
+        """Start a step. Raises nothing: what goes wrong comes out of `result`."""
+        began_s, before_s = time.perf_counter(), self._ended_s
         try:
             self._seat(plan)
-            # A result is read on the host, so the device has finished by then and wall time is the device's time.
-            result = self._step(plan, began_s)
+            if not plan.seqs:
+                return LaunchedStep(plan.step)
+            sampled, prompts = self._step(plan)
         except Exception as error:
             self._scrub(plan.seqs)
             self._ended_s = time.perf_counter()
             return FailedStep(plan.step, error)
-        return FinishedStep(result)
+        # On a CPU the step has run by now, so wall time is the device's; StreamRunner knows a GPU's.
+        self._ended_s = time.perf_counter()
+        return LaunchedStep(
+            plan.step,
+            tuple(seq.req for seq in plan.seqs if seq.sample),
+            sampled,
+            prompts,
+            device_s=self._ended_s - began_s,
+            idle_s=0.0 if before_s is None else began_s - before_s,
+        )
 
     def close(self) -> None:
-        """See plan.Runner; nothing is under way once `launch` has returned."""
+        """See plan.Runner; there are no threads here, and what is on a stream is StreamRunner's to wait for."""
 
     def _seat(self, plan: StepPlan) -> None:
         """Let rows go, let others in, and extend the block tables."""
@@ -90,58 +104,26 @@ class ModelRunner:
     def _scrub(self, seqs: Iterable[SeqStep]) -> None:
         """Zero the KV of what failed: a NaN in it would reach the next owner of its blocks."""
         for seq in seqs:
-            blocks = torch.from_numpy(self._tables.blocks(seq.row).astype("int64")).to(self._kv.device)
-            for keys, values in self._kv.layers:
-                keys[blocks] = 0
-                values[blocks] = 0
+            (blocks,) = upload(self._kv.device, self._tables.blocks(seq.row).astype("int64"))
+            for pages in chain.from_iterable(self._kv.layers):
+                pages.index_fill_(0, blocks, 0)
 
-    def _step(self, plan: StepPlan, began_s: float) -> StepResult:
-        if not plan.seqs:
-            return StepResult(plan.step, (), (), 0.0)
+    def _step(self, plan: StepPlan) -> tuple[Sampled | None, tuple[PromptScores, ...]]:
+        """Run layers, scorer and sampler; no sample if no seq wants one."""
         batch = build_batch(plan, self._tables, self._last_tokens, self._kv.block_size)
         hidden = self._hidden(batch)
         scored = self._prompts.score(plan.seqs, hidden)
-        if not len(batch.logits_indices):
-            return self._outcome(plan, began_s, scored=scored)
-        logits = self._model.logits(hidden[batch.logits_indices])
         sampling = [seq for seq in plan.seqs if seq.sample]
-        sampled, failed = self._sample(logits, sampling)
-        self._last_tokens[torch.tensor([int(seq.row) for seq in sampling])] = sampled.token_ids
-        tokens, logprobs = tuple(sampled.token_ids.tolist()), tuple(sampled.logprobs)
-        return self._outcome(plan, began_s, tokens, logprobs, failed=failed, scored=scored)
-
-    def _outcome(
-        self,
-        plan: StepPlan,
-        began_s: float,
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob | None, ...] = (),
-        *,
-        failed: Failures = (),
-        scored: tuple[PromptLogprobs, ...] = (),
-    ) -> StepResult:
-        before_s, self._ended_s = self._ended_s, time.perf_counter()
-        idle_s = 0.0 if before_s is None else began_s - before_s
-        return StepResult(plan.step, tokens, logprobs, self._ended_s - began_s, idle_s, failed, scored)
-
-    def _sample(self, logits: Tensor, seqs: Sequence[SeqStep]) -> tuple[Sampled, Failures]:
-        """A token for each of `seqs` [N] from `logits` [N, vocab]; who gets none (there the token is 0), and why."""
-        rows, positions = [int(seq.row) for seq in seqs], [seq.start + seq.n for seq in seqs]
-        try:
-            return self._sampler.sample(logits, rows, positions), ()
-        except NonFiniteLogitsError as error:
-            good = [i for i, row in enumerate(rows) if row not in error.rows]
-            bad = [seq for seq in seqs if seq.row in error.rows]
-        self._scrub(bad)
-        tokens = torch.zeros(len(seqs), dtype=torch.int64, device=logits.device)
-        logprobs: list[TokenLogprob | None] = [None] * len(seqs)
-        if good:
-            index = torch.tensor(good, device=logits.device)
-            part = self._sampler.sample(logits[index], [rows[i] for i in good], [positions[i] for i in good])
-            tokens[index] = part.token_ids
-            for i, logprob in zip(good, part.logprobs, strict=True):
-                logprobs[i] = logprob
-        return Sampled(tokens, logprobs), tuple((seq.req, _NOT_FINITE) for seq in bad)
+        if not sampling:
+            return None, scored
+        logits = self._model.logits(hidden[batch.logits_indices])
+        rows = np.array([seq.row for seq in sampling], np.int64)
+        sampled = self._sampler.sample(logits, rows, [seq.start + seq.n for seq in sampling])
+        (seats,) = upload(self._kv.device, rows)
+        self._last_tokens.index_copy_(0, seats, sampled.token_ids)
+        if self._backend.reads_stale_kv and not bool(sampled.usable.all()):
+            self._scrub(compress(sampling, (~sampled.usable).tolist()))
+        return sampled, scored
 
     def _hidden(self, batch: ForwardBatch) -> Tensor:
         """Run the layers; hidden states `[T, H]` of the batch's tokens (of a graph perhaps more rows, at the end)."""
@@ -152,23 +134,32 @@ class ModelRunner:
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedStep:
-    """A step that has run."""
+class LaunchedStep:
+    """A step on its way; `sampling` are the requests that `sampled` has tokens for."""
 
-    outcome: StepResult
-
-    @property
-    def fence(self) -> Fence:
-        """The step's number."""
-        return self.outcome.step
+    fence: Fence
+    sampling: tuple[RequestId, ...] = ()
+    sampled: Sampled | None = None
+    prompts: tuple[PromptScores, ...] = ()
+    device_s: float = 0.0
+    idle_s: float = 0.0
 
     def ready(self) -> bool:
-        """True: the step has run."""
-        return True
+        """True once all that `result` reads has arrived."""
+        return (self.sampled is None or self.sampled.ready()) and all(scores.ready() for scores in self.prompts)
 
     def result(self) -> StepResult:
-        """What the step produced."""
-        return self.outcome
+        """What the step produced; waits for the device."""
+        chosen = Choices((), (), ()) if self.sampled is None else self.sampled.read()
+        return StepResult(
+            self.fence,
+            chosen.tokens,
+            chosen.logprobs,
+            self.device_s,
+            self.idle_s,
+            tuple((self.sampling[place], _NOT_FINITE) for place in chosen.failed),
+            tuple(scores.read() for scores in self.prompts),
+        )
 
 
 @dataclass(frozen=True, slots=True)

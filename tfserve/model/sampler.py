@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tfserve.model.logprobs import token_logprobs
+from tfserve.model.logprobs import TokenScores
 from tfserve.model.penalties import Penalties
+from tfserve.model.staging import Download, upload
 from tfserve.model.token_draw import draw, highest, keep_thresholds, uniform
 from tfserve.model.token_masks import TokenMasks
 from tfserve.plan import Row, RowInit
@@ -23,20 +25,40 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would leave fp32's range."""
 
 
-class NonFiniteLogitsError(FloatingPointError):
-    """The model gave `rows` logits to choose no token from (NaN, +inf, or everything -inf)."""
-
-    def __init__(self, rows: tuple[int, ...]) -> None:
-        super().__init__(f"the model's logits are not finite in row {', '.join(map(str, rows))}")
-        self.rows = rows
-
-
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One step's choice: `token_ids` int64 [N] on the sampler's device; `logprobs` where a request asked for them."""
+    """One step's choice. The device has it at once; `read` waits for it.
+
+    `token_ids` int64 [N] are on the sampler's device, as is `usable` bool [N]: false where there is no token to choose
+    (the logits were NaN, +inf, or everything -inf) and the token is 0. `asking` are the rows of `scores`.
+    """
 
     token_ids: Tensor
-    logprobs: list[TokenLogprob | None]
+    usable: Tensor
+    chosen: Download  # both of them
+    asking: list[int]
+    scores: TokenScores | None
+
+    def ready(self) -> bool:
+        """True once `read` would not wait."""
+        return self.chosen.ready() and (self.scores is None or self.scores.ready())
+
+    def read(self) -> Choices:
+        """The same on the host."""
+        tokens, usable = self.chosen.lists()
+        logprobs: list[TokenLogprob | None] = [None] * len(tokens)
+        if self.scores is not None:
+            for place, entry in zip(self.asking, self.scores.read(), strict=True):
+                logprobs[place] = entry if usable[place] else None
+        return Choices(tuple(tokens), tuple(logprobs), tuple(place for place, good in enumerate(usable) if not good))
+
+
+class Choices(NamedTuple):
+    """What was chosen for N rows: tokens, log probabilities where asked for, and which places have no token but a 0."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob | None, ...]
+    failed: tuple[int, ...]
 
 
 class Sampler:
@@ -45,7 +67,8 @@ class Sampler:
     The order of processing is vLLM's: log probabilities from the logits as they come, what `masks` allow where a
     request has a grammar, min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and
     the draw. A row's token depends on its own logits, parameters, seed and position only, never on the rows beside it.
-    Parameters live on the host, so that choosing a path never waits for the device.
+    Parameters live on the host, so that choosing a path never waits for the device; nothing else here does either, but
+    for rows with a grammar (see TokenMasks).
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: str, masks: TokenMasks | None = None) -> None:
@@ -97,20 +120,20 @@ class Sampler:
         self._bias.pop(row, None)
         self._edited[row] = False
 
-    def sample(self, logits: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Sampled:
+    def sample(self, logits: Tensor, rows: Sequence[int] | IntArray, positions: Sequence[int]) -> Sampled:
         """Choose a token for each of `rows` [N] from `logits` fp32 [N, V], which are left as they are.
 
-        `positions` are the places the new tokens take in their sequences, prompt included. Raises NonFiniteLogitsError
-        naming the rows concerned before any state has changed: the others can be sampled again without them.
+        `positions` are the places the new tokens take in their sequences, prompt included. A row whose logits are not
+        finite gets none, and the others get theirs all the same.
         """
         seats, places = np.asarray(rows, np.int64), np.asarray(positions, np.int64)
         tokens, usable = self._choose(self._edit(logits, seats, places), seats, places)
-        if not bool(usable.all()):
-            raise NonFiniteLogitsError(tuple(seats[~usable.cpu().numpy()].tolist()))
+        chosen = Download(tokens, usable)
         self._penalties.append(seats, tokens)
         if self._masks is not None:
-            self._masks.append(rows, tokens)
-        return Sampled(tokens, self._take_logprobs(logits, tokens, seats))
+            self._masks.append(seats.tolist(), chosen)
+        asking = np.flatnonzero(self._logprobs[seats] >= 0)
+        return Sampled(tokens, usable, chosen, asking.tolist(), self._scores(logits, tokens, seats, asking))
 
     def _edit(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
         """The logits after masks, min_tokens, logit_bias and penalties: a copy if any row has them, else `logits`."""
@@ -122,12 +145,14 @@ class Sampler:
         early = [i for i in np.flatnonzero(places < self._first_free_end[seats]).tolist() if seats[i] in self._ends]
         if early:
             ends = [self._ends[seats[i]] for i in early]
-            edited[self._index(_repeat(early, ends)), self._index(np.concatenate(ends))] = -torch.inf
+            line, token = upload(self._device, _repeat(early, ends), np.concatenate(ends))
+            edited[line, token] = -torch.inf
         biased = [i for i, seat in enumerate(seats) if seat in self._bias]
         if biased:
             tokens, values = zip(*(self._bias[seats[i]] for i in biased), strict=True)
-            target = self._index(_repeat(biased, tokens)), self._index(np.concatenate(tokens))
-            edited.index_put_(target, torch.from_numpy(np.concatenate(values)).to(self._device), accumulate=True)
+            arrays = _repeat(biased, tokens), np.concatenate(tokens), np.concatenate(values)
+            line, token, value = upload(self._device, *arrays)
+            edited[line, token] += value  # no request names a token twice; accumulating would sort on a GPU
         self._penalties.apply(edited, seats)
         return edited
 
@@ -136,17 +161,18 @@ class Sampler:
         peak, tokens = highest(logits)
         drawing = np.flatnonzero(self._temperature[seats] >= _GREEDY_BELOW)
         if drawing.size:
-            index = self._index(drawing)
+            (index,) = upload(self._device, drawing)
             weights = torch.index_select(logits, 0, index, out=self._memory("weights", len(drawing)))
             weights -= peak[index][:, None]
             tokens[index] = self._draw(weights, seats[drawing], places[drawing])
-        return tokens, torch.isfinite(peak)
+        usable = torch.isfinite(peak)
+        return tokens.masked_fill_(~usable, 0), usable
 
     def _draw(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
         """Tokens int64 [N] drawn from `logits` [N, V] whose highest is 0 in each row; they are overwritten."""
         temperature = self._temperature[seats]
         if (temperature != 1).any():
-            logits /= torch.from_numpy(temperature).to(self._device)[:, None]
+            logits /= upload(self._device, temperature)[0][:, None]
         weights = logits.exp_()
         filters = self._top_k[seats], self._top_p[seats], self._min_p[seats]
         scratch = self._memory("filters", len(weights))
@@ -162,20 +188,13 @@ class Sampler:
             held = self._scratch[purpose] = torch.empty(rows, self._vocab_size, device=self._device)
         return held[:rows]
 
-    def _take_logprobs(self, logits: Tensor, tokens: Tensor, seats: IntArray) -> list[TokenLogprob | None]:
-        result: list[TokenLogprob | None] = [None] * len(seats)
-        asking = np.flatnonzero(self._logprobs[seats] >= 0)
+    def _scores(self, logits: Tensor, tokens: Tensor, seats: IntArray, asking: IntArray) -> TokenScores | None:
+        """Log probabilities of the rows `asking` among those of `seats`."""
         if not asking.size:
-            return result
-        counts = self._logprobs[seats[asking]].tolist()
-        index = self._index(asking)
+            return None
+        (index,) = upload(self._device, asking)
         raw = torch.index_select(logits, 0, index, out=self._memory("weights", len(asking)))
-        for i, entry in zip(asking.tolist(), token_logprobs(raw, tokens[index], counts), strict=True):
-            result[i] = entry
-        return result
-
-    def _index(self, places: IntArray) -> Tensor:
-        return torch.from_numpy(places).to(self._device)
+        return TokenScores(raw, tokens[index], self._logprobs[seats[asking]].tolist())
 
 
 def _repeat(places: Sequence[int], lists: Sequence[IntArray]) -> IntArray:

@@ -21,6 +21,7 @@ class StreamRunner:
         self.on_launched: Callable[[Fence, torch.cuda.Event], None] | None = None
         self.stream = stream
         self._inner = inner
+        self._last_end: torch.cuda.Event | None = None
         # Weights and KV were made on the default stream.
         torch.cuda.synchronize(stream.device)
 
@@ -33,7 +34,8 @@ class StreamRunner:
             end.record()
         if self.on_launched is not None:
             self.on_launched(plan.step, end)
-        return TimedFlight(flight, begin, end, self.stream)
+        before, self._last_end = self._last_end, end
+        return TimedFlight(flight, before, begin, end)
 
     def close(self) -> None:
         """Wait for what is on the stream."""
@@ -41,14 +43,13 @@ class StreamRunner:
 
 
 class TimedFlight:
-    """A launched step whose time is that between two events."""
+    """A launched step whose time is that between two events; `before` is the end of the step before it."""
 
     def __init__(
-        self, inner: InFlight, begin: torch.cuda.Event, end: torch.cuda.Event, stream: torch.cuda.Stream
+        self, inner: InFlight, before: torch.cuda.Event | None, begin: torch.cuda.Event, end: torch.cuda.Event
     ) -> None:
         self._inner = inner
-        self._begin, self._end = begin, end
-        self._stream = stream
+        self._before, self._begin, self._end = before, begin, end
 
     @property
     def fence(self) -> Fence:
@@ -61,7 +62,8 @@ class TimedFlight:
 
     def result(self) -> StepResult:
         """The step's outcome; waits for the device."""
-        with torch.cuda.stream(self._stream):
-            result = self._inner.result()
+        result = self._inner.result()
         self._end.synchronize()
-        return msgspec.structs.replace(result, device_s=self._begin.elapsed_time(self._end) / 1e3)
+        idle_s = 0.0 if self._before is None else self._before.elapsed_time(self._begin) / 1e3
+        device_s = self._begin.elapsed_time(self._end) / 1e3
+        return msgspec.structs.replace(result, device_s=device_s, idle_s=idle_s)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfserve.model.staging import Download, upload
 from tfserve.plan import Row, RowInit
 
 if TYPE_CHECKING:
@@ -52,11 +53,15 @@ class TokenMasks:
 
     A row that is entered with output, after a preemption, reads it again; so does nothing else need to be saved. A text
     that no longer fits its grammar (that takes a bug or one of llguidance's limits) may only end.
+
+    Tokens are read where the next masks need them, by when the step after theirs is on its way to the device: a step
+    with grammars waits for the one before it there, others never wait.
     """
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self._compiler = compiler
         self._matchers: dict[Row, LLMatcher] = {}
+        self._unread: tuple[Download, list[tuple[int, int, LLMatcher]]] | None = None  # with places, rows, matchers
 
     def enter(self, row: RowInit) -> None:
         """A request takes a row."""
@@ -77,24 +82,35 @@ class TokenMasks:
         return row in self._matchers
 
     def apply(self, logits: Tensor, rows: Sequence[int]) -> None:
-        """Set what is not allowed to -inf in `logits` fp32 [N, V], whose lines belong to `rows`."""
+        """Set what is not allowed to -inf in `logits` fp32 [N, V], whose lines belong to `rows`.
+
+        Waits for the tokens of the step before.
+        """
+        self._read()
         for line, row in enumerate(rows):
             if (matcher := self._matchers.get(Row(row))) is not None:
                 bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 allowed = np.unpackbits(bits, bitorder="little", count=logits.shape[1])
-                forbidden = torch.from_numpy(allowed == 0).to(logits.device)
+                (forbidden,) = upload(logits.device, allowed == 0)
                 logits[line].masked_fill_(forbidden, -torch.inf)
 
-    def append(self, rows: Sequence[int], tokens: Tensor) -> None:
-        """Go on by the `tokens` int64 [N] chosen for `rows`. Waits for the device if one of them has a grammar."""
-        if not self._matchers or not any(row in self._matchers for row in rows):
+    def append(self, rows: Sequence[int], chosen: Download) -> None:
+        """Go on by what was chosen for `rows` [N]: tokens int64 [N], and bool [N], false where a row has none."""
+        self._read()
+        held = [(i, row, self._matchers[Row(row)]) for i, row in enumerate(rows) if Row(row) in self._matchers]
+        # The matchers, not the rows: by when these tokens are read, a row may be somebody else's.
+        self._unread = (chosen, held) if held else None
+
+    def _read(self) -> None:
+        if self._unread is None:
             return
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            matcher = self._matchers.get(Row(row))
+        (chosen, held), self._unread = self._unread, None
+        tokens, usable = chosen.lists()
+        for i, row, matcher in held:
             # One that is lost already has been spoken of; one that has ended gets a token more where the next step was
             # launched before its end was known.
-            if matcher is not None and not matcher.is_error() and not matcher.is_stopped():
-                matcher.consume_token(token)
+            if usable[i] and not matcher.is_error() and not matcher.is_stopped():
+                matcher.consume_token(tokens[i])
                 self._note_error(matcher, row)
 
     def _note_error(self, matcher: LLMatcher, row: int) -> None:

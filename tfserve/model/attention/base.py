@@ -18,7 +18,7 @@ class PagedKV:
     `[num_blocks, block_size, kv_heads, head_dim]`.
 
     Block 0 takes the place of blocks that do not exist: it is read, with weight 0, and must stay finite, as must
-    everything else in the cache, because a masked score is a sum with -inf.
+    everything else in the cache where a backend reads stale KV.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]  # K and V
@@ -67,7 +67,8 @@ class AttentionBackend(Protocol):
 
     name: str
     dtypes: tuple[torch.dtype, ...]
-    graph_capable: bool
+    reads_stale_kv: bool
+    """Whether what lies in a block beyond a sequence's tokens is read, with weight 0: a NaN there would spread."""
 
     def block_size(self, wish: int | None) -> int:
         """Tokens per KV block: the wish, or what the backend prefers. Raises ConfigError if it cannot use the wish."""

@@ -25,7 +25,9 @@ class PagedBackend:
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    graph_capable = True
+    # A score beyond a sequence's end is replaced, and values there are not loaded: flash_fwd_kernel.h of flash-attn 2.8
+    # (apply_mask, Clear_OOB_MN).
+    reads_stale_kv = False
 
     def __init__(self, kernels: PagedKernels) -> None:
         self.name = kernels.name

@@ -25,7 +25,7 @@ class TorchBackend:
 
     name = "torch"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    graph_capable = False
+    reads_stale_kv = True  # a masked score is a sum with -inf, and a sum over values takes all of them
 
     def block_size(self, wish: int | None) -> int:
         """Any size will do; 32 is measured to be as fast as larger ones and wastes less."""

@@ -1,0 +1,38 @@
+"""What every TransferEngine of the tests does alike: queues, what has ended, and cancelling."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from tfserve.plan import Copy, CopyId, Direction, Fence
+
+
+class CopyQueues:
+    """Copies in a queue per direction; `pending` have not ended, and steps up to `passed` have."""
+
+    def __init__(self) -> None:
+        self.queues: dict[Direction, deque[Copy]] = {direction: deque() for direction in Direction}
+        self.pending: set[CopyId] = set()
+        self.passed = -1
+
+    def submit(self, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self.pending.add(copy.id)
+            self.queues[copy.dir].append(copy)
+
+    def complete(self, fence: Fence) -> None:
+        self.passed = max(self.passed, fence)
+
+    def cancel(self, ids: set[CopyId]) -> set[CopyId]:
+        gone = {copy.id for queue in self.queues.values() for copy in queue} & ids
+        for direction, queue in self.queues.items():
+            self.queues[direction] = deque(copy for copy in queue if copy.id not in gone)
+        self.pending -= gone
+        return gone
+
+    def step_has_passed(self, copy: Copy) -> bool:
+        return copy.after.fence is None or copy.after.fence <= self.passed
+
+    def copies_have_ended(self, copy: Copy) -> bool:
+        return self.pending.isdisjoint(copy.after.copies)
