@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -19,16 +20,24 @@ from tests.http.test_server import free_port
 class Server:
     """`tfserve serve` as a user starts it, with its engine process.
 
-    `target` is a model directory or a YAML file; what it prints goes to `log`.
+    `target` is a model directory or a YAML file; what it prints goes to `log`. `program` is how tfserve is called, `env`
+    its environment.
     """
 
-    def __init__(self, target: Path, log: Path, *settings: str) -> None:
+    def __init__(
+        self,
+        target: Path,
+        log: Path,
+        *settings: str,
+        program: Sequence[str] = (sys.executable, "-m", "tfserve.cli"),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log.open("w+")
         words = ["--server.port", str(self.port), "--max-model-len", "1024", "--threads", "1", *settings]
-        command = [sys.executable, "-m", "tfserve.cli", "serve", str(target), *words]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        command = [*program, "serve", str(target), *words]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=env)
 
     def __enter__(self) -> Self:
         return self
