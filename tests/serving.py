@@ -20,8 +20,8 @@ from tests.http.test_server import free_port
 class Server:
     """`tfserve serve` as a user starts it, with its engine process.
 
-    `target` is a model directory or a YAML file; what it prints goes to `log`. `program` is how tfserve is called, `env`
-    its environment.
+    `target` is a model directory or a YAML file; what it prints goes to `log`. `program` is how tfserve is called,
+    `env` its environment.
     """
 
     def __init__(

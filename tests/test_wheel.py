@@ -38,7 +38,7 @@ def call(*command: str | Path, cwd: Path, env: Mapping[str, str] | None = None) 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools would leave its own files in the tree, and take what an earlier build left there."""
+    """Built from a copy: setuptools would leave its files in the tree, and take what an earlier build left there."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     shutil.copytree(REPO / "tfserve", source / "tfserve", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
