@@ -16,6 +16,8 @@ MAX_LEN = 512
 """The server's max_model_len."""
 
 PHASES = ("waiting", "prefill", "running", "paused", "loading")
+PHASE_WEIGHTS = (1, 1, 1, 2, 4)
+"""How many wish to be seen in each: the short phases are the hard ones to catch."""
 
 RATES: tuple[float | str | None, ...] = (10, 20, 40, 400, "read", "auto", None)
 
@@ -182,7 +184,7 @@ class Visitors:
         while tag == (0, 0) or tag in self._wishes:
             tag = self._rng.randrange(20, 300), self._rng.randrange(50, MAX_LEN - 300)
         body |= {"prompt": [7] * tag[0], "max_tokens": tag[1], "consumption_rate": self._rng.choice((5, 10, 20))}
-        wish = self._wishes[tag] = Wish(self._rng.choice(PHASES))
+        wish = self._wishes[tag] = Wish(self._rng.choices(PHASES, PHASE_WEIGHTS)[0])
         try:
             async with self._ask(body) as response:
                 reading = asyncio.ensure_future(self._end_of(response))
