@@ -16,6 +16,11 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check
 CODE := tfserve tests benchmarks examples
 
+# LiteLLM, LangChain and Ray pull packages back to versions that dev's do not want. So they have an environment of their
+# own, which sees the other one's packages behind its own: torch is there only once.
+CLIENTS := .venv-clients
+NODE    := build/node
+
 GPU_SITE := build/gpu-site
 GPU_RUN  := PYTHONPATH=$(GPU_SITE):. PYTHONUNBUFFERED=1 $(GPU_PYTHON)
 # Somebody else's packages may warn of what they like; a wait for a device that hangs is in C, where no signal ends it.
@@ -45,8 +50,9 @@ demo: $(VENV)/.stamp-run  ## download and convert the demo model into the user's
 test: $(VENV)/.stamp-dev demo  ## run the tests that take seconds
 	$(BIN)/pytest -m 'not slow' $(ARGS)
 
-test-all: $(VENV)/.stamp-dev demo  ## run every test
-	$(BIN)/pytest $(ARGS)
+test-all: $(VENV)/.stamp-browser $(CLIENTS)/.stamp $(NODE)/.stamp demo  ## run every test: also browser, Node, LiteLLM, LangChain, Ray, chaos, wheel
+	@status=0; $(BIN)/pytest $(ARGS) || status=1; \
+	$(CLIENTS)/bin/python -m pytest tests/clients tests/examples $(ARGS) || status=1; exit $$status
 
 check: $(VENV)/.stamp-dev  ## format, lint and types
 	$(BIN)/ruff format --check $(CODE)
@@ -74,7 +80,7 @@ gpu-wheels:  ## fetch what `make gpu-check` needs on a bare machine with Python 
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) -d $(GPU_WHEELS) msgspec pytest-asyncio
 
 clean:  ## remove the environment and every cache in this directory (the demo model stays)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 ifneq ($(wildcard $(VENV)/.installing),)
@@ -103,4 +109,23 @@ $(VENV)/.stamp-run: $(VENV)/.stamp-torch pyproject.toml
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-run pyproject.toml
 	$(call install,--constraint $(VENV)/constraints.txt --editable '.[dev]')
+	@touch $@
+
+# A machine without a way to the browser's download runs everything else; those tests then say why they are skipped.
+$(VENV)/.stamp-browser: $(VENV)/.stamp-dev
+	$(call install,--constraint $(VENV)/constraints.txt --editable '.[browser]')
+	@$(BIN)/python -m playwright install chromium || echo 'No Chromium: the browser tests will be skipped.' >&2
+	@touch $@
+
+$(CLIENTS)/.stamp: $(VENV)/.stamp-dev pyproject.toml
+	@rm -rf $(CLIENTS) && $(BIN)/python -m venv $(CLIENTS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth"
+	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --constraint $(VENV)/constraints.txt --editable '.[clients,ray]'
+	@touch $@
+
+$(NODE)/.stamp: tests/clients/node/package.json
+	@mkdir -p $(NODE) && cp $< $(NODE)
+	@if command -v npm >/dev/null; then npm install --prefix $(NODE) --no-audit --no-fund --loglevel=error; \
+	  else echo 'No npm: the JavaScript client will not be tested.' >&2; fi
 	@touch $@

@@ -7,17 +7,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import aiohttp
-import psutil
 import pytest
 from aiohttp import web
 
-from tests.http.test_server import free_port
+from tests.serving import Server
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig
 from tfserve.engine.engine import Engine
@@ -101,44 +98,11 @@ async def test_eighty_of_a_hundred_streams_complete_exactly_while_twenty_clients
         await runner.cleanup()
 
 
-class Server:
-    """`tfserve serve` as a user starts it, with its engine process."""
-
-    def __init__(self, model_dir: Path, log: Path, *settings: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log.open("w+")
-        words = ["--server.port", str(self.port), "--max-model-len", "1024", "--threads", "1", *settings]
-        command = [sys.executable, "-m", "tfserve.cli", "serve", str(model_dir), *words]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
-
-    async def wait_until_ready(self, session: aiohttp.ClientSession) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                async with session.get(self.url + "/ready") as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.1)
-        raise AssertionError(Path(self.log.name).read_text())
-
-    def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
-        return child
-
-    async def exit_code(self) -> int:
-        return await asyncio.to_thread(self.process.wait, 30)
-
-
 @pytest.fixture
 def server(model_dir: Path, tmp_path: Path):
-    server = Server(model_dir, tmp_path / "log", "--server.drain_timeout", "1")
-    yield server
-    server.process.kill()
-    server.process.wait()
-    server.log.close()
+    with Server(model_dir, tmp_path / "log", "--server.drain_timeout", "1") as server:
+        server.wait_until_ready()
+        yield server
 
 
 async def open_streams(server: Server, session: aiohttp.ClientSession, n: int) -> list[aiohttp.ClientResponse]:
@@ -152,7 +116,6 @@ async def open_streams(server: Server, session: aiohttp.ClientSession, n: int) -
 
 async def test_killed_engine_ends_streams_with_an_error_and_the_server_with_a_code(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        await server.wait_until_ready(session)
         responses = await open_streams(server, session, 4)
         os.kill(server.engine().pid, signal.SIGKILL)
         for response in responses:
@@ -166,7 +129,6 @@ async def test_killed_engine_ends_streams_with_an_error_and_the_server_with_a_co
 
 async def test_killed_server_leaves_no_engine(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        await server.wait_until_ready(session)
         responses = await open_streams(server, session, 2)
         engine = server.engine()
         server.process.kill()
@@ -178,7 +140,6 @@ async def test_killed_server_leaves_no_engine(server: Server) -> None:
 
 async def test_sigterm_drains_then_aborts_what_is_left(server: Server) -> None:
     async with aiohttp.ClientSession() as session:
-        await server.wait_until_ready(session)
         short = await session.post(
             server.url + "/v1/completions", json={"prompt": [5], "stream": True, "max_tokens": 2}
         )
@@ -198,10 +159,9 @@ async def test_whom_an_overloaded_server_cannot_promise_their_rate_it_refuses_be
     model_dir: Path, tmp_path: Path
 ) -> None:
     policy = ["--scheduler.policy", "tokenflow", "--scheduler.overload", "shed"]
-    server = Server(model_dir, tmp_path / "log", *policy)
     body = {"prompt": [5, 6, 7], "stream": True, "max_tokens": 60, "ignore_eos": True, "consumption_rate": 1e6}
 
-    async def one(session: aiohttp.ClientSession) -> int:
+    async def one(server: Server, session: aiohttp.ClientSession) -> int:
         async with session.post(server.url + "/v1/completions", json=body) as response:
             if response.status == 429:
                 assert int(response.headers["Retry-After"]) >= 1
@@ -212,16 +172,12 @@ async def test_whom_an_overloaded_server_cannot_promise_their_rate_it_refuses_be
                 assert all("error" not in chunk for chunk in seen[:-1])
             return response.status
 
-    try:
+    with Server(model_dir, tmp_path / "log", *policy) as server:
+        server.wait_until_ready()
         async with aiohttp.ClientSession() as session:
-            await server.wait_until_ready(session)
-            statuses = await asyncio.gather(*(one(session) for _ in range(20)))
+            statuses = await asyncio.gather(*(one(server, session) for _ in range(20)))
             async with session.get(server.url + "/metrics") as response:
                 metrics = await response.text()
-        assert set(statuses) == {200, 429}
-        refused = statuses.count(429)
-        assert f'tfserve:requests_refused_total{{reason="overloaded"}} {float(refused)}' in metrics
-    finally:
-        server.process.terminate()
-        server.process.wait(20)
-        server.log.close()
+    assert set(statuses) == {200, 429}
+    refused = statuses.count(429)
+    assert f'tfserve:requests_refused_total{{reason="overloaded"}} {float(refused)}' in metrics

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -16,6 +15,7 @@ from tfserve.cli import config_from_args
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig, config_from
 from tfserve.http.interval_log import interval_line
 from tfserve.http.metrics import Metrics
+from tfserve.memory.kv_layout import KVLayout
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -55,13 +55,26 @@ def metrics() -> set[str]:
     return samples | {family.name for family in families if family.type == "histogram"}
 
 
-@pytest.mark.parametrize("heading", ["Engine", "Scheduler", "Server"])
-def test_settings_in_the_tables_exist_with_the_defaults_that_are_named(heading):
-    known = settings()
-    table = rows(heading)
-    assert len(table) >= 10
-    for name, default, *_ in table:
-        assert yaml.safe_load(default) == known[name.strip("`")], name
+def test_the_tables_name_every_setting_with_its_default():
+    tables = [row for heading in ("Engine", "Scheduler", "Server") for row in rows(heading)]
+    named = {name.strip("`"): yaml.safe_load(default) for name, default, *_ in tables}
+    assert named == {name: default for name, default in settings().items() if name not in ("scheduler", "server")}
+
+
+def test_sizes_are_those_of_the_kv_layout():
+    for model, shape, width, per_token, per_gib, request in rows("Sizing"):
+        layers, heads, size = map(int, shape.split(","))
+        layout = KVLayout.for_device(
+            "cpu",
+            {"2": "bfloat16", "4": "float32"}[width],
+            num_layers=layers,
+            block_size=32,
+            num_kv_heads=heads,
+            head_dim=size,
+        )
+        shown = [int(re.sub(r"\D", "", cell)) for cell in (per_token, per_gib, request)]
+        size_bytes = layout.token_bytes
+        assert shown == [size_bytes // 1024, 2**30 // size_bytes, round(1500 * size_bytes / 2**20)], model
 
 
 def test_settings_named_anywhere_exist():

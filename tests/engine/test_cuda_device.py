@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tests.model.test_runner import Driver
-from tfserve.engine.cuda_device import kv_bytes, largest_step
+from tfserve.engine.cuda_device import kv_bytes, largest_step, run_largest
+from tfserve.errors import ConfigError
+from tfserve.model.runner import FailedStep
 
 GIB = 2**30
 
@@ -29,6 +31,19 @@ def test_the_largest_step_spends_the_whole_budget_on_as_many_prompts_as_fit(seqs
         assert len(seq.new_blocks) * 256 >= seq.n
         assert set(seq.new_blocks) == {1}
         assert seq.sample
+
+
+def test_a_largest_step_without_room_says_what_to_set():
+    class Full:
+        def launch(self, plan):
+            return FailedStep(plan.step, torch.OutOfMemoryError("CUDA out of memory"))
+
+        def close(self):
+            pass
+
+    with pytest.raises(ConfigError, match="a step of 64 tokens for 8 requests") as error:
+        run_largest(Full(), largest_step(8, 64, 100, 256, 1000))
+    assert error.value.key == "max_num_batched_tokens"
 
 
 def test_the_largest_step_runs(tiny_llama3):

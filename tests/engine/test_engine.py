@@ -163,7 +163,7 @@ async def test_prompt_logprobs_come_once_and_first(engine):
     [
         ([], {}, "prompt", "empty"),
         ([512], {}, "prompt", "token id 512 is not in the vocabulary"),
-        ([1] * 256, {}, "prompt", "256 tokens; the model's limit is 256"),
+        ([1] * 256, {}, "prompt", "maximum context length is 256 tokens; the prompt has 256"),
         ([1] * 200, {"max_tokens": 100}, "max_tokens", "ask for at most 56"),
         ([1], {"max_tokens": -1}, "max_tokens", "at least 1"),
         ([1], {"max_tokens": 0}, "max_tokens", "at least 1"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 
 import torch
 
 from tfserve.config import EngineConfig
+from tfserve.errors import ConfigError
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.kv_layout import KVLayout
 from tfserve.model.attention.base import AttentionBackend, PagedKV
@@ -17,7 +19,7 @@ from tfserve.model.decoder import Decoder
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.token_masks import TokenMasks
-from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan
+from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -72,8 +74,11 @@ def measure_kv_bytes(
 ) -> int:
     """Run the largest step that can come and see what it leaves: bytes for KV, below 0 if nothing.
 
-    What the step took stays with torch's allocator, on `stream`, where later steps find it.
+    What the step took stays with torch's allocator and so counts as taken. Raises ConfigError if it does not fit.
     """
+    # What an engine before this one had is still with the allocator, or in a cycle, and would count too.
+    gc.collect()
+    torch.cuda.empty_cache()
     max_model_len = config.max_model_len or model.config.max_position_embeddings
     pool = DevicePool(layout, 2, "cuda")
     runner = ModelRunner(
@@ -82,7 +87,7 @@ def measure_kv_bytes(
     plan = largest_step(
         config.max_num_seqs, config.max_num_batched_tokens, max_model_len, layout.block_size, model.config.vocab_size
     )
-    StreamRunner(runner, stream).launch(plan).result()
+    run_largest(StreamRunner(runner, stream), plan)
     del runner, pool
     free, total = torch.cuda.mem_get_info()
     reserved = 0 if config.enforce_eager else _GRAPH_BYTES
@@ -94,6 +99,18 @@ def measure_kv_bytes(
         budget / 2**30,
     )
     return budget
+
+
+def run_largest(runner: Runner, plan: StepPlan) -> None:
+    """Run a step to its end. Raises ConfigError if there is no memory for it."""
+    try:
+        runner.launch(plan).result()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "max_num_batched_tokens",
+            f"a step of {plan.num_tokens} tokens for {len(plan.seqs)} requests does not fit into the device's memory"
+            " beside the weights; set it or max_num_seqs to less",
+        ) from error
 
 
 def largest_step(

@@ -30,18 +30,23 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
     if room < 1:
         raise RequestError(
             "prompt",
-            f"the prompt has {len(prompt)} tokens; the model's limit is {info.max_model_len} with at least one token of"
-            " output. Shorten the prompt",
+            f"{_limit(info)}; the prompt has {len(prompt)} tokens, and at least one token of output must fit. Shorten"
+            " the prompt",
             "context_length_exceeded",
         )
     if params.max_tokens is not None and params.max_tokens > room:
         raise RequestError(
             "max_tokens",
-            f"prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed the model's limit of"
-            f" {info.max_model_len}; shorten the prompt or ask for at most {room}",
+            f"{_limit(info)}; prompt ({len(prompt)} tokens) and max_tokens ({params.max_tokens}) exceed it. Shorten the"
+            f" prompt or ask for at most {room}",
             "context_length_exceeded",
         )
     return params
+
+
+def _limit(info: EngineInfo) -> str:
+    """OpenAI's words: LiteLLM, among others, knows this error by them and not by its code."""
+    return f"This model's maximum context length is {info.max_model_len} tokens"
 
 
 def check_tokens(prompt: Sequence[int], vocab_size: int, param: str = "prompt") -> None:

@@ -147,9 +147,13 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         response = await handler(request)
         status = response.status
         return response
-    except (asyncio.CancelledError, ConnectionError):
+    except asyncio.CancelledError:
         status = CLIENT_GONE
         raise
+    except ConnectionError:
+        status = CLIENT_GONE
+        # Nobody gets this; aiohttp would log a lost connection as an error of ours.
+        return web.Response(status=CLIENT_GONE)
     finally:
         usage = request.get(USAGE)
         tokens = f", {usage.prompt_tokens} + {usage.completion_tokens} tokens" if usage else ""

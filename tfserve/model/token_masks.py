@@ -84,11 +84,11 @@ class TokenMasks:
     def apply(self, logits: Tensor, rows: Sequence[int]) -> None:
         """Set what is not allowed to -inf in `logits` fp32 [N, V], whose lines belong to `rows`.
 
-        Waits for the tokens of the step before.
+        Waits for the tokens of the step before if one of the rows has a grammar.
         """
-        self._read()
         for line, row in enumerate(rows):
             if (matcher := self._matchers.get(Row(row))) is not None:
+                self._read()
                 bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
                 allowed = np.unpackbits(bits, bitorder="little", count=logits.shape[1])
                 (forbidden,) = upload(logits.device, allowed == 0)
@@ -96,10 +96,11 @@ class TokenMasks:
 
     def append(self, rows: Sequence[int], chosen: Download) -> None:
         """Go on by what was chosen for `rows` [N]: tokens int64 [N], and bool [N], false where a row has none."""
-        self._read()
         held = [(i, row, self._matchers[Row(row)]) for i, row in enumerate(rows) if Row(row) in self._matchers]
-        # The matchers, not the rows: by when these tokens are read, a row may be somebody else's.
-        self._unread = (chosen, held) if held else None
+        if held:
+            self._read()
+            # The matchers, not the rows: by when these tokens are read, a row may be somebody else's.
+            self._unread = chosen, held
 
     def _read(self) -> None:
         if self._unread is None:
