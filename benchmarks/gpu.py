@@ -130,8 +130,10 @@ def burst_cells(args: argparse.Namespace, decoder: Decoder, shape: Shape) -> Ite
         scale = SMALL_SCALE if is_small else 1.0
     for policy in POLICIES:
         share_s = args.budgets["burst"] / len(POLICIES)
-        cell = run_burst(decoder, shape, args.device, policy, scale=scale, budget_s=share_s, eager=args.eager)
-        yield {**cell, "scale": scale}
+        cell = run_burst(
+            decoder, shape, args.device, policy, scale=scale, budget_s=share_s, eager=args.eager, depth=args.depth
+        )
+        yield {**cell, "scale": scale, "pipeline_depth": args.depth}
         release_memory()
 
 
@@ -151,6 +153,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", choices=sorted(BUDGETS_S), action="append", help="a section alone; repeatable")
     parser.add_argument("--budget", action="append", default=[], metavar="SECTION=SECONDS")
     parser.add_argument("--burst-scale", type=float, help="share of the paper's requests and KV (default: by memory)")
+    parser.add_argument("--depth", type=int, choices=(1, 2), default=1, help="pipeline_depth of the burst")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     args = parser.parse_args()
     args.budgets = dict(BUDGETS_S)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -61,7 +61,15 @@ def lengths(mean: int, count: int, rng: np.random.Generator) -> list[int]:
 
 
 def run_burst(
-    decoder: Decoder, shape: Shape, device: str, policy: str, *, scale: float, budget_s: float, eager: bool
+    decoder: Decoder,
+    shape: Shape,
+    device: str,
+    policy: str,
+    *,
+    scale: float,
+    budget_s: float,
+    eager: bool,
+    depth: Literal[1, 2],
 ) -> dict[str, Any]:
     """One policy. `scale` shrinks the number of requests and the KV together, so that the pressure stays."""
     count = max(2, round(shape.burst_requests * scale))
@@ -79,6 +87,7 @@ def run_burst(
             max_num_batched_tokens=min(4096, shape.prefill_tokens),
             num_gpu_blocks_override=1 + round(shape.burst_kv_tokens * scale) // block_size,
             enforce_eager=eager,
+            pipeline_depth=depth,
             threads=torch.get_num_threads(),
             scheduler=SchedulerConfig(policy=policy),  # type: ignore[arg-type]
         )

@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from tfserve.config import config_from
 from tfserve.engine.engine import Engine
 from tfserve.engine.stream import RequestStream
-from tfserve.errors import QueueFullError, RequestError
+from tfserve.errors import EngineDeadError, QueueFullError, RequestError
 from tfserve.types import RequestOutput, SamplingParams
 
 DRAIN_S = 30.0
@@ -65,8 +65,17 @@ class EventStream(StreamingResponse):
             choice["finish_reason"] = output.finish_reason
             chunk = {"id": output.request_id, "object": "text_completion", "choices": [choice]}
             yield b"data: %b\n\n" % msgspec.json.encode({"error": output.error} if output.error else chunk)
-            output = None if output.finished else await self._stream.next()
+            try:
+                output = None if output.finished else await self._stream.next()
+            except EngineDeadError as error:
+                yield b"data: %b\n\n" % msgspec.json.encode({"error": str(error)})
+                break
         yield b"data: [DONE]\n\n"
+
+
+# Above the class: `serve.ingress` copies it, with what its module holds so far.
+def too_many(message: str, retry_after_s: float) -> HTTPException:
+    return HTTPException(429, message, {"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
 @serve.deployment(graceful_shutdown_timeout_s=DRAIN_S + 5, graceful_shutdown_wait_loop_s=0.2, health_check_period_s=5)
@@ -93,7 +102,7 @@ class Replica:
 
     @api.post("/v1/completions")
     async def complete(self, body: Completion) -> StreamingResponse:
-        """A stream of completion chunks. 400 for what cannot be served, 429 for what cannot be served now."""
+        """A stream of completion chunks. 400 for what cannot be served, 429 and 503 for what cannot be served now."""
         params = SamplingParams(
             temperature=body.temperature, max_tokens=body.max_tokens, seed=body.seed, ignore_eos=body.ignore_eos
         )
@@ -103,6 +112,8 @@ class Replica:
             raise HTTPException(400, str(error)) from None
         except QueueFullError as error:
             raise too_many(str(error), error.retry_after_s) from None
+        except EngineDeadError as error:
+            raise HTTPException(503, str(error)) from None
         try:
             # The first output tells whether the policy lets the request in, so the status waits for it.
             first = await stream.next()
@@ -113,10 +124,6 @@ class Replica:
         if first.retry_after_s is not None:
             raise too_many(first.error or "The server is overloaded.", first.retry_after_s)
         return EventStream(stream, first, {"X-Replica": self._name})
-
-
-def too_many(message: str, retry_after_s: float) -> HTTPException:
-    return HTTPException(429, message, {"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
 def build(args: Mapping[str, str]) -> serve.Application:
