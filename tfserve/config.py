@@ -27,10 +27,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `buffer_conservativeness` times the switching time must be unread before somebody leaves for a newcomer;
     `min_residency_s` and `swap_gap_s` keep exchanges rare; `relief_s` is how much worse off than a resident somebody
     must be to displace it although it cannot afford it; `background_patience_s` is how many unread seconds a request
-    without a rate counts as; `min_prefill_share` of the time goes to prompts even while readers run dry; `watermark`
-    is the share of device blocks kept free. `default_rate` is for requests that name none. `overload` says what a
-    new request meets when the rates add up to more than the capacity. `generate_ahead_s` stops decoding, under every
-    policy, whoever has more than that unread (None: never). The last four switch parts off, for ablations.
+    without a rate counts as; `min_prefill_share` of the time goes to prompts even while readers run dry; a reader may
+    stall for prompts by `stall_per_wait` of the longest wait for a first token, in all, `critical_s` at most;
+    `watermark` is the share of device blocks kept free. `default_rate` is for requests that name none. `overload` says
+    what a new request meets when the rates add up to more than the capacity. `generate_ahead_s` stops decoding, under
+    every policy, whoever has more than that unread (None: never). The last four switch parts off, for ablations.
     """
 
     policy: Literal[
@@ -59,6 +60,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     working_set_step: float = 0.1
     background_patience_s: float = 10.0
     min_prefill_share: float = 0.6
+    stall_per_wait: float = 0.05
     watermark: float = 0.02
     default_rate: float = 20.0
     overload: Literal["queue", "share", "shed"] = "queue"
@@ -192,6 +194,7 @@ _NOT_NEGATIVE = (
     "min_residency_s",
     "swap_gap_s",
     "relief_s",
+    "stall_per_wait",
     "background_patience_s",
     "generate_ahead_s",
 )

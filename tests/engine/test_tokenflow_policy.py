@@ -195,6 +195,19 @@ def test_nobody_is_displaced_who_would_run_dry_meanwhile():
     assert decide(scene, buffer_conservativeness=0.9).admit == ("new",)
 
 
+def test_the_longer_a_newcomer_waits_the_shorter_a_victims_buffer_may_be():
+    assert decide(Scene(num_blocks=30).running("a", 1.6).running("b", 1.5).waiting("new", for_s=0.3)).preempt == ()
+    decision = decide(Scene(num_blocks=30).running("a", 1.6).running("b", 1.5).waiting("new", for_s=0.5))
+    assert decision.preempt == (("a", LOAD),)
+
+
+def test_nobody_leaves_for_a_prompt_whose_turn_is_not_next():
+    scene = Scene(num_blocks=70).running("a", unread_s=8.0).running("b", unread_s=8.0).prefilling("long", prompt=600)
+    assert decide(scene.waiting("new")).preempt == ()
+    scene = Scene(num_blocks=33).running("a", unread_s=8.0).running("b", unread_s=8.0).prefilling("short", prompt=16)
+    assert decide(scene.waiting("new", prompt=48)).admit == ("new",)
+
+
 def test_conservativeness_of_twenty_queues_like_fcfs():
     scene = Scene(num_blocks=30).running("low", unread_s=2.5).running("full", unread_s=8.0).waiting("new")
     assert decide(scene, buffer_conservativeness=20.0).preempt == ()
@@ -394,6 +407,20 @@ def test_prompts_get_their_share_even_while_readers_are_dry():
     assert decide(scene, min_prefill_share=0.5).prefill_tokens == pytest.approx(20, abs=1)
 
 
+def test_a_wait_for_a_first_token_excuses_a_little_stalling():
+    scene = Scene(cost=FlatCost(step=0.02, prefill=1e-3))
+    # 46 tokens 2 s ago: 0.3 s are left, and nobody has stalled.
+    scene.tracker.add("a", arrival_s=scene.now_s - 3, num_prompt=32, max_tokens=1000, rate=20.0)
+    scene.tracker.on_tokens(["a"], 46, scene.now_s - 2)
+    scene.tracker.set_phase("a", Phase.RUNNING, scene.now_s - 3)
+    scene.tracker.update(["a"], num_computed=77, device_blocks=5)
+    scene.held += 5
+    scene.prefilling("p", for_s=2.0)
+    for share, excused_s in ((0.0, 0.0), (0.05, 0.1), (0.1, 0.2)):
+        tokens = decide(scene, stall_per_wait=share).prefill_tokens
+        assert tokens == pytest.approx((0.9 * (0.3 + excused_s) - 0.02) / 1e-3, abs=1)
+
+
 def test_first_tokens_come_before_recomputing():
     scene = Scene().running("again", unread_s=0.0).prefilling("new")
     scene.tracker.update(["again"], num_computed=0)
@@ -408,11 +435,22 @@ def test_events_wake_it_but_not_at_every_step():
     policy = TokenFlow(config)
     scene = Scene(num_blocks=60).running("a", unread_s=0.5)
     policy.decide(scene.snapshot())
-    scene.now_s += 0.05
+    scene.now_s += 0.02
     scene.waiting("soon", for_s=0.01)
     assert policy.decide(scene.snapshot()).admit == ()
-    scene.now_s += 0.06
+    scene.now_s += 0.03
     assert policy.decide(scene.snapshot()).admit == ("soon",)
+
+
+def test_first_tokens_are_events_to_a_newcomer_that_lacked_memory():
+    policy = TokenFlow(SchedulerConfig(policy="tokenflow", schedule_interval_s=1.0, watermark=0.0))
+    scene = Scene(num_blocks=30).running("a", unread_s=8.0, for_s=0.9).running("b", unread_s=8.0, for_s=0.9)
+    scene.waiting("new")
+    assert policy.decide(scene.snapshot()).admit == ()  # both have only just come
+    scene.now_s += 0.2
+    assert policy.decide(scene.snapshot()).admit == ()
+    scene.tracker.on_played("a", 100, scene.now_s)  # counts as readers' news do, as a first token does
+    assert policy.decide(scene.snapshot()).admit == ("new",)
 
 
 def test_it_asks_to_be_woken_when_a_paused_reader_will_be_due():

@@ -9,6 +9,7 @@ import numpy as np
 from tfserve.config import SchedulerConfig
 from tfserve.engine.columns import Mask
 from tfserve.engine.policies.headroom import gain, headroom_s
+from tfserve.engine.policies.prefill import pending_tokens
 from tfserve.engine.policies.sharing import (
     exchange,
     resident_blocks,
@@ -144,26 +145,35 @@ class Balance:
             if not loads and need + self._growth_blocks(self._stay_s[row]) > self._spare:
                 # A recompute that growth soon undoes is device time for nothing.
                 continue
-            victims = self._make_room(need, headroom, "affords", self._config.relief_s)
+            # Among the starving a gap would only move the stall about.
+            least_s = max(headroom, 0.0) + self._config.swap_gap_s
+            victims = self._make_room(need, headroom, "affords", least_s, self._config.relief_s)
             if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
                 self._put_on(row, need, victims)
 
     def let_in(self, newcomers: Rows) -> bool:
-        """Admit in this order while there is memory, or victims that survive it; True if one is left for memory."""
-        exchanges = 0
+        """Admit in this order while there is memory, or victims that survive it; True if one is left for memory.
+
+        The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. Nobody
+        leaves for a prompt whose turn does not come in the next step.
+        """
+        most_pending = self._snapshot.max_num_batched_tokens
+        exchanges, pending = 0, pending_tokens(self._snapshot)
         relief_s = self._config.relief_s if self._config.overload == "share" else np.inf
-        columns = [values[newcomers].tolist() for values in (self._need, self._is_due, self.headroom)]
-        for row, need, is_due, headroom in zip(newcomers.tolist(), *columns, strict=True):
+        uncomputed = self._snapshot.columns.num_uncomputed
+        columns = [values[newcomers].tolist() for values in (self._need, self._is_due, self.headroom, uncomputed)]
+        for row, need, is_due, headroom, tokens in zip(newcomers.tolist(), *columns, strict=True):
             if self._fits(need):
                 victims: list[int] | None = []
-            elif not is_due or exchanges == _MOST_EXCHANGES:
+            elif not is_due or exchanges == _MOST_EXCHANGES or pending >= most_pending:
                 victims = None
             else:
-                victims = self._make_room(need, headroom, "survives", relief_s)
+                victims = self._make_room(need, headroom, "survives", headroom + self._config.swap_gap_s, relief_s)
                 exchanges += 1
             if victims is None:
                 return True
             self._put_on(row, need, victims)
+            pending += tokens
         return False
 
     def fill_up(self) -> None:
@@ -231,16 +241,16 @@ class Balance:
     def _fits(self, need: int) -> bool:
         return need <= self._spare and self._free_rows > 0
 
-    def _make_room(self, need: int, headroom: float, way: Way, relief_s: float) -> list[int] | None:
+    def _make_room(self, need: int, headroom: float, way: Way, least_s: float, relief_s: float) -> list[int] | None:
         """Victims to put out for a request, least gain first; none if it fits, None if that cannot be done.
 
-        Whoever is starving is relieved by those who are better off by `relief_s`, afford it or not.
+        They have `least_s` to read and can go that way. Whoever is starving is relieved by those who are better off by
+        `relief_s`, afford it or not.
         """
         if self._fits(need):
             return []
-        gap_s = self._config.swap_gap_s
         missing, rows = need - self._spare, 1 - self._free_rows
-        victims = self._victims.make_room(missing, rows, headroom, way=way, gap_s=gap_s, relief_s=relief_s)
+        victims = self._victims.make_room(missing, rows, headroom, way=way, least_s=least_s, relief_s=relief_s)
         return victims or None
 
     def _put_on(self, row: int, need: int, victims: list[int]) -> None:

@@ -15,7 +15,7 @@ from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
 from tfserve.types import RequestId
 
-_EVENT_GAPS = 10
+_EVENT_GAPS = 25
 """Events may wake the scheduler this many times per interval."""
 
 
@@ -28,10 +28,13 @@ class Ticker:
         self._last_events = -1
         self.timer_s = np.inf
 
-    def due(self, now_s: float, num_events: int) -> bool:
-        """True if a pass should run now. A step that ends a hair before the time asked for counts as at it."""
+    def due(self, now_s: float, num_events: int, *, is_urgent: bool = False) -> bool:
+        """True if a pass should run now; `is_urgent` counts as an event.
+
+        A step that ends a hair before the time asked for counts as at it.
+        """
         since = now_s - self._last_s + 1e-9
-        woken = num_events != self._last_events or now_s + 1e-9 >= self.timer_s
+        woken = is_urgent or num_events != self._last_events or now_s + 1e-9 >= self.timer_s
         return since >= self._interval_s or (woken and since >= self._interval_s / _EVENT_GAPS)
 
     def ran(self, now_s: float, num_events: int) -> None:

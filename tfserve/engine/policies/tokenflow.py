@@ -9,7 +9,7 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.policies.balance import Balance
 from tfserve.engine.policies.fcfs import admissible
 from tfserve.engine.policies.headroom import headroom_s
-from tfserve.engine.policies.prefill import prefill_order, prefill_tokens
+from tfserve.engine.policies.prefill import pending_tokens, prefill_order, prefill_tokens
 from tfserve.engine.policies.sharing import Ticker, out_of_blocks
 from tfserve.engine.policies.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.policy import Decision, Snapshot
@@ -24,8 +24,9 @@ _ROUNDING_S = 1e-6
 class TokenFlow:
     """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
 
-    It remembers when it last looked, until when no buffer can be low, how large the working set is and whether
-    admission has fallen back; everything else is a function of the snapshot. `num_passes` counts full passes.
+    It remembers when it last looked, whether a newcomer then lacked memory, until when no buffer can be low, how large
+    the working set is and whether admission has fallen back; everything else is a function of the snapshot.
+    `num_passes` counts full passes.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -34,6 +35,7 @@ class TokenFlow:
         self._working_set = WorkingSet()
         self._calm_until_s = -np.inf
         self._calm_since = (-1, -1)
+        self._blocked_since: int | None = None
         self.num_passes = 0
 
     @property
@@ -47,7 +49,8 @@ class TokenFlow:
         if not len(c):
             return Decision()
         stressed = self._is_stressed(snapshot)
-        if not (stressed and self._ticker.due(snapshot.now_s, c.num_events)) and not out_of_blocks(snapshot):
+        is_due = stressed and self._ticker.due(snapshot.now_s, c.num_events, is_urgent=self._wants_prompts(snapshot))
+        if not is_due and not out_of_blocks(snapshot):
             return self._go_on(snapshot, Decision(wake_s=self._ticker.next_s if stressed else None))
         self._ticker.ran(snapshot.now_s, c.num_events)
         self.num_passes += 1
@@ -69,6 +72,12 @@ class TokenFlow:
         self._calm_since = (c.num_events, c.num_readings)
         return False
 
+    def _wants_prompts(self, snapshot: Snapshot) -> bool:
+        """True if a newcomer lacked memory, first tokens have come since, and prompts are left for less than a step."""
+        if self._blocked_since is None or self._blocked_since == snapshot.columns.num_readings:
+            return False
+        return pending_tokens(snapshot) < snapshot.max_num_batched_tokens
+
     def _pass(self, snapshot: Snapshot) -> Decision:
         c, config = snapshot.columns, self._config
         load = measure(snapshot, config)
@@ -79,6 +88,7 @@ class TokenFlow:
         newcomers = _newcomers(snapshot, balance.headroom)
         room = self._working_set.room_for(newcomers, load, snapshot, config)
         blocked = balance.let_in(newcomers[:room])
+        self._blocked_since = c.num_readings if blocked else None
         if not blocked:
             balance.fill_up()
         decision = balance.orders()
@@ -105,7 +115,7 @@ class TokenFlow:
             return decision
         headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
         order = prefill_order(snapshot, headroom)
-        tokens = prefill_tokens(snapshot, config.min_prefill_share)
+        tokens = prefill_tokens(snapshot, headroom, config)
         return msgspec.structs.replace(decision, order=c.ids_of(order), prefill_tokens=tokens)
 
 

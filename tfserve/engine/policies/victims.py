@@ -34,20 +34,20 @@ class Victims:
         self._bound("survives")
 
     def make_room(
-        self, blocks: int, rows: int, headroom: float, *, way: Way, gap_s: float, relief_s: float
+        self, blocks: int, rows: int, headroom: float, *, way: Way, least_s: float, relief_s: float
     ) -> list[int]:
         """The first of those left that together free `blocks` and `rows`; empty if there are too few.
 
-        A victim must have more to read by `gap_s`, and be able to go; or be better off by `relief_s`.
+        A victim must have `least_s` to read, and be able to go; or be better off by `relief_s`.
         """
-        with_gap = max(headroom, 0.0) + gap_s - 1e-9
-        if self.most[None] - headroom < relief_s and self.most[way] < with_gap:
+        least_s -= 1e-9
+        if self.most[None] - headroom < relief_s and self.most[way] < least_s:
             return []
         can_go, headrooms, need = self.can_go[way], self.headroom, self.need
         chosen: list[int] = []
         for index in self.left:
             has = headrooms[index]
-            if has - headroom >= relief_s or (has >= with_gap and can_go[index]):
+            if has - headroom >= relief_s or (has >= least_s and can_go[index]):
                 chosen.append(index)
                 blocks -= need[index]
                 rows -= 1
