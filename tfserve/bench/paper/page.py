@@ -38,6 +38,14 @@ down.
 - Means over seeds, half-widths of 95 % intervals where given; ratios are paired by seed.
 """
 
+_REASONS = """
+- Below capacity a server that never idles generates more than is read: buffers pass a fifth of the answer, and what \
+comes then counts for nothing, in whatever order requests run. `generate_ahead_s` holds tokens back instead, so the \
+bound of a constant capacity is a target for the capped rows; `own` judges the order of those without a cap.
+- The prefill bound knows no decodes: on a device that is busy a newcomer first waits for the end of the running step, \
+and then shares its own with those who read. That is nothing beside a burst's prefill and most of a single prompt's.
+"""
+
 _HEAD = (
     "| case (seeds) | effective | x fcfs (most) | of fluid | of own | raw (x fcfs) | on time | TTFT mean (x fcfs) "
     "| P50 | P99 (x fcfs) | x prefill bound | TBT P99 | stall share | preemptions | GB out, in |"
@@ -110,7 +118,7 @@ def _changes(line: Line) -> str:
 def _targets(found: Iterable[Target]) -> str:
     rows = ["| target | met | where not |", "|---|---|---|"]
     rows += [f"| {target.text} | {target.verdict} | {'; '.join(target.misses) or '-'} |" for target in found]
-    return "\n".join(["## Targets\n", *rows, ""])
+    return "\n".join(["## Targets\n", *rows, _REASONS])
 
 
 def _experiment(experiment: Experiment, lines: Sequence[Line], plots: Sequence[str]) -> str:
