@@ -117,10 +117,12 @@ $(VENV)/.stamp-browser: $(VENV)/.stamp-dev
 	@$(BIN)/python -m playwright install chromium || echo 'No Chromium: the browser tests will be skipped.' >&2
 	@touch $@
 
+# pip is renewed first: Python 3.11's own downloads LiteLLM release by release, 40 MB each, until one fits.
 $(CLIENTS)/.stamp: $(VENV)/.stamp-dev pyproject.toml
 	@rm -rf $(CLIENTS) && $(BIN)/python -m venv $(CLIENTS)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(CLIENTS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth"
+	$(CLIENTS)/bin/python -m pip install --quiet --upgrade pip
 	$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --constraint $(VENV)/constraints.txt --editable '.[clients,ray]'
 	@touch $@
 
