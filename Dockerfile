@@ -1,7 +1,7 @@
 # tfserve in a container. The image holds no weights: mount a volume at /models, where they are downloaded once.
 #
-#   docker build -t tfserve .                                            # CPU
-#   docker build -t tfserve:cuda --build-arg TORCH_ARGS= .               # CUDA: torch's wheel from the package index
+#   docker build -t tfserve:cuda .                                       # torch's wheel with CUDA
+#   docker build -t tfserve --build-arg TORCH_ARGS="--index-url URL" .   # URL: PyTorch's index of CPU wheels, 5 GB less
 #   docker run --rm -v models:/models tfserve demo-model                 # once: prepares the demo model
 #   docker run --rm -p 8000:8000 -v models:/models tfserve               # serves it
 #   docker run --rm --gpus all -p 8000:8000 -v models:/models tfserve:cuda serve Qwen/Qwen2.5-7B-Instruct --server.host 0.0.0.0
@@ -12,10 +12,10 @@ ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim-bookworm AS build
 
-# CPU wheels by default; empty for those with CUDA. EXTRAS: "cuda" adds flash-attn, which wants a compiler if the index
-# has no wheel for this torch (without it, torch's own kernels are used).
+# The package index's torch brings CUDA, and runs on a CPU too. EXTRAS: "cuda" adds flash-attn, which wants a compiler if
+# the index has no wheel for this torch (without it, torch's own kernels are used).
 ARG TORCH=torch==2.13.0
-ARG TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+ARG TORCH_ARGS=""
 ARG EXTRAS=grammar,gguf
 
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
