@@ -27,6 +27,8 @@ from tfserve.types import SamplingParams
 BLOCK_SIZE = 32
 VOCABULARY = range(10, 20_000)
 PROMPT_TOKENS = (20, 200)
+TEACHING_TOKENS = (20, 500)
+"""Of the prompts of the run that is fitted: it has to show steps of every size."""
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     teacher = folder / "poisson.jsonl"
     rng = random.Random(1)
     gaps = [rng.expovariate(2.0) for _ in range(args.requests)]
-    serve(args, "fcfs-chunked", teacher, seed=1, gaps=gaps, kv_share=1.0)
+    serve(args, "fcfs-chunked", teacher, seed=1, gaps=gaps, kv_share=1.0, prompt_tokens=TEACHING_TOKENS)
     profile = fit(read_trace(teacher))
     print(f"{profile.source}: median error {profile.error.median:.1%}, sum {profile.error.total:+.1%} on other steps\n")
     found: list[Comparison] = []
@@ -66,11 +68,18 @@ def run(args: argparse.Namespace, folder: Path) -> None:
 
 
 def serve(
-    args: argparse.Namespace, policy: str, trace: Path, *, seed: int, gaps: Sequence[float], kv_share: float
+    args: argparse.Namespace,
+    policy: str,
+    trace: Path,
+    *,
+    seed: int,
+    gaps: Sequence[float],
+    kv_share: float,
+    prompt_tokens: tuple[int, int] = PROMPT_TOKENS,
 ) -> None:
     """One real run with a step trace; each request arrives `gaps` seconds after the one before."""
     rng = random.Random(seed)
-    prompts = [[rng.choice(VOCABULARY) for _ in range(rng.randrange(*PROMPT_TOKENS))] for _ in gaps]
+    prompts = [[rng.choice(VOCABULARY) for _ in range(rng.randrange(*prompt_tokens))] for _ in gaps]
     outputs = [round(args.output_tokens * rng.uniform(0.6, 1.4)) for _ in gaps]
     longest = max(len(prompt) + output for prompt, output in zip(prompts, outputs, strict=True))
     tokens = sum(map(len, prompts)) + sum(outputs)

@@ -10,7 +10,7 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.cost_model import StepCoefficients
 from tfserve.engine.qos import score
 from tfserve.engine.sim.engine import SimEngine, SimRequest
-from tfserve.engine.sim.fitted import FitError, FittedProfile, LinearCost, fit
+from tfserve.engine.sim.fitted import FitError, FittedProfile, MeasuredCost, fit
 from tfserve.engine.sim.hardware import LLAMA3_8B, PROFILES, QWEN25_32B, Roofline, capacity
 from tfserve.engine.step_trace import CopyTotals, Trace, TraceHead, TraceStep
 from tfserve.errors import TfserveError
@@ -102,14 +102,14 @@ HEAD = TraceHead(
 )
 
 
-def made_up(num_steps: int) -> Trace:
-    """Steps by TRUE, 1 ms + 0.1 ms a row between them, and a nap now and then."""
+def made_up(num_steps: int, concave: float = 0.0) -> Trace:
+    """Steps by TRUE, 1 ms + 0.1 ms a row between them, and a nap now and then; `concave`: faster per token if large."""
     rng = np.random.default_rng(0)
     steps, now_s = [], 0.0
     for number in range(num_steps):
         n, prompt = int(rng.integers(1, 9)), int(rng.choice([0, 0, 64, 200]))
         work = (n, 100.0 * n + number, prompt, prompt * prompt / 2)
-        seconds = LinearCost(TRUE)(*work) * (1 + 0.02 * rng.normal())
+        seconds = MeasuredCost(TRUE)(*work) * (n + prompt) ** -concave * (1 + 0.02 * rng.normal())
         now_s += 1e-3 + 1e-4 * n + seconds + (5.0 if number % 40 == 20 else 0.0)
         steps.append(
             TraceStep(
@@ -131,14 +131,26 @@ def made_up(num_steps: int) -> Trace:
 
 def test_a_fit_finds_the_law_and_says_how_far_off_it_is():
     profile = fit(made_up(400))
-    law = LinearCost(profile.step)
+    law = MeasuredCost(profile.step, profile.sizes)
     for work in [(1, 300, 0, 0), (8, 1200, 0, 0), (4, 500, 200, 20_000)]:
-        assert law(*work) == pytest.approx(LinearCost(TRUE)(*work), rel=0.05)
+        assert law(*work) == pytest.approx(MeasuredCost(TRUE)(*work), rel=0.05)
     assert profile.host_s == pytest.approx(1e-3, rel=0.2)
     assert profile.host_row_s == pytest.approx(1e-4, rel=0.2)
     assert profile.store_bytes_per_s == pytest.approx(1e9)
     assert 0.005 < profile.error.median < 0.03
     assert abs(profile.error.total) < 0.02
+
+
+def test_a_machine_that_is_faster_per_token_in_large_steps_is_fitted_too():
+    profile = fit(made_up(400, concave=0.15))
+    machine, plain = MeasuredCost(profile.step, profile.sizes), MeasuredCost(profile.step)
+    misses = {True: 0.0, False: 0.0}
+    for work in [(1, 300, 0, 0), (8, 1200, 0, 0), (4, 500, 64, 2048), (4, 500, 200, 20_000)]:
+        truth = MeasuredCost(TRUE)(*work) * (work[0] + work[2]) ** -0.15
+        assert machine(*work) == pytest.approx(truth, rel=0.06)
+        misses[True] += abs(machine(*work) / truth - 1)
+        misses[False] += abs(plain(*work) / truth - 1)
+    assert misses[True] < misses[False]
 
 
 def test_a_trace_that_is_too_short_to_fit_is_refused():

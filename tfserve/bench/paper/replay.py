@@ -11,7 +11,7 @@ import numpy as np
 
 from tfserve.engine.qos import Floats
 from tfserve.engine.sim.engine import SimEngine, SimRequest
-from tfserve.engine.sim.fitted import FittedProfile, fit, fit_error
+from tfserve.engine.sim.fitted import FittedProfile, MeasuredCost, fit, fit_error
 from tfserve.engine.step_trace import Trace, read_trace
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import TfserveError
@@ -160,7 +160,7 @@ def _replay(args: argparse.Namespace) -> int:
     for path in args.traces:
         trace = read_trace(path)
         comparison = replay(profile, trace, path.name)
-        other = fit_error(profile.step, [step.sample() for step in trace.steps])
+        other = fit_error(MeasuredCost(profile.step, profile.sizes), [step.sample() for step in trace.steps])
         print(comparison_table(comparison))
         print(f"its steps by the profile: median error {other.median:.1%}, sum {other.total:+.1%}\n")
         found.append(comparison)

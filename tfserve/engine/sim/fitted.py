@@ -11,8 +11,10 @@ import numpy as np
 
 from tfserve.engine.cost_model import CostModel, StepCoefficients, StepSample
 from tfserve.engine.sim.engine import SimMachine
+from tfserve.engine.sim.runner import StepCost
 from tfserve.engine.sim.transfers import SimLinks
 from tfserve.engine.step_trace import Trace, TraceStep
+from tfserve.engine.token_buffer import Floats
 from tfserve.errors import TfserveError
 from tfserve.plan import StepPlan
 
@@ -24,6 +26,9 @@ _IDLE = 10.0
 _UNKNOWN_BYTES_PER_S = 5e9
 """Of a link on which nothing was copied."""
 
+_LEAST_ALIKE = 4
+"""Steps of about a size that can say how far off the law is at that size."""
+
 
 class FitError(msgspec.Struct, frozen=True, kw_only=True):
     """How far off the law is on steps that it was not fitted to: relative errors of single steps, and of their sum."""
@@ -34,14 +39,23 @@ class FitError(msgspec.Struct, frozen=True, kw_only=True):
     total: float
 
 
+class SizeFactor(msgspec.Struct, frozen=True):
+    """Steps of about `num_tokens` take `factor` times what the law says: a matrix product is not linear in its rows."""
+
+    num_tokens: float
+    factor: float
+
+
 class FittedProfile(msgspec.Struct, frozen=True, kw_only=True):
     """A machine as measured; what `tfserve bench fit` writes. Seconds, bytes/s, blocks with the reserved one.
 
-    `host_s` passes between the end of a step and the start of the next, and `host_row_s` more for each decode in it.
+    A step takes what the law `step` says, times the factor of its size (`sizes`, ascending). `host_s` passes between
+    the end of a step and the start of the next, and `host_row_s` more for each decode in it.
     """
 
     source: str
     step: StepCoefficients
+    sizes: list[SizeFactor] = []
     error: FitError
     host_s: float
     host_row_s: float
@@ -57,7 +71,7 @@ class FittedProfile(msgspec.Struct, frozen=True, kw_only=True):
     def machine(self) -> SimMachine:
         """The machine to simulate."""
         return SimMachine(
-            step_s=LinearCost(self.step),
+            step_s=MeasuredCost(self.step, self.sizes),
             links=SimLinks(store_bytes_per_s=self.store_bytes_per_s, load_bytes_per_s=self.load_bytes_per_s),
             kv_bytes_per_token=self.kv_bytes_per_token,
             kv_tokens=(self.num_blocks - 1) * self.block_size,
@@ -69,16 +83,25 @@ class FittedProfile(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class LinearCost:
-    """sim.runner.StepCost: a step is linear in its work, as the CostModel takes it to be."""
+class MeasuredCost:
+    """sim.runner.StepCost: the law of the engine's CostModel, linear in the step's work, times a factor for its size.
 
-    def __init__(self, coefficients: StepCoefficients) -> None:
+    Between two sizes the factor is interpolated over the logarithm of tokens; beyond them it stays.
+    """
+
+    def __init__(self, coefficients: StepCoefficients, sizes: Sequence[SizeFactor] = ()) -> None:
         self._per = msgspec.structs.astuple(coefficients)
+        self._log_tokens = [math.log(size.num_tokens) for size in sizes]
+        self._factors = [size.factor for size in sizes]
 
     def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
         """Seconds of a step; arguments as StepCost's."""
         features = StepSample(n_decode, decode_ctx, n_prefill, prefill_ctx, 0.0).features()
-        return math.fsum(per * feature for per, feature in zip(self._per, features, strict=True))
+        law_s = math.fsum(per * feature for per, feature in zip(self._per, features, strict=True))
+        if not self._factors:
+            return law_s
+        size = math.log(max(n_decode + n_prefill, 1))
+        return law_s * float(np.interp(size, self._log_tokens, self._factors))
 
 
 class HostTime:
@@ -98,13 +121,16 @@ def fit(trace: Trace) -> FittedProfile:
     if len(steps) < _LEAST_STEPS:
         raise TfserveError(f"a trace of {len(steps)} steps is too short to fit; {_LEAST_STEPS} are needed")
     head = trace.head
-    coefficients = fit_steps([step.sample() for step in steps[::2]])
+    taught = [step.sample() for step in steps[::2]]
+    coefficients = fit_steps(taught)
+    sizes = fit_sizes(coefficients, taught)
     host_s, host_row_s = _host_time(steps)
     stored, loaded = steps[-1].stored, steps[-1].loaded
     return FittedProfile(
         source=f"{head.model} on {head.device}, {len(steps)} steps",
         step=coefficients,
-        error=fit_error(coefficients, [step.sample() for step in steps[1::2]]),
+        sizes=sizes,
+        error=fit_error(MeasuredCost(coefficients, sizes), [step.sample() for step in steps[1::2]]),
         host_s=host_s,
         host_row_s=host_row_s,
         store_bytes_per_s=stored.nbytes / stored.busy_s if stored.busy_s else _UNKNOWN_BYTES_PER_S,
@@ -125,11 +151,25 @@ def fit_steps(samples: Sequence[StepSample]) -> StepCoefficients:
     return model.coefficients
 
 
-def fit_error(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> FitError:
+def fit_sizes(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> list[SizeFactor]:
+    """How far off the law is at each size: a factor for every power of two of tokens that was seen often enough."""
+    law = MeasuredCost(coefficients)
+    alike: dict[int, list[StepSample]] = {}
+    for sample in samples:
+        alike.setdefault((sample.n_decode + sample.n_prefill - 1).bit_length(), []).append(sample)
+    found = []
+    for _, group in sorted(alike.items()):
+        if len(group) >= _LEAST_ALIKE:
+            num_tokens = math.exp(sum(math.log(s.n_decode + s.n_prefill) for s in group) / len(group))
+            factor = sum(sample.seconds for sample in group) / float(_predicted(law, group).sum())
+            found.append(SizeFactor(num_tokens, factor))
+    return found
+
+
+def fit_error(law: StepCost, samples: Sequence[StepSample]) -> FitError:
     """How far off the law is on these steps."""
-    law = LinearCost(coefficients)
     measured = np.array([sample.seconds for sample in samples])
-    predicted = np.array([law(s.n_decode, s.decode_ctx, s.n_prefill, s.prefill_ctx) for s in samples])
+    predicted = _predicted(law, samples)
     relative = np.abs(predicted - measured) / measured
     return FitError(
         num_steps=len(samples),
@@ -137,6 +177,10 @@ def fit_error(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> 
         p90=float(np.percentile(relative, 90)),
         total=float(predicted.sum() / measured.sum() - 1),
     )
+
+
+def _predicted(law: StepCost, samples: Sequence[StepSample]) -> Floats:
+    return np.array([law(s.n_decode, s.decode_ctx, s.n_prefill, s.prefill_ctx) for s in samples])
 
 
 def _host_time(steps: Sequence[TraceStep]) -> tuple[float, float]:
