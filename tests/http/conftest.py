@@ -47,12 +47,13 @@ async def start() -> AsyncIterator[StartServer]:
         step_s: float = 0.0,
         loaded: bool = True,
         overload: str = "queue",
+        engine_class: type[FakeEngine] = FakeEngine,
         **server: Any,
     ) -> Running:
         scheduler = {"policy": "tokenflow", "overload": overload}
         config: EngineConfig = config_from({"model": "models/tiny", "server": server, "scheduler": scheduler})
         service = Service(config)
-        engine = FakeEngine(config, reply, step_s)
+        engine = engine_class(config, reply, step_s)
         if loaded:
             service.ready(engine)
         runner = web.AppRunner(create_app(service), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)

@@ -1,0 +1,86 @@
+"""A headless Chromium of the system, and the page of a server on a real loopback port in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.http.conftest import start
+
+__all__ = ["start"]
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+FLAGS = (
+    "--no-sandbox",  # root may not start it otherwise
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    # A browser that calls home is no isolated test.
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+class Opened:
+    """A page with what it complained about and whom it asked."""
+
+    def __init__(self, page: Any, url: str) -> None:
+        self.page = page
+        self.complaints: list[str] = []
+        self.hosts: set[str] = set()
+        self._url = url
+        page.on("console", self._on_console)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+
+    def check(self) -> None:
+        """The console is clean, and nobody but the server was asked for anything."""
+        assert self.complaints == []
+        assert self.hosts <= {urlsplit(self._url).netloc, ""}  # data: addresses have no host
+
+    def _on_console(self, message: Any) -> None:
+        if message.type in {"error", "warning"}:
+            self.complaints.append(message.text)
+
+
+OpenPage = Callable[..., Awaitable[Opened]]
+
+
+@pytest.fixture
+async def open_page(tmp_path: Path) -> AsyncIterator[OpenPage]:
+    """Open the page of a server: `await open_page(url, width=1440, scheme="dark", is_paused=True)`.
+
+    With `is_paused` the page's clock stands still but for `page.clock.run_for(ms)`: what it does in ten seconds is then
+    a fact, however fast this machine is.
+    """
+    playwright = pytest.importorskip("playwright.async_api", reason="needs playwright: pip install 'tfserve[browser]'")
+    program = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"no browser here: none of {', '.join(NAMES)} is installed (Debian: apt install chromium)")
+    async with playwright.async_playwright() as driver:
+        context = await driver.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=program, args=FLAGS, viewport=None
+        )
+
+        async def begin(
+            url: str, width: int = 1440, height: int = 900, scheme: str = "light", is_paused: bool = False
+        ) -> Opened:
+            page = await context.new_page()
+            await page.set_viewport_size({"width": width, "height": height})
+            await page.emulate_media(color_scheme=scheme)
+            if is_paused:
+                await page.clock.install(time=0)
+                await page.clock.pause_at(1000)
+            opened = Opened(page, url)
+            await page.goto(url)
+            return opened
+
+        yield begin
+        await context.close()
