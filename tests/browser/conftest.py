@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from chromium import FLAGS, MISSING, find_chromium
 
 from tests.http.conftest import start
 
 __all__ = ["start"]
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-
-FLAGS = (
-    "--no-sandbox",  # root may not start it otherwise
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    # A browser that calls home is no isolated test.
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 class Opened:
@@ -61,9 +48,9 @@ async def open_page(tmp_path: Path) -> AsyncIterator[OpenPage]:
     a fact, however fast this machine is.
     """
     playwright = pytest.importorskip("playwright.async_api", reason="needs playwright: pip install 'tfserve[browser]'")
-    program = next((found for name in NAMES if (found := shutil.which(name))), None)
+    program = find_chromium()
     if program is None:
-        pytest.skip(f"no browser here: none of {', '.join(NAMES)} is installed (Debian: apt install chromium)")
+        pytest.skip(MISSING)
     async with playwright.async_playwright() as driver:
         context = await driver.chromium.launch_persistent_context(
             tmp_path / "profile", executable_path=program, args=FLAGS, viewport=None

@@ -245,7 +245,10 @@ async function send(question) {
   say("user", question);
   const answer = current = new Answer(), mine = conversation;
   // The speed may change on the way; the reports tell.
-  const body = { messages: mine, stream: true, consumption_rate: "auto", max_tokens: 512, stream_options: { include_usage: true, continuous_usage_stats: true } };
+  const body = {
+    messages: mine, stream: true, consumption_rate: "auto", max_tokens: 512, temperature: 0.6, top_p: 0.9,
+    stream_options: { include_usage: true, continuous_usage_stats: true },
+  };
   try {
     const response = await ask("v1/chat/completions", {
       method: "POST", body: JSON.stringify(body), headers: headers({ "Content-Type": "application/json" }), signal: answer.stop.signal,
