@@ -288,7 +288,7 @@ async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: St
     assert server.engine.live[-1].asked_rate is None
 
 
-@pytest.mark.parametrize("rate", [0, -3, "slowly", True, [6]])
+@pytest.mark.parametrize("rate", [0, -3, 1e-300, "slowly", True, [6]])
 async def test_a_bad_rate_is_named(start: StartServer, rate: object) -> None:
     server = await start()
     async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": rate}) as response:

@@ -22,6 +22,9 @@ Floats = npt.NDArray[np.float64]
 NAMED_RATES = {"listen": 4.0, "read": 6.0, "fast": 12.0}
 """Tokens/s of the names a request may use for its rate; "auto" starts at the default and follows feedback."""
 
+SLOWEST_RATE = 0.01
+"""Tokens/s that a request may ask for at least, a token in 100 seconds: times stay finite."""
+
 AUTO = "auto"
 
 _SLOWEST, _FASTEST = 0.5, 200.0
@@ -40,10 +43,12 @@ def resolve_rate(rate: float | str | None, default: float) -> float:
             return default
         if rate in NAMED_RATES:
             return NAMED_RATES[rate]
-    elif not isinstance(rate, bool) and 0 < rate < math.inf:
+    elif not isinstance(rate, bool) and SLOWEST_RATE <= rate < math.inf:
         return float(rate)
     names = ", ".join(repr(name) for name in (*NAMED_RATES, AUTO))
-    raise RequestError("consumption_rate", f"consumption_rate must be tokens/s above 0, or {names}, got {rate!r}")
+    raise RequestError(
+        "consumption_rate", f"consumption_rate must be at least {SLOWEST_RATE} tokens/s, or {names}, got {rate!r}"
+    )
 
 
 @dataclass(frozen=True)
