@@ -163,7 +163,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
         if not 0 <= self.server.port <= 65535:
             raise ConfigError("server.port", f"must be between 0 and 65535, got {self.server.port}")
+        self._check_server()
         self._check_scheduler()
+
+    def _check_server(self) -> None:
+        server = self.server
+        if not all(key and key.isascii() and key.isprintable() and " " not in key for key in server.api_keys):
+            # An empty one would open the server to everybody: `--server.api_keys "$KEY"` with KEY unset.
+            raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")
+        if server.max_body_bytes < 1:
+            raise ConfigError("server.max_body_bytes", f"must be at least 1, got {server.max_body_bytes}")
+        for key in ("max_queued_requests", "keep_alive_s", "log_interval_s", "drain_timeout"):
+            if not getattr(server, key) >= 0:
+                raise ConfigError(f"server.{key}", f"must not be negative, got {getattr(server, key)}")
 
     def _check_scheduler(self) -> None:
         sched = self.scheduler

@@ -13,6 +13,7 @@ from aiohttp import web
 from tests.http.fakes import FakeEngine
 from tfserve.config import EngineConfig, config_from
 from tfserve.http.app import create_app
+from tfserve.http.connections import IDLE_TIMEOUT_S, create_runner
 from tfserve.http.service import Service
 
 
@@ -48,6 +49,7 @@ async def start() -> AsyncIterator[StartServer]:
         loaded: bool = True,
         overload: str = "queue",
         engine_class: type[FakeEngine] = FakeEngine,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
         **server: Any,
     ) -> Running:
         scheduler = {"policy": "tokenflow", "overload": overload}
@@ -56,7 +58,7 @@ async def start() -> AsyncIterator[StartServer]:
         engine = engine_class(config, reply, step_s)
         if loaded:
             service.ready(engine)
-        runner = web.AppRunner(create_app(service), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+        runner = create_runner(create_app(service), shutdown_timeout_s=1.0, idle_timeout_s=idle_timeout_s)
         runners.append(runner)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

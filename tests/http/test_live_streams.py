@@ -100,6 +100,7 @@ async def test_a_readers_report_reaches_the_engine(start: StartServer, report: A
         ({"played_tokens": -1}, "played_tokens"),
         ({"played_tokens": 1, "played_chars": 1}, "played_tokens"),
         ({"played_chars": "many"}, "played_chars"),
+        ({"played_chars": 10**400}, "played_chars"),
     ],
 )
 async def test_reports_that_say_nothing_are_400(start: StartServer, report: Any, param: str) -> None:
@@ -122,6 +123,16 @@ async def test_streams_that_are_not_there_are_404(start: StartServer) -> None:
         async with server.post(path, body) as response:
             assert response.status == 404
             assert (await response.json())["error"]["code"] == "stream_not_found"
+
+
+@pytest.mark.parametrize("number", ["1", "01", "-1", "\u0660", "9" * 5000])
+async def test_choices_that_an_answer_does_not_have_are_404(start: StartServer, number: str) -> None:
+    server = await start(reply=None)
+    opened, stream, answer = await open_stream(server)
+    async with server.post(f"/v1/streams/{answer}-{number}/buffer", {"played_tokens": 1}) as response:
+        assert response.status == 404
+    assert stream.played == []
+    opened.close()
 
 
 async def test_an_abort_from_outside_ends_the_stream_with_the_reason(start: StartServer) -> None:

@@ -63,6 +63,15 @@ async def test_the_engines_state_is_shown_as_it_is(start: StartServer) -> None:
     asking.cancel()
 
 
+async def test_requests_whose_clients_left_count_as_aborted(start: StartServer) -> None:
+    server = await start(reply=None)
+    asking = asyncio.ensure_future(server.post("/v1/completions", {"prompt": ["abc", "d"]}).__aenter__())
+    await server.engine.submitted.wait()
+    asking.cancel()
+    await asyncio.wait_for(server.service.idle.wait(), 2)
+    assert (await scrape(server))["request_success_total", "abort"] == 2
+
+
 async def test_refusals_are_counted_by_reason(start: StartServer) -> None:
     server = await start(reply=None)
     server.engine.queue_full = True
@@ -134,10 +143,17 @@ async def test_pages_of_other_sites_are_let_in_only_if_named(start: StartServer,
     server = await start(cors_origins=origins)
     for origin in ("https://a.example", "https://b.example"):
         is_allowed = origin in origins or "*" in origins
-        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        wish = "authorization, content-type, x-stainless-lang"
+        asked = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": wish,
+        }
         async with server.session.options(server.url + "/v1/completions", headers=asked) as response:
             assert response.status == (204 if is_allowed else 405)
             assert response.headers.get("Access-Control-Allow-Origin") == (origin if is_allowed else None)
+            assert response.headers.get("Access-Control-Allow-Headers") == (wish if is_allowed else None)
         body = {"prompt": "x", "stream": True}
-        async with server.post("/v1/completions", body, headers={"Origin": origin}) as response:
+        headers = {"Origin": origin, "Content-Type": "application/json"}
+        async with server.post("/v1/completions", body, headers=headers) as response:
             assert response.headers.get("Access-Control-Allow-Origin") == (origin if is_allowed else None)

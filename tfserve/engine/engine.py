@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
 from tfserve.engine.delivery import Delivery, Questions, Sink
+from tfserve.engine.finish_pace import FinishPace
 from tfserve.engine.link import Connect, connect
 from tfserve.engine.messages import (
     AbortRequest,
@@ -77,8 +78,7 @@ class Engine:
         self._on_step: list[Callable[[StepOutputs], None]] = []
         self._stats: EngineStats | None = None
         self._last_news_s = time.monotonic()
-        self._finish_interval_s = 1.0
-        self._last_finish_s = time.monotonic()
+        self._finish_pace = FinishPace(self._last_news_s)
         self._death: str | None = None
         self._on_death: list[Callable[[str], None]] = []
         self._state_lock = threading.Lock()
@@ -272,6 +272,7 @@ class Engine:
                 raise EngineDeadError(self._death)
             if not self._delivery:
                 self._last_news_s = time.monotonic()
+                self._finish_pace.on_work(self._last_news_s)
             # Again, under the lock: another thread may have taken it since.
             if message.request_id in self._delivery:
                 raise _id_in_use(message.request_id)
@@ -296,7 +297,7 @@ class Engine:
         waiting = len(self._delivery) - stats.num_running - stats.num_paused - stats.num_loading
         # A burst that has not been scheduled yet counts as waiting, but has room to run.
         if waiting >= limit and len(self._delivery) >= self.info.max_num_seqs + limit:
-            retry_after_s = max(1.0, self._finish_interval_s * (waiting - limit + 1))
+            retry_after_s = self._finish_pace.wait_s(waiting - limit + 1)
             raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
 
     def _deliver(self, message: StepOutputs | StreamStates) -> None:
@@ -310,15 +311,9 @@ class Engine:
             callback(message)
         for output in message.outputs:
             if output.finish_reason is not None:
-                self._note_finish()
+                self._finish_pace.on_finish(self._last_news_s)
         for request_id in self._delivery.hand_out(message, self._last_news_s):
             self.abort(request_id)
-
-    def _note_finish(self) -> None:
-        """Keep a moving average of the time between finishes: how soon a place in the queue comes free."""
-        now_s = time.monotonic()
-        self._finish_interval_s += 0.1 * (now_s - self._last_finish_s - self._finish_interval_s)
-        self._last_finish_s = now_s
 
     def _die(self, reason: str) -> None:
         with self._state_lock:

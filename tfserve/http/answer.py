@@ -62,8 +62,12 @@ class Renderer(ChunkRenderer, Protocol):
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
     """The whole body, unpacked. Raises ApiError for one that is too large (413), too slow (408), or no gzip (400).
 
-    A body that says it is too large is not read at all.
+    A body that says it is too large is not read at all. One that a web page sends must be called JSON (else 415): any
+    site's page may send text, but before JSON browsers ask whether it may (http/cors.py).
     """
+    if "Origin" in request.headers and request.content_type != JSON:
+        message = f"A web page's request must have the Content-Type {JSON}."
+        raise ApiError(415, message, code="unsupported_media_type")
     try:
         if (request.content_length or 0) <= max_bytes:
             async with asyncio.timeout(BODY_TIMEOUT_S):

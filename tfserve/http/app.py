@@ -56,7 +56,8 @@ def create_app(service: Service) -> web.Application:
     app.router.add_post("/v1/chat/completions", ChatEndpoint(service).post)
     app.router.add_post("/v1/completions", CompletionEndpoint(service).post)
     streams = StreamEndpoints(service)
-    app.router.add_get("/v1/streams", streams.list)
+    # No HEAD: a stream of events would have no end and nothing to say.
+    app.router.add_get("/v1/streams", streams.list, allow_head=False)
     app.router.add_post("/v1/streams/{id}/buffer", streams.buffer)
     app.router.add_post("/abort_request", streams.abort)
     app.router.add_get("/", Page().get)

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from tfserve.engine.messages import StepOutputs
 from tfserve.engine.qos import Served, effective_tokens
 from tfserve.http.ports import EnginePort, StreamPort
-from tfserve.types import EngineStats, RequestOutput, RequestTimes, StreamState
+from tfserve.types import EngineStats, FinishReason, RequestOutput, RequestTimes, StreamState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -109,6 +109,10 @@ class Metrics:
         self._output.observe(len(stream.token_s))
         if output.times is not None:
             self._observe_times(stream, output.times)
+
+    def on_abort(self, num_requests: int) -> None:
+        """So many requests end before their last output: their client has gone, or somebody stopped them."""
+        self._ended.labels(str(FinishReason.ABORT)).inc(num_requests)
 
     def on_refusal(self, reason: str) -> None:
         """A request was refused: `reason` is queue_full or overloaded."""

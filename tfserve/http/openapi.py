@@ -22,7 +22,9 @@ _MEANINGS = {
     400: "The request cannot be served as it is; `param` names the field at fault.",
     401: "The API key is missing or wrong.",
     404: "The model is not served here.",
+    408: "The body did not come in time.",
     413: "The body is larger than server.max_body_bytes.",
+    415: "A web page (a request with an Origin) must send application/json.",
     429: "Too many requests wait; Retry-After says for how long to stay away.",
     500: "The engine failed on this request.",
     503: "The server is loading, draining or dead.",
@@ -243,7 +245,8 @@ def _described(operation: Operation, secured: bool) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": good}}
     for status, meaning in operation.also.items():
         responses[str(status)] = {"description": meaning, "content": _content(operation.reply)}
-    for status in (*operation.errors, *((401,) if secured else ())):
+    bodily = () if operation.body is None else (408, 415)
+    for status in (*operation.errors, *bodily, *((401,) if secured else ())):
         content = {"application/json": {"schema": _ref(ErrorBody)}}
         responses[str(status)] = {"description": _MEANINGS[status], "content": content}
     described: dict[str, Any] = {"summary": operation.summary, "responses": responses}

@@ -20,6 +20,7 @@ from tfserve.config import EngineConfig
 from tfserve.errors import ConfigError, TfserveError
 from tfserve.http.app import create_app
 from tfserve.http.banner import banner
+from tfserve.http.connections import create_runner
 from tfserve.http.interval_log import log_intervals
 from tfserve.http.ports import EngineFactory, EnginePort
 from tfserve.http.service import Phase, Service
@@ -87,8 +88,7 @@ class _Server:
     async def run(self) -> int:
         """Bind first (a taken port costs no load), answer while loading, serve, drain. Raises TfserveError."""
         loop = asyncio.get_running_loop()
-        app = create_app(self._service)
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=GOODBYE_S)
+        runner = create_runner(create_app(self._service), shutdown_timeout_s=GOODBYE_S)
         await runner.setup()
         try:
             url = await self._bind(runner)

@@ -120,6 +120,7 @@ class Service:
         try:
             yield exchange
         finally:
+            self.metrics.on_abort(len(exchange.unfinished))
             exchange.close()
             del self._open[name]
             if not self._open:

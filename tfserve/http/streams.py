@@ -14,6 +14,7 @@ from tfserve.http.answer import read_body
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import StreamPort
+from tfserve.http.protocol import Int
 from tfserve.http.service import Service
 from tfserve.http.sse import HEADERS, event
 from tfserve.types import EngineStats, StreamState
@@ -37,8 +38,8 @@ class StreamList(msgspec.Struct, kw_only=True):
 class PlayedReport(msgspec.Struct, kw_only=True):
     """Body of POST /v1/streams/{id}/buffer: what has been read so far of the whole answer, in tokens or characters."""
 
-    played_tokens: int | None = None
-    played_chars: int | None = None
+    played_tokens: Int | None = None
+    played_chars: Int | None = None
 
 
 class PlayedReply(msgspec.Struct, kw_only=True):
@@ -130,14 +131,15 @@ class StreamEndpoints:
 
     def _stream(self, name: str) -> StreamPort:
         """The stream of this id; an answer's id means its first choice. Raises ApiError (404)."""
-        exchange, number = self._service.find(name), "0"
-        if exchange is None:
-            answer, _, number = name.rpartition("-")
-            exchange = self._service.find(answer)
-        if exchange is None or not number.isdecimal() or int(number) >= len(exchange.streams):
-            message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
-            raise ApiError(404, message, param="id", code="stream_not_found")
-        return exchange.streams[int(number)]
+        exchange = self._service.find(name)
+        if exchange is not None:
+            return exchange.streams[0]
+        exchange = self._service.find(name.rpartition("-")[0])
+        for stream in exchange.streams if exchange is not None else ():
+            if stream.request_id == name:
+                return stream
+        message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
+        raise ApiError(404, message, param="id", code="stream_not_found")
 
 
 def _num_played(report: PlayedReport, stream: StreamPort) -> int:

@@ -220,7 +220,7 @@ class Answer {
   report() {
     if (!this.id || this.over) return;
     const body = JSON.stringify({ played_chars: Math.floor(this.read) });
-    fetch(`v1/streams/${this.id}/buffer`, { method: "POST", body, headers: headers() }).catch(() => {});
+    fetch(`v1/streams/${this.id}/buffer`, { method: "POST", body, headers: headers({ "Content-Type": "application/json" }) }).catch(() => {});
   }
   // What is not read yet is left out, or shown at once.
   cut() { this.text = this.text.slice(0, Math.floor(this.read)); this.stop.abort(); }
