@@ -272,10 +272,10 @@ class FakeEngine:
             debug_checks=True,
         )
 
-    def add(self, req: str, prompt: list[int], max_tokens: int, rate=None, **params) -> None:
+    def add(self, req: str, prompt: list[int], max_tokens: int, rate=None, priority: int = 0, **params) -> None:
         self.clock.time += 0.001
         sampling = SamplingParams(max_tokens=max_tokens, **params)
-        self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time, rate))
+        self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time, rate, priority))
         self.outputs[req] = []
 
     def _emit(self, message: StepOutputs | StreamStates) -> None:

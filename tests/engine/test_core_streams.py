@@ -30,6 +30,16 @@ def test_everybody_is_let_in_once_or_refused_with_a_time_to_come_back():
     assert all(engine.finished[req].retry_after_s >= 0 for req in refused)
 
 
+def test_of_those_without_a_reader_the_smallest_priority_is_served_first():
+    engine = FakeEngine(policy="tokenflow", max_num_seqs=1)
+    engine.add("reader", [1, 2, 3], 20, rate=5.0)
+    engine.step()
+    for req, priority in (("later", 1), ("first", -1), ("second", 0)):
+        engine.add(req, [4, 5, 6], 5, priority=priority)
+    engine.run()
+    assert [req for req in engine.finished if req != "reader"] == ["first", "second", "later"]
+
+
 def test_being_let_in_is_told_before_the_first_token_of_a_long_prompt():
     engine = FakeEngine(max_num_batched_tokens=8)
     engine.add("long", list(range(1, 41)), 3)

@@ -213,7 +213,13 @@ class FakeEngine:
         self._speakers: set[asyncio.Task[None]] = set()
 
     def submit(
-        self, prompt: str | Sequence[int], params: SamplingParams, *, request_id: str | None = None, rate=msgspec.UNSET
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        rate=msgspec.UNSET,
+        priority: int = 0,
     ) -> FakeStream:
         assert request_id is not None
         assert request_id not in {stream.request_id for stream in self.live}
@@ -233,6 +239,7 @@ class FakeEngine:
         stream = FakeStream(self, request_id, ids, params)
         stream.rate = resolve_rate(20.0 if rate is msgspec.UNSET else rate, 20.0)
         stream.asked_rate = rate
+        stream.asked_priority = priority
         self.live.append(stream)
         self.submitted.set()
         if self.reply is not None:
@@ -345,8 +352,8 @@ def load_mortal(config: EngineConfig) -> FakeEngine:
     """Dies of the token 'kill' in any prompt, from another thread as the real one does."""
 
     class Mortal(FakeEngine):
-        def submit(self, prompt, params, *, request_id=None, rate=msgspec.UNSET):
-            stream = super().submit(prompt, params, request_id=request_id, rate=rate)
+        def submit(self, prompt, params, **options):
+            stream = super().submit(prompt, params, **options)
             if b"kill" in bytes(token for token in stream.prompt if token < 256):
                 asyncio.get_running_loop().call_later(0.3, self.die, "killed by signal 9")
             return stream

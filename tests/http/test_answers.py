@@ -288,6 +288,15 @@ async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: St
     assert server.engine.live[-1].asked_rate is None
 
 
+async def test_the_priority_reaches_the_engine(start: StartServer) -> None:
+    server = await start()
+    for body, priority in (({"priority": -7}, -7), ({"priority": None}, 0), ({}, 0)):
+        for path, ask in (("/v1/chat/completions", {"messages": ASK}), ("/v1/completions", {"prompt": "Hi"})):
+            async with server.post(path, {**ask, **body}) as response:
+                assert response.status == 200
+            assert server.engine.live[-1].asked_priority == priority
+
+
 @pytest.mark.parametrize("rate", [0, -3, 1e-300, "slowly", True, [6]])
 async def test_a_bad_rate_is_named(start: StartServer, rate: object) -> None:
     server = await start()

@@ -221,6 +221,7 @@ class EngineCore:
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
             rate=message.rate,
+            priority=message.priority,
             detokenizer=self._detokenizer(params) if params.stop else None,
         )
         self._requests[request.id] = request

@@ -124,10 +124,15 @@ class Engine:
             raise
 
     async def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, rate: ConsumptionRate | UnsetType = UNSET
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        rate: ConsumptionRate | UnsetType = UNSET,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Yield a request's output as it comes; leaving the iteration early aborts the request. Else as `submit`."""
-        stream = self.submit(prompt, params or SamplingParams(), rate=rate)
+        stream = self.submit(prompt, params or SamplingParams(), rate=rate, priority=priority)
         try:
             while True:
                 output = await stream.next()
@@ -145,17 +150,19 @@ class Engine:
         *,
         request_id: RequestId | None = None,
         rate: ConsumptionRate | UnsetType = UNSET,
+        priority: int = 0,
     ) -> RequestStream:
         """Start a request; must be called on a running event loop.
 
         `request_id` names it; None for one of the engine's own, which begin with "tfserve-".
         `rate` is how fast its reader reads (default: `scheduler.default_rate`); policies that share the device by
-        buffers use it. A request that the policy refuses ends with `finish_reason` ERROR and a `retry_after_s`.
+        buffers use it, and of requests with rate None they serve the smallest `priority` (64 bits) first.
+        A request that the policy refuses ends with `finish_reason` ERROR and a `retry_after_s`.
         Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
         wait already, EngineDeadError.
         """
         self._check_queue()
-        message = self._prepare(prompt, params, rate, request_id)
+        message = self._prepare(prompt, params, rate, request_id, priority)
         tokens_per_s = resolve_rate(message.rate, self.config.scheduler.default_rate)
         stream = RequestStream(self._buffer(message), tokens_per_s, self.abort, self.report_played)
         self._send(message, stream)
@@ -232,7 +239,12 @@ class Engine:
         self._release("the engine was shut down")
 
     def _prepare(
-        self, prompt: Prompt, params: SamplingParams, rate: ConsumptionRate | UnsetType, request_id: RequestId | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        rate: ConsumptionRate | UnsetType,
+        request_id: RequestId | None,
+        priority: int = 0,
     ) -> AddRequest:
         token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
         if request_id is None:
@@ -244,7 +256,10 @@ class Engine:
             rate = default_rate
         # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
         resolve_rate(rate, default_rate)
-        return AddRequest(request_id, token_ids, validate(token_ids, params, self.info), time.monotonic(), rate)
+        if not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+            raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
+        params = validate(token_ids, params, self.info)
+        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority)
 
     def _check_id(self, request_id: RequestId) -> None:
         if not isinstance(request_id, str) or not request_id or request_id.startswith(_OWN_IDS):

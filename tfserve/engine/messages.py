@@ -20,7 +20,7 @@ from tfserve.types import (
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front.
 
-    `rate` is resolved as far as the default goes.
+    `rate` is resolved as far as the default goes; of requests without one, the smallest `priority` is served first.
     """
 
     request_id: RequestId
@@ -28,6 +28,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     params: SamplingParams
     arrival_s: float
     rate: ConsumptionRate = None
+    priority: int = 0
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):

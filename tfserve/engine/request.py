@@ -35,7 +35,8 @@ class Request:
     ended. There is no prefill phase and no decode phase: a request catches num_computed_tokens up with num_tokens.
     `max_tokens` is resolved, never None, and at least 1: a prompt that is only scored ends at its first token, which is
     dropped. `detokenizer` exists only where stop strings must be looked for.
-    `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader.
+    `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader; then `priority`
+    counts, smaller first.
     `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
     `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
     """
@@ -49,6 +50,7 @@ class Request:
     arrival_s: float
     eos_token_ids: frozenset[int]
     rate: ConsumptionRate = None
+    priority: int = 0
     detokenizer: Detokenizer | None = None
     state: RequestState = RequestState.WAITING
     row: Row | None = None

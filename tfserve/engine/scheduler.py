@@ -102,6 +102,7 @@ class Scheduler:
             num_prompt=request.num_prompt_tokens,
             max_tokens=request.max_tokens,
             rate=request.rate,
+            priority=request.priority,
         )
 
     def finish(self, request: Request, *, completed: bool) -> None:

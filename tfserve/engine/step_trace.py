@@ -78,6 +78,7 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     first_token_s: float | None
     finished_s: float
     num_preemptions: int
+    priority: int = 0
 
 
 TraceLine = TraceHead | TraceStep | TraceRequest
@@ -136,6 +137,7 @@ class StepTrace:
                 first_token_s=request.first_token_s,
                 finished_s=finished_s,
                 num_preemptions=request.num_preemptions,
+                priority=request.priority,
             )
         )
 

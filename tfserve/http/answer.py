@@ -100,13 +100,14 @@ async def answer(
     renderer: Renderer,
     *,
     rate: ConsumptionRate | UnsetType,
+    priority: int,
     stream: bool,
 ) -> web.StreamResponse:
     """Submit each prompt once for each of `samples`, or nothing if one is refused, and answer with all the choices."""
     with service.exchange(renderer.id) as exchange:
         try:
             for prompt in prompts:
-                exchange.submit(prompt, samples, renderer.id, rate)
+                exchange.submit(prompt, samples, renderer.id, rate, priority)
         except QueueFullError:
             service.metrics.on_refusal("queue_full")
             raise

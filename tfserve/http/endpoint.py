@@ -42,8 +42,16 @@ class GenerationEndpoint(ABC, Generic[Asked]):
         asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
         service.check_model(asked.model)
         job = await self.prepare(asked, service.model_name, tokenizer)
-        rate, stream = asked.consumption_rate, bool(asked.stream)
-        return await answer(request, service, job.prompts, job.samples, job.renderer, rate=rate, stream=stream)
+        return await answer(
+            request,
+            service,
+            job.prompts,
+            job.samples,
+            job.renderer,
+            rate=asked.consumption_rate,
+            priority=asked.priority or 0,
+            stream=bool(asked.stream),
+        )
 
     @abstractmethod
     async def prepare(self, asked: Asked, model: str, tokenizer: TokenizerPort) -> Job:

@@ -40,11 +40,13 @@ class Exchange:
         samples: Sequence[SamplingParams],
         request_id: str,
         rate: ConsumptionRate | UnsetType,
+        priority: int,
     ) -> None:
         """Queue a prompt once for each of `samples`. Raises RequestError, QueueFullError, EngineDeadError."""
         for params in samples:
             number = len(self._streams)
-            stream = self._engine.submit(prompt, params, request_id=f"{request_id}-{number}", rate=rate)
+            name = f"{request_id}-{number}"
+            stream = self._engine.submit(prompt, params, request_id=name, rate=rate, priority=priority)
             stream.on_news = functools.partial(self._note, number)
             self._unfinished.add(number)
             self._streams.append(stream)

@@ -131,6 +131,7 @@ class EnginePort(Protocol):
         *,
         request_id: str | None = None,
         rate: ConsumptionRate | UnsetType = UNSET,
+        priority: int = 0,
     ) -> StreamPort:
         """Queue a request. Raises RequestError, QueueFullError, EngineDeadError."""
         ...

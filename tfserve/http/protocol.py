@@ -75,6 +75,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[Int] | None = None
     skip_special_tokens: bool | None = None
+    priority: Int | None = None
     consumption_rate: ConsumptionRate | msgspec.UnsetType = msgspec.UNSET
 
     @property

@@ -85,6 +85,7 @@ def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
             max_tokens=request.max_tokens,
             rate=resolve_rate(request.rate, head.scheduler.default_rate),
             told_rate=request.rate,
+            priority=request.priority,
         )
         for request in trace.requests
     ]

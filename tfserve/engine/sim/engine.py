@@ -60,6 +60,7 @@ class SimRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     rate: float
     told_rate: ConsumptionRate
+    priority: int = 0
 
 
 class Moment(msgspec.Struct, frozen=True):
@@ -159,6 +160,7 @@ class SimEngine:
             SamplingParams(max_tokens=request.max_tokens),
             request.arrival_s,
             request.told_rate,
+            request.priority,
         )
         self._clock.call_at(request.arrival_s, lambda: self._core.inbox.put(message))
 
