@@ -39,9 +39,11 @@ down.
 """
 
 _REASONS = """
-- Below capacity a server that never idles generates more than is read: buffers pass a fifth of the answer, and what \
-comes then counts for nothing, in whatever order requests run. `generate_ahead_s` holds tokens back instead, so the \
-bound of a constant capacity is a target for the capped rows; `own` judges the order of those without a cap.
+- A constant capacity a little above demand would keep every buffer under a tenth of its answer. A device has no such \
+capacity: while contexts are short it generates more than is read, so buffers pass a fifth of the answer and what \
+comes then counts for nothing, in whatever order requests run; with `generate_ahead_s` it idles instead, and the time \
+is missing at the end, when only the longest answers are still read. `own` takes the run's tokens as they came and \
+judges the order alone.
 - The prefill bound knows no decodes: on a device that is busy a newcomer first waits for the end of the running step, \
 and then shares its own with those who read. That is nothing beside a burst's prefill and most of a single prompt's.
 """
