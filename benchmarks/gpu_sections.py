@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 from gpu_rig import Rig, Shape
-from gpu_roofline import floor_s, kernels_s, operations
+from gpu_roofline import kernels_s, operations
 
+from tfserve.bench.roofline import floor_s
 from tfserve.engine.cost_model import CostModel, StepSample
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tfserve.cli import config_from_args, parse_settings
 from tfserve.config import config_from, load_config
+from tfserve.config_words import config_from_args, parse_settings
 from tfserve.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -15,7 +15,7 @@ ROOT = Path(tfserve.__file__).parent
 ALLOWED = {
     "cli": {"cli", "http", "bench", "engine", "model", "memory", "base"},
     "http": {"http", "engine", "model", "base"},
-    "bench": {"bench", "engine", "base"},
+    "bench": {"bench", "engine", "model", "base"},
     "engine": {"engine", "model", "memory", "base"},
     "model": {"model", "base"},
     "memory": {"memory", "base"},

@@ -11,8 +11,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http.fakes import FakeEngine
-from tfserve.cli import config_from_args
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig, config_from
+from tfserve.config_words import config_from_args
 from tfserve.http.interval_log import interval_line
 from tfserve.http.metrics import Metrics
 from tfserve.memory.kv_layout import KVLayout

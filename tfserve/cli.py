@@ -7,11 +7,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tfserve import __version__
-from tfserve.config import EngineConfig, load_config
-from tfserve.errors import ConfigError, TfserveError
+from tfserve.config_words import config_from_args
+from tfserve.errors import TfserveError
 
 _SETTINGS_HELP = "any setting as --key value, e.g. --max-num-seqs 16, --server.port 9000, --scheduler.policy fcfs"
 
@@ -33,31 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return code
-
-
-def parse_settings(words: Sequence[str]) -> dict[str, str]:
-    """Turn `--max-num-seqs 16 --server.port=9000` into settings. Raises ConfigError for a word that is no setting."""
-    settings: dict[str, str] = {}
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError("", f"unexpected argument {word!r}: settings are given as --key value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not queue or queue[0].startswith("--"):
-                raise ConfigError(key, "needs a value: --key value")
-            value = queue.pop(0)
-        settings[key.replace("-", "_")] = value
-    return settings
-
-
-def config_from_args(target: str, words: Sequence[str]) -> EngineConfig:
-    """The config of a YAML file, or of a model directory, hub id or "demo", with settings from the command line."""
-    settings: dict[str, Any] = dict(parse_settings(words))
-    if Path(target).suffix in {".yaml", ".yml"}:
-        return load_config(Path(target), settings)
-    return load_config(None, {"model": target, **settings})
 
 
 def _parser(is_bench: bool) -> argparse.ArgumentParser:

@@ -10,8 +10,10 @@ from typing import TypeVar
 from tfserve.bench.compare import bench_compare
 from tfserve.bench.paper.cli import add_paper_parser
 from tfserve.bench.paper.replay import add_replay_parsers
+from tfserve.bench.report import write_json
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
 from tfserve.bench.workload import parse_clamp, parse_rate, parse_rate_mix, parse_request_rate
+from tfserve.config_words import config_from_args
 
 T = TypeVar("T")
 
@@ -22,6 +24,7 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     commands = bench.add_subparsers(dest="bench_command", required=True)
     add_paper_parser(commands)
     add_replay_parsers(commands)
+    _add_engine(commands)
     serve = commands.add_parser(
         "serve",
         help="send requests to any OpenAI-compatible server and measure its streams",
@@ -43,6 +46,47 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     compare.set_defaults(func=bench_compare)
     compare.add_argument("a", type=Path, metavar="A.json")
     compare.add_argument("b", type=Path, metavar="B.json")
+
+
+def _add_engine(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    engine = commands.add_parser(
+        "engine",
+        help="offline throughput and step times beside the roofline",
+        description="Run batches of made-up prompts through an embedded engine, without a network, and print "
+        "throughput and step times beside the least that this machine's measured memory and matrix rates allow.",
+        epilog="any setting of the engine as --key value, e.g. --quantization int8, --threads 2",
+    )
+    engine.set_defaults(func=_bench_engine, takes_settings=True)
+    add = engine.add_argument
+    add("target", help="YAML file, model directory, hub id, or 'demo'")
+    sizes = "numbers of at least 1, as 1,8,32"
+    add("--batches", type=_parsed(_parse_sizes, sizes), default=[1, 8, 32], help="requests at once (default: 1,8,32)")
+    size = _parsed(_parse_size, "a number of at least 1")
+    add("--input-len", type=size, default=64, help="tokens of a prompt (default: %(default)s)")
+    add("--output-len", type=size, default=64, help="tokens of an answer (default: %(default)s)")
+    add("--output", type=Path, help="write the result to this JSON file")
+
+
+def _bench_engine(args: argparse.Namespace) -> int:
+    # Torch comes with it, which the other commands need not wait for.
+    from tfserve.bench.engine import bench_engine, table
+
+    config = config_from_args(args.target, args.settings)
+    result = bench_engine(config, args.batches, args.input_len, args.output_len)
+    print(table(result))
+    if args.output is not None:
+        write_json(args.output, result, "--output")
+    return 0
+
+
+def _parse_size(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _parse_sizes(text: str) -> list[int]:
+    return [_parse_size(part) for part in text.split(",")]
 
 
 def _add_target(serve: argparse.ArgumentParser) -> None:

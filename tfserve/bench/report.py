@@ -139,6 +139,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def write_json(path: Path, value: object, option: str) -> None:
+    """Write a value as indented JSON. Raises TfserveError naming `option`, the command's, if that cannot be done."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
+    except OSError as error:
+        raise TfserveError(f"{option}: cannot write {path}: {error.strerror}; name a writable file") from None
+
+
 def write_result(path: Path, config: dict[str, Any], summary: Summary, records: Sequence[RequestRecord]) -> None:
     """Write config, environment, summary and every request's record as one JSON object. Raises TfserveError."""
     head = {"config": config, "environment": environment(), "summary": summary}

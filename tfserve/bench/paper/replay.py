@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from tfserve.bench.report import write_json
 from tfserve.engine.qos import Floats
 from tfserve.engine.sim.engine import SimEngine, SimRequest
 from tfserve.engine.sim.fitted import FittedProfile, MeasuredCost, fit, fit_error
@@ -139,7 +139,7 @@ def _distance(a: Floats, b: Floats) -> float:
 def _fit(args: argparse.Namespace) -> int:
     trace = read_trace(args.trace)
     profile = fit(trace)
-    _write(args.out, profile)
+    write_json(args.out, profile, "--out")
     error = profile.error
     print(
         f"{profile.source}; on {error.num_steps} other steps: median error {error.median:.1%}, P90 {error.p90:.1%}, "
@@ -166,13 +166,5 @@ def _replay(args: argparse.Namespace) -> int:
         print(f"its steps by the profile: median error {other.median:.1%}, sum {other.total:+.1%}\n")
         found.append(comparison)
     if args.out is not None:
-        _write(args.out, found)
+        write_json(args.out, found, "--out")
     return 0
-
-
-def _write(path: Path, value: FittedProfile | Sequence[Comparison]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
-    except OSError as error:
-        raise TfserveError(f"--out: cannot write {path}: {error.strerror}") from None
