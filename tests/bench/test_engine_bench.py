@@ -18,11 +18,12 @@ def model(tiny_llama3: Path) -> str:
 
 def test_every_batch_is_measured_beside_its_roofline(model: str, tmp_path: Path, capsys) -> None:
     file = tmp_path / "deep" / "result.json"
-    words = ["bench", "engine", model, "--batches", "1,3", *SHORT, "--output", str(file)]
+    words = ["bench", "engine", model, "--batches", "1,3", *SHORT, "--output", str(file), "--server.api_keys", "secret"]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "GB/s" in shown
     assert "as fast as the roofline" in shown
+    assert "secret" not in file.read_text()
     result = json.loads(file.read_text())
     assert [run["batch"] for run in result["batches"]] == [1, 3]
     for run in result["batches"]:
@@ -38,9 +39,11 @@ def test_every_batch_is_measured_beside_its_roofline(model: str, tmp_path: Path,
 
 
 def test_a_batch_that_does_not_fit_is_skipped_and_says_so(model: str, capsys) -> None:
-    words = ["bench", "engine", model, "--batches", "1,64", *SHORT, "--num-gpu-blocks-override", "9"]
-    assert main([*words, "--block-size", "16"]) == 0
-    assert "64 skipped: the device's KV holds 2 requests of 48 tokens" in " ".join(capsys.readouterr().out.split())
+    words = ["bench", "engine", model, "--batches", "1,16,64", *SHORT, "--num-gpu-blocks-override", "9"]
+    assert main([*words, "--block-size", "16", "--max-num-seqs", "16"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "64 skipped: max_num_seqs is 16" in shown
+    assert "16 skipped: the device's KV holds 2 requests of 48 tokens" in shown
 
 
 def test_requests_longer_than_the_model_allows_are_skipped(model: str, capsys) -> None:

@@ -90,7 +90,14 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_foresee(server:
     schema = schemathesis.openapi.from_url(server.url + "/openapi.json")
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == len([method for item in schema.raw_schema["paths"].values() for method in item])
-    answered: set[tuple[str, int]] = set()
+    plain = {
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+        "/v1/completions": {"prompt": "Hi"},
+    }
+    for path, body in plain.items():
+        # Of random bodies few or none are accepted: too many fields exclude each other.
+        case = schema[path]["POST"].Case(body=body, media_type="application/json")
+        assert case.call_and_validate().status_code == 200
     for operation in operations:
         # What has no body cannot be sent wrong.
         modes = list(schemathesis.GenerationMode) if operation.body else [schemathesis.GenerationMode.POSITIVE]
@@ -107,10 +114,8 @@ def test_schemathesis_finds_no_answer_that_the_document_does_not_foresee(server:
             def check(case: Any) -> None:
                 # Which fields go together (echo and max_tokens=0, tools and tool_choice) is beyond JSON schema, so
                 # bodies that are right by the schema may be refused.
-                response = case.call_and_validate(excluded_checks=[positive_data_acceptance])
-                answered.add((operation.path, response.status_code))  # noqa: B023  runs at once
+                case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
             check()
-    assert {path for path, status in answered if status == 200} >= {"/v1/chat/completions", "/v1/completions"}
     assert server.service.num_open == 0
     assert all(stream._ended for stream in server.engine.live)

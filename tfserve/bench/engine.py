@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from tfserve.bench.report import environment
-from tfserve.bench.roofline import Work, copy_bytes_per_s, floor_s, linear_flops_per_s, step_operations
+from tfserve.bench.roofline import Work, bytes_per_s, floor_s, linear_flops_per_s, step_operations
 from tfserve.config import EngineConfig
 from tfserve.engine.engine import Engine
 from tfserve.engine.step_trace import Trace, TraceStep, read_trace
@@ -23,7 +23,7 @@ from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.linear import WeightFormat
 from tfserve.types import EngineInfo, SamplingParams
 
-_COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}
+_BYTES = {"cpu": 2**28, "cuda": 2**32}
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _ROWS = 512
 """Rows of the matrix product whose rate is the ceiling; as many as a usual step with prompts."""
@@ -32,9 +32,9 @@ _STRIDE = 7919
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """What this machine can do: a copy inside its memory, and a linear layer as the model holds it."""
+    """What this machine can do: its memory, and a linear layer as the model holds it."""
 
-    copy_bytes_per_s: float
+    bytes_per_s: float
     linear_flops_per_s: float
 
 
@@ -71,7 +71,7 @@ class EngineBench(msgspec.Struct, frozen=True, kw_only=True):
     """The result file."""
 
     environment: dict[str, object]
-    settings: EngineConfig
+    settings: dict[str, object]
     info: EngineInfo
     input_len: int
     output_len: int
@@ -84,7 +84,7 @@ def bench_engine(config: EngineConfig, batches: Sequence[int], input_len: int, o
     runs: list[BatchRun] = []
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "steps.jsonl"
-        config = msgspec.structs.replace(config, step_trace=str(trace), max_num_seqs=max(batches))
+        config = msgspec.structs.replace(config, step_trace=str(trace))
         with Engine(config) as engine:
             info, model = engine.info, load_model_config(Path(engine.config.model))
             reasons = [_misfit(info, batch, input_len + output_len) for batch in batches]
@@ -103,7 +103,7 @@ def bench_engine(config: EngineConfig, batches: Sequence[int], input_len: int, o
             runs.append(BatchRun(batch=batch, skipped=reason))
     return EngineBench(
         environment={**environment(), "torch": str(torch.__version__), "device": _device_name(info.device)},
-        settings=msgspec.structs.replace(config, step_trace=None),
+        settings=_settings(config),
         info=info,
         input_len=input_len,
         output_len=output_len,
@@ -118,7 +118,7 @@ def measure_ceilings(info: EngineInfo) -> Ceilings:
         torch.set_num_threads(info.threads)
     fmt = WeightFormat.choose(getattr(torch, info.dtype), torch.device(info.device), info.quantization)
     return Ceilings(
-        copy_bytes_per_s=copy_bytes_per_s(info.device, _COPY_BYTES[info.device]),
+        bytes_per_s=bytes_per_s(info.device, _BYTES[info.device]),
         linear_flops_per_s=linear_flops_per_s(fmt, _SIDE[info.device], _ROWS),
     )
 
@@ -130,7 +130,7 @@ def table(result: EngineBench) -> str:
     lines = [
         f"{info.model} on {result.environment['device']}, {weights} weights, {info.threads} threads, attention "
         f"{info.attention_backend}; prompts of {result.input_len}, answers of {result.output_len} tokens",
-        f"measured ceilings: copy {ceilings.copy_bytes_per_s / 1e9:.1f} GB/s (read and written), {weights} linear "
+        f"measured ceilings: memory {ceilings.bytes_per_s / 1e9:.1f} GB/s, {weights} linear "
         f"layers {ceilings.linear_flops_per_s / 1e9:.0f} GFLOP/s",
         "",
         f"{'batch':>5} {'steps':<8}{'number':>7}{'tokens':>8}{'context':>9}{'step, ms':>10}{'range':>20}"
@@ -174,7 +174,7 @@ class _Floor:
             kv_tokens=step.decode_ctx + step.n_prefill,
         )
         ops = step_operations(self._model, work, weight_bytes=self._weight_bytes, itemsize=self._itemsize)
-        return floor_s(ops, self._ceilings.copy_bytes_per_s, self._ceilings.linear_flops_per_s)
+        return floor_s(ops, self._ceilings.bytes_per_s, self._ceilings.linear_flops_per_s)
 
 
 class _Span(msgspec.Struct, frozen=True):
@@ -230,10 +230,18 @@ def _misfit(info: EngineInfo, batch: int, num_tokens: int) -> str | None:
     """Why a batch of requests of so many tokens cannot be run at once; None if it can."""
     if num_tokens > info.max_model_len:
         return f"a request of {num_tokens} tokens is longer than max_model_len, {info.max_model_len}"
+    if batch > info.max_num_seqs:
+        return f"max_num_seqs is {info.max_num_seqs}"
     held = (info.num_blocks - 1) // -(-num_tokens // info.block_size)
     if batch > held:
         return f"the device's KV holds {held} requests of {num_tokens} tokens"
     return None
+
+
+def _settings(config: EngineConfig) -> dict[str, object]:
+    """The engine's settings; those of a server played no part, and may be secret."""
+    left_out = {"server", "step_trace"}
+    return {key: value for key, value in msgspec.to_builtins(config).items() if key not in left_out}
 
 
 def _device_name(device: str) -> str:

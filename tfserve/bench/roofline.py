@@ -85,6 +85,12 @@ def copy_bytes_per_s(device: str, nbytes: int) -> float:
     return 2 * nbytes / timed(lambda: target.copy_(source), device, 10)
 
 
+def bytes_per_s(device: str, nbytes: int) -> float:
+    """Bandwidth of so many bytes of the device's memory: of reading them or of a copy, whichever is more."""
+    numbers = torch.ones(nbytes // 4, device=device)
+    return max(nbytes / timed(numbers.sum, device, 10), copy_bytes_per_s(device, nbytes))
+
+
 @torch.inference_mode()
 def linear_flops_per_s(fmt: WeightFormat, side: int, rows: int) -> float:
     """Rate of a linear layer of `side` inputs and outputs on `rows` rows, with weights held as the model holds them."""
