@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 from gpu_rig import Rig, Shape
 from gpu_roofline import kernels_s, operations
@@ -126,18 +127,12 @@ def _simulator_profile(rig: Rig, samples: list[StepSample]) -> Result:
     """Coefficients of the cost model fitted to these cells, as the simulator takes them."""
     cost = CostModel(kv_bytes_per_token=rig.layout.token_bytes, max_num_seqs=rig.max_num_seqs)
     cost.calibrate(samples)
-    base = cost.step_s(0, 0)
-    units = {
-        "decode": (1, 0, 0, 0),
-        "decode_ctx": (0, 1e6, 0, 0),
-        "prefill": (0, 0, 1, 0),
-        "prefill_ctx": (0, 0, 0, 1e6),
-    }
-    coefficients = {name: (cost.step_s(*unit) - base) / max(unit) for name, unit in units.items()}
-    errors = [abs(cost.step_s(*s.features()[1:]) - s.seconds) / s.seconds for s in samples]
+    errors = [
+        abs(cost.step_s(s.n_decode, s.decode_ctx, s.n_prefill, s.prefill_ctx) - s.seconds) / s.seconds for s in samples
+    ]
     return {
         "kind": "profile",
-        "coefficients": {"step": base, **coefficients},
+        "coefficients": msgspec.structs.asdict(cost.coefficients),
         "mean_relative_error": statistics.mean(errors),
         "kv_bytes_per_token": rig.layout.token_bytes,
     }

@@ -15,12 +15,12 @@ from tfserve.engine.tracker import Tracker
 class FlatCost:
     """Costs that a test can do in its head."""
 
-    def __init__(self, step=0.02, prefill=1e-4, out_s=0.01, back_s=0.01, gamma=1000.0, queue=0.0) -> None:
+    def __init__(self, step=0.02, prefill=1e-4, out_s=0.01, back_s=0.01, gamma=1000.0, queue=0.0, prompts=0.0) -> None:
         self.step, self.prefill_s_per_token, self.out_s, self.back_s = step, prefill, out_s, back_s
-        self.capacity, self.queue = gamma, queue
+        self.capacity, self.queue, self.prompts_s = gamma, queue, prompts
 
     def step_s(self, n_decode, decode_ctx, n_prefill=0, prefill_ctx=0):
-        return self.step + self.prefill_s_per_token * n_prefill
+        return self.step + self.prefill_s_per_token * n_prefill + self.prompts_s * (n_prefill > 0)
 
     def recompute_s(self, num_tokens):
         return np.asarray(num_tokens, np.float64) * self.prefill_s_per_token

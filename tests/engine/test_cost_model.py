@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,7 +14,12 @@ TRUE = StepCoefficients(step=8e-3, decode=1e-4, decode_ctx=3e-7, prefill=1.2e-4,
 
 def seconds(c: StepCoefficients, n_decode, decode_ctx, n_prefill, prefill_ctx) -> float:
     return (
-        c.step + c.decode * n_decode + c.decode_ctx * decode_ctx + c.prefill * n_prefill + c.prefill_ctx * prefill_ctx
+        c.step
+        + c.decode * n_decode
+        + c.decode_ctx * decode_ctx
+        + c.prefill * n_prefill
+        + c.prefill_ctx * prefill_ctx
+        + c.prompts * (n_prefill > 0)
     )
 
 
@@ -75,6 +81,18 @@ def test_calibration_becomes_what_it_starts_from():
     cost.calibrate(steps(TRUE, 40, noise=0.0))
     for case in CASES:
         assert cost.step_s(*case) == pytest.approx(seconds(TRUE, *case), rel=0.02)
+
+
+def test_a_handful_of_noisy_steps_does_not_overrule_calibration():
+    dear = msgspec.structs.replace(TRUE, prompts=0.02)
+    cost = model()
+    cost.calibrate(steps(dear, 40, noise=0.0))
+    # A burst begins: every step is full of prompts, so its price and that of decoding beside it cannot be told apart.
+    for n_decode, noise in zip((0, 6, 10, 14, 17), (1.1, 0.92, 1.08, 0.95, 1.05), strict=True):
+        work = (n_decode, 200.0 * n_decode, 512 - n_decode, 40_000.0)
+        cost.observe_step(StepSample(*work, seconds(dear, *work) * noise))
+    assert cost.step_s(32, 6400) == pytest.approx(seconds(dear, 32, 6400, 0, 0), rel=0.25)
+    assert cost.prompts_s == pytest.approx(0.02, rel=0.3)
 
 
 def test_minutes_of_decoding_do_not_make_it_forget_what_prompts_cost():

@@ -6,12 +6,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from tfserve.config import SchedulerConfig
-from tfserve.engine.cost_model import StepCoefficients
+from tfserve.config import EngineConfig, SchedulerConfig
+from tfserve.engine.calibration import calibrate
+from tfserve.engine.cost_model import CostModel, StepCoefficients
 from tfserve.engine.qos import score
+from tfserve.engine.sim.clock import SimClock
 from tfserve.engine.sim.engine import SimEngine, SimRequest
 from tfserve.engine.sim.fitted import FitError, FittedProfile, MeasuredCost, fit
 from tfserve.engine.sim.hardware import LLAMA3_8B, PROFILES, QWEN25_32B, Roofline, capacity
+from tfserve.engine.sim.runner import SimRunner
 from tfserve.engine.step_trace import CopyTotals, Trace, TraceHead, TraceStep
 from tfserve.errors import TfserveError
 
@@ -102,14 +105,17 @@ HEAD = TraceHead(
 )
 
 
-def made_up(num_steps: int, concave: float = 0.0) -> Trace:
-    """Steps by TRUE, 1 ms + 0.1 ms a row between them, and a nap now and then; `concave`: faster per token if large."""
+def made_up(num_steps: int, concave: float = 0.0, law: StepCoefficients = TRUE) -> Trace:
+    """Steps by `law`, 1 ms + 0.1 ms a row between them, and a nap now and then.
+
+    `concave`: faster per token if large.
+    """
     rng = np.random.default_rng(0)
     steps, now_s = [], 0.0
     for number in range(num_steps):
         n, prompt = int(rng.integers(1, 9)), int(rng.choice([0, 0, 64, 200]))
         work = (n, 100.0 * n + number, prompt, prompt * prompt / 2)
-        seconds = MeasuredCost(TRUE)(*work) * (n + prompt) ** -concave * (1 + 0.02 * rng.normal())
+        seconds = MeasuredCost(law)(*work) * (n + prompt) ** -concave * (1 + 0.02 * rng.normal())
         now_s += 1e-3 + 1e-4 * n + seconds + (5.0 if number % 40 == 20 else 0.0)
         steps.append(
             TraceStep(
@@ -151,6 +157,19 @@ def test_a_machine_that_is_faster_per_token_in_large_steps_is_fitted_too():
         misses[True] += abs(machine(*work) / truth - 1)
         misses[False] += abs(plain(*work) / truth - 1)
     assert misses[True] < misses[False]
+
+
+def test_what_a_step_takes_for_having_prompts_at_all_is_told_from_their_price():
+    dear = msgspec.structs.replace(TRUE, prompts=0.1)
+    profile = fit(made_up(400, law=dear))
+    assert profile.step.prompts == pytest.approx(0.1, rel=0.15)
+    assert fit(made_up(400)).step.prompts < 0.01
+    cost = CostModel(kv_bytes_per_token=1000, max_num_seqs=8)
+    config = EngineConfig(model="made up", max_num_seqs=8, max_num_batched_tokens=256)
+    runner = SimRunner(SimClock(), MeasuredCost(dear), vocab_size=8)
+    calibrate(cost, runner, config, num_blocks=101, block_size=32, max_model_len=1000)
+    assert cost.prompts_s == pytest.approx(0.1, rel=0.15)
+    assert cost.prefill_s_per_token == pytest.approx(dear.prefill, rel=0.15)
 
 
 def test_a_trace_that_is_too_short_to_fit_is_refused():

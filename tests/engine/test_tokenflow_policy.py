@@ -407,6 +407,26 @@ def test_prompts_get_their_share_even_while_readers_are_dry():
     assert decide(scene, min_prefill_share=0.5).prefill_tokens == pytest.approx(20, abs=1)
 
 
+def test_where_having_prompts_is_dear_they_come_in_chunks_that_are_worth_it():
+    cost = FlatCost(step=0.02, prefill=1e-3, prompts=0.04)
+    roomy = Scene(cost=cost).running("a", unread_s=0.4).prefilling("p", prompt=1000)
+    assert decide(roomy).prefill_tokens == pytest.approx((0.9 * 0.4 - 0.02 - 0.04) / 1e-3, abs=1)
+    # Five times what having any takes are 200 tokens, 0.24 s: the share of eight decoding steps, while a reader is dry.
+    dry_cost = FlatCost(step=0.021, prefill=1e-3, prompts=0.04)
+    dry = Scene(cost=dry_cost).running("a", unread_s=-1.0).prefilling("p", prompt=1000)
+    policy = TokenFlow(SchedulerConfig(policy="tokenflow", min_prefill_share=0.6))
+    tokens = [policy.decide(dry.snapshot()).prefill_tokens for _ in range(18)]
+    assert tokens == [*[0] * 7, pytest.approx(212, abs=1)] * 2 + [0, 0]
+
+
+def test_the_rest_of_a_prompt_is_worth_it_however_short():
+    dry = Scene(cost=FlatCost(step=0.02, prefill=1e-3, prompts=0.04)).running("a", unread_s=-1.0)
+    dry.prefilling("p", prompt=5)
+    policy = TokenFlow(SchedulerConfig(policy="tokenflow", min_prefill_share=0.6))
+    tokens = [policy.decide(dry.snapshot()).prefill_tokens for _ in range(2)]
+    assert tokens == [0, pytest.approx(20, abs=1)]
+
+
 def test_a_wait_for_a_first_token_excuses_a_little_stalling():
     scene = Scene(cost=FlatCost(step=0.02, prefill=1e-3))
     # 46 tokens 2 s ago: 0.3 s are left, and nobody has stalled.
@@ -442,14 +462,14 @@ def test_events_wake_it_but_not_at_every_step():
     assert policy.decide(scene.snapshot()).admit == ("soon",)
 
 
-def test_first_tokens_are_events_to_a_newcomer_that_lacked_memory():
+def test_a_newcomer_that_has_lacked_memory_for_an_interval_is_looked_after_at_every_step():
     policy = TokenFlow(SchedulerConfig(policy="tokenflow", schedule_interval_s=1.0, watermark=0.0))
-    scene = Scene(num_blocks=30).running("a", unread_s=8.0, for_s=0.9).running("b", unread_s=8.0, for_s=0.9)
-    scene.waiting("new")
+    scene = Scene(num_blocks=30).running("a", unread_s=8.0, for_s=0.5).running("b", unread_s=8.0, for_s=0.5)
+    scene.waiting("new", for_s=0.4)
     assert policy.decide(scene.snapshot()).admit == ()  # both have only just come
-    scene.now_s += 0.2
-    assert policy.decide(scene.snapshot()).admit == ()
-    scene.tracker.on_played("a", 100, scene.now_s)  # counts as readers' news do, as a first token does
+    scene.now_s += 0.55
+    assert policy.decide(scene.snapshot()).admit == ()  # has waited for less
+    scene.now_s += 0.1
     assert policy.decide(scene.snapshot()).admit == ("new",)
 
 

@@ -195,3 +195,16 @@ def test_expected_output_follows_completed_requests_but_never_passes_max_tokens(
     tracker.remove("short", completed=True)
     c = tracker.columns(0.0)
     assert dict(zip(c.ids, c.expected_output.tolist(), strict=True)) == {"a": 20.0, "b": 100.0}
+
+
+def test_an_answer_cut_at_its_max_tokens_only_says_that_answers_can_be_that_long():
+    tracker = tracker_with(a=1, cut=1, short=1, long=1)
+    tracker.on_tokens(["cut"], 100, 0.0)
+    tracker.remove("cut", completed=True)
+    assert row_of(tracker, "a", 0.0)["num_output"] == 0
+    assert tracker.columns(0.0).expected_output.tolist() == [100.0, 100.0, 100.0]
+    tracker.on_tokens(["short"], 20, 0.0)
+    tracker.remove("short", completed=True)
+    tracker.on_tokens(["long"], 100, 0.0)
+    tracker.remove("long", completed=True)
+    assert 20.0 < tracker.columns(0.0).expected_output[0] < 30.0

@@ -11,8 +11,11 @@ from tfserve.engine.cost_model import CostModel, StepSample
 from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 
-_MOST_S = 0.25
-"""No further step starts after this long: a slow machine starts with what the first steps said."""
+_MOST_S = 0.5
+"""No step that could be missed starts after this long, the first one, which also warms up, not counted."""
+
+_NEEDED = 3
+"""Steps that are never missed: the warm-up, decodes of several rows and of one, a prompt."""
 
 _ROWS = 8
 _PROMPT = 4
@@ -50,19 +53,23 @@ def calibrate(
         for row in every
     )
     samples = []
-    end_s = time.monotonic() + _MOST_S
+    end_s = float("inf")
     for number, (seqs, n_decode) in enumerate(steps):
-        if number > 2 and time.monotonic() > end_s:
+        if number > _NEEDED and time.monotonic() > end_s:
             break
         plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
         result = runner.launch(plan).result()
-        # The first step also warms the machine up.
-        if number > 0:
+        if number == 0:
+            end_s = time.monotonic() + _MOST_S
+        else:
             samples.append(sample_of(plan.seqs, n_decode, result.device_s))
     start = _PROMPT + 1 + chunk
     room = min((num_blocks - rows) * block_size, max_model_len) - start - 1
     n = min(_GROWTH * chunk, room, config.max_num_batched_tokens)
-    while n > 0 and time.monotonic() < end_s and not _is_compute_bound(samples):
+    # Of two sizes, at least: what prompts cost is what a step takes for having any and what each token adds.
+    grown = False
+    while n > 0 and time.monotonic() < end_s and not (grown and _is_compute_bound(samples)):
+        grown = True
         blocks = range(-(-start // block_size), -(-(start + n) // block_size))
         chunks = (_prompt(rows - 1, start, n, tuple(BlockId(rows + index) for index in blocks)),)
         result = runner.launch(StepPlan(Fence(-1), chunks, 0)).result()

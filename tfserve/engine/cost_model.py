@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.engine.step_fit import fit_law
 from tfserve.engine.token_buffer import Floats
 from tfserve.plan import Ack, Direction
 
@@ -20,21 +21,14 @@ _PROMPT_WINDOW = 64
 
 _REFIT_STEPS = 16
 _COPIES = 64
-_PRIOR_STRENGTH = 1e-5
-"""Weight of the prior beside one step of the window, squared relative error: it decides what steps leave open."""
+_OPEN = 1e-5
+"""Strength of a prior that is a guess: it decides only what steps leave open."""
 
-_MOST_EXCHANGES = 20
-"""Rounds of a fit; five coefficients need fewer."""
+_CALIBRATED = np.array([1e-2, 1e-2, _OPEN, 1e-2, _OPEN, 1e-2])
+"""Strength of a prior that was measured: a handful of noisy steps must not overrule it. It knows no long contexts."""
 
 _LEAST_STEP_S = 1e-6
 """No step is predicted to take less."""
-
-_OUTLIER = 3.0
-"""A step this many typical errors off the fit (a page fault, a neighbour's burst) stops pulling harder."""
-
-
-_LEAST_ERROR = 0.02
-"""No law is expected to be nearer: where decoding fits to a hair, prompts a little off are no outliers."""
 
 
 class StepSample(msgspec.Struct, frozen=True):
@@ -50,22 +44,28 @@ class StepSample(msgspec.Struct, frozen=True):
     prefill_ctx: float
     seconds: float
 
-    def features(self) -> tuple[float, float, float, float, float]:
+    def features(self) -> tuple[float, float, float, float, float, float]:
         """What the step time is linear in."""
-        return (1.0, self.n_decode, self.decode_ctx, self.n_prefill, self.prefill_ctx)
+        has_prompts = float(self.n_prefill > 0)
+        return (1.0, self.n_decode, self.decode_ctx, self.n_prefill, self.prefill_ctx, has_prompts)
 
 
 class StepCoefficients(msgspec.Struct, frozen=True):
-    """Seconds: per step, per decoding request, per token of its context, per prompt token, per attended pair."""
+    """Seconds: per step, per decoding request, per token of its context, per prompt token, per attended pair.
+
+    `prompts` is what a step takes more for having any: next to nothing on a GPU, much where small products are slow.
+    """
 
     step: float = 5e-3
     decode: float = 5e-5
     decode_ctx: float = 2e-8
     prefill: float = 5e-5
     prefill_ctx: float = 1e-9
+    prompts: float = 0.0
 
 
-_LEAST_SCALE = np.array(msgspec.structs.astuple(StepCoefficients())) / 10
+_LEAST_SCALE = np.array([5e-4, 5e-6, 2e-9, 5e-6, 1e-10, 5e-3])
+"""Coefficients of less than this are next to nothing."""
 
 
 class CostModel:
@@ -88,6 +88,7 @@ class CostModel:
         self._kv_bytes_per_token = kv_bytes_per_token
         self._max_num_seqs = max_num_seqs
         self._prior = np.array(msgspec.structs.astuple(prior), np.float64)
+        self._strength: Floats | float = _OPEN
         self._beta = self._prior.copy()
         self._steps: deque[StepSample] = deque(maxlen=_WINDOW)
         self._prompts: deque[tuple[int, StepSample]] = deque(maxlen=_PROMPT_WINDOW)
@@ -100,6 +101,11 @@ class CostModel:
         return float(self._beta[3])
 
     @property
+    def prompts_s(self) -> float:
+        """Seconds that a step takes more for having prompt tokens at all."""
+        return float(self._beta[5])
+
+    @property
     def coefficients(self) -> StepCoefficients:
         """The law of step times as learnt so far."""
         return StepCoefficients(*(float(value) for value in self._beta))
@@ -110,7 +116,8 @@ class CostModel:
 
     def step_s(self, n_decode: float, decode_ctx: float, n_prefill: float = 0, prefill_ctx: float = 0) -> float:
         """Predicted seconds of a step; arguments as StepSample's."""
-        return max(float(self._beta @ (1.0, n_decode, decode_ctx, n_prefill, prefill_ctx)), _LEAST_STEP_S)
+        work = (1.0, n_decode, decode_ctx, n_prefill, prefill_ctx, float(n_prefill > 0))
+        return max(float(self._beta @ work), _LEAST_STEP_S)
 
     def recompute_s(self, num_tokens: npt.ArrayLike) -> Floats:
         """Seconds that computing this many tokens from nothing adds to the steps it joins; elementwise."""
@@ -162,11 +169,12 @@ class CostModel:
         if self._num_steps < _REFIT_STEPS or self._num_steps % _REFIT_STEPS == 0:
             first = self._num_steps - len(self._steps)
             older = [prompt for number, prompt in self._prompts if number < first]
-            self._beta = _fit([*older, *self._steps], self._prior)
+            self._beta = _fit([*older, *self._steps], self._prior, self._strength)
 
     def calibrate(self, samples: Iterable[StepSample]) -> None:
         """Make these steps the prior, for what the running window leaves open, and forget the window."""
-        self._prior = _fit(list(samples), self._prior)
+        self._prior = _fit(list(samples), self._prior, _OPEN)
+        self._strength = _CALIBRATED
         self._beta = self._prior.copy()
         self._steps.clear()
         self._prompts.clear()
@@ -210,58 +218,7 @@ class _Link:
         self.bytes_per_s = self._bytes / self._seconds
 
 
-def _fit(steps: Sequence[StepSample], prior: Floats) -> Floats:
-    """Non-negative coefficients with the least squared relative error, drawn to `prior` where steps tell nothing.
-
-    The oldest step comes first.
-    """
-    x = np.array([sample.features() for sample in steps])
-    y = np.array([sample.seconds for sample in steps])
-    # Relative error: a decode step of 5 ms counts as much as a prefill of 500. Recent half counts double.
-    weight = np.where(np.arange(len(y)) >= len(y) // 2, 2.0, 1.0) / y**2
-    # A prior of next to nothing must not weigh more than one of the usual size.
-    scale = np.maximum(prior, _LEAST_SCALE)
-    beta = _solve(x, y, weight, prior, scale)
-    error = np.abs(x @ beta - y) / y
-    typical = max(float(np.median(error)), _LEAST_ERROR)
-    if (error > _OUTLIER * typical).any():
-        weight = weight * np.minimum(1.0, _OUTLIER * typical / np.maximum(error, 1e-12))
-        beta = _solve(x, y, weight, prior, scale)
-    return beta
-
-
-def _solve(x: Floats, y: Floats, weight: Floats, prior: Floats, scale: Floats) -> Floats:
-    """Ridge towards `prior` in units of `scale`, all coefficients non-negative."""
-    # In units of the prior all unknowns are near 1, whatever their dimension.
-    xs = x * scale
-    gram = (xs * weight[:, None]).T @ xs + _PRIOR_STRENGTH * np.eye(len(scale))
-    target = (xs * weight[:, None]).T @ y + _PRIOR_STRENGTH * prior / scale
-    best = np.linalg.solve(gram, target)
-    if (best < 0).any():
-        best = _non_negative(gram, target)
-    return best * scale
-
-
-def _non_negative(gram: Floats, target: Floats) -> Floats:
-    """The minimum of x'Gx/2 - t'x over x >= 0, by Lawson and Hanson's active sets."""
-    best = np.zeros_like(target)
-    free = np.zeros(len(target), np.bool_)
-    for _ in range(_MOST_EXCHANGES):
-        gradient = np.where(free, 0.0, target - gram @ best)
-        if gradient.max() <= 1e-9 * np.abs(target).max():
-            break
-        free[int(gradient.argmax())] = True
-        while True:
-            step = np.zeros_like(target)
-            step[free] = np.linalg.solve(gram[np.ix_(free, free)], target[free])
-            negative = free & (step <= 0)
-            if not negative.any():
-                best = step
-                break
-            # As far towards the unbounded minimum as all stay non-negative; whoever gets to 0 there is out.
-            share = float((best[negative] / np.maximum(best[negative] - step[negative], 1e-300)).min())
-            best = np.maximum(best + share * (step - best), 0.0)
-            free &= ~(negative & (best <= 1e-12))
-            if not free.any():
-                break
-    return best
+def _fit(steps: Sequence[StepSample], prior: Floats, strength: Floats | float) -> Floats:
+    """Coefficients of `steps`, the oldest first; see fit_law."""
+    work = np.array([sample.features() for sample in steps])
+    return fit_law(work, np.array([sample.seconds for sample in steps]), prior, _LEAST_SCALE, prior_strength=strength)

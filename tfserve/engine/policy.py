@@ -43,6 +43,11 @@ class CostView(Protocol):
         """Seconds per prompt token."""
         ...
 
+    @property
+    def prompts_s(self) -> float:
+        """Seconds for having prompt tokens at all."""
+        ...
+
     def step_s(self, n_decode: float, decode_ctx: float, n_prefill: float = 0, prefill_ctx: float = 0) -> float:
         """Seconds of a step."""
         ...

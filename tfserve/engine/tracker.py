@@ -86,11 +86,17 @@ class Tracker:
         self._num_events += 1
 
     def remove(self, req: RequestId, *, completed: bool) -> None:
-        """Forget a request; the length of a completed one (not of an abort) says how long others may become."""
+        """Forget a request; the length of a completed one (not of an abort) says how long others may become.
+
+        One that was cut at its `max_tokens` only says that answers can be that long.
+        """
         if completed:
-            length = float(self._table["num_output"][self._table.row(req)])
-            mean = length if self._mean_output is None else self._mean_output
-            self._mean_output = mean + _LENGTH_WEIGHT * (length - mean)
+            row = self._table.row(req)
+            length = float(self._table["num_output"][row])
+            is_cut = length >= self._table["max_tokens"][row]
+            if not is_cut or (self._mean_output is not None and length > self._mean_output):
+                mean = length if self._mean_output is None else self._mean_output
+                self._mean_output = mean + _LENGTH_WEIGHT * (length - mean)
         self._table.remove(req)
         self._num_events += 1
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.policy import Snapshot
+from tfserve.engine.policy import Snapshot, held_back
 from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
+
+_WORTH = 5.0
+"""Prompts take this many times as long as it takes a step to have any, at least."""
 
 _SAFETY = 0.9
 """Share of the tightest buffer that a step may last: predictions err."""
@@ -26,24 +29,40 @@ def prefill_order(snapshot: Snapshot, headroom: Floats) -> Rows:
     return rows[np.lexsort((c.seq[rows], headroom[rows], c.num_output[rows] > 0))]
 
 
-def prefill_tokens(snapshot: Snapshot, headroom: Floats, config: SchedulerConfig) -> int | None:
-    """Most prompt tokens for the coming step; None if nobody's reading depends on it.
+class PromptShare:
+    """How many prompt tokens each step takes, so that readers go on reading meanwhile.
 
-    The step may last until the tightest decoding reader has stalled, in all, by `stall_per_wait` of the longest wait
-    for a first token on the device (`critical_s` at most); but at least `min_prefill_share` of it goes to prompts, so
-    that first tokens come even when readers cannot all be kept going.
+    A step may last until the tightest decoding reader has stalled, in all, by `stall_per_wait` of the longest wait for
+    a first token on the device (`critical_s` at most); but at least `min_prefill_share` of the time goes to prompts, so
+    that first tokens come even when readers cannot all be kept going. Where a step takes long for having prompts at
+    all, they come in chunks that are worth it, and the steps between only decode; `_owed_s` is the prompts' share of
+    those.
     """
-    c = snapshot.columns
-    decoding = snapshot.is_decoding
-    readers = decoding & c.has_reader
-    prompts = c.is_running & ~decoding
-    if not readers.any() or not prompts.any():
-        return None
-    token_s = max(snapshot.cost.prefill_s_per_token, 1e-12)
-    decode_s = snapshot.cost.step_s(int(np.count_nonzero(decoding)), float(c.num_tokens[decoding].sum()))
-    wait_s = -float(headroom[prompts & ~c.has_started].min(initial=0.0))
-    excused_s = min(config.stall_per_wait * wait_s, config.critical_s)
-    tightest_s = c.time_to_empty_s[readers] + np.maximum(excused_s - c.stall_s[readers], 0.0)
-    slack_s = _SAFETY * float(tightest_s.min()) - decode_s
-    fair_s = decode_s * config.min_prefill_share / (1 - config.min_prefill_share)
-    return min(max(int(max(slack_s, fair_s) / token_s), 1), snapshot.max_num_batched_tokens)
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._owed_s = 0.0
+
+    def tokens(self, snapshot: Snapshot, headroom: Floats) -> int | None:
+        """Most prompt tokens for the coming step; None if nobody's reading depends on it."""
+        c, config = snapshot.columns, self._config
+        decoding = snapshot.is_decoding
+        readers = decoding & c.has_reader & ~held_back(c, config.generate_ahead_s)
+        prompts = c.is_running & ~decoding
+        if not readers.any() or not prompts.any():
+            self._owed_s = 0.0
+            return None
+        cost = snapshot.cost
+        token_s = max(cost.prefill_s_per_token, 1e-12)
+        decode_s = cost.step_s(int(np.count_nonzero(decoding)), float(c.num_tokens[decoding].sum()))
+        wait_s = -float(headroom[prompts & ~c.has_started].min(initial=0.0))
+        excused_s = min(config.stall_per_wait * wait_s, config.critical_s)
+        tightest_s = c.time_to_empty_s[readers] + np.maximum(excused_s - c.stall_s[readers], 0.0)
+        slack_s = _SAFETY * float(tightest_s.min()) - decode_s
+        self._owed_s += decode_s * config.min_prefill_share / (1 - config.min_prefill_share)
+        num_tokens = int((max(slack_s, self._owed_s) - cost.prompts_s) / token_s)
+        worth = int(min(_WORTH * cost.prompts_s / token_s, pending_tokens(snapshot), snapshot.max_num_batched_tokens))
+        if num_tokens < worth:
+            return 0
+        self._owed_s = 0.0
+        return min(max(num_tokens, 1), snapshot.max_num_batched_tokens)

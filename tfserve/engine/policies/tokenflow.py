@@ -9,7 +9,7 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.policies.balance import Balance
 from tfserve.engine.policies.fcfs import admissible
 from tfserve.engine.policies.headroom import headroom_s
-from tfserve.engine.policies.prefill import pending_tokens, prefill_order, prefill_tokens
+from tfserve.engine.policies.prefill import PromptShare, pending_tokens, prefill_order
 from tfserve.engine.policies.sharing import Ticker, out_of_blocks
 from tfserve.engine.policies.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.policy import Decision, Snapshot
@@ -25,7 +25,8 @@ class TokenFlow:
     """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
 
     It remembers when it last looked, whether a newcomer then lacked memory, until when no buffer can be low, how large
-    the working set is and whether admission has fallen back; everything else is a function of the snapshot.
+    the working set is, whether admission has fallen back, and what share of the time prompts are owed; everything else
+    is a function of the snapshot.
     `num_passes` counts full passes.
     """
 
@@ -33,9 +34,10 @@ class TokenFlow:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
         self._working_set = WorkingSet()
+        self._prompt_share = PromptShare(config)
         self._calm_until_s = -np.inf
         self._calm_since = (-1, -1)
-        self._blocked_since: int | None = None
+        self._hurry_s = np.inf
         self.num_passes = 0
 
     @property
@@ -73,10 +75,11 @@ class TokenFlow:
         return False
 
     def _wants_prompts(self, snapshot: Snapshot) -> bool:
-        """True if a newcomer lacked memory, first tokens have come since, and prompts are left for less than a step."""
-        if self._blocked_since is None or self._blocked_since == snapshot.columns.num_readings:
-            return False
-        return pending_tokens(snapshot) < snapshot.max_num_batched_tokens
+        """True if a newcomer lacked memory, for an interval, and prompts are left for less than a step.
+
+        Then any step may make a victim that it need not wait longer for.
+        """
+        return snapshot.now_s >= self._hurry_s and pending_tokens(snapshot) < snapshot.max_num_batched_tokens
 
     def _pass(self, snapshot: Snapshot) -> Decision:
         c, config = snapshot.columns, self._config
@@ -87,9 +90,10 @@ class TokenFlow:
         balance.bring_back()
         newcomers = _newcomers(snapshot, balance.headroom)
         room = self._working_set.room_for(newcomers, load, snapshot, config)
-        blocked = balance.let_in(newcomers[:room])
-        self._blocked_since = c.num_readings if blocked else None
-        if not blocked:
+        self._hurry_s = np.inf
+        if balance.let_in(newcomers[:room]):
+            self._hurry_s = float(c.arrival_s[newcomers[:room]].min()) + config.schedule_interval_s
+        else:
             balance.fill_up()
         decision = balance.orders()
         refused: tuple[tuple[RequestId, float], ...] = ()
@@ -115,7 +119,7 @@ class TokenFlow:
             return decision
         headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
         order = prefill_order(snapshot, headroom)
-        tokens = prefill_tokens(snapshot, headroom, config)
+        tokens = self._prompt_share.tokens(snapshot, headroom)
         return msgspec.structs.replace(decision, order=c.ids_of(order), prefill_tokens=tokens)
 
 

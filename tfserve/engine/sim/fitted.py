@@ -9,10 +9,11 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from tfserve.engine.cost_model import CostModel, StepCoefficients, StepSample
+from tfserve.engine.cost_model import StepCoefficients, StepSample
 from tfserve.engine.sim.engine import SimMachine
 from tfserve.engine.sim.runner import StepCost
 from tfserve.engine.sim.transfers import SimLinks
+from tfserve.engine.step_fit import fit_law
 from tfserve.engine.step_trace import Trace, TraceStep
 from tfserve.engine.token_buffer import Floats
 from tfserve.errors import TfserveError
@@ -25,6 +26,12 @@ _IDLE = 10.0
 
 _UNKNOWN_BYTES_PER_S = 5e9
 """Of a link on which nothing was copied."""
+
+_LEAST_SCALE = np.array([5e-3, 5e-4, 1e-6, 5e-4, 1e-6, 1e-2])
+"""Coefficients as a CPU has them, whose steps are a thousand times those of a GPU."""
+
+_PRIOR_STRENGTH = 1e-6
+"""It only decides what steps leave wholly open."""
 
 _LEAST_ALIKE = 4
 """Steps of about a size that can say how far off the law is at that size."""
@@ -145,10 +152,11 @@ def fit(trace: Trace) -> FittedProfile:
 
 
 def fit_steps(samples: Sequence[StepSample]) -> StepCoefficients:
-    """The law that the engine's own cost model finds in these steps, all of them weighed alike."""
-    model = CostModel(kv_bytes_per_token=1, max_num_seqs=1)
-    model.calibrate(samples)
-    return model.coefficients
+    """The law of these steps. They are many, so it is free to be far from the usual, unlike the engine's cost model."""
+    work = np.array([sample.features() for sample in samples])
+    seconds = np.array([sample.seconds for sample in samples])
+    usual = np.array(msgspec.structs.astuple(StepCoefficients()))
+    return StepCoefficients(*fit_law(work, seconds, usual, _LEAST_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
 
 
 def fit_sizes(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> list[SizeFactor]:
