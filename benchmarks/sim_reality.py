@@ -1,6 +1,6 @@
 """Does the simulation foretell this machine? `python benchmarks/sim_reality.py --output RESULT.json`
 
-Fits a profile to one real run of the demo model (Poisson arrivals, no preemption), then runs bursts of other prompts
+Fits a profile to one real run of the demo model (Poisson arrivals, no preemption, prompts of all lengths), then runs bursts of other prompts
 under several policies with KV for a quarter of them, and simulates each burst on the fitted profile. Prints measured
 against simulated, and whether the policies keep their order. Run it on a quiet machine.
 """
@@ -29,7 +29,9 @@ BLOCK_SIZE = 32
 VOCABULARY = range(10, 20_000)
 PROMPT_TOKENS = (20, 200)
 TEACHING_TOKENS = (20, 500)
-"""Of the prompts of the run that is fitted: it has to show steps of every size."""
+"""Of the prompts of the run that is fitted."""
+TEACHING_RATE = 0.9
+"""Of their arrivals, per second: about what this machine just keeps up with, so that there are steps of every size."""
 TIE = 0.05
 """Policies whose figures differ by less than this share cannot be told apart in one run on this machine."""
 
@@ -54,7 +56,7 @@ def main() -> None:
 def run(args: argparse.Namespace, folder: Path) -> None:
     teacher = folder / "poisson.jsonl"
     rng = random.Random(1)
-    gaps = [rng.expovariate(2.0) for _ in range(args.requests)]
+    gaps = [rng.expovariate(TEACHING_RATE) for _ in range(args.requests)]
     serve(args, "fcfs-chunked", teacher, seed=1, gaps=gaps, kv_share=1.0, prompt_tokens=TEACHING_TOKENS)
     profile = fit(read_trace(teacher))
     print(f"{profile.source}: median error {profile.error.median:.1%}, sum {profile.error.total:+.1%} on other steps\n")
