@@ -1,8 +1,8 @@
 """Does the simulation foretell this machine? `python benchmarks/sim_reality.py --output RESULT.json`
 
-Fits a profile to one real run of the demo model (Poisson arrivals, no preemption, prompts of all lengths), then runs bursts of other prompts
-under several policies with KV for a quarter of them, and simulates each burst on the fitted profile. Prints measured
-against simulated, and whether the policies keep their order. Run it on a quiet machine.
+Fits a profile to one real run of the demo model (Poisson arrivals, no preemption, prompts of all lengths), then runs
+bursts of other prompts under several policies with KV for a quarter of them, and simulates each burst on the fitted
+profile. Prints measured against simulated, and whether the policies keep their order. Run it on a quiet machine.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tfserve.config import SchedulerConfig
 from tfserve.engine.columns import Phase
-from tfserve.engine.policy import MemoryView, Snapshot
+from tfserve.engine.policies.tokenflow import TokenFlow
+from tfserve.engine.policy import Decision, MemoryView, Snapshot
 from tfserve.engine.tracker import Tracker
 
 
@@ -106,3 +108,8 @@ class Scene:
         )
         assert memory.num_free_blocks >= 0, "the scene holds more blocks than there are"
         return Snapshot(self.now_s, self.tracker.columns(self.now_s), memory, self.cost, self.max_num_seqs, 512)
+
+
+def decide(scene: Scene, **settings) -> Decision:
+    """What a tokenflow policy of its own, without a watermark, says of the scene."""
+    return TokenFlow(SchedulerConfig(policy="tokenflow", watermark=0.0, **settings)).decide(scene.snapshot())

@@ -25,7 +25,8 @@ controls and andes are told the readers' rates (and andes an expected TTFT), the
 - tokenflow runs with `overload: queue`, and with `share` where it says so: a newcomer beyond the capacity waits, or \
 everybody gets less.
 - No policy knows the length of an answer. max_tokens is the exact length unless a row says otherwise, which helps \
-whoever reserves by it (fcfs); tokenflow expects the lesser of max_tokens and the average of finished answers.
+whoever goes by it: fcfs reserves it, and tokenflow expects the lesser of max_tokens and the average of answers that \
+ended by themselves, of which there are none then.
 - fcfs is SGLang's scheduler: prefill first, a candidate charged its whole max_tokens (at most 4,096), running \
 requests 0.7 of what remains, decaying over 600 steps to 0.098, retraction by fewest output tokens. Its batch is as \
 large as the roofline's capacity assumes where memory lets it, see raw beside capacity.
