@@ -37,7 +37,8 @@ class Operation:
 
     `reply` is the Struct of the answer, or the type of one that is no JSON.
 
-    `chunk` is what the events of a streamed answer hold; `also` are statuses that come with `reply`, too.
+    `chunk` is what the events of a streamed answer hold; `also` are statuses that come with `reply`, too; `query` are the
+    schemas of what may stand behind the address.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Operation:
     chunk: type | None = None
     errors: tuple[int, ...] = ()
     also: Mapping[int, str] = field(default_factory=dict)
+    query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 _GENERATING = (400, 404, 413, 429, 500, 503)
@@ -111,6 +113,7 @@ OPERATIONS = (
         streams.StreamList,
         chunk=streams.StreamList,
         errors=(400, 503),
+        query={"interval": streams.INTERVAL},
     ),
     Operation(
         "post",
@@ -253,8 +256,13 @@ def _described(operation: Operation, secured: bool) -> dict[str, Any]:
     if operation.body is not None:
         content = {"application/json": {"schema": _ref(operation.body)}}
         described["requestBody"] = {"required": True, "content": content}
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "query", "schema": schema} for name, schema in operation.query.items()
+    ]
     if "{id}" in operation.path:
-        described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+        parameters.append({"name": "id", "in": "path", "required": True, "schema": {"type": "string"}})
+    if parameters:
+        described["parameters"] = parameters
     if secured:
         described["security"] = [{"key": []}]
     return described

@@ -24,6 +24,15 @@ _LEAST_INTERVAL_S = 0.1
 _DEFAULT_INTERVAL_S = 0.5
 _MOST_INTERVAL_S = 60.0
 
+INTERVAL = {
+    "type": "number",
+    "minimum": _LEAST_INTERVAL_S,
+    "maximum": _MOST_INTERVAL_S,
+    "default": _DEFAULT_INTERVAL_S,
+    "description": "Seconds between two events.",
+}
+"""JSON schema of `?interval=`."""
+
 
 class StreamList(msgspec.Struct, kw_only=True):
     """Body of GET /v1/streams, and the data of each of its events; `policy` and `stats` are the engine's."""
@@ -95,9 +104,9 @@ class StreamEndpoints:
 
     async def list(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/streams: once, or as events every `?interval=` seconds (0.5) for who accepts text/event-stream."""
+        interval_s = _interval_s(request)
         if "text/event-stream" not in request.headers.get("Accept", ""):
             return web.Response(body=await self._feed.picture(0.0), content_type=JSON)
-        interval_s = _interval_s(request)
         first = await self._feed.picture(interval_s / 2)
         response = web.StreamResponse(headers=HEADERS)
         await response.prepare(request)
