@@ -35,8 +35,8 @@ _MEANINGS = {
 class Operation:
     """One address with its method. `errors` are the statuses that come with an error object.
 
-    `reply` is the Struct of the answer, or the type of one that is no JSON; `chunk` is what the events of a streamed answer
-    hold; `also` are statuses that come with `reply`, too; `query` are schemas of what may stand behind the address.
+    `reply` is the Struct of the answer, or the type of one that is no JSON; `chunk` is what the events of a streamed
+    answer hold; `also` are statuses that come with `reply`, too; `query` are schemas of what may follow the address.
     """
 
     method: str
