@@ -194,7 +194,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(sched, key)
             if value is not None and not value >= 0:
                 raise ConfigError(f"scheduler.{key}", f"must not be negative, got {value}")
-        for key in ("working_set_step", "min_prefill_share", "watermark"):
+        if not 0 < sched.min_prefill_share < 1:
+            message = f"must be above 0 and below 1, got {sched.min_prefill_share}"
+            raise ConfigError("scheduler.min_prefill_share", message)
+        for key in ("working_set_step", "watermark"):
             if not 0 <= getattr(sched, key) < 1:
                 raise ConfigError(f"scheduler.{key}", f"must be at least 0 and below 1, got {getattr(sched, key)}")
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.fakes import FakeEngine, expected_output, next_token
+from tfserve.engine.columns import Phase
 from tfserve.engine.messages import AbortRequest
+from tfserve.engine.policy import Decision, Snapshot
 from tfserve.types import FinishReason
 
 POLICIES = ["fcfs", "fcfs-chunked"]
@@ -158,3 +160,20 @@ def test_queue_is_first_come_first_served():
     engine.run()
     order = [entry.req for plan in engine.runner.plans for entry in plan.entered]
     assert order == [f"r{i}" for i in range(8)]
+
+
+class OnlyDecodes:
+    """Lets everybody in and grants no prompt tokens: as if decodes were to go first that then cannot run."""
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        c = snapshot.columns
+        return Decision(admit=c.ids_of(c.in_phase(Phase.WAITING)), prefill_tokens=0)
+
+
+def test_prompts_run_when_there_are_no_decodes_to_go_first(monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr(engine.scheduler, "_policy", OnlyDecodes())
+    engine.add("a", [1, 2, 3], max_tokens=4)
+    engine.add("b", [4, 5], max_tokens=4)
+    engine.run()
+    assert engine.outputs == {"a": expected_output([1, 2, 3], 4), "b": expected_output([4, 5], 4)}

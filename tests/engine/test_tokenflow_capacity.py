@@ -84,11 +84,14 @@ def test_the_working_set_shrinks_while_copies_queue_and_grows_back_by_steps():
     load = measure(snapshot, config)
     working_set.move(load, snapshot, config)
     assert working_set.size == pytest.approx(0.9 * load.bound)
+    working_set.move(load, snapshot, config)
+    assert working_set.size == pytest.approx(0.9 * load.bound)  # once an interval, however often it is asked
     for _ in range(100):
-        working_set.move(load, snapshot, config)
+        scene.now_s += config.schedule_interval_s
+        working_set.move(load, scene.snapshot(), config)
     assert working_set.size == 2.0  # never below what is resident
     scene.cost.queue = 0.0
-    working_set.move(load, snapshot, config)
+    working_set.move(load, scene.snapshot(), config)
     assert working_set.size == pytest.approx(2.0 + 0.1 * load.bound)
 
 
@@ -128,6 +131,13 @@ def test_the_rest_of_a_prompt_is_worth_it_however_short():
     policy = TokenFlow(SchedulerConfig(policy="tokenflow", min_prefill_share=0.6))
     tokens = [policy.decide(dry.snapshot()).prefill_tokens for _ in range(2)]
     assert tokens == [0, pytest.approx(20, abs=1)]
+
+
+def test_prompts_do_not_wait_for_decodes_that_are_held_back():
+    cost = FlatCost(step=0.02, prefill=1e-3, prompts=0.04)
+    scene = Scene(cost=cost).running("a", unread_s=0.2).prefilling("p", prompt=1000)
+    assert decide(scene).prefill_tokens == 0
+    assert decide(scene, generate_ahead_s=0.1).prefill_tokens == pytest.approx(200, abs=1)
 
 
 def test_a_wait_for_a_first_token_excuses_a_little_stalling():

@@ -205,6 +205,16 @@ def test_a_newcomer_that_has_lacked_memory_for_an_interval_is_looked_after_at_ev
     assert policy.decide(scene.snapshot()).admit == ("new",)
 
 
+def test_a_newcomer_without_a_reader_hurries_nobody_while_it_is_patient():
+    policy = TokenFlow(SchedulerConfig(policy="tokenflow", schedule_interval_s=1.0, watermark=0.0))
+    scene = Scene(num_blocks=30).running("a", unread_s=8.0).running("b", unread_s=8.0)
+    scene.waiting("batch", rate=None, for_s=5.0)
+    for _ in range(10):
+        policy.decide(scene.snapshot())
+        scene.now_s += 0.05
+    assert policy.num_passes == 1
+
+
 def test_it_asks_to_be_woken_when_a_paused_reader_will_be_due():
     scene = Scene(num_blocks=15, cost=FlatCost(prefill=1e-2)).running("a", unread_s=9.0).paused("p", unread_s=1.25)
     decision = decide(scene, schedule_interval_s=5.0)

@@ -14,8 +14,8 @@ from tfserve.types import SamplingParams
 _MOST_S = 0.5
 """No step that could be missed starts after this long, the first one, which also warms up, not counted."""
 
-_NEEDED = 3
-"""Steps that are never missed: the warm-up, decodes of several rows and of one, a prompt."""
+_NEEDED = 5
+"""Steps that are never missed: the warm-up, decodes of several rows and of one, prompts of two sizes."""
 
 _ROWS = 8
 _PROMPT = 4
@@ -44,6 +44,8 @@ def calibrate(
         ([_prompt(row, 0, _PROMPT) for row in every], 0),
         ([_decode(row, _PROMPT) for row in every], rows),
         (one, 1),
+        # What prompts cost is what a step takes for having any and what each token adds.
+        ([_prompt(rows - 1, _PROMPT + 1, -(-chunk // _GROWTH))], 0),
         ([_prompt(rows - 1, _PROMPT + 1, chunk)], 0),
         ([_decode(row, _PROMPT + 1) for row in every], rows),
         (one, 1),
@@ -55,7 +57,7 @@ def calibrate(
     samples = []
     end_s = float("inf")
     for number, (seqs, n_decode) in enumerate(steps):
-        if number > _NEEDED and time.monotonic() > end_s:
+        if number >= _NEEDED and time.monotonic() > end_s:
             break
         plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
         result = runner.launch(plan).result()
@@ -66,7 +68,6 @@ def calibrate(
     start = _PROMPT + 1 + chunk
     room = min((num_blocks - rows) * block_size, max_model_len) - start - 1
     n = min(_GROWTH * chunk, room, config.max_num_batched_tokens)
-    # Of two sizes, at least: what prompts cost is what a step takes for having any and what each token adds.
     grown = False
     while n > 0 and time.monotonic() < end_s and not (grown and _is_compute_bound(samples)):
         grown = True

@@ -50,9 +50,10 @@ class Columns:
     """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
 
     `num_output` counts the tokens that steps under way will sample: they come, whatever is decided now. `rate` is NaN
-    for a request without a reader. `host_tokens` are on the host and acknowledged. `mean_output` is the
-    average output of finished requests. `num_events` counts arrivals, departures and completed loads ever,
-    `num_readings` first tokens and clients' reports; `num_added` and `total_preemptions` are over the tracker's life.
+    for a request without a reader. `host_tokens` are on the host and acknowledged. `mean_output` is the average
+    output of those that ended by themselves, or were cut beyond it. `num_events` counts arrivals, departures and
+    completed loads ever, `num_readings` first tokens and clients' reports; `num_added` and `total_preemptions` are
+    over the tracker's life.
     What follows from these is computed when it is first asked for: most passes need little of it.
     """
 

@@ -64,6 +64,9 @@ class StepCoefficients(msgspec.Struct, frozen=True):
     prompts: float = 0.0
 
 
+_PROMPTS = 5
+"""Index of the last coefficient."""
+
 _LEAST_SCALE = np.array([5e-4, 5e-6, 2e-9, 5e-6, 1e-10, 5e-3])
 """Coefficients of less than this are next to nothing."""
 
@@ -103,7 +106,7 @@ class CostModel:
     @property
     def prompts_s(self) -> float:
         """Seconds that a step takes more for having prompt tokens at all."""
-        return float(self._beta[5])
+        return float(self._beta[_PROMPTS])
 
     @property
     def coefficients(self) -> StepCoefficients:
@@ -174,7 +177,10 @@ class CostModel:
     def calibrate(self, samples: Iterable[StepSample]) -> None:
         """Make these steps the prior, for what the running window leaves open, and forget the window."""
         self._prior = _fit(list(samples), self._prior, _OPEN)
-        self._strength = _CALIBRATED
+        # What came out as next to nothing may be noise, and at its scale the truth would be far away. But for having
+        # prompts a GPU does take next to nothing.
+        open_ = (self._prior <= _LEAST_SCALE) & (np.arange(len(self._prior)) != _PROMPTS)
+        self._strength = np.where(open_, _OPEN, _CALIBRATED)
         self._beta = self._prior.copy()
         self._steps.clear()
         self._prompts.clear()

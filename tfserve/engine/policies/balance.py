@@ -155,7 +155,7 @@ class Balance:
         """Admit in this order while there is memory, or victims that survive it; True if one is left for memory.
 
         The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. Nobody
-        leaves for a prompt whose turn does not come in the next step.
+        leaves for a prompt whose turn does not come in the next step with prompts.
         """
         most_pending = self._snapshot.max_num_batched_tokens
         exchanges, pending = 0, pending_tokens(self._snapshot)

@@ -43,15 +43,20 @@ class PromptShare:
         self._config = config
         self._owed_s = 0.0
 
+    def rest(self) -> None:
+        """No prompts are on the device: nothing is owed to those to come."""
+        self._owed_s = 0.0
+
     def tokens(self, snapshot: Snapshot, headroom: Floats) -> int | None:
         """Most prompt tokens for the coming step; None if nobody's reading depends on it."""
         c, config = snapshot.columns, self._config
         decoding = snapshot.is_decoding
-        readers = decoding & c.has_reader & ~held_back(c, config.generate_ahead_s)
+        readers = decoding & c.has_reader
         prompts = c.is_running & ~decoding
         if not readers.any() or not prompts.any():
             self._owed_s = 0.0
             return None
+        decoding = decoding & ~held_back(c, config.generate_ahead_s)
         cost = snapshot.cost
         token_s = max(cost.prefill_s_per_token, 1e-12)
         decode_s = cost.step_s(int(np.count_nonzero(decoding)), float(c.num_tokens[decoding].sum()))
@@ -63,6 +68,9 @@ class PromptShare:
         num_tokens = int((max(slack_s, self._owed_s) - cost.prompts_s) / token_s)
         worth = int(min(_WORTH * cost.prompts_s / token_s, pending_tokens(snapshot), snapshot.max_num_batched_tokens))
         if num_tokens < worth:
-            return 0
+            if (readers & decoding).any():
+                return 0
+            # Held back, readers go on reading, but no decode would fill the step.
+            num_tokens = worth
         self._owed_s = 0.0
         return min(max(num_tokens, 1), snapshot.max_num_batched_tokens)

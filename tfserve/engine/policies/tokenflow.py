@@ -92,7 +92,9 @@ class TokenFlow:
         room = self._working_set.room_for(newcomers, load, snapshot, config)
         self._hurry_s = np.inf
         if balance.let_in(newcomers[:room]):
-            self._hurry_s = float(c.arrival_s[newcomers[:room]].min()) + config.schedule_interval_s
+            # Whoever has no reader does not want to be served for as long as its patience lasts.
+            wanted_s = snapshot.now_s + float(balance.headroom[newcomers[:room]].min())
+            self._hurry_s = wanted_s + config.schedule_interval_s
         else:
             balance.fill_up()
         decision = balance.orders()
@@ -116,6 +118,7 @@ class TokenFlow:
         """Add who gets prompt tokens and how many."""
         c, config = snapshot.columns, self._config
         if np.count_nonzero(c.is_running) == np.count_nonzero(snapshot.is_decoding):
+            self._prompt_share.rest()
             return decision
         headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
         order = prefill_order(snapshot, headroom)

@@ -56,9 +56,10 @@ class WorkingSet:
 
     size: float | None = None
     is_fallback: bool = False
+    shrunk_s: float = -np.inf
 
     def move(self, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> None:
-        """One interval: towards the bound, or down while copies queue for longer; never below what is resident.
+        """One pass: towards the bound, or while copies queue down, once an interval; never below what is resident.
 
         It starts at the bound, so that a first burst is let in at once.
         """
@@ -68,7 +69,10 @@ class WorkingSet:
             self.size = bound
         queue_s = max(snapshot.cost.queue_s(direction) for direction in Direction)
         if queue_s > config.schedule_interval_s:
-            self.size *= 1 - step
+            # Passes may follow one another faster than copies can.
+            if snapshot.now_s - self.shrunk_s >= config.schedule_interval_s - 1e-9:
+                self.size *= 1 - step
+                self.shrunk_s = snapshot.now_s
         else:
             most = step * max(bound, self.size)
             self.size += min(max(bound - self.size, -most), most)
