@@ -1,6 +1,7 @@
 """What the rooms hand each other: one step's plan and result, and the protocols they meet behind. Torch-free.
 
-A plan is immutable data: it can be logged, and replayed on a machine without a GPU.
+A plan is immutable data: it can be logged, and replayed on a machine without a GPU. Structs made
+by the thousand are not tracked by the garbage collector (`gc=False`): they refer to nothing that could refer back.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ CopyId = NewType("CopyId", int)
 """Names one copy for its whole life; never reused."""
 
 
-class Direction(enum.Enum):
+class Direction(enum.StrEnum):
     """STORE is device to host, LOAD is host to device."""
 
     STORE = "store"
     LOAD = "load"
 
 
-class After(msgspec.Struct, frozen=True):
+class After(msgspec.Struct, frozen=True, gc=False):
     """What must have finished before a copy may start: steps (by fence) and other copies (by id)."""
 
     fence: Fence | None = None
     copies: tuple[CopyId, ...] = ()
 
 
-class Copy(msgspec.Struct, frozen=True):
+class Copy(msgspec.Struct, frozen=True, gc=False):
     """Move tokens [tok0, tok0 + ntok) of one block between the tiers, in `dir`'s direction."""
 
     id: CopyId
@@ -50,7 +51,7 @@ class Copy(msgspec.Struct, frozen=True):
     after: After = After()
 
 
-class Ack(msgspec.Struct, frozen=True):
+class Ack(msgspec.Struct, frozen=True, gc=False):
     """A copy has ended. Only an acknowledgement moves a cursor or frees a block. Times by the clock of the link."""
 
     id: CopyId
@@ -82,7 +83,7 @@ class RowInit(msgspec.Struct, frozen=True):
     eos_token_ids: tuple[int, ...] = ()
 
 
-class SeqStep(msgspec.Struct, frozen=True):
+class SeqStep(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step: compute tokens [start, start + n).
 
     `token_ids` are those n tokens; None means n = 1 and the token is the row's last sampled one, which the device has.

@@ -15,7 +15,7 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.columns import Phase
 from tfserve.engine.cost_model import CostModel, StepCoefficients
 from tfserve.engine.policies import make_policy
-from tfserve.engine.policy import MemoryView, ResumeBy, Snapshot, held_back, next_release_s, write_order
+from tfserve.engine.policy import MemoryView, ResumeBy, Snapshot, held_back, held_on_device, write_order
 from tfserve.engine.qos import Served, score
 from tfserve.engine.tracker import Tracker
 
@@ -272,7 +272,7 @@ class Driver:
             ends.append(self.asks[self.pending[-1]].arrival_s)
         if decision.wake_s is not None:
             ends.append(decision.wake_s)
-        release = next_release_s(self.tracker.columns(self.now), self.now, self.config.generate_ahead_s)
+        _, release = held_on_device(self.tracker.columns(self.now), self.config.generate_ahead_s)
         ends += [] if release is None else [release + 1e-6]
         later = [t for t in ends if t > self.now]
         running = self.tracker.columns(self.now).in_phase(Phase.RUNNING)

@@ -11,7 +11,7 @@ from tests.engine.scene import FlatCost, Scene
 from tfserve.config import SchedulerConfig
 from tfserve.engine.cost_model import StepCoefficients
 from tfserve.engine.policies import make_policy
-from tfserve.engine.policy import ResumeBy, held_back, next_release_s, write_order
+from tfserve.engine.policy import ResumeBy, held_back, held_on_device, write_order
 
 LOAD, RECOMPUTE = ResumeBy.LOAD, ResumeBy.RECOMPUTE
 ALL = [
@@ -149,9 +149,13 @@ def test_generating_ahead_is_capped_per_reader():
     scene = Scene().running("full", unread_s=9.0).running("low", unread_s=2.0).running("batch", rate=None)
     c = scene.snapshot().columns
     assert c.ids_of(held_back(c, 5.0).nonzero()[0]) == ("full",)
-    assert next_release_s(c, scene.now_s, 5.0) == pytest.approx(scene.now_s + 4.0)
+    rows, release_s = held_on_device(c, 5.0)
+    assert c.ids_of(rows) == ("full",)
+    assert release_s == pytest.approx(scene.now_s + 4.0)
     assert not held_back(c, None).any()
-    assert next_release_s(c, scene.now_s, 10.0) is None
+    for nobody in (held_on_device(c, 10.0), held_on_device(c, None)):
+        assert not len(nobody[0])
+        assert nobody[1] is None
 
 
 def test_the_fullest_buffer_is_written_first():

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.engine.columns import Columns, Ints, Mask
+from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
 from tfserve.plan import Direction
 from tfserve.types import RequestId
@@ -159,14 +160,17 @@ def held_back(columns: Columns, generate_ahead_s: float | None) -> Mask:
     return columns.has_reader & (columns.time_to_empty_s > generate_ahead_s)
 
 
-def next_release_s(columns: Columns, now_s: float, generate_ahead_s: float | None) -> float | None:
-    """When the first request held back on the device may go on; None if none is. The loop may sleep until then."""
+def held_on_device(columns: Columns, generate_ahead_s: float | None) -> tuple[Rows, float | None]:
+    """Requests held back on the device, and when the first of them may go on (None if there are none).
+
+    The loop may sleep until then.
+    """
     if generate_ahead_s is None:
-        return None
-    held = held_back(columns, generate_ahead_s) & columns.is_running
-    if not held.any():
-        return None
-    return now_s + float(columns.time_to_empty_s[held].min()) - generate_ahead_s
+        return np.empty(0, np.intp), None
+    held = np.flatnonzero(held_back(columns, generate_ahead_s) & columns.is_running)
+    if not len(held):
+        return held, None
+    return held, columns.now_s + float(columns.time_to_empty_s[held].min()) - generate_ahead_s
 
 
 def write_order(columns: Columns) -> tuple[RequestId, ...]:

@@ -14,7 +14,7 @@ ResumePath = Literal["load", "recompute"]
 """How a preempted request gets its KV back."""
 
 
-class RequestState(enum.Enum):
+class RequestState(enum.IntEnum):
     """Where a request is: WAITING has no row and no KV, RUNNING has both, FINISHED has neither.
 
     PAUSED and LOADING have KV but no row: PAUSED on the host, LOADING on its way back to the device.
@@ -85,7 +85,9 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """True when only the newest token lacks KV, and it is not the prompt's own."""
-        return self.num_computed_tokens == self.num_tokens - 1 >= self.num_prompt_tokens
+        # Asked of every running request in every step, hence no properties.
+        newest = len(self.token_ids) + self.num_in_flight - 1
+        return self.num_computed_tokens == newest >= self.num_prompt_tokens
 
     @property
     def is_complete(self) -> bool:
@@ -124,7 +126,7 @@ class Request:
         self.num_in_flight -= 1
         if self.first_token_s is None:
             self.first_token_s = now_s
-        if self.num_output_tokens >= self.params.min_tokens and token in self.stop_token_ids:
+        if token in self.stop_token_ids and self.num_output_tokens >= self.params.min_tokens:
             own = token in self.params.stop_token_ids
             return FinishReason.STOP, token if own else None
         if self.detokenizer is not None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
 from tfserve.config import SchedulerConfig
 from tfserve.engine.batch import BatchBuilder, sample_of
 from tfserve.engine.columns import Columns, Phase
@@ -15,8 +13,7 @@ from tfserve.engine.policy import (
     Decision,
     Policy,
     ResumeBy,
-    held_back,
-    next_release_s,
+    held_on_device,
     write_order,
 )
 from tfserve.engine.request import Request, RequestState
@@ -147,7 +144,8 @@ class Scheduler:
         self.kv.begin_step(step)
         snapshot = self._snapshots.take(now_s)
         columns = snapshot.columns
-        held = self._held(columns)
+        held_rows, release_s = held_on_device(columns, self._config.generate_ahead_s)
+        held = frozenset(columns.ids_of(held_rows))
         decision = self._policy.decide(snapshot)
         self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
         seqs, n_decode = self._batch.build(self.running, decision, held)
@@ -160,7 +158,6 @@ class Scheduler:
         refused = ((self.waiting.get(req), wait_s) for req, wait_s in decision.reject)
         # Whoever has been let in once was promised an answer.
         self.rejected = tuple((r, wait_s) for r, wait_s in refused if r is not None and r.first_scheduled_s is None)
-        release_s = next_release_s(columns, now_s, self._config.generate_ahead_s)
         moments = [decision.wake_s, None if release_s is None else release_s + _AFTER_RELEASE_S]
         self.wake_s = min((moment for moment in moments if moment is not None), default=None)
         self._steps_under_way += bool(seqs)
@@ -198,13 +195,6 @@ class Scheduler:
                     raise AssertionError(
                         f"{request.id} is {request.state.name} with KV {state.name}, row {request.row}"
                     )
-
-    def _held(self, columns: Columns) -> Collection[RequestId]:
-        """Requests on the device whose readers have enough for now."""
-        if self._config.generate_ahead_s is None:
-            return ()
-        held = held_back(columns, self._config.generate_ahead_s) & columns.is_running
-        return frozenset(columns.ids_of(np.flatnonzero(held)))
 
     def _write_order(self, columns: Columns) -> Sequence[RequestId]:
         return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))

@@ -134,8 +134,9 @@ class KVCacheManager:
         may become: it only decides where its first block goes.
         """
         kv = self._requests.get(req) or Residency(req, self._table)
-        if kv.state is not KVState.DEVICE and kv.state is not KVState.NONE:
-            raise AssertionError(f"{req}: cannot run in KV state {kv.state.name}")
+        state = kv.state
+        if state is not KVState.DEVICE and state is not KVState.NONE:
+            raise AssertionError(f"{req}: cannot run in KV state {state.name}")
         missing = self.blocks_for(kv.num_tokens + n) - kv.num_blocks
         new: tuple[BlockId, ...] = ()
         if missing > 0:
@@ -144,7 +145,7 @@ class KVCacheManager:
             if allocated is None:
                 return None
             new = allocated
-        if kv.state is KVState.NONE:
+        if state is KVState.NONE:
             self._requests[req] = kv
             kv.move_to(KVState.DEVICE)
         kv.grow(n, self._step, new)
@@ -198,8 +199,7 @@ class KVCacheManager:
                 self._device.vacate(kv, block)
             if block.dev is None:
                 continue
-            end = index * self.block_size + kv.tokens_in(index, self.block_size)
-            copy = self._store(kv, index, end, kv.last_step)
+            copy = self._store(kv, index, kv.num_tokens, kv.last_step)
             if copy is not None:
                 copies.append(copy)
             self._device.linger(kv, block)
@@ -221,7 +221,7 @@ class KVCacheManager:
         missing = [
             index
             for index, block in enumerate(kv.blocks_by_index)
-            if block.dev is None and block.host_tokens == kv.tokens_in(index, self.block_size)
+            if block.dev is None and kv.is_on_host(index, self.block_size)
         ]
         places = self._places_for_loads(kv, missing[:max_blocks])
         copies = [self._load(kv, index, dev, after) for index, (dev, after) in zip(missing, places, strict=False)]

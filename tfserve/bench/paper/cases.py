@@ -98,8 +98,12 @@ def cases_of(
     ]
 
 
-def against(variants: Mapping[str, tuple[Profile, Workload]], contenders: Mapping[str, Settings]) -> list[Case]:
-    """Every contender on every variant, compared with fcfs on the same one."""
+def against(
+    variants: Mapping[str, tuple[Profile, Workload]],
+    contenders: Mapping[str, Settings],
+    seeds_of_others: int | None = None,
+) -> list[Case]:
+    """Every contender on every variant, compared with fcfs on the same one; seeds as in `cases_of`."""
     return [
         Case(
             name=f"{variant}: {name}",
@@ -107,6 +111,7 @@ def against(variants: Mapping[str, tuple[Profile, Workload]], contenders: Mappin
             workload=workload,
             settings=settings,
             baseline=f"{variant}: {BASELINE}",
+            seeds=None if name in PAIR else seeds_of_others,
         )
         for variant, (profile, workload) in variants.items()
         for name, settings in contenders.items()

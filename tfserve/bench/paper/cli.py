@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from tfserve.bench.paper.summary import summarize
 from tfserve.errors import TfserveError
 
 _MOST_WORKERS = 2
+_LOG_EVERY_S = 30.0
 
 
 def add_paper_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,8 +55,8 @@ def bench_paper(args: argparse.Namespace) -> int:
         raise TfserveError(f"--out: cannot make {args.out}: {error.strerror}") from None
     tasks = tasks_of(chosen, most_seeds)
     started_s = time.perf_counter()
-    # `disable=None` shows the bar on a terminal only.
-    with tqdm(total=len(tasks), unit="run", disable=None) as bar:
+    # Into a log a line now and then: it takes half an hour.
+    with tqdm(total=len(tasks), unit="run", mininterval=0.1 if sys.stderr.isatty() else _LOG_EVERY_S) as bar:
         outcomes, cpu_s = run_all(tasks, args.workers, bar.update)
     lines = summarize(chosen, outcomes)
     plots = {} if args.no_plots else {row.key: draw(args.out, row, outcomes, lines) for row in chosen}

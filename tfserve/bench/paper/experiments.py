@@ -64,8 +64,9 @@ def _setups(short: Normal) -> list[Experiment]:
             section="The eight set-ups",
             title=f"{profile.name}: {title}",
             claim=burst if isinstance(workload.arrivals, Burst) else poisson,
+            cases=cases_of(profile, workload, {**POLICIES, **CAPPED}, 1),
             # A run on the H200 takes twenty seconds.
-            cases=cases_of(profile, workload, {**POLICIES, **CAPPED}, 1 if profile is H200 else 3),
+            seeds=3 if profile is H200 else 5,
             in_quick=key in {"4090-a", "4090-c"},
             plots=("ttft", "throughput", "queue", "timelines") if key in {"4090-b", "h200-a"} else ("ttft", "queue"),
         )

@@ -56,17 +56,25 @@ def describe(profile: Profile) -> dict[str, Any]:
     }
 
 
+_LONGEST = 30
+"""Cases that timing.json names."""
+
+
 def timing_of(tasks: Sequence[Task], cpu_s: Sequence[float], wall_s: float, workers: int) -> dict[str, Any]:
     """How long it took: the one file that differs from run to run."""
     by_experiment: dict[str, float] = {}
+    by_case: dict[str, float] = {}
     for task, seconds in zip(tasks, cpu_s, strict=True):
         by_experiment[task.experiment] = by_experiment.get(task.experiment, 0.0) + seconds
+        name = f"{task.experiment}: {task.case.name}"
+        by_case[name] = by_case.get(name, 0.0) + seconds
     return {
         "wall_s": wall_s,
         "cpu_s": sum(cpu_s),
         "workers": workers,
         "runs": len(tasks),
         "by_experiment": by_experiment,
+        "longest_cases": dict(sorted(by_case.items(), key=lambda item: -item[1])[:_LONGEST]),
     }
 
 

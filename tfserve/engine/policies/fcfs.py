@@ -48,8 +48,10 @@ class Fcfs:
     def _overflow(self, snapshot: Snapshot, running: Rows) -> list[int]:
         """Running requests to preempt so that the others' next tokens have blocks; one always stays."""
         c = snapshot.columns
-        keep = running[self._keep_order(snapshot, running)].tolist()
         missing = int(snapshot.next_step_blocks[running].sum()) - snapshot.memory.num_free_blocks
+        if missing <= 0:
+            return []
+        keep = running[self._keep_order(snapshot, running)].tolist()
         victims: list[int] = []
         while len(keep) > 1 and missing > 0:
             victim = keep.pop()

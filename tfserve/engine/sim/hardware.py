@@ -173,7 +173,8 @@ class Roofline:
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """A model served on a device: `memory_fraction` of its memory is ours, `host_kv_bytes` of the host's.
 
-    The engine's limits are its usual ones for the size of the device.
+    The engine's limits are its usual ones for the size of the device. Blocks are flash-attn's pages of 256 tokens where
+    there is room for that, and 32 on smaller devices.
     """
 
     gpu: Gpu
@@ -248,6 +249,7 @@ PROFILES = {
         host_kv_bytes=192e9,
         max_num_seqs=512,
         max_num_batched_tokens=8192,
+        block_size=256,
     ),
     "h200-llama3-8b": Profile(
         gpu=H200,
@@ -256,6 +258,7 @@ PROFILES = {
         host_kv_bytes=192e9,
         max_num_seqs=512,
         max_num_batched_tokens=8192,
+        block_size=256,
     ),
     "h200-qwen2.5-32b": Profile(
         gpu=H200,
@@ -264,6 +267,7 @@ PROFILES = {
         host_kv_bytes=192e9,
         max_num_seqs=512,
         max_num_batched_tokens=8192,
+        block_size=256,
     ),
 }
 """The set-ups of tokenflow.md section 8, by the names that the command line uses."""
