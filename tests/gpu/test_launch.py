@@ -15,7 +15,10 @@ from tfserve.model.stream_runner import StreamRunner
 
 KERNELS = FlashKernels.load()
 
-pytestmark = pytest.mark.skipif(KERNELS is None, reason="flash-attn is not installed")
+pytestmark = [
+    pytest.mark.skipif(KERNELS is None, reason="flash-attn is not installed"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+]
 
 
 @contextmanager

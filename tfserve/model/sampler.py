@@ -146,7 +146,7 @@ class Sampler:
         if early:
             ends = [self._ends[seats[i]] for i in early]
             line, token = upload(self._device, _repeat(early, ends), np.concatenate(ends))
-            edited[line, token] = -torch.inf
+            edited[line, token] = edited.new_full((), -torch.inf)  # a Python number would be copied over, with a wait
         biased = [i for i, seat in enumerate(seats) if seat in self._bias]
         if biased:
             tokens, values = zip(*(self._bias[seats[i]] for i in biased), strict=True)
