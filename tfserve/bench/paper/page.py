@@ -76,7 +76,7 @@ def _profiles(experiments: Sequence[Experiment]) -> str:
             profiles.setdefault(case.profile.name, case.profile)
     rows = [
         "| profile | memory, fraction | KV tokens on device | host KV, GB | peak TFLOP/s x share | GB/s x share "
-        "| link GB/s each way | step + row overhead | batch, step tokens |",
+        "| link GB/s each way | step + row overhead | batch, step tokens, page |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, profile in profiles.items():
@@ -86,7 +86,7 @@ def _profiles(experiments: Sequence[Experiment]) -> str:
             f"| {profile.host_kv_bytes / 1e9:g} | {gpu.flops / 1e12:g} x {gpu.compute_share:g} "
             f"| {gpu.memory_bytes_per_s / 1e9:g} x {gpu.memory_share:g} | {gpu.link_bytes_per_s / 1e9:g} "
             f"| {gpu.step_s * 1e3:g} ms + {gpu.row_s * 1e6:g} us | {profile.max_num_seqs}, "
-            f"{profile.max_num_batched_tokens} |"
+            f"{profile.max_num_batched_tokens}, {profile.block_size} |"
         )
     note = (
         "\nstep time = max(compute, memory) + overhead; both directions of the link are queues of their own, 10 us a "
