@@ -21,11 +21,6 @@ CODE := tfserve tests benchmarks examples
 CLIENTS := .venv-clients
 NODE    := build/node
 
-GPU_SITE := build/gpu-site
-GPU_RUN  := PYTHONPATH=$(GPU_SITE):. PYTHONUNBUFFERED=1 $(GPU_PYTHON)
-# Somebody else's packages may warn of what they like; a wait for a device that hangs is in C, where no signal ends it.
-GPU_PYTEST := -W default --timeout=120 --timeout-method=thread
-
 # A killed install can leave a package that pip takes for whole. `.installing` is there while pip works, with the process id
 # of its make: found without that process, the environment cannot be trusted and is made again.
 define install
@@ -66,16 +61,11 @@ format: $(VENV)/.stamp-dev  ## format the code and fix what lint can fix
 # A GPU machine need not have a network, nor this project's environment: it runs under its own Python, and what that lacks
 # comes along as wheels in $(GPU_WHEELS) (ignored by git; `make gpu-wheels` fetches those that are on the package index).
 gpu-check:  ## on a machine with a GPU: run tests/gpu, then measure (docs/performance.md); needs no network
-	@rm -rf $(GPU_SITE) && mkdir -p $(GPU_SITE) $(OUT)
-	@set -- $(GPU_WHEELS)/*.whl; [ -e "$$1" ] || exit 0; \
-	  $(GPU_PYTHON) -m pip install -q --disable-pip-version-check --no-index --no-deps --no-compile --target $(GPU_SITE) "$$@"
-	@$(GPU_RUN) -c 'import aiohttp, einops, jinja2, msgspec, numpy, pytest, pytest_asyncio, pytest_timeout, tokenizers, torch, tqdm, transformers, yaml' || \
-	  { echo 'The packages named above are missing: put their wheels into $(GPU_WHEELS).' >&2; exit 1; }
-	@status=0; $(GPU_RUN) -m pytest tests/gpu -q -p no:cacheprovider -rs $(GPU_PYTEST) --junitxml=$(OUT)/gpu-tests.xml || status=1; \
-	$(GPU_RUN) benchmarks/gpu.py --output $(OUT)/benchmarks/results/gpu.json $(ARGS) || status=1; exit $$status
+	@GPU_PYTHON=$(GPU_PYTHON) GPU_WHEELS=$(GPU_WHEELS) OUT=$(OUT) benchmarks/gpu_check.sh $(ARGS)
 
 gpu-wheels:  ## fetch what `make gpu-check` needs on a bare machine with Python 3.12 (flash-attn: bring its wheel yourself)
 	@mkdir -p $(GPU_WHEELS)
+	@rm -f $(GPU_WHEELS)/msgspec-*.whl $(GPU_WHEELS)/pytest_asyncio-*.whl
 	@$(GPU_PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 	  $(addprefix --platform manylinux,_2_28_x86_64 _2_17_x86_64 2014_x86_64) -d $(GPU_WHEELS) msgspec pytest-asyncio
 

@@ -6,9 +6,10 @@
 
 Weights are random and made on the device. The ceilings that every cell stands beside (copy bandwidth, matrix rate, link
 speed) are measured first, on the same machine. Sections: `steps` (prefill and decode), `copies` (KV between the tiers,
-alone and under decoding), `preemption`, `burst` (the paper's H200 (a), fcfs and tokenflow; shrunk on a smaller GPU).
-Each has a budget of seconds and stops between two cells when it is spent. Results are written after every cell; a
-section that fails is noted with its error, the others still run, and the exit code is 1.
+alone and under decoding), `preemption`, `burst` (the paper's H200 (a), fcfs and tokenflow; shrunk on a smaller GPU);
+and, only by name, `kernels` (which kernels a step's time goes to). Each has a budget of seconds and stops between two
+cells when it is spent, or when the whole run has to end (--ends-in). Results are written after every cell; a section
+that fails is noted with its error, the others still run, and the exit code is 1. If graphs fail, all runs without them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import datetime
 import gc
 import json
 import logging
+import math
 import platform
 import sys
 import time
@@ -32,11 +34,14 @@ import torch
 from gpu_burst import run_burst
 from gpu_rig import SHAPES, Rig, Shape, model_config, random_decoder
 from gpu_roofline import measure_ceilings
-from gpu_sections import ROOM, Ceilings, copies, preemption, step_times
+from gpu_sections import ROOM, Ceilings, copies, kernels, preemption, step_times
 
 from tfserve.model.decoder import Decoder
 
-BUDGETS_S = {"steps": 120.0, "copies": 60.0, "preemption": 45.0, "burst": 220.0}
+BUDGETS_S = {"steps": 120.0, "copies": 60.0, "preemption": 45.0, "burst": 220.0, "kernels": 60.0}
+USUAL = ("steps", "copies", "preemption", "burst")
+"""What runs unless --only says otherwise: the profiler may slow what is timed after it, so `kernels` runs alone."""
+
 POLICIES = ("fcfs", "tokenflow")
 WHOLE_BURST_BYTES = 120 * 2**30
 """A GPU with as much memory gets the paper's burst unshrunk."""
@@ -49,8 +54,9 @@ LEFT_FREE = 0.12
 class Results:
     """The JSON file, written anew after every cell."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], end_s: float) -> None:
         self._path = path
+        self._end_s = end_s
         self.data: dict[str, Any] = {**header, "sections": {}}
         path.parent.mkdir(parents=True, exist_ok=True)
         self.write()
@@ -64,6 +70,7 @@ class Results:
         section: dict[str, Any] = {"budget_s": budget_s, "cells": []}
         self.data["sections"][name] = section
         began_s = time.monotonic()
+        stop_s = min(began_s + budget_s, self._end_s)
         try:
             with contextlib.closing(cells()) as source:  # type: ignore[type-var]
                 for cell in source:
@@ -71,16 +78,16 @@ class Results:
                     print(f"{name:10} {line(cell)}", flush=True)
                     section["seconds"] = time.monotonic() - began_s
                     self.write()
-                    if time.monotonic() - began_s > budget_s:
+                    if time.monotonic() > stop_s:
                         section["stopped"] = "the budget was spent; what is missing was not measured"
-                        print(f"{name:10} stopped: budget of {budget_s:.0f} s spent", flush=True)
+                        print(f"{name:10} stopped after {section['seconds']:.0f} s: no time left", flush=True)
                         break
         except Exception as error:
             section["error"] = f"{type(error).__name__}: {error}"
             section["traceback"] = traceback.format_exc()
             print(f"{name:10} FAILED: {section['error']}", flush=True)
         self.write()
-        return "error" not in section
+        return "error" not in section and not any("error" in cell for cell in section["cells"])
 
 
 def line(cell: dict[str, Any]) -> str:
@@ -123,13 +130,24 @@ def make_rig(args: argparse.Namespace, decoder: Decoder, shape: Shape) -> Rig:
     return Rig.make(decoder, args.device, num_blocks, max_num_seqs=shape.batches[-1], max_len=max_len, eager=args.eager)
 
 
+def rig_or_error(args: argparse.Namespace, decoder: Decoder, shape: Shape) -> tuple[Rig | None, str]:
+    """A rig; or None and the traceback as text, which holds no memory. Raises without graphs: there is nothing less."""
+    try:
+        return make_rig(args, decoder, shape), ""
+    except Exception:
+        if args.eager:
+            raise
+        return None, traceback.format_exc()
+
+
 def burst_cells(args: argparse.Namespace, decoder: Decoder, shape: Shape) -> Iterator[dict[str, Any]]:
     scale = args.burst_scale
     if scale is None:
         is_small = args.device == "cuda" and torch.cuda.get_device_properties(0).total_memory < WHOLE_BURST_BYTES
         scale = SMALL_SCALE if is_small else 1.0
-    for policy in POLICIES:
-        share_s = args.budgets["burst"] / len(POLICIES)
+    for index, policy in enumerate(POLICIES):
+        left_s = (args.end_s - time.monotonic()) / (len(POLICIES) - index)
+        share_s = min(args.budgets["burst"] / len(POLICIES), left_s)
         cell = run_burst(
             decoder, shape, args.device, policy, scale=scale, budget_s=share_s, eager=args.eager, depth=args.depth
         )
@@ -152,10 +170,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
     parser.add_argument("--only", choices=sorted(BUDGETS_S), action="append", help="a section alone; repeatable")
     parser.add_argument("--budget", action="append", default=[], metavar="SECTION=SECONDS")
+    parser.add_argument("--ends-in", type=float, default=math.inf, metavar="SECONDS", help="for the whole run")
     parser.add_argument("--burst-scale", type=float, help="share of the paper's requests and KV (default: by memory)")
     parser.add_argument("--depth", type=int, choices=(1, 2), default=1, help="pipeline_depth of the burst")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     args = parser.parse_args()
+    args.end_s = time.monotonic() + args.ends_in
     args.budgets = dict(BUDGETS_S)
     for text in args.budget:
         name, _, seconds = text.partition("=")
@@ -172,8 +192,8 @@ def main() -> int:
         print("torch sees no NVIDIA GPU; --device cpu --shape tiny exercises the script", file=sys.stderr)
         return 2
     shape = SHAPES[args.shape]
-    wanted = args.only or list(BUDGETS_S)
-    results = Results(args.output, header(args))
+    wanted = args.only or list(USUAL)
+    results = Results(args.output, header(args), args.end_s)
     ceilings = Ceilings(measure_ceilings(args.device, small=args.device == "cpu"))
     results.data["ceilings"] = ceilings
     print("measured   " + line(ceilings), flush=True)
@@ -182,12 +202,20 @@ def main() -> int:
     decoder = random_decoder(model_config(shape, max(burst_len, shape.contexts[-1] + ROOM)), args.device)
     good = True
     if set(wanted) - {"burst"}:
-        rig = make_rig(args, decoder, shape)
+        rig, error = rig_or_error(args, decoder, shape)
+        if rig is None:
+            # Graphs are the part most likely to fail where they never ran; steps can do without.
+            print(f"graphs FAILED, eager from here on:\n{error}", flush=True)
+            results.data["graphs_failed"] = error
+            good, args.eager = False, True
+            release_memory()
+            rig = make_rig(args, decoder, shape)
         results.data["attention_backend"] = rig.backend
         sections: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
             "steps": lambda: step_times(rig, shape, ceilings),
             "copies": lambda: copies(rig, shape, ceilings),
             "preemption": lambda: preemption(rig, shape),
+            "kernels": lambda: kernels(rig, shape),
         }
         for name, cells in sections.items():
             if name in wanted:

@@ -43,8 +43,8 @@ def measure_ceilings(device: str, *, small: bool) -> dict[str, float]:
     out = torch.empty(side, side, dtype=dtype, device=device)
     ceilings["matmul_flops_per_s"] = 2 * side**3 / timed(lambda: torch.matmul(a, b, out=out), device, 20)
     host = torch.empty(size // 4, dtype=torch.uint8, pin_memory=device == "cuda")
-    host.random_(0, 255)
     part = source[: size // 4]
+    host.copy_(part)
     for name, work in (
         ("load_bytes_per_s", lambda: part.copy_(host, non_blocking=True)),
         ("store_bytes_per_s", lambda: host.copy_(part, non_blocking=True)),

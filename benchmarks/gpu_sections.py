@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -41,43 +41,92 @@ class Ceilings(dict[str, float]):
 
 
 def step_times(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
-    """Prefill and decode at every batch and context, beside the roofline; then a cost model of the machine."""
-    samples: list[StepSample] = []
-    itemsize = rig.layout.dtype.itemsize
-    for context, batch in itertools.product(shape.contexts, shape.batches):
-        per_seq = rig.blocks_for(context + ROOM)
-        need = batch * per_seq + 1
-        if need > rig.pool.num_blocks:
-            held = rig.pool.num_blocks * rig.layout.block_size
-            yield {"kind": "decode", "batch": batch, "context": context, "skipped": f"KV holds only {held} tokens"}
-            continue
-        # In shuffled order: adjacent blocks would flatter the kernels.
-        order = np.random.default_rng(0).permutation(np.arange(1, need)).reshape(batch, per_seq)
-        rig.seat(order.tolist())
-        if batch * context <= shape.prefill_tokens:
-            cell, sample = _prefill_cell(rig, shape, ceilings, batch, context)
-            samples.append(sample)
-            yield cell
-        else:
-            reason = f"more than {shape.prefill_tokens} tokens in one step"
-            yield {"kind": "prefill", "batch": batch, "context": context, "skipped": reason}
-        wall_s, device_s = _timed_decodes(rig, context)
-        two_deep_s = _two_deep_decode_s(rig, context)
-        floor, _ = ceilings.floor_s(shape, itemsize, batch, 1, context)
-        samples.append(StepSample(batch, float(batch * context), 0, 0.0, device_s))
-        yield {
-            "kind": "decode",
-            "batch": batch,
-            "context": context,
+    """Prefill and decode at every batch and context, beside the roofline; after each context a cost model so far."""
+    timed = StepTimes(rig, shape, ceilings)
+    for context in shape.contexts:
+        for batch in shape.batches:
+            if not seat(rig, batch, context):
+                held = (rig.pool.num_blocks - 1) * rig.layout.block_size
+                yield {"kind": "decode", "batch": batch, "context": context, "skipped": f"KV holds only {held} tokens"}
+                continue
+            if batch * context <= shape.prefill_tokens:
+                yield _tried("prefill", timed.prefill, batch, context)
+            else:
+                reason = f"more than {shape.prefill_tokens} tokens in one step"
+                yield {"kind": "prefill", "batch": batch, "context": context, "skipped": reason}
+            yield _tried("decode", timed.decode, batch, context)
+        if timed.samples:
+            yield _simulator_profile(rig, timed.samples)
+
+
+def seat(rig: Rig, batch: int, context: int) -> bool:
+    """Give a batch its blocks, in shuffled order, for adjacent ones would flatter the kernels. False without room."""
+    per_seq = rig.blocks_for(context + ROOM)
+    need = batch * per_seq + 1
+    if need > rig.pool.num_blocks:
+        return False
+    rig.seat(np.random.default_rng(0).permutation(np.arange(1, need)).reshape(batch, per_seq).tolist())
+    return True
+
+
+def _tried(kind: str, measure: Callable[[int, int], Result], batch: int, context: int) -> Result:
+    """A cell, or why there is none: one that fails must not take the others along."""
+    cell = {"kind": kind, "batch": batch, "context": context}
+    try:
+        return cell | measure(batch, context)
+    except Exception as error:  # whatever a kernel raises
+        return cell | {"error": f"{type(error).__name__}: {error}"}
+
+
+class StepTimes:
+    """Times steps of a rig's seated batch, beside the roofline; `samples` are all of them."""
+
+    def __init__(self, rig: Rig, shape: Shape, ceilings: Ceilings) -> None:
+        self._rig = rig
+        self._shape = shape
+        self._ceilings = ceilings
+        self.samples: list[StepSample] = []
+
+    def decode(self, batch: int, context: int) -> Result:
+        """A token each."""
+        wall_s, device_s = _timed_decodes(self._rig, context)
+        two_deep_s = _two_deep_decode_s(self._rig, context)
+        floor, _ = self._ceilings.floor_s(self._shape, self._rig.layout.dtype.itemsize, batch, 1, context)
+        self.samples.append(StepSample(batch, float(batch * context), 0, 0.0, device_s))
+        return {
             "device_ms": device_s * 1e3,
             "wall_ms": wall_s * 1e3,
             "two_deep_wall_ms": two_deep_s * 1e3,
             "roofline_ms": floor * 1e3,
             "over_roofline": device_s / floor,
             "two_deep_over_roofline": two_deep_s / floor,
-            "kernels_s": kernels_s(functools.partial(rig.decode, context), rig.pool.storage.device.type),
         }
-    yield _simulator_profile(rig, samples)
+
+    def prefill(self, batch: int, context: int) -> Result:
+        """Whole prompts."""
+        device_s = statistics.median([self._rig.prefill(context).device_s for _ in range(4)][1:])
+        floor, flops = self._ceilings.floor_s(self._shape, self._rig.layout.dtype.itemsize, batch, context, context)
+        self.samples.append(StepSample(0, 0.0, batch * context, batch * context * context / 2, device_s))
+        return {
+            "device_ms": device_s * 1e3,
+            "tokens_per_s": batch * context / device_s,
+            "roofline_ms": floor * 1e3,
+            "over_roofline": device_s / floor,
+            "share_of_matmul_rate": flops / device_s / self._ceilings["matmul_flops_per_s"],
+        }
+
+
+def kernels(rig: Rig, shape: Shape) -> Iterator[Result]:
+    """Which kernels the time goes to: a decode step of the smallest, a middle and the largest batch, and a prefill."""
+    device, context = rig.pool.storage.device.type, shape.contexts[0]
+    batches = shape.batches
+    for batch in sorted({batches[0], batches[len(batches) // 2], batches[-1]}):
+        if seat(rig, batch, context):
+            spent = kernels_s(functools.partial(rig.decode, context), device)
+            yield {"kind": "decode", "batch": batch, "context": context, "kernels_s": spent}
+    if seat(rig, 1, context):
+        spent = kernels_s(lambda: rig.prefill(context), device)
+        yield {"kind": "prefill", "batch": 1, "context": context, "kernels_s": spent}
 
 
 def _timed_decodes(rig: Rig, context: int, repeats: int = REPEATS) -> tuple[float, float]:
@@ -102,25 +151,6 @@ def _two_deep_decode_s(rig: Rig, context: int) -> float:
         flight = following
     flight.result()
     return (time.perf_counter() - began_s) / (REPEATS + 1)
-
-
-def _prefill_cell(rig: Rig, shape: Shape, ceilings: Ceilings, batch: int, context: int) -> tuple[Result, StepSample]:
-    devices = [rig.prefill(context).device_s for _ in range(4)][1:]
-    device_s = statistics.median(devices)
-    floor, flops = ceilings.floor_s(shape, rig.layout.dtype.itemsize, batch, context, context)
-    sample = StepSample(0, 0.0, batch * context, batch * context * context / 2, device_s)
-    cell = {
-        "kind": "prefill",
-        "batch": batch,
-        "context": context,
-        "device_ms": device_s * 1e3,
-        "tokens_per_s": batch * context / device_s,
-        "roofline_ms": floor * 1e3,
-        "over_roofline": device_s / floor,
-        "share_of_matmul_rate": flops / device_s / ceilings["matmul_flops_per_s"],
-        "kernels_s": kernels_s(lambda: rig.prefill(context), rig.pool.storage.device.type),
-    }
-    return cell, sample
 
 
 def _simulator_profile(rig: Rig, samples: list[StepSample]) -> Result:
@@ -178,8 +208,8 @@ def copies(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
     """Bandwidth of whole blocks and of granules, alone and under decoding, and what that costs the decoding."""
     work = Copies(rig, shape.copy_blocks)
     granule = min(GRANULE, rig.layout.block_size // 2)
-    work.run(work.make(Direction.STORE, 0, rig.layout.block_size))
     try:
+        work.run(work.make(Direction.STORE, 0, rig.layout.block_size))
         for direction in Direction:
             limit = ceilings[f"{direction.value}_bytes_per_s"]
             for what, ntok in (("blocks", rig.layout.block_size), ("granules", granule)):
@@ -243,13 +273,13 @@ class Preemption:
         self._context = shape.contexts[-1]
         self._short = shape.contexts[0]
         blocks, short_blocks = (rig.blocks_for(n + ROOM) for n in (self._context, self._short))
-        self._tier = rig.host_tier(2 * blocks + 1)
         granule = min(GRANULE, rig.layout.block_size)
+        num_host_blocks = 2 * blocks + 1
         self._kv = KVCacheManager(
             BlockPool(rig.pool.num_blocks),
             rig.layout.block_size,
             self._context,
-            BlockPool(self._tier.num_blocks),
+            BlockPool(num_host_blocks),
             OffloadOptions(write_through, True, granule),
         )
         self._others = min(shape.batches[-1], 16, (rig.pool.num_blocks - 1 - blocks) // short_blocks)
@@ -258,6 +288,8 @@ class Preemption:
             self._kv.extend(f"r{i}", self._short + ROOM, self._short + ROOM)
         rig.seat([self._kv.view(f"r{i}").blocks for i in range(self._others)])
         self._during_s: list[float] = []
+        # Last: whoever gets an object can close it.
+        self._tier = rig.host_tier(num_host_blocks)
 
     def measure(self) -> Result:
         """Run it once."""

@@ -39,8 +39,8 @@ def test_every_cell_stands_beside_its_roofline_or_says_why_it_was_not_measured(r
     assert {(cell["batch"], cell["context"]) for cell in found if cell["kind"] == "decode"} == {
         (batch, context) for batch in (1, 4) for context in (32, 64)
     }
-    for cell in found[:-1]:
-        assert cell.get("over_roofline", 0) > 0 or cell["skipped"]
+    for cell in found:
+        assert cell["kind"] == "profile" or cell.get("over_roofline", 0) > 0 or cell["skipped"]
     assert found[-1]["kind"] == "profile"
     assert all(value >= 0 for value in found[-1]["coefficients"].values())
 

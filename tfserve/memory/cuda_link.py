@@ -88,6 +88,7 @@ class CudaLink:
             size = min(chunk_bytes, host.nbytes - begin)
             code = int(torch.cuda.cudart().cudaHostRegister(base + begin, size, 0))
             if code != 0:
+                self._runtime.forget_error()
                 for address in registered:
                     torch.cuda.cudart().cudaHostUnregister(address)
                 raise ConfigError(
@@ -123,7 +124,12 @@ class _Runtime:
         )
         self.check(code, "cudaMemcpy2DAsync")
 
+    def forget_error(self) -> None:
+        """The runtime keeps what it refused last, and torch would report it at this thread's next kernel."""
+        self._library.cudaGetLastError()
+
     def check(self, code: Any, call: str) -> None:
         """Raise RuntimeError unless `code` is success."""
         if int(code) != 0:
+            self.forget_error()
             raise RuntimeError(f"{call} failed with CUDA error {int(code)}")
