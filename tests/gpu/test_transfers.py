@@ -107,6 +107,21 @@ def test_random_copies_move_exactly_their_tokens(bench, seed):
     assert torch.equal(bench.host, host)
 
 
+@pytest.mark.parametrize("block", [3, NUM_BLOCKS - 1])
+@pytest.mark.parametrize("direction", list(Direction))
+def test_a_copy_may_end_where_registered_memory_does(bench, direction, block):
+    """A rectangle's last row is its width long, and no more: a whole pitch would pass the end of a chunk, or of all."""
+    values = torch.randn(bench.host.shape).to(bench.host.dtype)
+    (bench.device if direction is STORE else bench.host).copy_(values)
+    torch.cuda.synchronize()
+    bench.engine.submit([copy(0, direction, block, block, tok0=BLOCK - 1, ntok=1)])
+    assert bench.settle(1)[0].ok
+    torch.cuda.synchronize()
+    target = bench.host if direction is STORE else bench.device.cpu()
+    assert torch.equal(target[block, :, :, -1], values[block, :, :, -1])
+    assert not target[block, :, :, :-1].any()
+
+
 def test_neighbours_go_in_one_copy_over_no_border_of_registered_memory(bench):
     bench.device.normal_()
     torch.cuda.synchronize()
