@@ -105,7 +105,8 @@ def _level(unread: Floats, n: Floats, room: Floats, tokens: float) -> Floats:
     low, high = float((unread / n).min()), float(((unread + room) / n).max())
     for _ in range(40):
         middle = (low + high) / 2
-        if float(np.clip(middle * n - unread, 0.0, room).sum()) < tokens:
+        # Half of the time of scoring a run is spent here; np.clip would double it.
+        if float(np.minimum(np.maximum(middle * n - unread, 0.0), room).sum()) < tokens:
             low = middle
         else:
             high = middle
