@@ -28,26 +28,23 @@ class Load:
 def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     """Capacity, demand and the most requests that both rates and memory allow.
 
-    Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead. On average
-    half of each request's last block is empty. Capacity is Gamma over batches of requests of average length at half of
-    their output, less the share of their prompts, and of recomputing what is preempted where nothing is offloaded.
+    Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead.
+    Capacity is Gamma over batches of requests of average length at half of their output, less the share of their
+    prompts, and of recomputing what is preempted where nothing is offloaded.
     """
     c, memory = snapshot.columns, snapshot.memory
     member = snapshot.is_member
     output = max(float(c.expected_output.sum()) / len(c), 1.0)
     prompt = float(c.num_prompt.sum()) / len(c)
-    context = prompt + output / 2
     prefill = prompt / output
     if not config.offload:
-        prefill += c.total_preemptions / max(c.num_added, 1) * context / output
-    held = context + (memory.block_size - 1) / 2
-    kv_tokens = memory.num_blocks * memory.block_size * (context / held)
-    capacity = snapshot.cost.gamma(context, kv_tokens, prefill)
+        prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
+    capacity = snapshot.cost.gamma(prompt + output / 2, memory.num_blocks * memory.block_size, prefill)
     reads = c.has_reader
     demand = float(c.rate[reads & member].sum())
     bound = float("inf")
     if config.offload and memory.num_host_blocks:
-        bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / held
+        bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / (prompt + output / 2)
     if reads.any() and config.overload != "share":
         bound = min(bound, capacity / float(c.rate[reads].mean()))
     return Load(capacity, demand, bound, int(np.count_nonzero(member)))

@@ -276,11 +276,11 @@ PROFILES = {
 def capacity(profile: Profile, mean_prompt: float, mean_output: float) -> float:
     """Generated tokens/s that the law of the device allows with requests of these lengths, their prompts included.
 
-    The batch is as large as memory allows when every request is half done and its last block half full.
+    The batch is as large as memory allows when every request is half done.
     """
     law = Roofline(profile.gpu, profile.model)
     context = mean_prompt + mean_output / 2
-    batch = min(profile.max_num_seqs, profile.kv_tokens / (context + (profile.block_size - 1) / 2))
+    batch = min(profile.max_num_seqs, profile.kv_tokens / context)
     token_s = law(round(batch), batch * context, 0, 0) / batch
     return 1.0 / (token_s + mean_prompt / mean_output / prefill_tokens_per_s(profile, mean_prompt))
 
