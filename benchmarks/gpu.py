@@ -39,7 +39,7 @@ from gpu_sections import ROOM, Ceilings, copies, kernels, preemption, step_times
 from tfserve.model.decoder import Decoder
 
 BUDGETS_S = {"steps": 120.0, "copies": 60.0, "preemption": 45.0, "burst": 220.0, "kernels": 60.0}
-USUAL = ("steps", "copies", "preemption", "burst")
+USUAL = [name for name in BUDGETS_S if name != "kernels"]
 """What runs unless --only says otherwise: the profiler may slow what is timed after it, so `kernels` runs alone."""
 
 POLICIES = ("fcfs", "tokenflow")
@@ -192,7 +192,7 @@ def main() -> int:
         print("torch sees no NVIDIA GPU; --device cpu --shape tiny exercises the script", file=sys.stderr)
         return 2
     shape = SHAPES[args.shape]
-    wanted = args.only or list(USUAL)
+    wanted = args.only or USUAL
     results = Results(args.output, header(args), args.end_s)
     ceilings = Ceilings(measure_ceilings(args.device, small=args.device == "cpu"))
     results.data["ceilings"] = ceilings

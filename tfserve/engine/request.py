@@ -85,9 +85,7 @@ class Request:
     @property
     def is_decoding(self) -> bool:
         """True when only the newest token lacks KV, and it is not the prompt's own."""
-        # Asked of every running request in every step, hence no properties.
-        newest = len(self.token_ids) + self.num_in_flight - 1
-        return self.num_computed_tokens == newest >= self.num_prompt_tokens
+        return self.num_computed_tokens == self.num_tokens - 1 >= self.num_prompt_tokens
 
     @property
     def is_complete(self) -> bool:

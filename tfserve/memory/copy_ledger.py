@@ -11,7 +11,7 @@ from tfserve.memory.residency import KVBlock, Residency
 from tfserve.plan import After, Copy, CopyId, Direction
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class CopyInFlight:
     """A copy under way and what it is for: block `index` of a request."""
 

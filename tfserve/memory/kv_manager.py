@@ -221,7 +221,7 @@ class KVCacheManager:
         missing = [
             index
             for index, block in enumerate(kv.blocks_by_index)
-            if block.dev is None and kv.is_on_host(index, self.block_size)
+            if block.dev is None and block.host_tokens == kv.tokens_in(index, self.block_size)
         ]
         places = self._places_for_loads(kv, missing[:max_blocks])
         copies = [self._load(kv, index, dev, after) for index, (dev, after) in zip(missing, places, strict=False)]

@@ -233,11 +233,6 @@ class Residency:
         """How many tokens the block at `index` holds."""
         return min(block_size, self.num_tokens - index * block_size)
 
-    def is_on_host(self, index: int, block_size: int) -> bool:
-        """True if all that the block at `index` holds is on host and acknowledged."""
-        there = self.blocks_by_index[index].host_tokens
-        return there == block_size or there == self.tokens_in(index, block_size)
-
     def written(self, planned: Fence) -> tuple[int, Fence | None]:
         """How many tokens steps before `planned` have written or will, and the last of those steps."""
         if self.last_step == planned:

@@ -105,14 +105,7 @@ def against(
 ) -> list[Case]:
     """Every contender on every variant, compared with fcfs on the same one; seeds as in `cases_of`."""
     return [
-        Case(
-            name=f"{variant}: {name}",
-            profile=profile,
-            workload=workload,
-            settings=settings,
-            baseline=f"{variant}: {BASELINE}",
-            seeds=None if name in PAIR else seeds_of_others,
-        )
+        msgspec.structs.replace(case, name=f"{variant}: {case.name}", baseline=f"{variant}: {BASELINE}")
         for variant, (profile, workload) in variants.items()
-        for name, settings in contenders.items()
+        for case in cases_of(profile, workload, contenders, seeds_of_others)
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.runs import Outcome, Task
 from tfserve.bench.paper.summary import METRICS, RATIOS, Line
 from tfserve.engine.sim.hardware import Profile
+
+_LONGEST = 30
+"""Cases that timing.json names."""
 
 _RUN_FIELDS = tuple(field for field in Outcome.__struct_fields__ if field not in {"classes", "detail"})
 
@@ -56,18 +60,13 @@ def describe(profile: Profile) -> dict[str, Any]:
     }
 
 
-_LONGEST = 30
-"""Cases that timing.json names."""
-
-
 def timing_of(tasks: Sequence[Task], cpu_s: Sequence[float], wall_s: float, workers: int) -> dict[str, Any]:
     """How long it took: the one file that differs from run to run."""
-    by_experiment: dict[str, float] = {}
-    by_case: dict[str, float] = {}
+    by_experiment: defaultdict[str, float] = defaultdict(float)
+    by_case: defaultdict[str, float] = defaultdict(float)
     for task, seconds in zip(tasks, cpu_s, strict=True):
-        by_experiment[task.experiment] = by_experiment.get(task.experiment, 0.0) + seconds
-        name = f"{task.experiment}: {task.case.name}"
-        by_case[name] = by_case.get(name, 0.0) + seconds
+        by_experiment[task.experiment] += seconds
+        by_case[f"{task.experiment}: {task.case.name}"] += seconds
     return {
         "wall_s": wall_s,
         "cpu_s": sum(cpu_s),
