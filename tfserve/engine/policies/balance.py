@@ -8,7 +8,7 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.columns import Mask
-from tfserve.engine.policies.headroom import gain, headroom_s
+from tfserve.engine.policies.headroom import gain, headroom_s, loss_order
 from tfserve.engine.policies.prefill import pending_tokens
 from tfserve.engine.policies.sharing import (
     exchange,
@@ -83,11 +83,12 @@ class Balance:
         stayed_s = snapshot.now_s - c.phase_since_s
         rows = np.flatnonzero(snapshot.is_decoding & (stayed_s >= self._stay_s - 1e-9))
         gains = self._gains(rows)
+        loss = loss_order(gains, unread=c.unread[rows], rate=c.rate[rows], expected_output=c.expected_output[rows])
         if len(rows) > _MOST_VICTIMS:
-            # Nobody beyond these, ties included, can be among the least: the others need not be sorted.
-            least = gains <= np.partition(gains, _MOST_VICTIMS - 1)[_MOST_VICTIMS - 1]
-            rows, gains = rows[least], gains[least]
-        order = np.lexsort((self.headroom[rows], -gains))[::-1][:_MOST_VICTIMS]
+            # Nobody beyond these, ties included, can be among the first: the others need not be sorted.
+            first = loss <= np.partition(loss, _MOST_VICTIMS - 1)[_MOST_VICTIMS - 1]
+            rows, gains, loss = rows[first], gains[first], loss[first]
+        order = np.lexsort((-self.headroom[rows], loss))[:_MOST_VICTIMS]
         rows, gains = rows[order], gains[order]
         switch_s, left_s = self._round_trip[0][rows], c.time_to_empty_s[rows]
         margin_s = config.buffer_conservativeness * (switch_s + config.schedule_interval_s)

@@ -14,6 +14,9 @@ from tfserve.engine.token_buffer import Floats
 _TAU_FULL, _TAU_ZERO = 0.1, 0.2
 """A token is worth 1 up to this share of the output unread, 0 from the second on (section 4)."""
 
+_HALF_VALUE = (_TAU_FULL + _TAU_ZERO) / 2
+"""Unread share of the output at which a token is worth half."""
+
 _MAX_EXPONENT = 60.0
 _LEAST_SHARE = 0.1
 """A switch longer than the interval is judged by what follows it, not by the nothing that is left of the interval."""
@@ -64,3 +67,15 @@ def gain(
     idle = np.exp(np.minimum((interval - headroom) / config.buffer_scale_s, _MAX_EXPONENT))
     penalty = idle * (1.0 - np.exp(ahead_s / -config.buffer_scale_s))
     return np.where(reads, value, 0.0) * (left / interval) + config.gamma * penalty
+
+
+def loss_order(gains: Floats, *, unread: npt.NDArray[Any], rate: Floats, expected_output: Floats) -> Floats:
+    """Who loses least by leaving the device, ascending; elementwise, of residents' gains. Only the order means anything.
+
+    First whoever nobody reads; then readers with so much unread that the next token has less than half of its value,
+    the nearest to that first; then the others, least gain first. A reader far ahead gains nothing either way, but is
+    sooner done where it is: what the device makes beyond all reading is worth least if few have it.
+    """
+    share = np.minimum(unread / np.maximum(expected_output, 1.0), 1.0)
+    order = np.where(share > _HALF_VALUE, share - 2.0, gains)
+    return np.where(np.isnan(rate), gains - 4.0, order)
