@@ -58,6 +58,20 @@ def test_a_newcomer_displaces_the_fullest_buffer_that_survives_it():
     assert decision.admit == ("new",)
 
 
+@pytest.mark.parametrize("comes", ["newcomer", "returning"])
+def test_of_readers_well_ahead_the_one_least_ahead_leaves(comes):
+    # Of 400 tokens 12 %, 20 % and 40 % are unread; the last two are worth little more, and the last stays to be done.
+    scene = Scene(num_blocks=45).running("low", unread_s=2.4, max_tokens=400)
+    scene.running("far", unread_s=8.0, max_tokens=400).running("near", unread_s=4.0, max_tokens=400)
+    scene = scene.waiting("new") if comes == "newcomer" else scene.paused("p", unread_s=0.5, max_tokens=400)
+    assert decide(scene).preempt == (("near", LOAD),)
+
+
+def test_whoever_nobody_reads_leaves_before_readers_do():
+    scene = Scene(num_blocks=45).running("far", unread_s=16.0, max_tokens=400).running("batch", rate=None)
+    assert decide(scene.running("near", unread_s=4.0, max_tokens=400).waiting("new")).preempt == (("batch", LOAD),)
+
+
 def test_nobody_is_displaced_who_would_run_dry_meanwhile():
     scene = Scene(num_blocks=30).running("a", unread_s=2.5).running("b", unread_s=2.5).waiting("new", for_s=30.0)
     scene.cost = FlatCost(out_s=1.0, back_s=1.0, prefill=1.0)

@@ -174,6 +174,6 @@ def held_on_device(columns: Columns, generate_ahead_s: float | None) -> tuple[Ro
 
 
 def write_order(columns: Columns) -> tuple[RequestId, ...]:
-    """Running requests in the order in which to store their KV: the fullest buffer, likeliest to leave, first."""
+    """Running requests in the order in which to store their KV: the fullest buffer first (paper, write-through)."""
     rows = np.flatnonzero(columns.is_running & (columns.num_computed > columns.host_tokens))
     return columns.ids_of(rows[np.lexsort((columns.seq[rows], -columns.time_to_empty_s[rows]))])

@@ -42,9 +42,9 @@ down.
 _REASONS = """
 - A constant capacity a little above demand would keep every buffer under a tenth of its answer. A device has no such \
 capacity: while contexts are short it generates more than is read, so buffers pass a fifth of the answer and what \
-comes then counts for nothing, in whatever order requests run; with `generate_ahead_s` it idles instead, and the time \
-is missing at the end, when only the longest answers are still read. `own` takes the run's tokens as they came and \
-judges the order alone.
+comes then counts for nothing, whoever gets it. tokenflow lets those who are far ahead have it and finish, which only \
+helps where not all fit on the device; with `generate_ahead_s` it idles instead, and the time is missing at the end, \
+when only the longest answers are still read. `own` takes the run's tokens as they came and judges the order alone.
 - The prefill bound knows no decodes: on a device that is busy a newcomer first waits for the end of the running step, \
 and then shares its own with those who read. That is nothing beside a burst's prefill and most of a single prompt's.
 """

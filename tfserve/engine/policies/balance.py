@@ -27,7 +27,7 @@ _MOST_EXCHANGES = 64
 """Exchanges considered in one pass; the rest waits for the next."""
 
 _MOST_VICTIMS = 2 * _MOST_EXCHANGES
-"""Residents considered for them, those with least to lose."""
+"""Residents considered for them, those who lose least."""
 
 _STAY_PER_RECOMPUTE = 10.0
 """Whoever will be recomputed stays this many times as long as that takes: it is device time, taken from everybody."""
@@ -77,7 +77,7 @@ class Balance:
 
     @cached_property
     def _victims(self) -> Victims:
-        """Residents that decode and have had their minimum stay, those with least to lose."""
+        """Residents that decode and have had their minimum stay, those who lose least first."""
         snapshot, config = self._snapshot, self._config
         c = snapshot.columns
         stayed_s = snapshot.now_s - c.phase_since_s
@@ -243,7 +243,7 @@ class Balance:
         return need <= self._spare and self._free_rows > 0
 
     def _make_room(self, need: int, headroom: float, way: Way, least_s: float, relief_s: float) -> list[int] | None:
-        """Victims to put out for a request, least gain first; none if it fits, None if that cannot be done.
+        """Victims to put out for a request, those who lose least first; none if it fits, None if that cannot be done.
 
         They have `least_s` to read and can go that way. Whoever is starving is relieved by those who are better off by
         `relief_s`, afford it or not.

@@ -70,7 +70,7 @@ def gain(
 
 
 def loss_order(gains: Floats, *, unread: npt.NDArray[Any], rate: Floats, expected_output: Floats) -> Floats:
-    """Who loses least by leaving the device, ascending; elementwise, of residents' gains. Only the order means anything.
+    """Who loses least by leaving the device, ascending; elementwise, of residents' gains. Only its order has a meaning.
 
     First whoever nobody reads; then readers with so much unread that the next token has less than half of its value,
     the nearest to that first; then the others, least gain first. A reader far ahead gains nothing either way, but is

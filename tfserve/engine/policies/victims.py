@@ -14,10 +14,11 @@ Way = Literal["affords", "survives"]
 
 
 class Victims:
-    """Residents that may be put out, least gain first, one element each; lists, because they are looked at one by one.
+    """Residents that may be put out, those who lose least first, one element each.
 
-    `can_go` says who affords a switch, and who survives one with the margin that admission asks for. `left` are the
-    indices of those still there. `most` bounds the headroom of those that can go, and of all: it only falls.
+    Lists, because they are looked at one by one. `can_go` says who affords a switch, and who survives one with the
+    margin that admission asks for. `left` are the indices of those still there. `most` bounds the headroom of those
+    that can go, and of all: it only falls.
     """
 
     def __init__(
