@@ -59,12 +59,17 @@ def test_a_newcomer_displaces_the_fullest_buffer_that_survives_it():
 
 
 @pytest.mark.parametrize("comes", ["newcomer", "returning"])
-def test_of_readers_well_ahead_the_one_least_ahead_leaves(comes):
-    # Of 400 tokens 12 %, 20 % and 40 % are unread; the last two are worth little more, and the last stays to be done.
+def test_of_readers_well_ahead_the_one_who_is_through_first_leaves(comes):
+    # 12 %, 27 % and 40 % are unread; the last two are well ahead, with 180 and 360 tokens still to read.
     scene = Scene(num_blocks=45).running("low", unread_s=2.4, max_tokens=400)
-    scene.running("far", unread_s=8.0, max_tokens=400).running("near", unread_s=4.0, max_tokens=400)
+    scene.running("far", unread_s=8.0, max_tokens=400).running("near", unread_s=4.0, max_tokens=300)
     scene = scene.waiting("new") if comes == "newcomer" else scene.paused("p", unread_s=0.5, max_tokens=400)
     assert decide(scene).preempt == (("near", LOAD),)
+
+
+def test_a_slow_reader_well_ahead_stays_before_a_fast_one():
+    scene = Scene(num_blocks=45).running("fast", unread_s=4.0, max_tokens=400, rate=40.0).running("low", unread_s=2.4)
+    assert decide(scene.running("slow", unread_s=8.0, max_tokens=400).waiting("new")).preempt == (("fast", LOAD),)
 
 
 def test_whoever_nobody_reads_leaves_before_readers_do():

@@ -83,7 +83,13 @@ class Balance:
         stayed_s = snapshot.now_s - c.phase_since_s
         rows = np.flatnonzero(snapshot.is_decoding & (stayed_s >= self._stay_s - 1e-9))
         gains = self._gains(rows)
-        loss = loss_order(gains, unread=c.unread[rows], rate=c.rate[rows], expected_output=c.expected_output[rows])
+        loss = loss_order(
+            gains,
+            unread=c.unread[rows],
+            rate=c.rate[rows],
+            num_output=c.num_output[rows],
+            expected_output=c.expected_output[rows],
+        )
         if len(rows) > _MOST_VICTIMS:
             # Nobody beyond these, ties included, can be among the first: the others need not be sorted.
             first = loss <= np.partition(loss, _MOST_VICTIMS - 1)[_MOST_VICTIMS - 1]
