@@ -142,7 +142,8 @@ async def test_real_prompts_come_with_the_lengths_of_their_references():
 
 
 def test_bad_options_are_refused_by_name(capsys):
-    for option, value in (("--rate", "burst"), ("--rate-mix", "8:0.4"), ("--reference-len", "9"), ("--score-rate", 0)):
+    bad = [("--rate", "burst"), ("--rate-mix", "8:0.4"), ("--reference-len", "9"), ("--score-rate", 0)]
+    for option, value in (*bad, ("--score-rate", "inf"), ("--timeout", 0)):
         with pytest.raises(SystemExit):
             run("--base-url", "http://x", option, value)
         assert option in capsys.readouterr().err

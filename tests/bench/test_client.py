@@ -118,6 +118,7 @@ async def test_preemptions_are_taken_from_usage_where_the_server_counts_them():
         ([text("a"), event({"error": "plain words"})], "stream_error", "plain words"),
         ([text("a"), event({"object": "error", "message": "old style"})], "stream_error", "old style"),
         ([text("a"), event("{oops"), DONE], "malformed", "oops"),
+        ([text("a"), event('{"choices": [null]}'), DONE], "malformed", "a choice must be a JSON object"),
         ([text("a"), 0.01], "truncated", "finish_reason"),
         ([text("a"), 0.01, None], "disconnected", ""),
         ([text("a"), 1.0], "timeout", "time allowed"),

@@ -51,6 +51,13 @@ def test_what_was_not_measured_prints_as_such():
     assert rows["time to first token, ms"] == ["n/a"] * 4
 
 
+def test_reading_without_a_visible_chunk_has_no_stall_share():
+    blind = record(tokens=4)
+    blind.rate = 5.0
+    rows = {line[:26].strip(): line[26:].split() for line in table(summarize([blind], 1.0, 0.0)).splitlines()}
+    assert rows["stall share, %"] == ["n/a"]
+
+
 def test_how_tokens_were_counted_is_said():
     assert "counted by usage)" in table(summarize([record(times=(1.0,), tokens=4)], 1.0, 0.0))
     assert "counted by chunks)" in table(summarize([record(times=(1.0,))], 1.0, 0.0))

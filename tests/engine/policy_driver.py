@@ -81,8 +81,6 @@ class Driver:
         self.link_s = {"out": 0.0, "in": 0.0}
         self.moved = {"out": 0, "in": 0}
         self.forced = 0
-        self.longest_want: dict[str, float] = {}
-        self.served_s: dict[str, float] = {}
         self.passes: list = []
 
     # -- running

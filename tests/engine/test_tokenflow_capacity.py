@@ -51,6 +51,12 @@ def test_shed_refuses_and_says_when_to_come_back():
     assert waits[0] <= waits[1]
 
 
+def test_shed_refuses_nobody_without_a_reader():
+    scene = overloaded().waiting("batch", rate=None)
+    scene.num_blocks = 60
+    assert [req for req, _ in decide(scene, overload="shed").reject] == ["c", "d"]
+
+
 def test_predicted_wait_is_nothing_while_there_is_capacity():
     scene = Scene(cost=FlatCost(gamma=500.0)).running("a")
     assert predicted_wait_s(scene.snapshot(), SchedulerConfig()) == 0.0

@@ -67,6 +67,13 @@ def test_of_readers_well_ahead_the_one_who_is_through_first_leaves(comes):
     assert decide(scene).preempt == (("near", LOAD),)
 
 
+def test_much_of_a_short_answer_may_be_too_little_to_leave_with():
+    # "brief" has 16 % unread, but 0.8 s: it would be due at once.
+    scene = Scene(num_blocks=30).running("brief", unread_s=0.8, output=90, max_tokens=100)
+    scene.running("full", unread_s=8.0, output=314, max_tokens=1000).waiting("new", for_s=3.0)
+    assert decide(scene).preempt == (("full", LOAD),)
+
+
 def test_a_slow_reader_well_ahead_stays_before_a_fast_one():
     scene = Scene(num_blocks=45).running("fast", unread_s=4.0, max_tokens=400, rate=40.0).running("low", unread_s=2.4)
     assert decide(scene.running("slow", unread_s=8.0, max_tokens=400).waiting("new")).preempt == (("fast", LOAD),)

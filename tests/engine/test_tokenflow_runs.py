@@ -218,11 +218,17 @@ def test_every_request_finishes_and_no_block_is_lost(
     assert all(len(driver.times[req]) == ask.output for req, ask in driver.asks.items())
 
 
-def assert_nobody_starves(driver: Driver, bound_s: float = 60.0) -> None:
-    """No admitted reader goes unserved for long with nothing to read; requests without a rate come to their turn."""
+def assert_nobody_starves(driver: Driver, bound_s: float = 10.0) -> None:
+    """Nobody has nothing to read, waits for a first token, or is off the device without a reader, for long.
+
+    One after another these would take 25 s. Under `share` a starving reader is relieved once it is `relief_s` (5 s)
+    worse off than another; the longest seen in 150 examples were 4.9, 1.7 and 3.5 s.
+    """
     c = driver.tracker.columns(driver.now)
-    started = ~np.isnan(c.first_token_s)
-    assert (c.dry_s[started] < bound_s).all()
+    assert (c.dry_s[c.has_started] < bound_s).all()
+    assert (driver.now - c.arrival_s[c.has_reader & ~c.has_started] < bound_s).all()
+    away = ~c.has_reader & (c.phase != int(Phase.RUNNING))
+    assert (driver.now - c.phase_since_s[away] < bound_s + SchedulerConfig().background_patience_s).all()
 
 
 def test_requests_of_one_kind_get_first_tokens_in_order_of_arrival():

@@ -12,7 +12,7 @@ from tfserve.bench.paper.cli import add_paper_parser
 from tfserve.bench.paper.replay import add_replay_parsers
 from tfserve.bench.report import write_json
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
-from tfserve.bench.workload import parse_clamp, parse_rate, parse_rate_mix, parse_request_rate
+from tfserve.bench.workload import parse_clamp, parse_positive, parse_rate, parse_rate_mix, parse_request_rate
 from tfserve.config_words import config_from_args
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ def _add_target(serve: argparse.ArgumentParser) -> None:
     add("--api-key", help="sent as bearer token")
     add(
         "--timeout",
-        type=float,
+        type=_parsed(parse_positive, "seconds above 0"),
         default=600.0,
         help="seconds before a request counts as failed (default: %(default)s)",
     )
@@ -158,7 +158,7 @@ def _add_readers(serve: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--score-rate",
-        type=_parsed(parse_request_rate, "tokens/s above 0"),
+        type=_parsed(parse_positive, "tokens/s above 0"),
         help="score at this rate, whatever is sent: for auto, for a server that is told none, for a wrong rate",
     )
 

@@ -208,6 +208,8 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
         raise _StreamError("stream_error", _error_text(event))
     tokens = _take_usage(event.get("usage"), record)
     for choice in event.get("choices") or ():
+        if not isinstance(choice, dict):
+            raise _StreamError("malformed", f"a choice must be a JSON object, got {payload[:100]!r}")
         if _has_text(choice):
             record.chunks.append((now, tokens))
         record.finish_reason = choice.get("finish_reason") or record.finish_reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -209,8 +210,9 @@ def _quality_lines(summary: Summary) -> list[str]:
     ]
     lines = [f"{'':<26}" + "".join(f"{name:>10}" for name in columns)]
     for name, pick in rows:
+        values = (math.nan if q is None else pick(q) for q in columns.values())
         lines.append(
-            f"{name:<26}" + "".join(f"{'n/a' if q is None else f'{pick(q):.2f}':>10}" for q in columns.values())
+            f"{name:<26}" + "".join(f"{'n/a' if math.isnan(value) else f'{value:.2f}':>10}" for value in values)
         )
     if summary.quality is not None:
         lines.append(

@@ -75,14 +75,17 @@ def parse_request_rate(text: str) -> float:
     return rate
 
 
+def parse_positive(text: str) -> float:
+    """A finite number above 0. Raises ValueError."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(f"must be above 0 and finite, got {text}")
+    return value
+
+
 def parse_rate(text: str) -> float | str:
     """A reading rate: tokens/s above 0, or the name of one. Raises ValueError."""
-    if text == AUTO or text in NAMED_RATES:
-        return text
-    rate = float(text)
-    if not 0 < rate < math.inf:
-        raise ValueError(f"a rate must be above 0, got {text}")
-    return rate
+    return text if text == AUTO or text in NAMED_RATES else parse_positive(text)
 
 
 def parse_rate_mix(text: str) -> dict[float | str, float]:

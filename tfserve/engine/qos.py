@@ -51,9 +51,10 @@ class QosReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
-    """What no scheduler can beat in the same run.
+    """What a scheduler is held against in the same run.
 
-    `effective_ratio` over fcfs; `ttft_p99_s`, the time to prefill 99 % of the prompts; `fluid_effective_throughput`,
+    None can beat the first two; `fluid_effective_throughput` can be, by letting a few run far ahead. `effective_ratio`
+    is over fcfs; `ttft_p99_s`, the time to prefill 99 % of the prompts; `fluid_effective_throughput`,
     what the measured capacity gives when it is shared perfectly.
     """
 

@@ -155,7 +155,7 @@ class KVCacheManager:
         """Write-through: store what earlier steps wrote, whole granules, request by request in `order`.
 
         Stops at the budget (which it passes by less than a granule), and at blocks for which the host pool has no room.
-        `order` is remembered: from the likeliest to be preempted to the least likely.
+        `order` is remembered: where the host lacks room, whoever comes last in it gives up what it has there first.
         """
         self._write_order = order
         copies: list[Copy] = []

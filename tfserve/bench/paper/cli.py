@@ -15,7 +15,7 @@ from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.experiments import experiments
 from tfserve.bench.paper.files import timing_of, write_results
 from tfserve.bench.paper.page import page
-from tfserve.bench.paper.plots import draw
+from tfserve.bench.paper.plots import draw, require_matplotlib
 from tfserve.bench.paper.runs import run_all, tasks_of
 from tfserve.bench.paper.summary import summarize
 from tfserve.errors import TfserveError
@@ -49,19 +49,23 @@ def bench_paper(args: argparse.Namespace) -> int:
     most_seeds = args.seeds if args.seeds is not None else 1 if args.quick else max(row.seeds for row in chosen)
     if most_seeds < 1 or args.workers < 1:
         raise TfserveError("--seeds and --workers must be at least 1")
+    # What would be missed after half an hour is better missed now.
+    if not args.no_plots:
+        require_matplotlib()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "README.md").touch()
     except OSError as error:
-        raise TfserveError(f"--out: cannot make {args.out}: {error.strerror}") from None
+        raise TfserveError(f"--out: cannot write to {args.out}: {error.strerror}") from None
     tasks = tasks_of(chosen, most_seeds)
     started_s = time.perf_counter()
     # Into a log a line now and then: it takes half an hour.
     with tqdm(total=len(tasks), unit="run", mininterval=0.1 if sys.stderr.isatty() else _LOG_EVERY_S) as bar:
         outcomes, cpu_s = run_all(tasks, args.workers, bar.update)
     lines = summarize(chosen, outcomes)
-    plots = {} if args.no_plots else {row.key: draw(args.out, row, outcomes, lines) for row in chosen}
     timing = timing_of(tasks, cpu_s, time.perf_counter() - started_s, args.workers)
     write_results(args.out, chosen, outcomes, lines, timing)
+    plots = {} if args.no_plots else {row.key: draw(args.out, row, outcomes, lines) for row in chosen}
     (args.out / "README.md").write_text(page(chosen, lines, plots, is_quick=args.quick))
     print(f"{len(tasks)} runs in {timing['wall_s']:.0f} s ({timing['cpu_s']:.0f} s of CPU): {args.out / 'README.md'}")
     return 0

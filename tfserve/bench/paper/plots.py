@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ _CAPTION = "simulated"
 
 
 def draw(folder: Path, experiment: Experiment, outcomes: Sequence[Outcome], lines: Sequence[Line]) -> list[str]:
-    """Write the figures that the experiment asks for; their file names. Raises TfserveError without matplotlib."""
+    """Write the figures that the experiment asks for; their file names. Needs matplotlib."""
     runs = {
         outcome.case: outcome
         for outcome in outcomes
@@ -42,11 +43,15 @@ def draw(folder: Path, experiment: Experiment, outcomes: Sequence[Outcome], line
     return names
 
 
+def require_matplotlib() -> None:
+    """Raises TfserveError if nothing can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TfserveError("plots need matplotlib: pip install 'tfserve[bench]', or pass --no-plots")
+
+
 def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TfserveError("plots need matplotlib: pip install 'tfserve[bench]', or pass --no-plots") from None
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.2 * columns, 3.4), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     return figure, axes

@@ -89,6 +89,8 @@ class Balance:
             rate=c.rate[rows],
             num_output=c.num_output[rows],
             expected_output=c.expected_output[rows],
+            # Of a short answer, a large share is little to read: whoever left with less would be due at once.
+            least_s=self._round_trip[0][rows] + config.critical_s,
         )
         if len(rows) > _MOST_VICTIMS:
             # Nobody beyond these, ties included, can be among the first: the others need not be sorted.

@@ -71,16 +71,24 @@ def gain(
 
 
 def loss_order(
-    gains: Floats, *, unread: npt.NDArray[Any], rate: Floats, num_output: npt.NDArray[Any], expected_output: Floats
+    gains: Floats,
+    *,
+    unread: npt.NDArray[Any],
+    rate: Floats,
+    num_output: npt.NDArray[Any],
+    expected_output: Floats,
+    least_s: Floats,
 ) -> Floats:
     """Who loses least by leaving the device, ascending; elementwise, of residents' gains. Only its order has a meaning.
 
-    First whoever nobody reads; then readers well ahead (more than `_WELL_AHEAD` unread), the one whose reader will be
-    through first in front; then the others, least gain first. What the device makes beyond all reading is worth
-    nothing to whomever it goes: it goes to few, who have most to come, and they are done sooner.
+    First whoever nobody reads; then readers well ahead (more than `_WELL_AHEAD` of the output and `least_s` of playback
+    unread), the one whose reader will be through first in front; then the others, least gain first. What the device
+    makes beyond all reading is worth nothing to whomever it goes: it goes to few, who have most to come, and they are
+    done sooner.
     """
     reads = ~np.isnan(rate)
-    left_s = (unread + np.maximum(expected_output - num_output, 0.0)) / np.where(reads, rate, 1.0)
-    is_ahead = unread > _WELL_AHEAD * expected_output
+    rate = np.where(reads, rate, 1.0)
+    left_s = (unread + np.maximum(expected_output - num_output, 0.0)) / rate
+    is_ahead = (unread > _WELL_AHEAD * expected_output) & (unread > least_s * rate)
     order = np.where(is_ahead, left_s / (1.0 + left_s) - 2.0, gains)
     return np.where(reads, order, gains - 4.0)
