@@ -36,8 +36,8 @@ is what the run's own tokens would have been worth, had each gone to the empties
 a policy that lets a few run far ahead and keeps the others near empty can beat both. A constant capacity is kinder \
 than a device, which generates fastest while contexts are short (in a burst, more than readers can use) and then slows \
 down.
-- Rows with recorded arrivals use the public BurstGPT and Azure traces that come with tfserve, at the speed that their titles \
-say; they are not the windows that the paper used.
+- Rows with recorded arrivals use the public BurstGPT and Azure traces that come with tfserve, at the speed that their \
+titles say; they are not the windows that the paper used.
 - Means over seeds, half-widths of 95 % intervals where given; ratios are paired by seed.
 """
 
