@@ -114,14 +114,14 @@ def test_a_mix_gives_every_rate_its_share_in_an_order_of_the_seed():
 
 @pytest.mark.parametrize("text", ["8:0.4", "8:0.4,16:0.7", "8", "quick:1", "8:-1,16:2", "0:1"])
 def test_a_mix_that_does_not_add_up_is_refused(text):
-    with pytest.raises(ValueError, match=r"shares|float|above 0"):
+    with pytest.raises(ValueError, match=r"shares|float|rate"):
         parse_rate_mix(text)
 
 
 def test_reading_rates_are_numbers_or_the_servers_names():
     assert [parse_rate(text) for text in ("7.5", "listen", "auto")] == [7.5, "listen", "auto"]
     for text in ("burst", "0", "inf", "-3"):
-        with pytest.raises(ValueError, match=r"above 0|float"):
+        with pytest.raises(ValueError, match=r"rate|float"):
             parse_rate(text)
 
 

@@ -75,17 +75,17 @@ def parse_request_rate(text: str) -> float:
     return rate
 
 
-def parse_positive(text: str) -> float:
-    """A finite number above 0. Raises ValueError."""
+def parse_positive(text: str, name: str = "number") -> float:
+    """A finite number above 0. Raises ValueError, which calls it `name`."""
     value = float(text)
     if not 0 < value < math.inf:
-        raise ValueError(f"must be above 0 and finite, got {text}")
+        raise ValueError(f"a {name} must be above 0 and finite, got {text}")
     return value
 
 
 def parse_rate(text: str) -> float | str:
     """A reading rate: tokens/s above 0, or the name of one. Raises ValueError."""
-    return text if text == AUTO or text in NAMED_RATES else parse_positive(text)
+    return text if text == AUTO or text in NAMED_RATES else parse_positive(text, "rate")
 
 
 def parse_rate_mix(text: str) -> dict[float | str, float]:
