@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 
 import pytest
 
@@ -154,3 +155,17 @@ async def test_pictures_of_a_run_are_drawn_into_a_directory(dataset, tmp_path):
     server = FakeServer([text("a"), finish(), usage(3, 1), DONE])
     assert await run_against(server, "--dataset", dataset, "--num-prompts", 2, "--plots", tmp_path / "plots") == 0
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {"ttft_cdf.png", "timelines.png"}
+
+
+async def test_what_would_be_missed_at_the_end_is_missed_before_anything_is_sent(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (tmp_path / "file").write_text("")
+    server = FakeServer([text("a"), finish(), DONE])
+    for option, value, message in (
+        ("--plots", tmp_path, r"tfserve\[bench\]"),
+        ("--output", tmp_path / "file" / "r.json", "--output: cannot write"),
+        ("--output", tmp_path, "--output: cannot write"),
+    ):
+        with pytest.raises(TfserveError, match=message):
+            await run_against(server, "--dataset", dataset, "--num-prompts", 1, option, value)
+    assert not server.bodies

@@ -40,6 +40,12 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
     good = result(tmp_path / "a.json")
     (tmp_path / "text").write_text("{")
     (tmp_path / "other.json").write_text(json.dumps({"cells": []}))
-    for bad, message in (("text", "not JSON"), ("other.json", "no result"), ("absent", "No such file")):
+    (tmp_path / "list.json").write_text('{"config": [], "summary": 3}')
+    for bad, message in (
+        ("text", "no result.*truncated"),
+        ("other.json", "no result.*missing required field `config`"),
+        ("list.json", r"no result.*object.*\$.config"),
+        ("absent", "No such file"),
+    ):
         with pytest.raises(TfserveError, match=message):
             run_bench("compare", good, tmp_path / bad)

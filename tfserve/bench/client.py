@@ -24,6 +24,7 @@ Endpoint = Literal["chat", "completions"]
 _PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 _TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 _DETAIL_CHARS = 300
+_LISTING_S = 30.0
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,10 +260,11 @@ def open_session(api_key: str | None, timeout_s: float) -> aiohttp.ClientSession
 
 
 async def first_model(session: aiohttp.ClientSession, base_url: str) -> str:
-    """The name of the first model the server lists. Raises TfserveError if it cannot be reached or lists none."""
+    """The first model the server lists, waiting half a minute at most. Raises TfserveError if there is none."""
     url = server_root(base_url) + "/v1/models"
+    timeout = aiohttp.ClientTimeout(total=min(_LISTING_S, session.timeout.total or _LISTING_S))
     try:
-        async with session.get(url) as response:
+        async with session.get(url, timeout=timeout) as response:
             status, raw = response.status, await response.read()
     except aiohttp.ClientConnectorError as error:
         reason = "connection refused" if error.errno == errno.ECONNREFUSED else str(error)

@@ -52,34 +52,37 @@ def bench_compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_result(path: Path) -> dict[str, Any]:
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """As much of a result file of `bench serve` as is compared."""
+
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    requests: list[dict[str, Any]] = []
+
+
+def read_result(path: Path) -> Result:
     """A result file of `bench serve`. Raises TfserveError if it is none."""
     try:
-        result = msgspec.json.decode(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes(), type=Result)
     except OSError as error:
         raise TfserveError(
             f"cannot read {path}: {error.strerror}; give a file written by bench serve --output"
         ) from None
     except msgspec.DecodeError as error:
-        raise TfserveError(f"{path} is not JSON ({error}); give a file written by bench serve --output") from None
-    if not isinstance(result, dict) or not {"config", "summary"} <= result.keys():
-        raise TfserveError(f"{path} is no result of bench serve: it lacks config or summary")
-    return result
+        raise TfserveError(f"{path} is no result of bench serve ({error}); give a file of its --output") from None
 
 
-def comparison(a: dict[str, Any], b: dict[str, Any]) -> str:
+def comparison(a: Result, b: Result) -> str:
     """A line per quantity: A, B and B/A; n/a where a side did not measure it or A is 0."""
     lines = [f"{'':<28}{'A':>12}{'B':>12}{'B / A':>10}"]
     for name, where in _ROWS:
-        left, right = _find(a["summary"], where), _find(b["summary"], where)
+        left, right = _find(a.summary, where), _find(b.summary, where)
         # A stall of a rounding error's length is none.
         ratio = None if left is None or right is None or not round(left, 6) else right / left
         lines.append(f"{name:<28}{_show(left):>12}{_show(right):>12}{_show(ratio):>10}")
-    differing = [key for key in _WORKLOAD if a["config"].get(key) != b["config"].get(key)]
-    lines += [
-        f"not the same workload: {key} {a['config'].get(key)!r} and {b['config'].get(key)!r}" for key in differing
-    ]
-    rates = [{request.get("rate") for request in result.get("requests", ())} for result in (a, b)]
+    differing = [key for key in _WORKLOAD if a.config.get(key) != b.config.get(key)]
+    lines += [f"not the same workload: {key} {a.config.get(key)!r} and {b.config.get(key)!r}" for key in differing]
+    rates = [{request.get("rate") for request in result.requests} for result in (a, b)]
     if rates[0] != rates[1]:
         lines.append("not scored at the same reading rates")
     return "\n".join(lines)

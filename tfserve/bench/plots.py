@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,13 +57,18 @@ def timelines(records: Sequence[RequestRecord], path: Path, title: str = "Tokens
     _save(draw, path, title)
 
 
+def require_matplotlib(instead: str) -> None:
+    """Raises TfserveError if nothing can be drawn; `instead` is what to do without."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise TfserveError(f"plots need matplotlib: pip install 'tfserve[bench]', or {instead}")
+
+
 def save_figure(draw: Callable[[Figure], None], path: Path, size: tuple[float, float] = (8, 5)) -> None:
     """Make a picture of `size` inches, have `draw` fill it, write it as PNG. Raises TfserveError."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise TfserveError("--plots needs matplotlib: install tfserve[bench], or leave --plots out") from None
+    require_matplotlib("leave --plots out")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     # Without pyplot: it keeps every figure in a global, and wants a display.
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

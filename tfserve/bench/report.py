@@ -7,7 +7,8 @@ import datetime
 import math
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +143,14 @@ def environment() -> dict[str, Any]:
 
 def write_json(path: Path, value: object, option: str) -> None:
     """Write a value as indented JSON. Raises TfserveError naming `option`, the command's, if that cannot be done."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path, option):
         path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")
-    except OSError as error:
-        raise TfserveError(f"{option}: cannot write {path}: {error.strerror}; name a writable file") from None
+
+
+def require_writable(path: Path) -> None:
+    """Raises TfserveError if `write_result` could not write there. A file that does not exist is made, empty."""
+    with _writing(path, "--output"):
+        path.open("ab").close()
 
 
 def write_result(path: Path, config: dict[str, Any], summary: Summary, records: Sequence[RequestRecord]) -> None:
@@ -155,11 +159,17 @@ def write_result(path: Path, config: dict[str, Any], summary: Summary, records: 
     # Indented for people, but one line for each request: thousands of chunks would make it ten times as long.
     opened = msgspec.json.format(msgspec.json.encode(head), indent=1).removesuffix(b"\n}")
     lines = b",\n".join(msgspec.json.encode(record) for record in records)
+    with _writing(path, "--output"):
+        path.write_bytes(opened + b',\n "requests": [\n' + lines + b"\n]}\n")
+
+
+@contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(opened + b',\n "requests": [\n' + lines + b"\n]}\n")
+        yield
     except OSError as error:
-        raise TfserveError(f"--output: cannot write {path}: {error.strerror}; name a writable file") from None
+        raise TfserveError(f"{option}: cannot write {path}: {error.strerror}; name a writable file") from None
 
 
 def table(summary: Summary) -> str:

@@ -15,8 +15,8 @@ import msgspec
 from tqdm import tqdm
 
 from tfserve.bench.client import RequestRecord, StreamClient, Target, first_model, open_session
-from tfserve.bench.plots import timelines, ttft_cdf
-from tfserve.bench.report import summarize, table, write_result
+from tfserve.bench.plots import require_matplotlib, timelines, ttft_cdf
+from tfserve.bench.report import require_writable, summarize, table, write_result
 from tfserve.bench.scoring import score_rate
 from tfserve.bench.workload import (
     BUNDLED_PROMPTS,
@@ -40,6 +40,11 @@ def bench_serve(args: argparse.Namespace) -> int:
     """Run the benchmark, print the table and write the result; 1 if any request failed. Raises TfserveError."""
     if args.input_len is not None and args.dataset != "random":
         raise TfserveError("--input-len: prompts of a file have the length they have; leave it out or use random")
+    # What would be missed after a long run is better missed now.
+    if args.plots:
+        require_matplotlib("leave --plots out")
+    if args.output:
+        require_writable(args.output)
     return asyncio.run(_serve(args))
 
 

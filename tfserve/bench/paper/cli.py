@@ -15,9 +15,10 @@ from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.experiments import experiments
 from tfserve.bench.paper.files import timing_of, write_results
 from tfserve.bench.paper.page import page
-from tfserve.bench.paper.plots import draw, require_matplotlib
+from tfserve.bench.paper.plots import draw
 from tfserve.bench.paper.runs import run_all, tasks_of
 from tfserve.bench.paper.summary import summarize
+from tfserve.bench.plots import require_matplotlib
 from tfserve.errors import TfserveError
 
 _MOST_WORKERS = 2
@@ -51,7 +52,7 @@ def bench_paper(args: argparse.Namespace) -> int:
         raise TfserveError("--seeds and --workers must be at least 1")
     # What would be missed after half an hour is better missed now.
     if not args.no_plots:
-        require_matplotlib()
+        require_matplotlib("pass --no-plots")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "README.md").touch()

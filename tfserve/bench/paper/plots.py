@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,6 @@ import numpy as np
 from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.runs import Outcome
 from tfserve.bench.paper.summary import Line
-from tfserve.errors import TfserveError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,12 +39,6 @@ def draw(folder: Path, experiment: Experiment, outcomes: Sequence[Outcome], line
         _bars(runs, mine).savefig(folder / name, dpi=90, metadata={"Software": None})
         names.append(name)
     return names
-
-
-def require_matplotlib() -> None:
-    """Raises TfserveError if nothing can be drawn."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise TfserveError("plots need matplotlib: pip install 'tfserve[bench]', or pass --no-plots")
 
 
 def _figure(columns: int) -> tuple[Figure, Sequence[Axes]]:

@@ -64,8 +64,8 @@ def add_replay_parsers(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
     """Simulate the trace's requests on the profile with the memory and limits that the trace's engine had."""
-    if not trace.requests:
-        raise TfserveError(f"{name} has no finished requests to replay")
+    if all(request.first_token_s is None for request in trace.requests):
+        raise TfserveError(f"{name} has no answered requests to compare with; give a trace of a run that answered some")
     head = trace.head
     limits = msgspec.structs.replace(
         profile,
