@@ -5,7 +5,7 @@ gives each running one a token. Before every step the policy is asked, as the Sc
 is to be decided (steady); every `schedule_interval_s`, and soon after an event, a full pass decides who is on the
 device (deciding). With --burst, a share of the requests has just arrived and waits. Those that finish make room for new
 ones. Every pass is timed whole, in CPU time of this thread, so that a busy machine counts as little as possible. The
-aim is a median of at most 0.4 ms at 1,000 live requests (tokenflow.md section 5).
+aim is a median of at most 0.4 ms at 1,000 live requests.
 """
 
 from __future__ import annotations

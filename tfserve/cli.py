@@ -67,7 +67,9 @@ def _parser(is_bench: bool) -> argparse.ArgumentParser:
 
         add_bench_parser(commands)
     else:
-        commands.add_parser("bench", help="measure a running server, or the scheduler on simulated hardware")
+        commands.add_parser(
+            "bench", help="measure a running server, the engine, or the scheduler on simulated hardware"
+        )
     return parser
 
 

@@ -16,7 +16,7 @@ from tfserve.errors import ConfigError
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How requests share the device. Times in seconds, rates in tokens/s; tokenflow.md sections 5 and 7 say why.
+    """How requests share the device. Times in seconds, rates in tokens/s; docs/scheduling.md says why.
 
     The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
     (SGLang's new_token_ratio): it starts at `reserve_ratio`, decays over `reserve_decay_steps` steps to
@@ -24,14 +24,15 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Time sharing: `schedule_interval_s` between full passes (events wake it earlier); a reader with less than
     `critical_s` unread needs the device; `buffer_scale_s` and `gamma` shape the penalty for a buffer that runs low;
-    `buffer_conservativeness` times the switching time must be unread before somebody leaves for a newcomer;
-    `min_residency_s` and `swap_gap_s` keep exchanges rare; `relief_s` is how much worse off than a resident somebody
-    must be to displace it although it cannot afford it; `background_patience_s` is how many unread seconds a request
-    without a rate counts as; `min_prefill_share` of the time goes to prompts even while readers run dry; a reader may
-    stall for prompts by `stall_per_wait` of the longest wait for a first token, in all, `critical_s` at most;
-    `watermark` is the share of device blocks kept free. `default_rate` is for requests that name none. `overload` says
-    what a new request meets when the rates add up to more than the capacity. `generate_ahead_s` stops decoding, under
-    every policy, whoever has more than that unread (None: never). The last four switch parts off, for ablations.
+    `buffer_conservativeness` times the switching time and an interval must be unread before somebody leaves for a
+    newcomer; `min_residency_s` and `swap_gap_s` keep exchanges rare; `relief_s` is how much worse off than a
+    resident somebody must be to displace it although it cannot afford it; `background_patience_s` is how many
+    unread seconds a request without a rate counts as; `min_prefill_share` of the time goes to prompts even while
+    readers run dry; a reader may stall for prompts by `stall_per_wait` of the longest wait for a first token, in
+    all, `critical_s` at most; `watermark` is the share of device blocks kept free. `default_rate` is for requests
+    that name none. `overload` says what a new request meets when the rates add up to more than the capacity.
+    `generate_ahead_s` stops decoding, under every policy, whoever has more than that unread (None: never). The last
+    four switch parts off, for ablations.
     """
 
     policy: Literal[

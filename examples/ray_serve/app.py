@@ -1,9 +1,9 @@
 """Several engines behind one address, by Ray Serve: streams, back-pressure, an orderly end.
 
-    pip install 'tfserve[ray]'
+    .venv/bin/pip install -e '.[ray]'
     serve run examples.ray_serve.app:build model=demo replicas=2
 
-    curl -N http://127.0.0.1:8000/v1/completions -d '{"prompt": "Once upon a time", "max_tokens": 50}'
+    curl -N http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{"prompt": "Once upon a time"}'
 
 Each replica is one `Engine` in its own process. Two queues push back: Ray Serve answers 503 when `waiting` requests
 stand in its own queue, because every replica has `ongoing`; a replica answers 429 with Retry-After when its engine will

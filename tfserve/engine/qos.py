@@ -1,6 +1,7 @@
 """QoS of a run, from timestamps alone, so that one code scores any server from its client's side. Torch-free.
 
-Tokenflow.md section 4. Times are seconds on one clock, rates tokens/s; NaN is a request without a reader.
+After the TokenFlow paper; docs/performance.md says what each number means. Times are seconds on one clock, rates
+tokens/s; NaN is a request without a reader.
 """
 
 from __future__ import annotations

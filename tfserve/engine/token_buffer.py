@@ -1,6 +1,6 @@
 """The virtual token buffer: what has been generated and not yet read, computed from timestamps. Torch-free.
 
-Tokenflow.md section 3. Reading starts with the first token and runs at the reader's rate while there is something
+As in the TokenFlow paper. Reading starts with the first token and runs at the reader's rate while there is something
 unread; an empty buffer stalls it until the next token. Everything is a function of the last event and the time since,
 so no timer runs. The functions work on arrays, one element per request.
 """

@@ -30,7 +30,7 @@ HEADERS = {
 }
 
 MAX_UNSENT_BYTES = 16 * 1024
-"""What one stream may have rendered and not yet handed to the kernel; beyond it tokens wait as ids, four bytes each."""
+"""What one stream may have rendered and not yet handed to the kernel; beyond it tokens wait as twelve bytes each."""
 
 KERNEL_BUFFER_BYTES = 64 * 1024
 """What the kernel may hold for one stream; left alone it takes up to 4 MiB, minutes of text, for each slow reader."""

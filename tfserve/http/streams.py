@@ -60,7 +60,7 @@ class PlayedReply(msgspec.Struct, kw_only=True):
 
 
 class AbortBody(msgspec.Struct, kw_only=True):
-    """Body of POST /abort_request: the id of an answer (all its choices end) or of one of its streams."""
+    """Body of POST /abort_request: the id of an answer, or of one of its choices; either way all of it ends."""
 
     request_id: str
 

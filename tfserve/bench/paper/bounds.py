@@ -1,4 +1,4 @@
-"""What no scheduler, or only a perfect one, could do on the same hardware with the same requests (section 4)."""
+"""What no scheduler, or only a perfect one, could do on the same hardware with the same requests."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ POLICIES: Mapping[str, Settings] = {
     "tokenflow": {"policy": "tokenflow", "overload": "queue"},
     "tokenflow (share)": {"policy": "tokenflow", "overload": "share"},
 }
-"""Every policy of section 7, and tokenflow in both ways of meeting more demand than there is capacity."""
+"""Every policy, and tokenflow in both ways of meeting more demand than there is capacity."""
 
 CAPPED: Mapping[str, Settings] = {
     "fcfs, capped": {"policy": "fcfs", "generate_ahead_s": _CAP_S},

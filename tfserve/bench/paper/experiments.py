@@ -1,4 +1,4 @@
-"""The experiments of tokenflow.md section 8 as data: what runs on what, beside what the paper says."""
+"""The TokenFlow paper's experiments as data: what runs on what, beside what the paper says."""
 
 from __future__ import annotations
 

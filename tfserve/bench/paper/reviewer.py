@@ -1,4 +1,4 @@
-"""What a systems reviewer would ask (end of tokenflow.md section 8), as experiments."""
+"""What a systems reviewer would ask, as experiments."""
 
 from __future__ import annotations
 

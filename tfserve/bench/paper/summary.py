@@ -54,7 +54,7 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """One case over its seeds. `effective_bound` is the most that its effective ratio could be (section 4)."""
+    """One case over its seeds. `effective_bound` is the most that its effective ratio could be."""
 
     experiment: str
     case: str

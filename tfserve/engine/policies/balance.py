@@ -1,4 +1,4 @@
-"""Balance: who of the working set is on the device, step 2 of tokenflow.md section 5. Lives for one pass."""
+"""Balance: who of the working set is on the device, the second step of a pass (docs/scheduling.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First come, first served: conservative, reserving and greedy admission (tokenflow.md section 7)."""
+"""First come, first served: conservative, reserving and greedy admission: the baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How urgently a request needs the device, and what running it is worth (tokenflow.md section 5)."""
+"""How urgently a request needs the device, and what running it is worth (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfserve.engine.columns import Columns
 from tfserve.engine.token_buffer import Floats
 
 _TAU_FULL, _TAU_ZERO = 0.1, 0.2
-"""A token is worth 1 up to this share of the output unread, 0 from the second on (section 4)."""
+"""A token is worth 1 up to this share of the output unread, 0 from the second on (engine/qos.py)."""
 
 _WELL_AHEAD = 0.125
 """Unread share of the output from which on another token has lost a quarter of its value. In simulation, 0.15 means

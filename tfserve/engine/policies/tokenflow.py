@@ -1,4 +1,4 @@
-"""TokenFlow: schedule by what readers have left to read (tokenflow.md section 5)."""
+"""TokenFlow: schedule by what readers have left to read (docs/scheduling.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many requests the node can promise to feed, and what those meet whom it cannot (tokenflow.md section 5)."""
+"""How many requests the node can promise to feed, and what those meet whom it cannot (docs/scheduling.md)."""
 
 from __future__ import annotations
 
