@@ -40,6 +40,26 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
         ({"model": "m", "scheduler": {"overload": "shed"}}, "scheduler.overload: only policy tokenflow"),
         ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: Invalid enum value 'lifo'"),
+        (
+            {"model": "m", "scheduler": {"default_rate": 0.005}},
+            "scheduler.default_rate: must be 0.01 to 1000000 tokens/s",
+        ),
+        (
+            {"model": "m", "scheduler": {"default_rate": 1e7}},
+            "scheduler.default_rate: must be 0.01 to 1000000 tokens/s",
+        ),
+        (
+            {"model": "m", "scheduler": {"swap_gap_s": -1}},
+            "scheduler.swap_gap_s: must not be negative, and",
+        ),
+        (
+            {"model": "m", "scheduler": {"relief_s": float("inf")}},
+            "scheduler.relief_s: must not be negative, and",
+        ),
+        (
+            {"model": "m", "scheduler": {"buffer_scale_s": float("inf")}},
+            "scheduler.buffer_scale_s: must be above 0",
+        ),
         ({"model": "m", "pipeline_depth": 3}, "pipeline_depth: Invalid enum value 3"),
         ({"model": "m", "tensor_parallel_size": 2}, "tensor_parallel_size: only 1"),
         ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization: must be"),

@@ -5,6 +5,7 @@ Unknown keys and bad values are errors that name the key. The names are vLLM's w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
+from tfserve.engine.token_buffer import FASTEST_RATE, SLOWEST_RATE
 from tfserve.errors import ConfigError
 
 
@@ -188,13 +190,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
         if sched.overload == "shed" and sched.policy != "tokenflow":
             raise ConfigError("scheduler.overload", f"only policy tokenflow can 'shed', not {sched.policy}")
-        for key in ("schedule_interval_s", "buffer_scale_s", "default_rate"):
-            if not getattr(sched, key) > 0:
-                raise ConfigError(f"scheduler.{key}", f"must be above 0, got {getattr(sched, key)}")
+        for key in ("schedule_interval_s", "buffer_scale_s"):
+            if not 0 < getattr(sched, key) < math.inf:
+                raise ConfigError(f"scheduler.{key}", f"must be above 0 and finite, got {getattr(sched, key)}")
+        if not SLOWEST_RATE <= sched.default_rate <= FASTEST_RATE:
+            message = f"must be {SLOWEST_RATE} to {FASTEST_RATE:.0f} tokens/s, got {sched.default_rate}"
+            raise ConfigError("scheduler.default_rate", message)
         for key in _NOT_NEGATIVE:
             value = getattr(sched, key)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"scheduler.{key}", f"must not be negative, got {value}")
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"scheduler.{key}", f"must not be negative, and finite, got {value}")
         if not 0 < sched.min_prefill_share < 1:
             message = f"must be above 0 and below 1, got {sched.min_prefill_share}"
             raise ConfigError("scheduler.min_prefill_share", message)

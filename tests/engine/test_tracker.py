@@ -148,7 +148,7 @@ def test_rates_by_name(rate, expected):
     assert row_of(tracker_with(a=rate), "a", 0.0)["rate"] == expected
 
 
-@pytest.mark.parametrize("rate", ["slow", 0, -1.0, 1e-300, math.inf, math.nan])
+@pytest.mark.parametrize("rate", ["slow", 0, -1.0, 1e-300, 1.1e6, 1e308, math.inf, math.nan])
 def test_a_rate_that_means_nothing_is_refused(rate):
     with pytest.raises(RequestError, match="consumption_rate"):
         tracker_with(a=rate)

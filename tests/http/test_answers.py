@@ -297,7 +297,7 @@ async def test_the_priority_reaches_the_engine(start: StartServer) -> None:
             assert server.engine.live[-1].asked_priority == priority
 
 
-@pytest.mark.parametrize("rate", [0, -3, 1e-300, "slowly", True, [6]])
+@pytest.mark.parametrize("rate", [0, -3, 1e-300, 1e308, "slowly", True, [6]])
 async def test_a_bad_rate_is_named(start: StartServer, rate: object) -> None:
     server = await start()
     async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": rate}) as response:

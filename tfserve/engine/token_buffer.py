@@ -22,8 +22,8 @@ Floats = npt.NDArray[np.float64]
 NAMED_RATES = {"listen": 4.0, "read": 6.0, "fast": 12.0}
 """Tokens/s of the names a request may use for its rate; "auto" starts at the default and follows feedback."""
 
-SLOWEST_RATE = 0.01
-"""Tokens/s that a request may ask for at least, a token in 100 seconds: times stay finite."""
+SLOWEST_RATE, FASTEST_RATE = 0.01, 1e6
+"""Tokens/s that a request may ask for, at least a token in 100 seconds: times and sums of rates stay finite."""
 
 AUTO = "auto"
 
@@ -43,12 +43,11 @@ def resolve_rate(rate: float | str | None, default: float) -> float:
             return default
         if rate in NAMED_RATES:
             return NAMED_RATES[rate]
-    elif not isinstance(rate, bool) and SLOWEST_RATE <= rate < math.inf:
+    elif not isinstance(rate, bool) and SLOWEST_RATE <= rate <= FASTEST_RATE:
         return float(rate)
     names = ", ".join(repr(name) for name in (*NAMED_RATES, AUTO))
-    raise RequestError(
-        "consumption_rate", f"consumption_rate must be at least {SLOWEST_RATE} tokens/s, or {names}, got {rate!r}"
-    )
+    bounds = f"{SLOWEST_RATE} to {FASTEST_RATE:.0f} tokens/s"
+    raise RequestError("consumption_rate", f"consumption_rate must be {bounds}, or {names}, got {rate!r}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 import tfserve
-from tfserve.engine.token_buffer import SLOWEST_RATE
+from tfserve.engine.token_buffer import FASTEST_RATE, SLOWEST_RATE
 from tfserve.http import replies, streams, tokens
 from tfserve.http.errors import ErrorBody
 from tfserve.http.protocol import MAX_N, MAX_PROMPTS, MAX_STOP, ChatRequest, CompletionRequest
@@ -191,7 +191,7 @@ _REPLACED: Mapping[str, Mapping[str, Any]] = {
     "consumption_rate": {
         "description": "How fast the reader reads: tokens/s, or by name; null: nobody reads along.",
         "anyOf": [
-            {"type": "number", "minimum": SLOWEST_RATE},
+            {"type": "number", "minimum": SLOWEST_RATE, "maximum": FASTEST_RATE},
             {"enum": ["listen", "read", "fast", "auto"]},
             {"type": "null"},
         ],
