@@ -57,6 +57,33 @@ def test_shed_refuses_nobody_without_a_reader():
     assert [req for req, _ in decide(scene, overload="shed").reject] == ["c", "d"]
 
 
+def test_who_has_no_reader_does_not_change_how_long_a_reader_waits():
+    def waits(*background: str) -> list[float]:
+        scene = Scene(cost=FlatCost(gamma=100.0)).running("a")
+        for req in background:
+            scene.running(req, rate=None)
+        for number in range(12):
+            scene.waiting(f"reader {number}")
+        return [predicted_wait_s(scene.snapshot(), SchedulerConfig(), ahead) for ahead in range(12)]
+
+    assert waits("batch") == pytest.approx(waits())
+    assert max(waits()) > min(waits())
+
+
+def test_a_crowd_at_an_idle_node_is_told_to_wait_for_those_who_were_let_in_with_it():
+    scene = Scene(cost=FlatCost(gamma=50.0), num_blocks=1000)
+    for number in range(6):
+        scene.waiting(f"r{number}", max_tokens=100)
+    decision = decide(scene, overload="shed")
+    assert decision.admit == ("r0", "r1")
+    assert [req for req, _ in decision.reject] == ["r2", "r3", "r4", "r5"]
+    # Two readers at 20/s share 50/s: the 100 tokens of each take four seconds.
+    waits = [wait for _, wait in decision.reject]
+    assert waits == sorted(waits)
+    assert waits[0] == pytest.approx(4.0, rel=0.2)
+    assert waits[-1] == pytest.approx(8.0, rel=0.2)
+
+
 def test_predicted_wait_is_nothing_while_there_is_capacity():
     scene = Scene(cost=FlatCost(gamma=500.0)).running("a")
     assert predicted_wait_s(scene.snapshot(), SchedulerConfig()) == 0.0

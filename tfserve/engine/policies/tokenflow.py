@@ -111,7 +111,10 @@ class TokenFlow:
             admitted = set(decision.admit)
             # Whoever nobody reads adds nothing to the sum of rates: it waits for what is left over.
             late = [row for row in newcomers[room:].tolist() if c.has_reader[row] and c.ids[row] not in admitted]
-            refused = tuple((c.ids[row], predicted_wait_s(snapshot, config, ahead)) for ahead, row in enumerate(late))
+            joining = newcomers[:room]
+            refused = tuple(
+                (c.ids[row], predicted_wait_s(snapshot, config, ahead, joining)) for ahead, row in enumerate(late)
+            )
         self._ticker.timer_s = balance.next_return_s()
         return msgspec.structs.replace(decision, reject=refused, wake_s=self._ticker.next_s)
 

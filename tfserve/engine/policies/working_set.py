@@ -102,28 +102,31 @@ class WorkingSet:
         return max(min(int(size + 1e-6) - load.num_members, wanted), int(load.num_members == 0 and wanted > 0))
 
 
-def predicted_wait_s(snapshot: Snapshot, config: SchedulerConfig, num_ahead: int | None = None) -> float:
+def predicted_wait_s(
+    snapshot: Snapshot, config: SchedulerConfig, num_ahead: int | None = None, joining: Rows | None = None
+) -> float:
     """Seconds until the node could promise to feed one more reader, behind `num_ahead` waiting ones (None: all).
 
-    Members are taken to share the capacity in proportion to their rates until each has its expected length.
+    Members, and who is `joining` them, are taken to share the capacity in proportion to their rates until each has its
+    expected length. Who has no reader neither takes of it nor leaves any.
     """
     c = snapshot.columns
     if not len(c):
         return 0.0
-    load, member = measure(snapshot, config), snapshot.is_member
-    rate = np.nan_to_num(c.rate)
-    newcomers = int(np.count_nonzero(~member)) if num_ahead is None else num_ahead
-    mean = float(rate.mean()) or config.default_rate
-    missing = load.demand + mean * (newcomers + 1) - load.capacity
+    capacity, reading = measure(snapshot, config).capacity, snapshot.is_member & c.has_reader
+    if joining is not None:
+        reading[joining] = c.has_reader[joining]
+    demand = float(c.rate[reading].sum())
+    newcomers = int(np.count_nonzero(~reading & c.has_reader)) if num_ahead is None else num_ahead
+    mean = float(c.rate[c.has_reader].mean()) if c.has_reader.any() else config.default_rate
+    missing = demand + mean * (newcomers + 1) - capacity
     prefill_s = float(snapshot.cost.recompute_s(c.num_uncomputed[c.num_output == 0]).sum())
-    if missing <= 0:
+    if missing <= 0 or not reading.any():
         return prefill_s
-    speed = np.maximum(rate[member], 1e-9) * load.capacity / max(load.demand, 1e-9)
-    ends = np.maximum(c.expected_output[member] - c.num_output[member], 1.0) / speed
+    speed = c.rate[reading] * capacity / demand
+    ends = np.maximum(c.expected_output[reading] - c.num_output[reading], 1.0) / speed
     order = np.argsort(ends)
-    freed = np.cumsum(rate[member][order])
-    if not len(freed) or freed[-1] <= 0:
-        return prefill_s
+    freed = np.cumsum(c.rate[reading][order])
     # Once all present members have gone, those ahead in the queue take their turns: whole generations of them.
     generations = missing // freed[-1]
     index = min(int(np.searchsorted(freed, missing - generations * freed[-1])), len(freed) - 1)
