@@ -67,6 +67,17 @@ def test_a_full_host_pool_only_makes_more_to_compute(policy):
     assert engine.scheduler.num_preemptions > 0
 
 
+@pytest.mark.parametrize("policy", SHARING)
+@pytest.mark.parametrize("num_blocks", [12, 24])
+def test_without_a_host_tier_nobody_leaves_just_before_what_it_came_for(policy, num_blocks):
+    # Two tokens a step, five steps an interval: whoever has a multiple of ten and one to compute lacks one token when
+    # the next exchange is due.
+    engine = FakeEngine(num_blocks, max_num_batched_tokens=2, policy=policy, schedule_interval_s=0.1)
+    burst(engine, n=4, prompt=20, max_tokens=20)
+    engine.run()
+    assert_exact(engine, n=4, prompt=20, max_tokens=20)
+
+
 def test_a_failed_load_is_computed_again():
     engine = FakeEngine(24, num_host_blocks=120, policy="round-robin", schedule_interval_s=0.1)
     burst(engine)

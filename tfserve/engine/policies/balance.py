@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 
 import numpy as np
@@ -55,7 +56,8 @@ class Balance:
         self._resident = self._running | c.is_loading
         self._num_residents = int(np.count_nonzero(self._resident))
         self._need = resident_blocks(snapshot)
-        self._spare = usable_blocks(snapshot, config.watermark) - int(np.dot(self._need, self._resident))
+        self._usable = usable_blocks(snapshot, config.watermark)
+        self._spare = self._usable - int(np.dot(self._need, self._resident))
         self._free_rows = snapshot.num_free_rows
         self._away = np.flatnonzero(snapshot.is_member & ~self._resident)
         self._is_due = self.headroom <= self._return_s + config.critical_s + 1e-9
@@ -151,12 +153,16 @@ class Balance:
         due = due[:_MOST_EXCHANGES]
         columns = [values[due].tolist() for values in (self._need, self._loads, self.headroom)]
         for row, gain_of, need, loads, headroom in zip(due.tolist(), gains.tolist(), *columns, strict=False):
+            room = need
             if not loads and need + self._growth_blocks(self._stay_s[row]) > self._spare:
-                # A recompute that growth soon undoes is device time for nothing.
-                continue
+                # A recompute that growth soon undoes is device time for nothing. The starving displace those too who
+                # would grow: what it takes of the device is not theirs to grow in.
+                if headroom > -self._config.relief_s:
+                    continue
+                room = self._room_to_stay(need, self._stay_s[row])
             # Among the starving a gap would only move the stall about.
             least_s = max(headroom, 0.0) + self._config.swap_gap_s
-            victims = self._make_room(need, headroom, "affords", least_s, self._config.relief_s)
+            victims = self._make_room(room, headroom, "affords", least_s, self._config.relief_s)
             if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
                 self._put_on(row, need, victims)
 
@@ -221,6 +227,11 @@ class Balance:
         """Blocks that residents and one more take up while they run for that long."""
         residents = self._num_residents + len(self.coming) - len(self.leaving) + 1
         return residents * float(seconds) * self._speed / self._snapshot.memory.block_size
+
+    def _room_to_stay(self, need: int, seconds: float) -> int:
+        """Blocks to make free for one that needs so many, if the rest of the device is to grow for that long."""
+        rest = 1.0 - need / max(self._usable, 1)
+        return min(need + math.ceil(rest * self._growth_blocks(seconds)), self._usable)
 
     def _gains(self, rows: Rows) -> Floats:
         """What running each of these over idling it is worth."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.columns import Ints, Mask, Phase
-from tfserve.engine.policy import Decision, ResumeBy, Snapshot
+from tfserve.engine.policy import Decision, ResumeBy, Snapshot, held_back
 from tfserve.engine.table import Rows
 from tfserve.engine.token_buffer import Floats
 from tfserve.types import RequestId
@@ -153,6 +153,8 @@ class TimeShared:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
         self._exchange_s = -np.inf
+        self._output_then: dict[RequestId, int] = {}
+        """Output of those that came without their KV, when they did."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Exchange every interval; in between, when something happened or blocks run out, only fill up or shed."""
@@ -183,8 +185,7 @@ class TimeShared:
         """Fill the device by rank, with `keep` in front, and say what that changes."""
         c = snapshot.columns
         order = self.rank(snapshot, sizes)
-        # Whoever is still computing what it came back for stays: it would leave with nothing gained, again and again.
-        catching_up = np.flatnonzero(c.is_running & (c.num_uncomputed > 1))
+        catching_up = self._catching_up(snapshot)
         keep = catching_up if keep is None else np.union1d(keep, catching_up)
         resident = np.isin(order, keep)
         order = np.concatenate([order[resident], order[~resident]])
@@ -194,4 +195,23 @@ class TimeShared:
         come = chosen[~c.is_running[chosen]]
         _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.offload)
         _, loads = return_s(snapshot)
+        for row in come[~loads[come]].tolist():
+            self._output_then[c.ids[row]] = int(c.num_output[row])
         return exchange(snapshot, leave.tolist(), come.tolist(), by_host=by_host, loads=loads)
+
+    def _catching_up(self, snapshot: Snapshot) -> Rows:
+        """Residents still computing what they came for, up to the token after it, unless that is held back.
+
+        They would leave with nothing gained, again and again.
+        """
+        c = snapshot.columns
+        held = held_back(c, self._config.generate_ahead_s)
+        rows, then = [], {}
+        for row in np.flatnonzero(c.is_running).tolist():
+            output = self._output_then.get(c.ids[row])
+            if output is not None and c.num_output[row] <= output:
+                then[c.ids[row]] = output
+                if not held[row]:
+                    rows.append(row)
+        self._output_then = then
+        return np.union1d(np.flatnonzero(c.is_running & (c.num_uncomputed > 1)), np.array(rows, np.intp))
