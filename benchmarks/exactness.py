@@ -35,7 +35,7 @@ from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
-from tfserve.engine.host_memory import granule_of, open_host_tier
+from tfserve.engine.host_memory import open_host_tier
 from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
@@ -44,7 +44,7 @@ from tfserve.engine.step_worker import StepWorker
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.kv_layout import KVLayout
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
+from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.memory.transfers import TierArrays
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from tfserve.engine.calibration import calibrate
 from tfserve.engine.cost_model import CostModel, StepCoefficients
 from tfserve.engine.qos import score
 from tfserve.engine.sim.clock import SimClock
-from tfserve.engine.sim.engine import SimEngine, SimRequest
+from tfserve.engine.sim.engine import SimEngine, SimMachine, SimRequest
 from tfserve.engine.sim.fitted import FitError, FittedProfile, MeasuredCost, fit
 from tfserve.engine.sim.hardware import LLAMA3_8B, PROFILES, QWEN25_32B, Roofline, capacity
 from tfserve.engine.sim.runner import SimRunner
+from tfserve.engine.sim.transfers import SimLinks
 from tfserve.engine.step_trace import CopyTotals, Trace, TraceHead, TraceStep
 from tfserve.errors import TfserveError
 
@@ -60,6 +63,29 @@ def test_every_request_gets_all_its_tokens_in_order_of_time(policy):
     assert all((np.diff(served.token_s) > 0).all() for served in run.served)
     assert run.num_refused == 0
     assert run.moments[-1].num_running == 0
+
+
+@pytest.mark.parametrize("overload", ["queue", "share"])
+def test_a_long_answer_goes_on_among_short_ones_without_end_where_all_must_be_recomputed(overload):
+    rng = np.random.default_rng(1)
+    asked = [SimRequest(arrival_s=1.0, prompt_tokens=900, output_tokens=900, max_tokens=900, rate=5.0, told_rate=5.0)]
+    short = SimRequest(arrival_s=0.0, prompt_tokens=100, output_tokens=100, max_tokens=100, rate=20.0, told_rate=20.0)
+    for arrival_s in np.cumsum(rng.exponential(0.2, 450)).tolist():
+        asked.append(msgspec.structs.replace(short, arrival_s=arrival_s))
+    machine = SimMachine(
+        step_s=lambda n_decode, _, n_prefill, __: 0.01 + 0.001 * n_decode + 0.0001 * n_prefill,
+        links=SimLinks(store_bytes_per_s=1e9, load_bytes_per_s=1e9),
+        kv_bytes_per_token=10_000,
+        kv_tokens=2048,
+        host_kv_tokens=0,
+        max_num_seqs=32,
+        max_num_batched_tokens=256,
+        block_size=32,
+    )
+    run = SimEngine(machine, SchedulerConfig(policy="tokenflow", overload=overload), asked).run()
+    times = run.served[0].token_s
+    # It takes nearly the whole device, which the short ones would fill for ninety seconds.
+    assert np.diff(times).max() < 60.0
 
 
 def test_answers_end_by_themselves_before_max_tokens():
@@ -166,10 +192,29 @@ def test_what_a_step_takes_for_having_prompts_at_all_is_told_from_their_price():
     assert fit(made_up(400)).step.prompts < 0.01
     cost = CostModel(kv_bytes_per_token=1000, max_num_seqs=8)
     config = EngineConfig(model="made up", max_num_seqs=8, max_num_batched_tokens=256)
-    runner = SimRunner(SimClock(), MeasuredCost(dear), vocab_size=8)
-    calibrate(cost, runner, config, num_blocks=101, block_size=32, max_model_len=1000)
+    clock = SimClock()
+    runner = SimRunner(clock, MeasuredCost(dear), vocab_size=8)
+    calibrate(cost, runner, clock, config, num_blocks=101, block_size=32, max_model_len=1000)
     assert cost.prompts_s == pytest.approx(0.1, rel=0.15)
     assert cost.prefill_s_per_token == pytest.approx(dear.prefill, rel=0.15)
+
+
+def test_calibration_is_over_sooner_on_a_slow_machine_and_goes_by_its_time_alone(monkeypatch):
+    def launched(step_s: float) -> int:
+        clock = SimClock()
+        runner = SimRunner(clock, lambda *work: step_s, vocab_size=8)
+        launch, plans = runner.launch, []
+        monkeypatch.setattr(runner, "launch", lambda plan: plans.append(plan) or launch(plan))
+        cost = CostModel(kv_bytes_per_token=1000, max_num_seqs=8)
+        config = EngineConfig(model="made up", max_num_seqs=8, max_num_batched_tokens=256)
+        calibrate(cost, runner, clock, config, num_blocks=101, block_size=32, max_model_len=1000)
+        return len(plans)
+
+    quick, slow = launched(0.001), launched(1.0)
+    assert slow < quick
+    ticks = itertools.count()
+    monkeypatch.setattr("time.monotonic", lambda: next(ticks))
+    assert (launched(0.001), launched(1.0)) == (quick, slow)
 
 
 def test_a_trace_that_is_too_short_to_fit_is_refused():

@@ -17,7 +17,7 @@ from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
 from tfserve.engine.cuda_device import cuda_runner, measure_kv_bytes
-from tfserve.engine.host_memory import granule_of, open_host_tier
+from tfserve.engine.host_memory import open_host_tier
 from tfserve.engine.messages import StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
@@ -29,7 +29,7 @@ from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.host_pool import available_bytes
 from tfserve.memory.kv_layout import KVLayout
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
+from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.cache_dir import cache_dir
@@ -126,7 +126,7 @@ def _build(
         OffloadOptions(sched.write_through, sched.load_evict_overlap, granule_of(block_size)),
     )
     cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=config.max_num_seqs)
-    calibrate(cost, runner, config, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
+    calibrate(cost, runner, clock, config, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
     scheduler = Scheduler(
         make_policy(sched),
         manager,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from tfserve.config import EngineConfig
 from tfserve.engine.batch import sample_of
 from tfserve.engine.cost_model import CostModel, StepSample
-from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
+from tfserve.plan import BlockId, Clock, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 
 _MOST_S = 0.5
@@ -27,7 +26,14 @@ _COMPUTE_BOUND = 3.0
 
 
 def calibrate(
-    cost: CostModel, runner: Runner, config: EngineConfig, *, num_blocks: int, block_size: int, max_model_len: int
+    cost: CostModel,
+    runner: Runner,
+    clock: Clock,
+    config: EngineConfig,
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_model_len: int,
 ) -> None:
     """Run prompts, decodes of one and of several rows, and chunks that grow until they cost time; give rows back.
 
@@ -57,19 +63,19 @@ def calibrate(
     samples = []
     end_s = float("inf")
     for number, (seqs, n_decode) in enumerate(steps):
-        if number >= _NEEDED and time.monotonic() > end_s:
+        if number >= _NEEDED and clock.now() > end_s:
             break
         plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
         result = runner.launch(plan).result()
         if number == 0:
-            end_s = time.monotonic() + _MOST_S
+            end_s = clock.now() + _MOST_S
         else:
             samples.append(sample_of(plan.seqs, n_decode, result.device_s))
     start = _PROMPT + 1 + chunk
     room = min((num_blocks - rows) * block_size, max_model_len) - start - 1
     n = min(_GROWTH * chunk, room, config.max_num_batched_tokens)
     grown = False
-    while n > 0 and time.monotonic() < end_s and not (grown and _is_compute_bound(samples)):
+    while n > 0 and clock.now() < end_s and not (grown and _is_compute_bound(samples)):
         grown = True
         blocks = range(-(-start // block_size), -(-(start + n) // block_size))
         chunks = (_prompt(rows - 1, start, n, tuple(BlockId(rows + index) for index in blocks)),)

@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 _PER_DEVICE_BLOCK = 2
 """Host blocks per device block where `host_kv_gib` is not set."""
 
-_GRANULE_TOKENS = 32
-
 _CHUNK_BYTES = 2**30
 """Host memory is pinned so much at a time."""
 
@@ -37,11 +35,6 @@ class HostTierMemory:
 
     num_blocks: int
     transfers: TransferEngine
-
-
-def granule_of(block_size: int) -> int:
-    """Tokens that write-through stores at a time: 32, or what divides a block that 32 does not."""
-    return _GRANULE_TOKENS if block_size % _GRANULE_TOKENS == 0 else block_size
 
 
 def open_host_tier(

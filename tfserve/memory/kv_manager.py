@@ -33,6 +33,12 @@ class OffloadOptions(msgspec.Struct, frozen=True):
     granule_tokens: int = 32
 
 
+def granule_of(block_size: int) -> int:
+    """Tokens that write-through stores at a time: 32, or a whole block where 32 does not divide it."""
+    granule = OffloadOptions().granule_tokens
+    return granule if block_size % granule == 0 else block_size
+
+
 class KVCacheManager:
     """Hands out device blocks, and moves requests between the tiers.
 

@@ -20,14 +20,12 @@ from tfserve.engine.sim.clock import SimClock
 from tfserve.engine.sim.runner import SimRunner, StepCost
 from tfserve.engine.sim.transfers import SimLinks, SimTransfers
 from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
+from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.plan import Direction, StepPlan
 from tfserve.types import ConsumptionRate, EngineStats, RequestId, SamplingParams
 
 _VOCAB_SIZE = 32000
 """Of the simulated model: token ids mean nothing there."""
-
-_GRANULE_TOKENS = 32
 
 
 class SimMachine(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +104,7 @@ class SimEngine:
             machine.block_size,
             machine.kv_tokens // machine.max_num_seqs,
             _host_pool(machine, config),
-            OffloadOptions(config.write_through, config.load_evict_overlap, min(_GRANULE_TOKENS, machine.block_size)),
+            OffloadOptions(config.write_through, config.load_evict_overlap, granule_of(machine.block_size)),
         )
         cost = _calibrated(machine)
         transfers = SimTransfers(self._clock, machine.links, machine.kv_bytes_per_token) if kv.num_host_blocks else None
@@ -189,9 +187,11 @@ def _calibrated(machine: SimMachine) -> CostModel:
     config = EngineConfig(
         model="simulated", max_num_seqs=machine.max_num_seqs, max_num_batched_tokens=machine.max_num_batched_tokens
     )
+    clock = SimClock()
     calibrate(
         cost,
-        SimRunner(SimClock(), machine.step_s, _VOCAB_SIZE),
+        SimRunner(clock, machine.step_s, _VOCAB_SIZE),
+        clock,
         config,
         num_blocks=machine.kv_tokens // machine.block_size + 1,
         block_size=machine.block_size,

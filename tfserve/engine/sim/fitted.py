@@ -124,7 +124,7 @@ class HostTime:
 
 def fit(trace: Trace) -> FittedProfile:
     """Fit a profile: every other step teaches, the rest tests. Raises TfserveError for a trace that is too short."""
-    steps = [step for step in trace.steps if step.seconds > 0]
+    steps = trace.timed_steps
     if len(steps) < _LEAST_STEPS:
         raise TfserveError(f"a trace of {len(steps)} steps is too short to fit; {_LEAST_STEPS} are needed")
     head = trace.head
