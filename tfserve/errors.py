@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not the JSON asked for: of another shape, no UTF-8, nested too deep."""
+
 
 class TfserveError(Exception):
     """Base of all deliberate errors: safe to show to the person who caused it."""

@@ -119,6 +119,11 @@ async def test_preemptions_are_taken_from_usage_where_the_server_counts_them():
         ([text("a"), event({"object": "error", "message": "old style"})], "stream_error", "old style"),
         ([text("a"), event("{oops"), DONE], "malformed", "oops"),
         ([text("a"), event('{"choices": [null]}'), DONE], "malformed", "a choice must be a JSON object"),
+        ([text("a"), event('{"choices": true}'), DONE], "malformed", "choices must be a list"),
+        ([text("a"), event('{"choices": ' + "[" * 100_000), DONE], "malformed", "depth"),
+        ([text("a"), b'data: "\xff"\n\n', DONE], "malformed", "utf-8"),
+        ([text("a"), usage(5, -3), DONE], "malformed", "counts -3"),
+        ([text("a"), usage(5, 10**12), DONE], "malformed", "counts 1000000000000"),
         ([text("a"), 0.01], "truncated", "finish_reason"),
         ([text("a"), 0.01, None], "disconnected", ""),
         ([text("a"), 1.0], "timeout", "time allowed"),
@@ -148,6 +153,17 @@ async def test_refused_connection_is_a_failure_of_the_request():
         record = RequestRecord(index=0, arrival_s=0.0)
         await StreamClient(session, Target(base_url=closed_port_url(), model="m")).send(record, Work("hi", 1))
     assert record.error == "connect"
+
+
+@pytest.mark.parametrize(("host", "key"), [("x" * 70 + ".test", "key"), (None, "two\nlines")])
+async def test_what_cannot_be_sent_at_all_is_an_error_and_not_a_traceback(host, key):
+    async with serving(FakeServer([])) as server, open_session(key, 2.0) as session:
+        url = server.url if host is None else server.url.replace("127.0.0.1", host)
+        with pytest.raises(TfserveError, match="correct --base-url, or --api-key"):
+            await first_model(session, url)
+        record = RequestRecord(index=0, arrival_s=0.0)
+        await StreamClient(session, Target(base_url=url, model="m")).send(record, Work("hi", 1))
+    assert record.error == "invalid"
 
 
 async def test_asking_an_absent_server_for_its_model_says_what_to_do():

@@ -39,10 +39,14 @@ def test_another_workload_and_other_rates_are_pointed_out(tmp_path, capsys):
 def test_a_file_that_is_no_result_is_named(tmp_path):
     good = result(tmp_path / "a.json")
     (tmp_path / "text").write_text("{")
+    (tmp_path / "bytes").write_bytes(b'{"config": {"a": "\xff"}}')
+    (tmp_path / "deep").write_text('{"config": {"a": ' + "[" * 100_000)
     (tmp_path / "other.json").write_text(json.dumps({"cells": []}))
     (tmp_path / "list.json").write_text('{"config": [], "summary": 3}')
     for bad, message in (
         ("text", "no result.*truncated"),
+        ("bytes", "no result.*utf-8"),
+        ("deep", "no result.*depth"),
         ("other.json", "no result.*missing required field `config`"),
         ("list.json", r"no result.*object.*\$.config"),
         ("absent", "No such file"),

@@ -10,6 +10,7 @@ import pytest
 
 from tests.bench.test_cli import run_bench
 from tests.engine.test_sim_hardware import HEAD, made_up, requests
+from tfserve.config import SchedulerConfig
 from tfserve.engine.sim.engine import SimEngine
 from tfserve.engine.sim.fitted import FittedProfile
 from tfserve.engine.step_trace import TraceLine, TraceRequest
@@ -73,6 +74,24 @@ def test_a_trace_in_which_nobody_was_answered_is_refused(profile, tmp_path):
         trace = write_trace(tmp_path / "silent.jsonl", *made_up(40).steps, *lines)
         with pytest.raises(TfserveError, match=r"silent\.jsonl has no answered requests"):
             run_bench("replay", trace, "--profile", profile)
+
+
+def test_what_the_engine_of_the_trace_could_not_hold_is_refused(profile, tmp_path):
+    line = ended(0.0, 1.0, 2.0, prompt_tokens=10_000, output_tokens=10, max_tokens=10)
+    trace = write_trace(tmp_path / "long.jsonl", *made_up(40).steps, line)
+    with pytest.raises(TfserveError, match=r"long\.jsonl has a request of 10010 tokens and KV for \d+"):
+        run_bench("replay", trace, "--profile", profile)
+
+
+def test_a_trace_without_steps_or_with_blocks_of_another_size_is_replayed(profile, tmp_path, capsys):
+    line = ended(0.0, 0.0, 0.0, prompt_tokens=30, output_tokens=10, max_tokens=10)
+    head = msgspec.structs.replace(HEAD, block_size=48, scheduler=SchedulerConfig(policy="tokenflow"))
+    path = tmp_path / "bare.jsonl"
+    path.write_bytes(msgspec.json.encode(head) + b"\n" + msgspec.json.encode(line) + b"\n")
+    assert run_bench("replay", path, "--profile", profile) == 0
+    shown = capsys.readouterr().out
+    assert "bare.jsonl: tokenflow, 1 requests" in shown
+    assert "its steps by the profile" not in shown
 
 
 def test_what_is_no_profile_is_named(tmp_path):

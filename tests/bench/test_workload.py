@@ -67,6 +67,9 @@ def test_a_row_without_prompt_is_named(tmp_path, line):
     path.write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(TfserveError, match=r"p\.jsonl:2"):
         read_prompts(path, 1, seed=0)
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(TfserveError, match=r"p\.jsonl:1.*utf-8"):
+        read_prompts(path, 1, seed=0)
 
 
 def test_missing_and_empty_files_are_errors(tmp_path):

@@ -47,6 +47,13 @@ def test_a_line_cut_short_at_the_end_is_dropped_but_damage_within_is_named(trace
     bad.write_bytes(b"".join([lines[0], b"{}\n", *lines[1:]]))
     with pytest.raises(TfserveError, match=r"bad\.jsonl:2"):
         read_trace(bad)
+    for damaged, message in (
+        (lines[0].replace(b'"block_size":', b'"block_size":-'), r"bad\.jsonl:1.*>= 1.*block_size"),
+        (b'{"type": "\xff"}\n', r"bad\.jsonl:1.*utf-8"),
+    ):
+        bad.write_bytes(b"".join([damaged, *lines[1:]]))
+        with pytest.raises(TfserveError, match=message):
+            read_trace(bad)
 
 
 def test_a_trace_that_cannot_be_written_is_a_clear_error(tiny_llama3, tmp_path):

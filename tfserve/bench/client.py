@@ -17,7 +17,7 @@ import aiohttp
 import msgspec
 
 from tfserve.bench.workload import Work
-from tfserve.errors import TfserveError
+from tfserve.errors import NOT_JSON, TfserveError
 
 Endpoint = Literal["chat", "completions"]
 
@@ -25,6 +25,7 @@ _PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/
 _TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 _DETAIL_CHARS = 300
 _LISTING_S = 30.0
+_MOST_TOKENS = 1_000_000
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,7 +165,7 @@ class StreamClient:
         try:
             async with self._session.post(self._target.url, json=self._target.body(work)) as response:
                 if response.status != 200:
-                    raise _StreamError(f"http_{response.status}", await response.text(errors="replace"))
+                    raise _StreamError(f"http_{response.status}", (await response.read()).decode(errors="replace"))
                 await self._read(response, record)
         except _StreamError as error:
             _fail(record, error.kind, str(error))
@@ -174,6 +175,9 @@ class StreamClient:
             _fail(record, "connect", str(error))
         except (aiohttp.ClientError, OSError) as error:
             _fail(record, "disconnected", str(error) or type(error).__name__)
+        except ValueError as error:
+            # aiohttp's word for an address or a header that cannot be sent.
+            _fail(record, "invalid", str(error))
         record.end_s = self.now()
 
     async def _read(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
@@ -201,14 +205,17 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
         return True
     try:
         event = msgspec.json.decode(payload)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise _StreamError("malformed", f"{error} in {payload[:100]!r}") from None
     if not isinstance(event, dict):
         raise _StreamError("malformed", f"an event must be a JSON object, got {payload[:100]!r}")
     if event.get("error") is not None or event.get("object") == "error":
         raise _StreamError("stream_error", _error_text(event))
     tokens = _take_usage(event.get("usage"), record)
-    for choice in event.get("choices") or ():
+    choices = event.get("choices") or []
+    if not isinstance(choices, list):
+        raise _StreamError("malformed", f"choices must be a list, got {payload[:100]!r}")
+    for choice in choices:
         if not isinstance(choice, dict):
             raise _StreamError("malformed", f"a choice must be a JSON object, got {payload[:100]!r}")
         if _has_text(choice):
@@ -227,6 +234,8 @@ def _take_usage(usage: object, record: RequestRecord) -> int:
         record.num_preemptions = usage["num_preemptions"]
     if not isinstance(usage.get("completion_tokens"), int):
         return 1
+    if not 0 <= usage["completion_tokens"] <= _MOST_TOKENS:
+        raise _StreamError("malformed", f"the usage counts {usage['completion_tokens']} completion tokens")
     # Usage that comes only at the end says nothing about its own chunk; a running one does, from the first chunk on.
     running = record.output_tokens is not None or not record.chunks
     record.output_tokens = usage["completion_tokens"]
@@ -269,12 +278,13 @@ async def first_model(session: aiohttp.ClientSession, base_url: str) -> str:
     except aiohttp.ClientConnectorError as error:
         reason = "connection refused" if error.errno == errno.ECONNREFUSED else str(error)
         raise TfserveError(f"cannot reach {base_url}: {reason}; start the server or correct --base-url") from None
-    except (TimeoutError, aiohttp.ClientError, OSError) as error:
-        raise TfserveError(f"GET {url} failed: {str(error) or type(error).__name__}; correct --base-url") from None
+    except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise TfserveError(f"GET {url} failed: {reason}; correct --base-url, or --api-key") from None
     if status == 401:
         raise TfserveError(f"GET {url} answered 401: give the server's key with --api-key")
     try:
         name = msgspec.json.decode(raw)["data"][0]["id"]
-    except (msgspec.DecodeError, LookupError, TypeError):
+    except (*NOT_JSON, LookupError, TypeError):
         raise TfserveError(f"GET {url} answered {status} without a list of models; name one with --model") from None
     return str(name)

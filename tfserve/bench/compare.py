@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from tfserve.errors import TfserveError
+from tfserve.errors import NOT_JSON, TfserveError
 
 _ROWS: tuple[tuple[str, str], ...] = (
     ("completed", "num_completed"),
@@ -30,6 +30,9 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("preemptions per request", "preemptions.mean"),
     ("client CPU, s", "client_cpu_s"),
 )
+
+_MOST = 1e300
+"""Beyond it is no figure, but NaN or infinity."""
 
 _WORKLOAD = (
     "endpoint",
@@ -68,7 +71,7 @@ def read_result(path: Path) -> Result:
         raise TfserveError(
             f"cannot read {path}: {error.strerror}; give a file written by bench serve --output"
         ) from None
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise TfserveError(f"{path} is no result of bench serve ({error}); give a file of its --output") from None
 
 
@@ -82,7 +85,7 @@ def comparison(a: Result, b: Result) -> str:
         lines.append(f"{name:<28}{_show(left):>12}{_show(right):>12}{_show(ratio):>10}")
     differing = [key for key in _WORKLOAD if a.config.get(key) != b.config.get(key)]
     lines += [f"not the same workload: {key} {a.config.get(key)!r} and {b.config.get(key)!r}" for key in differing]
-    rates = [{request.get("rate") for request in result.requests} for result in (a, b)]
+    rates = [{str(request.get("rate")) for request in result.requests} for result in (a, b)]
     if rates[0] != rates[1]:
         lines.append("not scored at the same reading rates")
     return "\n".join(lines)
@@ -91,7 +94,7 @@ def comparison(a: Result, b: Result) -> str:
 def _find(tree: Any, where: str) -> float | None:
     for key in where.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, int | float) else None
+    return tree if isinstance(tree, int | float) and abs(tree) < _MOST else None
 
 
 def _show(value: float | None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from tfserve.engine.token_buffer import AUTO, NAMED_RATES
-from tfserve.errors import TfserveError
+from tfserve.errors import NOT_JSON, TfserveError
 
 # Plain English words, each one token after a space in the common BPE vocabularies, so that a prompt's length in tokens
 # follows its length in words exactly once the template's share is known.
@@ -165,7 +165,7 @@ def _given(row: PromptRow) -> dict[str, Any]:
 def _row(line: bytes, where: str) -> PromptRow:
     try:
         row = msgspec.json.decode(line, type=PromptRow)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise TfserveError(
             f'--dataset: {where} must be a JSON object with a non-empty text "prompt": {error}'
         ) from None

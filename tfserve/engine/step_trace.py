@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
 
 import msgspec
 
@@ -15,11 +15,15 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.batch import sample_of
 from tfserve.engine.cost_model import StepSample
 from tfserve.engine.request import Request
-from tfserve.errors import TfserveError
+from tfserve.errors import NOT_JSON, TfserveError
 from tfserve.plan import StepPlan
 from tfserve.types import ConsumptionRate
 
 _BUFFER_BYTES = 1 << 16
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class TraceHead(msgspec.Struct, frozen=True, kw_only=True, tag="engine"):
@@ -28,12 +32,12 @@ class TraceHead(msgspec.Struct, frozen=True, kw_only=True, tag="engine"):
     model: str
     device: str
     scheduler: SchedulerConfig
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
-    num_blocks: int
-    num_host_blocks: int
-    kv_bytes_per_token: int
+    max_num_seqs: _Positive
+    max_num_batched_tokens: _Positive
+    block_size: _Positive
+    num_blocks: Annotated[int, msgspec.Meta(ge=2)]
+    num_host_blocks: _Count
+    kv_bytes_per_token: _Positive
 
 
 class CopyTotals(msgspec.Struct, frozen=True):
@@ -51,14 +55,14 @@ class TraceStep(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
     step: int
     end_s: float
-    seconds: float
-    n_decode: int
+    seconds: _Seconds
+    n_decode: _Count
     decode_ctx: float
-    n_prefill: int
+    n_prefill: _Count
     prefill_ctx: float
-    num_waiting: int
-    num_running: int
-    num_paused: int
+    num_waiting: _Count
+    num_running: _Count
+    num_paused: _Count
     stored: CopyTotals = CopyTotals()
     loaded: CopyTotals = CopyTotals()
 
@@ -71,13 +75,13 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """A request that has ended: what it asked for and what became of it. Times by the engine's clock."""
 
     arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    max_tokens: int
+    prompt_tokens: _Positive
+    output_tokens: _Count
+    max_tokens: _Positive
     rate: ConsumptionRate
     first_token_s: float | None
     finished_s: float
-    num_preemptions: int
+    num_preemptions: _Count
     priority: int = 0
 
 
@@ -90,6 +94,11 @@ class Trace(msgspec.Struct, frozen=True):
     head: TraceHead
     steps: list[TraceStep]
     requests: list[TraceRequest]
+
+    @property
+    def timed_steps(self) -> list[TraceStep]:
+        """Steps that did something and took time: those that a law can be held against."""
+        return [step for step in self.steps if step.seconds > 0 and step.n_decode + step.n_prefill > 0]
 
 
 class StepTrace:
@@ -160,7 +169,7 @@ def read_trace(path: Path) -> Trace:
     for number, line in enumerate(lines, 1):
         try:
             read.append(decoder.decode(line))
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             if number < len(lines) or line.endswith(b"\n"):
                 raise TfserveError(f"{path}:{number} is no line of a step trace: {error}") from None
     if not read or not isinstance(read[0], TraceHead):

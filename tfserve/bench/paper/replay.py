@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ from tfserve.engine.sim.engine import SimEngine, SimRequest
 from tfserve.engine.sim.fitted import FittedProfile, MeasuredCost, fit, fit_error
 from tfserve.engine.step_trace import Trace, read_trace
 from tfserve.engine.token_buffer import resolve_rate
-from tfserve.errors import TfserveError
+from tfserve.errors import NOT_JSON, TfserveError
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +77,10 @@ def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
         block_size=head.block_size,
         kv_bytes_per_token=head.kv_bytes_per_token,
     )
+    room = (head.num_blocks - 1) * head.block_size
+    longest = max(request.prompt_tokens + max(request.output_tokens, 1) for request in trace.requests)
+    if longest > room:
+        raise TfserveError(f"{name} has a request of {longest} tokens and KV for {room}; give an unedited trace")
     begin_s = trace.requests[0].arrival_s
     requests = [
         SimRequest(
@@ -91,6 +96,8 @@ def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
     ]
     run = SimEngine(limits.machine(), head.scheduler, requests).run()
     answered = [served for served in run.served if len(served.token_s)]
+    if not answered:
+        raise TfserveError(f"{name}: on the profile, every request would be refused; give a trace of fewer requests")
     simulated_ttft = np.array([served.token_s[0] - served.arrival_s for served in answered])
     simulated_end = max(float(served.token_s[-1]) for served in answered)
     measured_ttft = np.array([r.first_token_s - r.arrival_s for r in trace.requests if r.first_token_s is not None])
@@ -103,7 +110,7 @@ def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
         num_requests=len(requests),
         measured=_figures(measured_ttft, tokens, measured_end, preemptions / len(requests)),
         simulated=_figures(simulated_ttft, tokens, simulated_end, run.num_preemptions / len(requests)),
-        ttft_distance=_distance(measured_ttft, simulated_ttft) / float(measured_ttft.mean()),
+        ttft_distance=_ratio(_distance(measured_ttft, simulated_ttft), float(measured_ttft.mean())),
     )
 
 
@@ -124,10 +131,14 @@ def _figures(ttft: Floats, tokens: int, duration_s: float, preemptions: float) -
         ttft_mean_s=float(ttft.mean()),
         ttft_p50_s=float(np.percentile(ttft, 50)),
         ttft_p99_s=float(np.percentile(ttft, 99)),
-        output_tokens_per_s=tokens / duration_s,
+        output_tokens_per_s=_ratio(tokens, duration_s),
         duration_s=duration_s,
         preemptions_per_request=preemptions,
     )
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b else math.nan
 
 
 def _distance(a: Floats, b: Floats) -> float:
@@ -155,15 +166,17 @@ def _fit(args: argparse.Namespace) -> int:
 def _replay(args: argparse.Namespace) -> int:
     try:
         profile = msgspec.json.decode(args.profile.read_bytes(), type=FittedProfile)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *NOT_JSON) as error:
         raise TfserveError(f"--profile: {args.profile} is no profile of `tfserve bench fit`: {error}") from None
     found: list[Comparison] = []
     for path in args.traces:
         trace = read_trace(path)
         comparison = replay(profile, trace, path.name)
-        other = fit_error(MeasuredCost(profile.step, profile.sizes), [step.sample() for step in trace.steps])
         print(comparison_table(comparison))
-        print(f"its steps by the profile: median error {other.median:.1%}, sum {other.total:+.1%}\n")
+        if trace.timed_steps:
+            law = MeasuredCost(profile.step, profile.sizes)
+            other = fit_error(law, [step.sample() for step in trace.timed_steps])
+            print(f"its steps by the profile: median error {other.median:.1%}, sum {other.total:+.1%}\n")
         found.append(comparison)
     if args.out is not None:
         write_json(args.out, found, "--out")
