@@ -205,13 +205,13 @@ class TimeShared:
         They would leave with nothing gained, again and again.
         """
         c = snapshot.columns
-        held = held_back(c, self._config.generate_ahead_s)
-        rows, then = [], {}
-        for row in np.flatnonzero(c.is_running).tolist():
-            output = self._output_then.get(c.ids[row])
-            if output is not None and c.num_output[row] <= output:
-                then[c.ids[row]] = output
-                if not held[row]:
-                    rows.append(row)
-        self._output_then = then
-        return np.union1d(np.flatnonzero(c.is_running & (c.num_uncomputed > 1)), np.array(rows, np.intp))
+        lacking = c.is_running & (c.num_uncomputed > 1)
+        if self._output_then:
+            held, then = held_back(c, self._config.generate_ahead_s), {}
+            for row in np.flatnonzero(c.is_running).tolist():
+                output = self._output_then.get(c.ids[row])
+                if output is not None and c.num_output[row] <= output:
+                    then[c.ids[row]] = output
+                    lacking[row] |= not held[row]
+            self._output_then = then
+        return np.flatnonzero(lacking)
