@@ -70,7 +70,7 @@ def test_a_long_answer_goes_on_among_short_ones_without_end_where_all_must_be_re
     rng = np.random.default_rng(1)
     asked = [SimRequest(arrival_s=1.0, prompt_tokens=900, output_tokens=900, max_tokens=900, rate=5.0, told_rate=5.0)]
     short = SimRequest(arrival_s=0.0, prompt_tokens=100, output_tokens=100, max_tokens=100, rate=20.0, told_rate=20.0)
-    for arrival_s in np.cumsum(rng.exponential(0.2, 450)).tolist():
+    for arrival_s in np.cumsum(rng.exponential(0.2, 700)).tolist():
         asked.append(msgspec.structs.replace(short, arrival_s=arrival_s))
     machine = SimMachine(
         step_s=lambda n_decode, _, n_prefill, __: 0.01 + 0.001 * n_decode + 0.0001 * n_prefill,
@@ -84,8 +84,8 @@ def test_a_long_answer_goes_on_among_short_ones_without_end_where_all_must_be_re
     )
     run = SimEngine(machine, SchedulerConfig(policy="tokenflow", overload=overload), asked).run()
     times = run.served[0].token_s
-    # It takes nearly the whole device, which the short ones would fill for ninety seconds.
-    assert np.diff(times).max() < 60.0
+    # It takes nearly the whole device, which the short ones would fill for 140 seconds.
+    assert np.diff(times).max() < 100.0
 
 
 def test_answers_end_by_themselves_before_max_tokens():

@@ -43,8 +43,11 @@ class Balance:
     return.
     """
 
-    def __init__(self, snapshot: Snapshot, config: SchedulerConfig) -> None:
+    def __init__(self, snapshot: Snapshot, config: SchedulerConfig, *, may_recompute: bool = True) -> None:
         c = snapshot.columns
+        self.recompute_pays_s = 0.0
+        """How long the device must go on until a recompute that displaced somebody has cost no more than its share."""
+        self._may_recompute = may_recompute
         self.leaving: list[int] = []
         self.coming: list[int] = []
         self.headroom: Floats = headroom_s(c, snapshot.now_s, config.background_patience_s)
@@ -157,13 +160,15 @@ class Balance:
             if not loads and need + self._growth_blocks(self._stay_s[row]) > self._spare:
                 # A recompute that growth soon undoes is device time for nothing. The starving displace those too who
                 # would grow: what it takes of the device is not theirs to grow in.
-                if headroom > -self._config.relief_s:
+                if headroom > -self._config.relief_s or not self._may_recompute:
                     continue
                 room = self._room_to_stay(need, self._stay_s[row])
             # Among the starving a gap would only move the stall about.
             least_s = max(headroom, 0.0) + self._config.swap_gap_s
             victims = self._make_room(room, headroom, "affords", least_s, self._config.relief_s)
             if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
+                if room > need:
+                    self._may_recompute, self.recompute_pays_s = False, self._price_s(row, victims)
                 self._put_on(row, need, victims)
 
     def let_in(self, newcomers: Rows) -> bool:
@@ -232,6 +237,13 @@ class Balance:
         """Blocks to make free for one that needs so many, if the rest of the device is to grow for that long."""
         rest = 1.0 - need / max(self._usable, 1)
         return min(need + math.ceil(rest * self._growth_blocks(seconds)), self._usable)
+
+    def _price_s(self, row: int, victims: list[int]) -> float:
+        """Ten times what it takes to recompute this one, and those of its victims that must be."""
+        gone = [self._victims.rows[index] for index in victims]
+        switch_s, by_host = self._round_trip
+        recompute_s = self._return_s[row] + np.where(by_host, 0.0, switch_s)[gone].sum()
+        return float(_STAY_PER_RECOMPUTE * recompute_s)
 
     def _gains(self, rows: Rows) -> Floats:
         """What running each of these over idling it is worth."""

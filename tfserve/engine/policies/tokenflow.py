@@ -38,6 +38,7 @@ class TokenFlow:
         self._calm_until_s = -np.inf
         self._calm_since = (-1, -1)
         self._hurry_s = np.inf
+        self._recompute_s = -np.inf
         self.num_passes = 0
 
     @property
@@ -85,9 +86,11 @@ class TokenFlow:
         c, config = snapshot.columns, self._config
         load = measure(snapshot, config)
         self._working_set.move(load, snapshot, config)
-        balance = Balance(snapshot, config)
+        balance = Balance(snapshot, config, may_recompute=snapshot.now_s >= self._recompute_s)
         balance.shrink()
         balance.bring_back()
+        if balance.recompute_pays_s:
+            self._recompute_s = snapshot.now_s + balance.recompute_pays_s
         newcomers = _newcomers(snapshot, balance.headroom)
         room = self._working_set.room_for(newcomers, load, snapshot, config)
         self._hurry_s = np.inf
