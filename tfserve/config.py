@@ -13,8 +13,8 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-from tfserve.engine.token_buffer import FASTEST_RATE, SLOWEST_RATE
 from tfserve.errors import ConfigError
+from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

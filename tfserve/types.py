@@ -15,6 +15,9 @@ RequestId = str
 ConsumptionRate = float | str | None
 """How fast a request's reader reads: tokens/s, or "listen", "read", "fast" or "auto"; None if nobody reads along."""
 
+SLOWEST_RATE, FASTEST_RATE = 0.01, 1e6
+"""Tokens/s that a request may ask for, at least a token in 100 seconds: times and sums of rates stay finite."""
+
 MAX_STOP_TOKENS = 128
 """Most stop tokens of one request: forbidding them, as `min_tokens` does, must leave something to say."""
 

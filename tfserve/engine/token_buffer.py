@@ -16,14 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.errors import RequestError
+from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 Floats = npt.NDArray[np.float64]
 
 NAMED_RATES = {"listen": 4.0, "read": 6.0, "fast": 12.0}
 """Tokens/s of the names a request may use for its rate; "auto" starts at the default and follows feedback."""
-
-SLOWEST_RATE, FASTEST_RATE = 0.01, 1e6
-"""Tokens/s that a request may ask for, at least a token in 100 seconds: times and sums of rates stay finite."""
 
 AUTO = "auto"
 

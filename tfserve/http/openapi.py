@@ -9,12 +9,11 @@ from typing import Any
 import msgspec
 
 import tfserve
-from tfserve.engine.token_buffer import FASTEST_RATE, SLOWEST_RATE
 from tfserve.http import replies, streams, tokens
 from tfserve.http.errors import ErrorBody
 from tfserve.http.protocol import MAX_N, MAX_PROMPTS, MAX_STOP, ChatRequest, CompletionRequest
 from tfserve.http.tools import MAX_TOOLS
-from tfserve.types import MAX_LOGPROBS
+from tfserve.types import FASTEST_RATE, MAX_LOGPROBS, SLOWEST_RATE
 
 _REF = "#/components/schemas/{name}"
 
