@@ -114,12 +114,24 @@ p99 = _quality("ttft_p99_s")
 
 
 def _classes(cells: Sequence[Cell]) -> list[str]:
-    """A line for each class of readers: what it was given, and how long it waited."""
+    """Lines for each class of readers, the slowest first: how long it waited and stalled, and so what it read.
+
+    Each repeat sets its own rates, so it is a class's place in their order that is the same in all of them. A repeat
+    in which a class failed whole is left out.
+    """
     lines = []
-    for rate in cells[0]["summary"]["quality_by_rate"]:
-        for name, key, scale in (("stall share, %", "stall_share", 100), ("TTFT P99, s", "ttft_p99_s", 1)):
-            values = [scale * cell["summary"]["quality_by_rate"][rate]["report"][key] for cell in cells]
-            lines.append(_line(f"  readers at {rate}/s: {name}", values))
+    classes = [list(cell["summary"]["quality_by_rate"].items()) for cell in cells]
+    most = max(map(len, classes))
+    for place, own in enumerate(zip(*(each for each in classes if len(each) == most), strict=True)):
+        rates = [float(rate) for rate, _ in own]
+        reports = [quality["report"] for _, quality in own]
+        shares = [report["stall_share"] for report in reports]
+        lines += [
+            _line(f"  readers {place + 1}: asked, tok/s", rates),
+            _line("    read, tok/s", [rate * (1 - share) for rate, share in zip(rates, shares, strict=True)]),
+            _line("    stall share, %", [100 * share for share in shares]),
+            _line("    TTFT P99, s", [report["ttft_p99_s"] for report in reports]),
+        ]
     return lines
 
 

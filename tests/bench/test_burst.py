@@ -100,6 +100,22 @@ def test_the_table_pairs_each_repeat_with_its_fcfs(store):
     assert "raw / fcfs" not in text[: text.index("\ntokenflow")]
 
 
+def test_classes_of_readers_are_kept_apart_though_every_repeat_has_its_own_rates(store):
+    for repeat, rates in enumerate(([10.0, 20.0], [12.0, 24.0])):
+        records = [record([1.0 + 0.1 * k for k in range(10)], rate=rate, tokens=10) for rate in rates]
+        for each in records:
+            each.num_preemptions = 0
+        summary = json.loads(msgspec.json.encode(summarize(records, 2.0, 0.1)))
+        store.add("fcfs", repeat, {**cell(), "summary": summary})
+    lines = [line.split() for line in report(store.cells()).splitlines()]
+    asked = [line for line in lines if line[2:4] == ["asked,", "tok/s"]]
+    assert [(line[1], line[4]) for line in asked] == [("1:", "11.000"), ("2:", "22.000")]
+    read = [[float(number.strip("[]")) for number in (line[3], line[5])] for line in lines if line[:1] == ["read,"]]
+    # Ten tokens, one each 0.1 s, are read after 0.9 s and the last one's own time.
+    slow, fast = ([10 / (0.9 + 1 / rate) for rate in rates] for rates in ((10, 12), (20, 24)))
+    assert read == [pytest.approx(slow, abs=1e-3), pytest.approx(fast, abs=1e-3)]
+
+
 def test_options_name_policies_and_settings():
     args = parse_args(["--policies", "fcfs,andes", "--server-option", "emulated_bandwidth=2"])
     assert args.policies == ["fcfs", "andes"]
