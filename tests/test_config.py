@@ -38,7 +38,14 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m", "scheduler": {"polcy": 1}}, "scheduler.polcy: is not a setting; did you mean scheduler.pol"),
         ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: Expected `int`"),
         ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
-        ({"model": "m", "scheduler": {"overload": "shed"}}, "scheduler.overload: only policy tokenflow"),
+        (
+            {"model": "m", "scheduler": {"policy": "fcfs", "overload": "shed"}},
+            "scheduler.overload: only policy tokenflow can 'shed'",
+        ),
+        (
+            {"model": "m", "scheduler": {"policy": "round-robin", "overload": "share"}},
+            "scheduler.overload: only policy tokenflow can 'share'",
+        ),
         ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: Invalid enum value 'lifo'"),
         (
             {"model": "m", "scheduler": {"default_rate": 0.005}},

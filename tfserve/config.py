@@ -31,8 +31,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     resident somebody must be to displace it although it cannot afford it; `background_patience_s` is how many
     unread seconds a request without a rate counts as; `min_prefill_share` of the time goes to prompts even while
     readers run dry; a reader may stall for prompts by `stall_per_wait` of the longest wait for a first token, in
-    all, `critical_s` at most; `watermark` is the share of device blocks kept free. `default_rate` is for requests
-    that name none. `overload` says what a new request meets when the rates add up to more than the capacity.
+    all, `critical_s` at most; `watermark` is the share of device blocks kept free. `default_rate` is for streamed
+    answers that name none. `overload` says what a new request meets when the rates add up to more than the capacity.
     `generate_ahead_s` stops decoding, under every policy, whoever has more than that unread (None: never). The last
     four switch parts off, for ablations.
     """
@@ -47,7 +47,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         "andes",
         "andes-offload",
         "tokenflow",
-    ] = "fcfs-chunked"
+    ] = "tokenflow"
     reserve_ratio: float = 0.7
     reserve_min_ratio: float = 0.098
     reserve_decay_steps: int = 600
@@ -65,7 +65,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     min_prefill_share: float = 0.6
     stall_per_wait: float = 0.05
     watermark: float = 0.02
-    default_rate: float = 20.0
+    default_rate: float = 6.0
     overload: Literal["queue", "share", "shed"] = "queue"
     generate_ahead_s: float | None = None
     offload: bool = True
@@ -102,8 +102,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     still runs, so that the device need not wait for Python; tokens are the same.
     None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
     `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
-    `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
-    less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
+    `host_kv_gib` (where paused requests keep their KV) on a CPU as much as the device's KV and at most a quarter of the
+    free memory, on a GPU twice the device's KV and at most half of the free memory or 64 GiB; only policies that pause
+    requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
     copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
     file to write a JSON line to for every step and finished request (engine/step_trace.py). `enforce_eager` switches
     CUDA graphs off.
@@ -188,8 +189,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ConfigError("scheduler.reserve_decay_steps", f"must be at least 1, got {sched.reserve_decay_steps}")
         if sched.reserve_clip_tokens < 1:
             raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
-        if sched.overload == "shed" and sched.policy != "tokenflow":
-            raise ConfigError("scheduler.overload", f"only policy tokenflow can 'shed', not {sched.policy}")
+        if sched.overload != "queue" and sched.policy != "tokenflow":
+            message = (
+                f"only policy tokenflow can {sched.overload!r}, not {sched.policy}; leave it out or choose tokenflow"
+            )
+            raise ConfigError("scheduler.overload", message)
         for key in ("schedule_interval_s", "buffer_scale_s"):
             if not 0 < getattr(sched, key) < math.inf:
                 raise ConfigError(f"scheduler.{key}", f"must be above 0 and finite, got {getattr(sched, key)}")

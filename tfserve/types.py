@@ -122,7 +122,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
     """When things happened to a request, in seconds of the engine's clock, and how often it was interrupted.
 
-    `stall_s` is how long its reader had nothing to read after the first token, by estimate or by its own reports.
+    `stall_s` is how long its reader had nothing to read after the first token, by estimate or by its own reports; None
+    where there is no reader, or neither the request nor a report has said how fast it reads.
     """
 
     arrival_s: float
@@ -130,7 +131,7 @@ class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
     first_token_s: float | None = None
     finished_s: float | None = None
     num_preemptions: int = 0
-    stall_s: float = 0.0
+    stall_s: float | None = None
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
@@ -166,7 +167,8 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     """A live request as the scheduler sees it. Rates in tokens/s; None where there is no reader, or no first token yet.
 
     `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV on its way back). `num_unread`
-    tokens are generated and not read, enough for `time_to_empty_s`; `stall_s` is how long there was nothing to read.
+    tokens are generated and not read, enough for `time_to_empty_s`. `stall_s` is how long there was nothing to read;
+    None without a reader, or where the `rate` is the server's default and no report has come (`is_rate_assumed`).
     """
 
     id: RequestId
@@ -178,9 +180,10 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     rate: float | None
     num_unread: float
     time_to_empty_s: float | None
-    stall_s: float
+    stall_s: float | None
     ttft_s: float | None
     num_preemptions: int
+    is_rate_assumed: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -222,8 +225,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded and on what, printed at start: `concurrency` is how many requests of max_model_len fit in KV.
 
-    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV. `grammars`: outputs can
-    be held to one.
+    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV; `host_tier_reason` says
+    in words why it has so many. `grammars`: outputs can be held to one.
     """
 
     model: str
@@ -244,6 +247,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     load_s: float
     num_host_blocks: int = 0
+    host_tier_reason: str = ""
     grammars: bool = False
 
     @property

@@ -223,7 +223,7 @@ class FakeClock:
 
 
 class FakeEngine:
-    """A core with the fake runner, stepped by hand; collects what each request got."""
+    """A core with the fake runner, stepped by hand; collects what each request got. Serves in order unless told."""
 
     pipeline_depth = 1
 
@@ -238,9 +238,10 @@ class FakeEngine:
         speeds: Sequence[int] = (4,),
         fail_copies: set[int] = frozenset(),
         bps: float = 1e6,
+        policy: str = "fcfs-chunked",
         **scheduler,
     ) -> None:
-        config = SchedulerConfig(**scheduler)
+        config = SchedulerConfig(policy=policy, **scheduler)
         host = BlockPool(num_host_blocks) if num_host_blocks else None
         options = OffloadOptions(config.write_through, config.load_evict_overlap)
         self.kv = KVCacheManager(BlockPool(num_blocks), block_size, 8 * block_size, host, options)

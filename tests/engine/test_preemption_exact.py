@@ -74,7 +74,7 @@ def run(model_dir, scheduler: SchedulerConfig, num_blocks: int, host_kv_gib: flo
 
 @pytest.fixture(scope="module")
 def undisturbed(model_dir):
-    tokens, stats = run(model_dir, SchedulerConfig(), 12 * 8 + 1)
+    tokens, stats = run(model_dir, SchedulerConfig(policy="fcfs-chunked"), 12 * 8 + 1)
     assert stats.num_preemptions == 0
     return tokens
 

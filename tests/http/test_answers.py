@@ -278,14 +278,20 @@ async def test_models_version_and_probes(start: StartServer) -> None:
 
 async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: StartServer) -> None:
     server = await start()
-    for body, rate in (({"consumption_rate": 7.5}, 7.5), ({"consumption_rate": "read"}, "read"), ({}, UNSET)):
+    for body, rate in (
+        ({"consumption_rate": 7.5}, 7.5),
+        ({"consumption_rate": "read"}, "read"),
+        ({"consumption_rate": None}, None),
+        ({"consumption_rate": None, "stream": True}, None),
+        ({"stream": True}, UNSET),
+        # An answer that comes whole has no reader, unless it names a rate.
+        ({}, None),
+    ):
         for path, ask in (("/v1/chat/completions", {"messages": ASK}), ("/v1/completions", {"prompt": "Hi"})):
             async with server.post(path, {**ask, **body}) as response:
                 assert response.status == 200
+                await response.read()
             assert server.engine.live[-1].asked_rate == rate
-    async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": None}) as response:
-        assert response.status == 200
-    assert server.engine.live[-1].asked_rate is None
 
 
 async def test_the_priority_reaches_the_engine(start: StartServer) -> None:

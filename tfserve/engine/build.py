@@ -169,6 +169,7 @@ def _build(
         threads=threads,
         load_s=time.monotonic() - started_s,
         num_host_blocks=tier.num_blocks if tier else 0,
+        host_tier_reason=tier.reason if tier else "",
         grammars=masks is not None,
     )
     return core, info

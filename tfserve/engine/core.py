@@ -111,6 +111,7 @@ class EngineCore:
         self._requests: dict[RequestId, Request] = {}
         self._outputs: list[TokenOutput] = []
         self._resumed: list[tuple[str, float]] = []
+        self._told_free = self._num_free  # as the last message had them
         self._step = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -221,6 +222,7 @@ class EngineCore:
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
             rate=message.rate,
+            is_rate_assumed=message.is_rate_assumed,
             priority=message.priority,
             detokenizer=self._detokenizer(params) if params.stop else None,
         )
@@ -318,9 +320,18 @@ class EngineCore:
         offload = self._scheduler.offload
         return [CopyTotals(offload.bytes_moved[direction], offload.busy_s[direction]) for direction in Direction]
 
+    @property
+    def _num_free(self) -> tuple[int, int]:
+        """Free blocks of both tiers."""
+        return self._scheduler.kv.num_free_blocks, self._scheduler.kv.num_free_host_blocks
+
     def _flush(self) -> None:
         started = self._scheduler.take_started()
-        if self._outputs or started:
+        free = self._num_free
+        # A copy may end after the last step: without a message the block that it held would count as used for good.
+        is_stale = not self._launched and free != self._told_free
+        if self._outputs or started or is_stale:
+            self._told_free = free
             outputs, self._outputs = self._outputs, []
             resumed, self._resumed = self._resumed, []
             self._emit(StepOutputs(outputs, self.stats(), started, resumed))

@@ -98,13 +98,13 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        rate: ConsumptionRate | UnsetType = UNSET,
+        rate: ConsumptionRate = None,
     ) -> list[RequestOutput]:
         """Run prompts to their end and return one output each, in order; blocks.
 
-        A prompt is text or token ids; `params` is one for all or one for each, `rate` as for `submit`. Raises
-        RequestError before anything runs if one of them cannot be served, EngineDeadError if the engine ends meanwhile.
-        A request that fails alone has `finish_reason` ERROR.
+        A prompt is text or token ids; `params` is one for all or one for each. A batch has no reader unless it names a
+        `rate`. Raises RequestError before anything runs if one of the prompts cannot be served, EngineDeadError if the
+        engine ends meanwhile. A request that fails alone has `finish_reason` ERROR.
         """
         batch = _as_batch(prompts)
         each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -252,6 +252,7 @@ class Engine:
         else:
             self._check_id(request_id)
         default_rate = self.config.scheduler.default_rate
+        is_rate_assumed = rate is UNSET
         if rate is UNSET:
             rate = default_rate
         # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
@@ -259,7 +260,7 @@ class Engine:
         if not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
             raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
         params = validate(token_ids, params, self.info)
-        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority)
+        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed)
 
     def _check_id(self, request_id: RequestId) -> None:
         if not isinstance(request_id, str) or not request_id or request_id.startswith(_OWN_IDS):

@@ -20,7 +20,8 @@ from tfserve.types import (
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front.
 
-    `rate` is resolved as far as the default goes; of requests without one, the smallest `priority` is served first.
+    `rate` is resolved as far as the default goes (`is_rate_assumed`: it is the default, since the request named none);
+    of requests without one, the smallest `priority` is served first.
     """
 
     request_id: RequestId
@@ -29,6 +30,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     arrival_s: float
     rate: ConsumptionRate = None
     priority: int = 0
+    is_rate_assumed: bool = False
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):

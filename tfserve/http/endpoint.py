@@ -48,7 +48,7 @@ class GenerationEndpoint(ABC, Generic[Asked]):
             job.prompts,
             job.samples,
             job.renderer,
-            rate=asked.consumption_rate,
+            rate=asked.reading_rate,
             priority=asked.priority or 0,
             stream=bool(asked.stream),
         )

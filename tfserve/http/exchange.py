@@ -79,7 +79,8 @@ class Exchange:
         usage = Usage(prompt, output, prompt + output)
         if self._times:
             usage.num_preemptions = sum(times.num_preemptions for times in self._times)
-            usage.stall_s = round(sum(times.stall_s for times in self._times), 3)
+            stalls = [times.stall_s for times in self._times if times.stall_s is not None]
+            usage.stall_s = round(sum(stalls), 3) if stalls else UNSET
             firsts = [times.first_token_s - times.arrival_s for times in self._times if times.first_token_s is not None]
             usage.ttft_s = round(max(firsts), 4) if firsts else UNSET
         return usage

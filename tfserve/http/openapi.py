@@ -241,7 +241,8 @@ def _described(operation: Operation, secured: bool) -> dict[str, Any]:
     good = _content(operation.reply)
     if operation.chunk is not None:
         events = f"Events whose data is a {operation.chunk.__name__} or an ErrorBody each; the last one's is [DONE]."
-        good["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+        # Without a type: OpenAPI 3.1 leaves open whether a schema is about the whole stream or about each event.
+        good["text/event-stream"] = {"schema": {"description": events}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": good}}
     for status, meaning in operation.also.items():
         responses[str(status)] = {"description": meaning, "content": _content(operation.reply)}

@@ -52,7 +52,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that chat and plain completions share. None means the default, as does leaving the field out.
 
     The lines after `stop` are ours; their names are vLLM's, but for `consumption_rate`: how fast the reader reads, in
-    tokens/s or by name. There, null means that nobody reads along.
+    tokens/s or by name. There, null means that the answer has no reader.
     """
 
     model: str | None = None
@@ -87,6 +87,12 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         if not self.stream:
             raise RequestError("stream_options", "stream_options.include_usage needs stream to be true")
         return UsageWish.ALWAYS if options.continuous_usage_stats else UsageWish.LAST
+
+    @property
+    def reading_rate(self) -> ConsumptionRate | msgspec.UnsetType:
+        """The rate for the engine (UNSET: its default). What comes whole has no reader, unless it names a rate."""
+        is_whole = not self.stream and self.consumption_rate is msgspec.UNSET
+        return None if is_whole else self.consumption_rate
 
     @property
     def num_samples(self) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
+from tfserve.engine.policies import IGNORES
 from tfserve.errors import RequestError
 from tfserve.http.answer import read_body
 from tfserve.http.errors import JSON, ApiError
@@ -35,10 +36,14 @@ INTERVAL = {
 
 
 class StreamList(msgspec.Struct, kw_only=True):
-    """Body of GET /v1/streams, and the data of each of its events; `policy` and `stats` are the engine's."""
+    """Body of GET /v1/streams, and the data of each of its events; `policy` and `stats` are the engine's.
+
+    `policy_ignores` names what a request may say that the policy takes no notice of.
+    """
 
     created: float
     policy: str
+    policy_ignores: tuple[str, ...]
     stats: EngineStats
     data: list[StreamState]
     object: Literal["list"] = "list"
@@ -87,7 +92,14 @@ class StreamFeed:
             if time.monotonic() - self._taken_s > max_age_s:
                 engine = self._service.engine_alive
                 streams = await engine.streams()
-                listed = StreamList(created=time.time(), policy=engine.info.policy, stats=engine.stats(), data=streams)
+                policy = engine.info.policy
+                listed = StreamList(
+                    created=time.time(),
+                    policy=policy,
+                    policy_ignores=IGNORES.get(policy, ()),
+                    stats=engine.stats(),
+                    data=streams,
+                )
                 self._picture = msgspec.json.encode(listed)
                 self._taken_s = time.monotonic()
             return self._picture
