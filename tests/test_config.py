@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tfserve.config import config_from, load_config
+from tfserve.config import EngineConfig, config_from, load_config
 from tfserve.config_words import config_from_args, parse_settings
 from tfserve.errors import ConfigError
 
@@ -119,4 +119,11 @@ def test_words_that_are_no_settings_are_refused(words):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_ready_made_configs_load(path):
-    assert load_config(path, {}).model
+    config = load_config(path, {})
+    assert config.model
+    assert config.scheduler.policy == "tokenflow"
+
+
+def test_tokenflow_and_a_person_who_reads_are_the_default():
+    scheduler = EngineConfig(model="m").scheduler
+    assert (scheduler.policy, scheduler.default_rate) == ("tokenflow", 6.0)

@@ -269,6 +269,34 @@ async def test_full_queue_is_refused_with_a_time_to_retry(model_dir):
             stream.abort()
 
 
+async def test_stalls_are_told_where_a_rate_is_named(engine):
+    async def stall(**how):
+        stream = engine.submit([5, 6, 7], GREEDY, **how)
+        while not (output := await stream.next()).finished:
+            pass
+        return output.times.stall_s
+
+    assert await stall(rate=5.0) is not None
+    assert await stall(rate=None) is None
+    assert await stall() is None
+    assert engine.generate([[5, 6, 7]], GREEDY)[0].times.stall_s is None
+    assert engine.generate([[5, 6, 7]], GREEDY, rate="read")[0].times.stall_s is not None
+
+
+async def test_a_batch_has_no_reader_and_a_stream_that_names_no_rate_is_assumed_to_have_one(engine):
+    long = SamplingParams(max_tokens=200, ignore_eos=True)
+    batch = asyncio.ensure_future(asyncio.to_thread(engine.generate, [[5, 6, 7]], long))
+    streams = [engine.submit([5, 6, 7], long), engine.submit([5, 6, 7], long, rate=9.0)]
+    async with asyncio.timeout(10):
+        while len(states := await engine.streams()) < 3:
+            await asyncio.sleep(0.001)
+    for stream in streams:
+        stream.abort()
+    await batch
+    told = {(state.rate, state.is_rate_assumed, state.stall_s is None) for state in states}
+    assert told == {(None, False, True), (6.0, True, True), (9.0, False, False)}
+
+
 def test_two_engines_live_in_one_process(model_dir):
     with Engine(config_for(model_dir)) as one, Engine(config_for(model_dir)) as two:
         assert one.generate([[5, 6]], GREEDY)[0].token_ids == two.generate([[5, 6]], GREEDY)[0].token_ids

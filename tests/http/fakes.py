@@ -138,6 +138,11 @@ class FakeStream:
         self._ended = self.started = True
         self._notify()
 
+    @property
+    def _stall_s(self) -> float | None:
+        """As the real one: a stall is known where a rate is."""
+        return None if self.asked_rate is None or self.asked_rate is msgspec.UNSET else 0.5
+
     def _notify(self) -> None:
         """As the real one does: once for all that has come by the time the loop comes round."""
         if not self._is_called:
@@ -180,7 +185,7 @@ class FakeStream:
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             error=error,
-            times=RequestTimes(1.0, 1.0, 1.25, 2.0, preemptions, 0.5) if finish else None,
+            times=RequestTimes(1.0, 1.0, 1.25, 2.0, preemptions, self._stall_s) if finish else None,
             **more,
         )
         self._pending.append(output)

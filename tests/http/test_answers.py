@@ -14,7 +14,7 @@ from tests.http.fakes import BOS
 from tfserve.types import FinishReason
 
 ASK = [{"role": "user", "content": "Hi"}]
-TIMINGS = {"num_preemptions": 3, "ttft_s": 0.25, "stall_s": 0.5}
+TIMINGS = {"num_preemptions": 3, "ttft_s": 0.25}
 """What the fake engine says of every request that has ended."""
 
 
@@ -84,6 +84,20 @@ async def test_usage_chunk_comes_last_when_asked_for(start: StartServer) -> None
     counts = {"prompt_tokens": 3, "completion_tokens": 17, "total_tokens": 20}
     assert chunks[-2]["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}, **TIMINGS}
     assert all(chunk["usage"] is None for chunk in chunks[:-2])
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("rate", "has_stall"), [({}, False), (None, False), ("read", True), (3.5, True)])
+async def test_usage_tells_stalls_where_a_rate_is_named(start: StartServer, is_streamed, rate, has_stall) -> None:
+    server = await start()
+    named = {} if rate == {} else {"consumption_rate": rate}
+    if is_streamed:
+        options = {"include_usage": True}
+        usage = (await stream(server, "/v1/completions", prompt="ab", stream_options=options, **named))[-2]["usage"]
+    else:
+        async with server.post("/v1/completions", {"prompt": "ab", **named}) as response:
+            usage = (await response.json())["usage"]
+    assert usage.get("stall_s") == (0.5 if has_stall else None)
 
 
 async def test_usage_tells_how_often_the_answers_were_interrupted(start: StartServer) -> None:
