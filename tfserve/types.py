@@ -73,6 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _require(self.min_tokens <= most, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         free = self.grammar is None or self.min_tokens == 0
         _require(free, "min_tokens", self.min_tokens, "0 where a grammar or JSON schema says when the text ends")
+        ends = self.grammar is None or not self.ignore_eos
+        _require(ends, "ignore_eos", self.ignore_eos, "false where a grammar or JSON schema says when the text ends")
         _require(0 <= self.temperature <= 2, "temperature", self.temperature, "between 0 and 2")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(-1 <= self.top_k < 2**31, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")

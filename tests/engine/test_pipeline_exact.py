@@ -74,7 +74,7 @@ def wishes(free: list[RequestOutput]) -> list[SamplingParams]:
         {"max_tokens": 1},
         {"max_tokens": 2, "temperature": 1.0, "seed": 3},
         {"temperature": 1.0, "seed": 11, "stop": (" ", "e")},
-        {"temperature": 1.0, "seed": 12, "grammar": numbers, "logprobs": 0},
+        {"temperature": 1.0, "seed": 12, "grammar": numbers, "logprobs": 0, "ignore_eos": False},
         {"temperature": 1.0, "seed": 13, "grammar": answer, "ignore_eos": False},
         {"prompt_logprobs": 2},
         {"prompt_logprobs": 1, "max_tokens": 0},

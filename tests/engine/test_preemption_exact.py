@@ -44,7 +44,9 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     numbers = json_schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": NUM_TOKENS})
     for i in range(NUM_REQUESTS):
         scored, grammar = (0 if i % 4 == 0 else None), (numbers if i % 3 == 2 else None)
-        params[i] = msgspec.structs.replace(params[i], prompt_logprobs=scored, grammar=grammar)
+        params[i] = msgspec.structs.replace(
+            params[i], prompt_logprobs=scored, grammar=grammar, ignore_eos=grammar is None
+        )
     return prompts, params
 
 

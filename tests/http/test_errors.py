@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.http.conftest import StartServer
+from tests.panics import PanicException
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -247,6 +248,26 @@ async def test_a_bug_is_a_bare_500_and_a_logged_traceback(start: StartServer, ca
     assert response.status == 500
     assert "NoneType" not in text
     assert "Traceback" in caplog.text
+
+
+async def test_a_panic_of_a_library_fails_its_request_and_no_other(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the event loop, in the thread that tokenises long texts, and in the one that checks grammars."""
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    server = await start()
+    monkeypatch.setattr(server.engine.tokenizer, "encode", panic, raising=False)
+    monkeypatch.setattr("tfserve.http.chat.check_grammar", panic)
+    bodies = ({"messages": ASK}, {"messages": [{"role": "user", "content": "a" * 40_000}]})
+    for body in (*bodies, {"messages": ASK, "response_format": {"type": "json_object"}}):
+        async with server.post(CHAT, body) as response:
+            assert (response.status, (await response.json())["error"]["type"]) == (500, "server_error")
+    monkeypatch.undo()
+    async with server.post(CHAT, {"messages": ASK}) as response:
+        assert response.status == 200
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,29 @@ async def test_a_forced_call_is_one_that_the_parser_finds(
     assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"name": "x"}
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        None,
+        {},
+        {"properties": {"n": {"type": "null"}}},
+        {"type": ["object", "null"], "properties": {"n": {"type": "null"}}},
+        {"anyOf": [{"type": "string"}, {"type": "object"}]},
+        {"$ref": "#/$defs/a", "$defs": {"a": {"properties": {"n": {"anyOf": [{"$ref": "#/$defs/a"}]}}}}},
+    ],
+    ids=repr,
+)
+async def test_forced_arguments_are_an_object_whatever_else_the_parameters_leave_room_for(
+    start: StartServer, tokenizer: LLTokenizer, parameters: Any
+) -> None:
+    server = await start()
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    grammar = await grammar_of(server, tools=tools, tool_choice="required")
+    for arguments, good in {"{}": True, '{"n": null}': True, "null": False, '"n"': False, "[]": False}.items():
+        call = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+        assert accepts(tokenizer, grammar, call) is good
+
+
 async def test_parallel_calls_can_be_forbidden(start: StartServer, tokenizer: LLTokenizer) -> None:
     server = await start()
     call = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'

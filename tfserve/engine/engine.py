@@ -29,7 +29,7 @@ from tfserve.engine.messages import (
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.engine.validation import validate
-from tfserve.errors import EngineDeadError, QueueFullError, RequestError
+from tfserve.errors import EngineDeadError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.resolve import resolve_model
@@ -181,10 +181,11 @@ class Engine:
 
     async def streams(self) -> list[StreamState]:
         """Every live request as the scheduler sees it, after the step under way. Raises EngineDeadError."""
-        if self._death is not None:
-            raise EngineDeadError(self._death)
         query, answer = self._questions.ask()
         try:
+            # Only now: an end that comes later releases the question.
+            if self._death is not None:
+                raise EngineDeadError(self._death)
             self._link.send(ListStreams(query))
             return await answer
         finally:
@@ -340,7 +341,10 @@ class Engine:
         logger.error("engine dead: %s", reason)
         self._release(reason)
         for callback in callbacks:
-            callback(reason)
+            try:
+                callback(reason)
+            except failures():
+                logger.exception("%r failed on the news of the engine's end", callback)
 
     def _release(self, reason: str) -> None:
         """End every open stream, and every question, with the news."""

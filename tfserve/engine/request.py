@@ -14,6 +14,10 @@ ResumePath = Literal["load", "recompute"]
 """How a preempted request gets its KV back."""
 
 
+Finish = tuple[FinishReason, str | int | None]
+"""How a request ended, and the stop string or token that ended it."""
+
+
 class RequestState(enum.IntEnum):
     """Where a request is: WAITING has no row and no KV, RUNNING has both, FINISHED has neither.
 
@@ -119,7 +123,7 @@ class Request:
             known = 1 + len(self.prompt_logprobs) - scored.start
             self.prompt_logprobs += scored.entries[max(known, 0) :]
 
-    def append(self, token: int, now_s: float) -> tuple[FinishReason, str | int | None] | None:
+    def append(self, token: int, now_s: float) -> Finish | None:
         """Take the oldest token in flight; how the request finished with it (and the stop string or token), or None."""
         self.token_ids.append(token)
         self.num_in_flight -= 1

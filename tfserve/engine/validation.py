@@ -21,8 +21,7 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
     check_tokens(prompt, info.vocab_size)
     if params.grammar is not None:
         check_grammar(params.grammar)
-        if not info.grammars:
-            raise RequestError("grammar", "this model's outputs cannot be held to a grammar; the server's log says why")
+        require_grammars(info, "grammar")
     room = info.max_model_len - len(prompt)
     if params.max_tokens is None and room >= 1:
         params = msgspec.structs.replace(params, max_tokens=room)
@@ -42,6 +41,13 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
             "context_length_exceeded",
         )
     return params
+
+
+def require_grammars(info: EngineInfo, param: str) -> None:
+    """Raise RequestError about the field `param` if the model's outputs cannot be held to a grammar."""
+    if not info.grammars:
+        message = f"{param}: this model's outputs cannot be held to a grammar; the server's log of its start says why"
+        raise RequestError(param, message, "unsupported_parameter")
 
 
 def _limit(info: EngineInfo) -> str:

@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 import tfserve
-from tfserve.errors import TfserveError
+from tfserve.errors import TfserveError, failures
 from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
@@ -171,7 +171,7 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return await handler(request)
     except ConnectionError:
         raise
-    except Exception as error:
+    except failures() as error:
         return api_error(error).response()
 
 

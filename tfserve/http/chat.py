@@ -10,6 +10,7 @@ from functools import partial
 
 import msgspec
 
+from tfserve.engine.validation import require_grammars
 from tfserve.errors import RequestError
 from tfserve.http.answer import Result, encode
 from tfserve.http.endpoint import GenerationEndpoint, Job
@@ -38,7 +39,7 @@ from tfserve.http.sse import event
 from tfserve.http.tool_parsing import ToolCallParser, tool_call_parser
 from tfserve.http.tools import ToolPlan
 from tfserve.model.grammar import check_grammar
-from tfserve.types import FinishReason, RequestOutput, TokenLogprob
+from tfserve.types import EngineInfo, FinishReason, RequestOutput, TokenLogprob
 
 
 class ChatRenderer:
@@ -165,17 +166,21 @@ class _Choice:
         return "tool_calls" if self._num_calls and finish_reason == FinishReason.STOP else finish_reason
 
 
-async def _grammar(asked: ChatRequest, tools: ToolPlan) -> str | None:
+async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo) -> str | None:
     """What the answer must follow, checked: a forced call or the response format. Raises RequestError."""
     wanted = None if asked.response_format is None else asked.response_format.grammar()
     if wanted is not None and tools.format is not None:
         message = "response_format: JSON cannot be had together with tools; send tool_choice 'none' or leave one out"
         raise RequestError("response_format", message)
-    grammar, param = (wanted, "response_format") if tools.grammar is None else (tools.grammar, "tools")
-    if grammar is not None:
-        # In a thread: a complex one takes long, and the streams go on.
-        await asyncio.to_thread(check_grammar, grammar, param)
-    return grammar
+    # In a thread: a complex one takes long, and the streams go on.
+    if tools.grammar is not None:
+        await asyncio.to_thread(tools.check)
+        require_grammars(info, "tool_choice")
+        return tools.grammar
+    if wanted is not None:
+        await asyncio.to_thread(check_grammar, wanted, "response_format")
+        require_grammars(info, "response_format")
+    return wanted
 
 
 class ChatEndpoint(GenerationEndpoint[ChatRequest]):
@@ -188,7 +193,7 @@ class ChatEndpoint(GenerationEndpoint[ChatRequest]):
         """The conversation as one prompt, by the model's template."""
         parallel = asked.parallel_tool_calls is not False
         tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
-        grammar = await _grammar(asked, tools)
+        grammar = await _grammar(asked, tools, self._service.engine.info)
         samples = asked.samples(msgspec.structs.replace(asked.sampling_params(), grammar=grammar))
         parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)
         renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), parser, parallel)

@@ -19,7 +19,7 @@ import jinja2.parser
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tfserve.errors import ModelError, RequestError
+from tfserve.errors import ModelError, RequestError, failures
 
 
 class ToolFormat(enum.Enum):
@@ -53,7 +53,7 @@ class ChatTemplate:
         chat = [_flatten(message, index) for index, message in enumerate(messages)]
         try:
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **scope)
-        except Exception as error:  # a template is a program: a conversation it was not written for may raise anything
+        except failures() as error:  # a template is a program: a conversation it was not written for may raise anything
             raise RequestError("messages", f"the model's chat template rejected the messages: {error}") from None
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from tfserve.errors import ModelError
+from tfserve.errors import ModelError, failures
 from tfserve.model.config import ModelConfig
 
 SINGLE_FILE = "model.safetensors"
@@ -77,7 +77,7 @@ class Checkpoint:
     def _open(self, path: Path) -> Any:
         try:
             return self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
+        except failures() as error:
             size = path.stat().st_size
             raise ModelError(
                 f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); download it again"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tfserve.errors import ModelError
+from tfserve.errors import ModelError, failures
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 
@@ -44,7 +44,7 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's own errors, its HTTP client's, and the file system's have no common base
+    except failures() as error:  # the hub's own errors, its HTTP client's, and the file system's have no common base
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(
             f"no local directory {name}, and the Hugging Face hub did not give the model {name!r} ({reason}). "

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from tfserve.errors import ModelError, RequestError
+from tfserve.errors import ModelError, RequestError, failures, panics_as_errors
 from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.token_bytes import TokenBytes
 
@@ -50,7 +50,7 @@ class Tokenizer:
         if source.exists():
             try:
                 backend = Backend.from_file(str(source))
-            except Exception as error:  # the library raises bare Exception
+            except failures() as error:  # the library raises bare Exception
                 raise ModelError(f"{source} is not a tokenizer the `tokenizers` library can read: {error}") from None
         else:
             backend, defaults = _convert(model_dir)
@@ -85,14 +85,16 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it."""
-        if len(text) < _LONG_TEXT_CHARS:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        with panics_as_errors("tokenising a text"):
+            if len(text) < _LONG_TEXT_CHARS:
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        with panics_as_errors("decoding tokens"):
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; may be part of a UTF-8 character, and empty for an id without a token."""
@@ -149,7 +151,7 @@ def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         return tokenizer.backend_tokenizer, _special_tokens(tokenizer.special_tokens_map)
-    except Exception as error:  # any of a dozen types, by what is missing
+    except failures() as error:  # any of a dozen types, by what is missing
         raise ModelError(
             f"{model_dir} has no tokenizer.json, and transformers cannot make one from its other files: {error}"
         ) from None
