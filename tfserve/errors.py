@@ -43,3 +43,14 @@ class QueueFullError(TfserveError):
 
 class EngineDeadError(TfserveError):
     """The engine has stopped and cannot serve: it was shut down, it was killed, or a step failed beyond repair."""
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What an `except` catches that keeps a failure to one request, step, feature or thread: use it for `Exception`.
+
+    Beside every Exception these are the panics of Rust libraries. pyo3 derives its PanicException from BaseException,
+    and each library makes a class of its own at its first panic: so call this in the `except` clause itself, which is
+    evaluated only when something was raised. KeyboardInterrupt, SystemExit and cancellation are none of them.
+    """
+    panics = [kind for kind in BaseException.__subclasses__() if kind.__name__ == "PanicException"]
+    return (Exception, *panics)

@@ -15,6 +15,24 @@ from tfserve.errors import ModelError
 from tfserve.model.gguf_import import import_gguf
 
 IDS = torch.arange(3, 43).remainder(VOCAB).unsqueeze(0)
+EVERYTHING = (
+    *("token_embd.weight", "output_norm.weight", "output.weight"),
+    *(
+        f"blk.{layer}.{part}.weight"
+        for layer in range(2)
+        for part in (
+            "attn_norm",
+            "attn_q",
+            "attn_k",
+            "attn_v",
+            "attn_output",
+            "ffn_norm",
+            "ffn_gate",
+            "ffn_up",
+            "ffn_down",
+        )
+    ),
+)
 TEXTS = [
     "the cat isn't on the mat, they've seen 123 or 4567 cats",
     "x = 1234567890 + 3.14159; y[10]",
@@ -145,6 +163,20 @@ def test_llama3_tokenizer_puts_bos_in_front_unless_the_file_says_no(tmp_path):
         ({"leave_out": ("blk.1.ffn_up.weight",)}, "lacks 1 tensors, such as 'blk.1.ffn_up.weight'"),
         ({"rope_factors": np.linspace(1, 9, 8)}, "does not follow Llama 3.1's rope scaling"),
         ({"extra_ints": {"split.count": 3}}, "one part of several"),
+        ({"leave_out": EVERYTHING}, "tiny.gguf holds no tensor '.*'; it is incomplete"),
+        ({"leave_out": ("token_embd.weight",)}, "tiny.gguf holds no tensor 'token_embd.weight'"),
+        ({"extra_ints": {"tokenizer.ggml.eom_token_id": 300}}, r"ggml.eom_token_id must be ids .* \[0, 300\), got 300"),
+        (
+            {"extra_ints": {"tokenizer.ggml.unknown_token_id": 2**32 - 1}},
+            "unknown_token_id must be ids .* got 4294967295",
+        ),
+        ({"extra_ints": {"llama.attention.key_length": 0}}, "attention.key_length must be a positive integer, got 0"),
+        (
+            {"extra_texts": {"llama.rope.scaling.type": "yarn"}},
+            "scales rotary positions by 'yarn'; supported: none and",
+        ),
+        ({"extra_texts": {"llama.rope.dimension_count": "16"}}, "dimension_count must be a positive integer, got '16'"),
+        ({"extra_texts": {"tokenizer.ggml.add_bos_token": "no"}}, "add_bos_token must be true or false, got 'no'"),
         ({"extra_ints": {"llama.rope.dimension_count": 8}}, "rotates 8 of 16 dimensions"),
     ],
 )
