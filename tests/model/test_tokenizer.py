@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from tests.conftest import TINY
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.errors import ModelError, RequestError
 from tfserve.model.config import load_model_config
@@ -37,15 +38,7 @@ CHAT = [
 
 USER = [{"role": "user", "content": "hi"}]
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 512,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "max_position_embeddings": 4096,
-}
+CONFIG = TINY | {"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 1024, "eos_token_id": None}
 
 
 @pytest.fixture

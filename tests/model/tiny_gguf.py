@@ -95,7 +95,7 @@ class GgufRecipe:
     leave_out: tuple[str, ...] = ()
     extra_tensors: dict[str, np.ndarray] = field(default_factory=dict)
     extra_ints: dict[str, int] = field(default_factory=dict)
-    extra_texts: dict[str, str] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
     rope_factors: np.ndarray | None = None
 
 
@@ -114,9 +114,11 @@ def write_gguf(recipe: GgufRecipe, path: Path) -> Tokenizer:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in recipe.extra_ints.items():
         writer.add_uint32(key, value)
-    for key, text in recipe.extra_texts.items():
-        writer.add_string(key, text)
     tokenizer = _add_tokenizer(writer, recipe)
+    for key, value in recipe.replaced.items():
+        for fields in writer.kv_data:
+            fields.pop(key, None)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, values in _tensors(recipe).items():
         if name not in recipe.leave_out:
             _add_tensor(writer, name, values, recipe.quantisation)

@@ -151,9 +151,10 @@ def all_eos_token_ids(config: ModelConfig, tokenizer: Tokenizer, model_dir: Path
     for token in tokenizer.eos_token_ids:
         if token >= config.vocab_size:
             name = shown(tokenizer.token_str(token))
+            file = "tokenizer_config.json" if token == tokenizer.eos_token_id else "special_tokens_map.json"
             raise ModelError(
-                f"{model_dir / 'tokenizer_config.json'}: eos_token {name} has id {token}, beyond vocab_size "
-                f"{config.vocab_size} of config.json: the files are of different models"
+                f"{model_dir / file}: eos_token {name} has id {token}, beyond vocab_size {config.vocab_size} of "
+                "config.json: the files are of different models"
             )
     return tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
 
