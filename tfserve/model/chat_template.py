@@ -20,6 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tfserve.errors import ModelError, RequestError, failures
+from tfserve.model.fields import Fields, is_absent, read_text
 
 
 class ToolFormat(enum.Enum):
@@ -41,6 +42,8 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"chat template, line {error.lineno}: {error.message}; correct it or remove it") from None
+        except failures() as error:  # jinja2 makes Python of a template, and Python has limits of its own
+            raise ModelError(f"chat template: cannot be compiled ({error}); correct it or remove it") from None
         self._special_tokens = dict(special_tokens)
         self.tool_format = _tool_format(source)
 
@@ -57,15 +60,25 @@ class ChatTemplate:
             raise RequestError("messages", f"the model's chat template rejected the messages: {error}") from None
 
 
-def read_chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
-    """A checkpoint's template: chat_template.jinja, else `chat_template` of its tokenizer_config.json, else None."""
+def read_chat_template(model_dir: Path, config: Fields) -> tuple[str, str] | None:
+    """A checkpoint's template and where it is from: chat_template.jinja, else `chat_template` of `config`, else None.
+
+    `config` is its tokenizer_config.json; of a list of templates there the one named "default" is meant. Raises
+    ModelError for anything but text.
+    """
     path = model_dir / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    stored = config.get("chat_template")
+    if not is_absent(path):
+        return read_text(path), str(path)
+    stored = config.value("chat_template")
     if isinstance(stored, list):
-        stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
-    return stored
+        named = [Fields(entry, config.source, "chat_template.") for entry in stored if isinstance(entry, Mapping)]
+        if len(named) < len(stored):
+            raise config.wrong("chat_template", 'text or a list of {"name": ..., "template": ...}')
+        texts = {entry.text("name"): entry.text("template") for entry in named}
+        text = texts.get("default")
+    else:
+        text = config.text("chat_template") if stored is not None else None
+    return None if text is None else (text, f"{config.source}: chat_template")
 
 
 def _tool_format(source: str) -> ToolFormat | None:
