@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import msgspec
 
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -31,6 +34,15 @@ class RequestError(TfserveError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+    def renamed(self, names: Mapping[str, str]) -> RequestError:
+        """The same error with its fields called as `names` has them, for a client that knows them by these names."""
+        message = str(self)
+        for name, other in names.items():
+            # Others, such as "prompt", may be just a word of the sentence.
+            if "_" in name:
+                message = re.sub(rf"\b{name}\b", other, message)
+        return RequestError(names.get(self.param or "", self.param), message, self.code)
 
 
 class QueueFullError(TfserveError):
