@@ -13,6 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tests.http.conftest import Running, StartServer
+from tests.http.test_tool_templates import TOOLS
 from tests.http.tool_templates import LLAMA3, QWEN25
 from tests.scripted import scripted_server, write_scripted_model
 from tests.tokenizers import CHAT_TEMPLATE, write_tiny_tokenizer
@@ -22,16 +23,6 @@ CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The sky is"}]
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "weather",
-            "description": "Looks",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-        },
-    }
-]
 REFUSAL = {"type": "refusal", "refusal": "No."}
 TRIMMING = "{% for m in messages %}[{{ m.role }}]\n\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
 THINKING = """\

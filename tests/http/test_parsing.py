@@ -81,6 +81,33 @@ def test_other_numbers_stay_as_they_are() -> None:
             parse(ChatRequest, max_tokens=wrong)
 
 
+@pytest.mark.parametrize("path", [CHAT, PLAIN])
+@pytest.mark.parametrize(
+    ("field", "value", "reaches"),
+    [
+        ("top_p", 0, ("top_p", 0.0)),
+        ("top_p", 0.0, ("top_p", 0.0)),
+        ("max_tokens", 4.0, ("max_tokens", 4)),
+        ("max_completion_tokens", 4.0, ("max_tokens", 4)),
+        ("top_k", 40.0, ("top_k", 40)),
+        ("seed", 5.0, ("seed", 5)),
+        ("stop_token_ids", [7.0, 8], ("stop_token_ids", (7, 8))),
+        ("include_stop_str_in_output", True, ("include_stop_str_in_output", True)),
+        ("reasoning_effort", "high", ("temperature", 1.0)),
+    ],
+)
+async def test_what_the_protocol_allows_reaches_the_engine(
+    start: StartServer, path: str, field: str, value: Any, reaches: tuple[str, Any]
+) -> None:
+    server = await start()
+    need = {"messages": ASK} if path == CHAT else {"prompt": "x"}
+    async with server.post(path, {**need, field: value}) as response:
+        assert response.status == 200
+    name, expected = reaches
+    got = getattr(server.engine.live[0].params, name)
+    assert (got, type(got)) == (expected, type(expected))
+
+
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 async def test_a_byte_order_mark_is_not_part_of_the_body(start: StartServer, mark: bytes) -> None:
     server = await start()

@@ -1,6 +1,6 @@
 """Fields of other servers and of OpenAI that are not in the Structs: which change nothing, and which cannot be had.
 
-From the protocols of OpenAI, vLLM, SGLang, llama.cpp, TGI, Together, OpenRouter and others. A field that neither a
+From the protocols of OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, Together, OpenRouter and others. A field that neither a
 Struct nor a table knows is ignored and logged once, because clients of OpenAI's API send new ones all the time.
 """
 
@@ -78,7 +78,7 @@ _EVERYWHERE: Fields = {
     **_refused("store moderation"),
     # Where there is no prefix cache, no speculation and one server, these have what they ask for.
     **_hints("cache_salt cache_prompt cache_control n_cache_reuse id_slot n_keep extra_key session_id session_params"),
-    **_hints("custom_labels trace trace_id route models preserved_tokens backend_sampling"),
+    **_hints("keep_alive custom_labels trace trace_id route models preserved_tokens backend_sampling"),
     **_hints("speculative.n_max speculative.n_min speculative.p_min speculative.type"),
     # Parameters of samplers that are refused themselves, and what fast tokenizers never do.
     **_hints("mirostat_tau mirostat_eta xtc_threshold dynatemp_exponent smoothing_curve adaptive_decay"),
@@ -86,7 +86,7 @@ _EVERYWHERE: Fields = {
     # Models without separate thoughts have none to show or to hide.
     **_hints("include_reasoning separate_reasoning stream_reasoning reasoning_format return_mm_kwargs"),
     # Grammars
-    **_refused("guided_json json_schema", _SCHEMA),
+    **_refused("guided_json json_schema format", _SCHEMA),
     **_refused("guided_regex guided_choice guided_grammar structured_outputs structural_tag", _NO_GRAMMAR),
     **_refused("grammar regex ebnf grammar_triggers grammar_lazy", _NO_GRAMMAR),
     **_refused("guided_decoding_backend guided_whitespace_pattern"),
@@ -105,9 +105,11 @@ _EVERYWHERE: Fields = {
     **_refused("bad_words allowed_token_ids banned_tokens banned_strings custom_token_bans", _BIAS),
     **_refused("random_seed", Unsupported(instead="send seed")),
     # Lengths and stops
-    **_refused("max_new_tokens n_predict", _LIMIT),
+    **_refused("max_new_tokens n_predict num_predict", _LIMIT),
     **_refused("min_new_tokens", Unsupported((0,), "send min_tokens")),
-    **_refused("truncate_prompt_tokens truncate truncation_side prompt_truncate_len truncation_length transforms"),
+    **_refused(
+        "truncate_prompt_tokens truncate truncation_side prompt_truncate_len truncation_length num_ctx transforms"
+    ),
     **_refused("context_length_exceeded_behavior", Unsupported(("error",))),
     **_refused("n_discard n_indent", Unsupported((0,))),
     **_refused("t_max_predict_ms", Unsupported((-1, 0))),
@@ -133,9 +135,11 @@ _EVERYWHERE: Fields = {
     **_refused("kv_transfer_params ec_transfer_params bootstrap_host bootstrap_port bootstrap_room"),
     **_refused("data_parallel_rank routed_dp_rank disagg_prefill_dp_rank"),
     **_refused("request_id rid", _OWN_ID),
+    **_refused("options parameters", Unsupported(instead="send its fields in the body itself")),
+    **_refused("data_sources enable_search"),
     **_refused("provider preset plugins safety_model safe_prompt compliance search_parameters deferred"),
     # Thinking
-    **_refused("reasoning thinking enable_thinking thinking_budget thinking_token_budget", _THINKING),
+    **_refused("think reasoning thinking enable_thinking thinking_budget thinking_token_budget", _THINKING),
     **_refused("reasoning_budget reasoning_budget_tokens thinking_forced_open", _THINKING),
 }
 
@@ -186,7 +190,7 @@ NESTED_FIELDS: Mapping[type[msgspec.Struct], Fields] = {
         **_refused("prefix partial", _PREFILL),
         **_refused("audio images tools"),
     },
-    ContentPart: _hints("annotations cache_control"),
+    ContentPart: _hints("annotations cache_control prompt_cache_breakpoint"),
     ToolCall: _hints("index cache_control"),
     Tool: {**_hints("cache_control"), **_refused("defer_loading")},
     FunctionDefinition: {**_hints("cache_control"), **_refused("defer_loading")},
