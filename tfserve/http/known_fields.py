@@ -1,7 +1,7 @@
 """Fields of other servers and of OpenAI that are not in the Structs: which change nothing, and which cannot be had.
 
-From the protocols of OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, Together, OpenRouter and others. A field that neither a
-Struct nor a table knows is ignored and logged once, because clients of OpenAI's API send new ones all the time.
+From the protocols of OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, Together, OpenRouter and others. A field that is in
+no Struct and no table is ignored and logged once, because clients of OpenAI's API send new ones all the time.
 """
 
 from __future__ import annotations
