@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import msgspec
@@ -34,6 +35,15 @@ class RequestError(TfserveError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+    def renamed(self, names: Mapping[str, str]) -> RequestError:
+        """The same error with its fields called as `names` has them, for a client that knows them by these names."""
+        message = str(self)
+        for name, other in names.items():
+            # Others, such as "prompt", may be just a word of the sentence.
+            if "_" in name:
+                message = re.sub(rf"\b{name}\b", other, message)
+        return RequestError(names.get(self.param or "", self.param), message, self.code)
 
 
 class QueueFullError(TfserveError):

@@ -37,11 +37,13 @@ class FinishReason(enum.StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens and when to stop. Defaults are OpenAI's; `temperature=0` is greedy.
 
-    `top_k=0` and `min_p=0` switch the filter off. `logprobs=k` returns the chosen token's log probability and the k
-    most likely alternatives; they are taken from the model's distribution before temperature and filters. `seed` makes
-    the request's random numbers a function of (seed, position) alone; without it the engine draws a seed at arrival.
+    `top_k=0` and `min_p=0` switch the filter off; `top_p=0` leaves the most likely token. `logprobs=k` returns the
+    chosen token's log probability and the k most likely alternatives; they are taken from the model's distribution
+    before temperature and filters. `seed` makes the request's random numbers a function of (seed, position) alone;
+    without it the engine draws a seed at arrival.
     `prompt_logprobs=k` returns the same for the prompt's own tokens; with it, `max_tokens=0` generates nothing.
     `grammar` is what the output must follow, in llguidance's words (tfserve.model.grammar makes it of a JSON schema).
+    `include_stop_str_in_output` leaves the stop string, or the token, that ended the text in it.
     """
 
     max_tokens: int | None = None
@@ -62,6 +64,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
     grammar: str | None = None
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def verify(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field whose value cannot be served with a vocabulary of `vocab_size`."""
@@ -76,7 +79,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ends = self.grammar is None or not self.ignore_eos
         _require(ends, "ignore_eos", self.ignore_eos, "false where a grammar or JSON schema says when the text ends")
         _require(0 <= self.temperature <= 2, "temperature", self.temperature, "between 0 and 2")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.top_p <= 1, "top_p", self.top_p, "between 0 and 1")
         _require(-1 <= self.top_k < 2**31, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         penalty = self.repetition_penalty

@@ -36,6 +36,7 @@ class FakeTokenizer:
 
     special_ids = frozenset({BOS})
     tool_format: ToolFormat | None = ToolFormat.HERMES
+    template_variables = frozenset({"messages", "add_generation_prompt", "tools"})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())

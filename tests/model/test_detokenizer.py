@@ -67,8 +67,10 @@ def test_sentencepiece_byte_tokens_make_the_characters_they_spell(text: str, nei
 def test_text_is_cut_before_the_first_stop_string(
     tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...]
 ) -> None:
-    detokenizer = Detokenizer(tokenizer, stop=stop)
+    detokenizer, including = (Detokenizer(tokenizer, stop=stop, include_stop=include) for include in (False, True))
     text = "".join(stream(detokenizer, token_ids))
+    assert "".join(stream(including, token_ids)) == text + (detokenizer.stopped or "")
+    assert (including.stopped, including.tokens_used) == (detokenizer.stopped, detokenizer.tokens_used)
     # Said another way: let the text grow token by token, and cut it as soon as a stop string is in it.
     grown, plain = "", Detokenizer(tokenizer)
     for used, token in enumerate(token_ids, start=1):

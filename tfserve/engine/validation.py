@@ -58,7 +58,7 @@ def _limit(info: EngineInfo) -> str:
 def check_tokens(prompt: Sequence[int], vocab_size: int, param: str = "prompt") -> None:
     """Raise RequestError about the field `param` unless `prompt` has tokens and all are in the vocabulary."""
     if not prompt:
-        raise RequestError("prompt", "the prompt is empty; it must have at least one token")
+        raise RequestError(param, "the prompt is empty; it must have at least one token")
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(param, f"token id {token!r} is not in the vocabulary [0, {vocab_size})")

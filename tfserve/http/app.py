@@ -46,7 +46,10 @@ CLIENT_GONE = 499
 
 
 def create_app(service: Service) -> web.Application:
-    """The application for one Service. Run it with `handler_cancellation=True`, or lost clients go unnoticed."""
+    """The application for one Service. `connections.create_runner` runs it as it must be run.
+
+    Otherwise lost clients go unnoticed and packed bodies cannot be read.
+    """
     server = service.config.server
     app = web.Application(
         middlewares=[log_requests, report_errors, key_check(server.api_keys)],

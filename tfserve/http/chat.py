@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import uuid
 from collections.abc import Callable, Sequence
@@ -13,9 +12,10 @@ import msgspec
 from tfserve.engine.validation import require_grammars
 from tfserve.errors import RequestError
 from tfserve.http.answer import Result, encode
+from tfserve.http.chat_prompt import chat_prompt
 from tfserve.http.endpoint import GenerationEndpoint, Job
-from tfserve.http.messages import conversation
-from tfserve.http.parsing import chat_parser
+from tfserve.http.known_fields import CHAT_FIELDS
+from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import ChatRequest, UsageWish
 from tfserve.http.rendering import AnswerHead, tells_nothing
@@ -36,9 +36,9 @@ from tfserve.http.replies import (
 )
 from tfserve.http.service import Service
 from tfserve.http.sse import event
+from tfserve.http.structured import response_grammar
 from tfserve.http.tool_parsing import ToolCallParser, tool_call_parser
 from tfserve.http.tools import ToolPlan
-from tfserve.model.grammar import check_grammar
 from tfserve.types import EngineInfo, FinishReason, RequestOutput, TokenLogprob
 
 
@@ -168,26 +168,23 @@ class _Choice:
 
 async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo) -> str | None:
     """What the answer must follow, checked: a forced call or the response format. Raises RequestError."""
-    wanted = None if asked.response_format is None else asked.response_format.grammar()
+    wanted = await response_grammar(asked.response_format, info)
     if wanted is not None and tools.format is not None:
         message = "response_format: JSON cannot be had together with tools; send tool_choice 'none' or leave one out"
         raise RequestError("response_format", message)
+    if tools.grammar is None:
+        return wanted
     # In a thread: a complex one takes long, and the streams go on.
-    if tools.grammar is not None:
-        await asyncio.to_thread(tools.check)
-        require_grammars(info, "tool_choice")
-        return tools.grammar
-    if wanted is not None:
-        await asyncio.to_thread(check_grammar, wanted, "response_format")
-        require_grammars(info, "response_format")
-    return wanted
+    await asyncio.to_thread(tools.check)
+    require_grammars(info, "tool_choice")
+    return tools.grammar
 
 
 class ChatEndpoint(GenerationEndpoint[ChatRequest]):
     """Answers chat requests."""
 
     def __init__(self, service: Service) -> None:
-        super().__init__(service, chat_parser())
+        super().__init__(service, BodyParser(ChatRequest, CHAT_FIELDS))
 
     async def prepare(self, asked: ChatRequest, model: str, tokenizer: TokenizerPort) -> Job:
         """The conversation as one prompt, by the model's template."""
@@ -197,7 +194,7 @@ class ChatEndpoint(GenerationEndpoint[ChatRequest]):
         samples = asked.samples(msgspec.structs.replace(asked.sampling_params(), grammar=grammar))
         parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)
         renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), parser, parallel)
-        text = tokenizer.apply_chat_template(conversation(asked.messages), tools=tools.for_template)
+        text = chat_prompt(tokenizer, asked.messages, asked, tools.for_template)
         # The template has written the special tokens already.
-        prompt = await encode(tokenizer, text, add_special_tokens=False)
+        prompt = await encode(tokenizer, text, add_special_tokens=bool(asked.add_special_tokens))
         return Job([prompt], samples, renderer)

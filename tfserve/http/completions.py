@@ -6,16 +6,20 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from tfserve.engine.validation import check_tokens
 from tfserve.http.answer import Result, encode
 from tfserve.http.endpoint import GenerationEndpoint, Job
-from tfserve.http.parsing import completion_parser
+from tfserve.http.known_fields import COMPLETION_FIELDS
+from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import CompletionRequest, UsageWish
 from tfserve.http.rendering import AnswerHead, tells_nothing
 from tfserve.http.replies import Completion, CompletionChoice, CompletionLogprobs, Usage
 from tfserve.http.service import Service
 from tfserve.http.sse import event
+from tfserve.http.structured import response_grammar
 from tfserve.types import RequestOutput, TokenLogprob
 
 _Token = tuple[int, float | None, dict[str, float] | None]
@@ -126,18 +130,20 @@ class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
     """Answers completion requests."""
 
     def __init__(self, service: Service) -> None:
-        super().__init__(service, completion_parser())
+        super().__init__(service, BodyParser(CompletionRequest, COMPLETION_FIELDS))
 
     async def prepare(self, asked: CompletionRequest, model: str, tokenizer: TokenizerPort) -> Job:
         """The prompts as token ids, in order."""
-        params = asked.sampling_params()
+        grammar = await response_grammar(asked.response_format, self._service.engine.info)
+        params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
         samples = asked.samples(params)
         head = AnswerHead("cmpl", model, tokenizer, asked.usage_wish)
         prompts: list[Sequence[int]] = []
         texts = []
         for prompt in asked.prompts():
             if isinstance(prompt, str):
-                prompts.append(await encode(tokenizer, prompt, add_special_tokens=True))
+                special = asked.add_special_tokens is not False
+                prompts.append(await encode(tokenizer, prompt, add_special_tokens=special))
                 texts.append(prompt)
                 # Many prompts of moderate length: let other requests in between two of them.
                 await asyncio.sleep(0)

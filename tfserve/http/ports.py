@@ -26,6 +26,11 @@ class TokenizerPort(Protocol):
         """How the model writes tool calls; None if its chat template shows no tools."""
         ...
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the model's chat template reads; none if it has no template."""
+        ...
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`."""
         ...

@@ -49,7 +49,7 @@ class StreamList(msgspec.Struct, kw_only=True):
     object: Literal["list"] = "list"
 
 
-class PlayedReport(msgspec.Struct, kw_only=True):
+class PlayedReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Body of POST /v1/streams/{id}/buffer: what has been read so far of the whole answer, in tokens or characters."""
 
     played_tokens: Int | None = None
@@ -64,7 +64,7 @@ class PlayedReply(msgspec.Struct, kw_only=True):
     unread_tokens: int
 
 
-class AbortBody(msgspec.Struct, kw_only=True):
+class AbortBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Body of POST /abort_request: the id of an answer, or of one of its choices; either way all of it ends."""
 
     request_id: str
@@ -133,7 +133,7 @@ class StreamEndpoints:
     async def buffer(self, request: web.Request) -> web.Response:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
         report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES))
-        stream = self._stream(request.match_info["id"])
+        stream = self._stream(request.match_info["id"], "id")
         num_tokens = _num_played(report, stream)
         stream.report_played(num_tokens)
         unread = stream.num_output_tokens - num_tokens
@@ -147,11 +147,11 @@ class StreamEndpoints:
         if exchange is not None:
             exchange.abort("The request was aborted by POST /abort_request.")
         else:
-            self._stream(wanted).abort()
+            self._stream(wanted, "request_id").abort()
         return web.Response(body=msgspec.json.encode(AbortReply(request_id=wanted)), content_type=JSON)
 
-    def _stream(self, name: str) -> StreamPort:
-        """The stream of this id; an answer's id means its first choice. Raises ApiError (404)."""
+    def _stream(self, name: str, param: str) -> StreamPort:
+        """The stream of this id; an answer's id means its first choice. Raises ApiError (404) about `param`."""
         exchange = self._service.find(name)
         if exchange is not None:
             return exchange.streams[0]
@@ -160,7 +160,7 @@ class StreamEndpoints:
             if stream.request_id == name:
                 return stream
         message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
-        raise ApiError(404, message, param="id", code="stream_not_found")
+        raise ApiError(404, message, param=param, code="stream_not_found")
 
 
 def _num_played(report: PlayedReport, stream: StreamPort) -> int:
@@ -168,7 +168,7 @@ def _num_played(report: PlayedReport, stream: StreamPort) -> int:
     given = [value for value in (report.played_tokens, report.played_chars) if value is not None]
     if len(given) != 1 or given[0] < 0:
         message = "give either played_tokens or played_chars, a count of 0 or more since the answer's start"
-        raise RequestError("played_tokens", message)
+        raise RequestError("played_chars" if report.played_tokens is None and given else "played_tokens", message)
     sent = stream.num_output_tokens
     if report.played_tokens is not None:
         return min(report.played_tokens, sent)

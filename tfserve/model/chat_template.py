@@ -17,6 +17,7 @@ import jinja2
 import jinja2.nodes
 import jinja2.parser
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tfserve.errors import ModelError, RequestError, failures
@@ -33,13 +34,15 @@ class ToolFormat(enum.Enum):
 class ChatTemplate:
     """One compiled template, with the model's special tokens (`bos_token`, ...) in its scope.
 
-    `tool_format` is how the template tells the model to call tools; None if it shows no tools. Raises ModelError if
-    `source` is not a template.
+    `tool_format` is how the template tells the model to call tools; None if it shows no tools. `variables` are the
+    names that it reads. Raises ModelError if `source` is not a template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self.variables = frozenset(find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"chat template, line {error.lineno}: {error.message}; correct it or remove it") from None
         except failures() as error:  # jinja2 makes Python of a template, and Python has limits of its own

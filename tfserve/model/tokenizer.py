@@ -102,6 +102,11 @@ class Tokenizer:
         """How the model is told to write tool calls; None if its chat template shows no tools."""
         return None if self._chat_template is None else self._chat_template.tool_format
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads; none if there is no template."""
+        return frozenset() if self._chat_template is None else self._chat_template.variables
+
     def to_json(self) -> str:
         """The whole tokenizer in the format of tokenizer.json."""
         return self._backend.to_str()
