@@ -55,7 +55,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that chat and plain completions share. None means the default, as does leaving the field out.
 
     The lines after `stop` are not OpenAI's (`response_format` is, for chats); their names are vLLM's, but for
-    `consumption_rate`: how fast the reader reads, in tokens/s or by name. There, null means that the answer has no reader.
+    `consumption_rate`: how fast the reader reads, in tokens/s or by name; there, null means that there is no reader.
     """
 
     model: str | None = None
