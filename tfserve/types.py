@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from tfserve.errors import RequestError
+from tfserve.strict_json import is_text
 
 RequestId = str
 
@@ -88,22 +89,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         in_range = self.seed is None or -(2**63) <= self.seed < 2**63
         _require(in_range, "seed", self.seed, "a 64-bit integer")
         _require(all(self.stop), "stop", list(self.stop), "non-empty strings")
-        _require(all(map(_is_text, self.stop)), "stop", list(self.stop), "valid Unicode text")
+        _require(all(map(is_text, self.stop)), "stop", list(self.stop), "valid Unicode text")
         few = len(self.stop_token_ids) <= MAX_STOP_TOKENS
         _require(few, "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP_TOKENS} tokens")
         for token in self.stop_token_ids:
             _require(0 <= token < vocab_size, "stop_token_ids", token, f"token ids in [0, {vocab_size})")
         for name, top in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _require(top is None or 0 <= top <= MAX_LOGPROBS, name, top, f"between 0 and {MAX_LOGPROBS}")
-
-
-def _is_text(text: str) -> bool:
-    """False for half a surrogate pair, which no encoder and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _require(ok: bool, param: str, value: object, meaning: str) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from tfserve.errors import EngineDeadError, QueueFullError, RequestError, TfserveError
+from tfserve.strict_json import well_formed
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class ApiError(TfserveError):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.info = ErrorInfo(message=message, type=kind, param=param, code=code)
+        # An error may quote a header, whose bytes need not be UTF-8.
+        self.info = ErrorInfo(message=well_formed(message), type=kind, param=param, code=code)
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:

@@ -11,6 +11,7 @@ import msgspec
 
 from tfserve.errors import RequestError
 from tfserve.http.protocol import ChatRequest, CompletionRequest
+from tfserve.strict_json import mend
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ class BodyParser(Generic[Body]):
     def parse(self, body: bytes) -> Body:
         """The request in `body`. Raises RequestError for bad JSON, bad types and unsupported fields."""
         try:
+            body = mend(body)
             fields = self._fields.decode(body)
             for name in fields.keys() - self._known:
                 self._check_extra(name, fields[name])

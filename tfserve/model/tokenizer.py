@@ -84,11 +84,17 @@ class Tokenizer:
         return self._backend.to_str()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it."""
-        if len(text) < _LONG_TEXT_CHARS:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it.
+
+        Raises RequestError for text with half a surrogate pair.
+        """
+        try:
+            if len(text) < _LONG_TEXT_CHARS:
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except TypeError:
+            raise RequestError("prompt", "the prompt is not valid Unicode text") from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
