@@ -130,7 +130,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
     `finish_reason` is None until the last output. `stop_reason` is the stop string or stop token id that ended the
     request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR;
-    `retry_after_s` is then set if the request was refused before it started, because too many others are served.
+    `retry_after_s` is then set if the request was refused before it started, because too many others are served, and
+    `recurs` if the same request would fail again.
     `prompt_logprobs`, where asked for, come with the first output: all prompt tokens but the first, which nothing
     predicts.
     """
@@ -147,6 +148,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     error: str | None = None
     times: RequestTimes | None = None
     retry_after_s: float | None = None
+    recurs: bool = False
 
     @property
     def finished(self) -> bool:

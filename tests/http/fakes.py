@@ -131,8 +131,8 @@ class FakeStream:
         ids = list(text.encode()) if tokens is None else [97] * tokens
         self._put(ids, text, finish, preemptions=preemptions)
 
-    def fail(self, message: str) -> None:
-        self._put([], "", FinishReason.ERROR, message)
+    def fail(self, message: str, recurs: bool = False) -> None:
+        self._put([], "", FinishReason.ERROR, message, recurs=recurs)
 
     def die(self) -> None:
         self._ended = self.started = True

@@ -12,6 +12,7 @@ from aiohttp import web
 from tfserve.errors import RequestError
 from tfserve.http.answer import read_body
 from tfserve.http.errors import JSON, ApiError
+from tfserve.http.exchange import Exchange
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import StreamPort
 from tfserve.http.protocol import Int
@@ -121,7 +122,7 @@ class StreamEndpoints:
     async def buffer(self, request: web.Request) -> web.Response:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
         report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES))
-        stream = self._stream(request.match_info["id"])
+        _, stream = self._find(request.match_info["id"])
         num_tokens = _num_played(report, stream)
         stream.report_played(num_tokens)
         unread = stream.num_output_tokens - num_tokens
@@ -131,22 +132,20 @@ class StreamEndpoints:
     async def abort(self, request: web.Request) -> web.Response:
         """POST /abort_request: end a request, wherever it is; its client is told."""
         wanted = self._aborts.parse(await read_body(request, _MAX_BODY_BYTES)).request_id
-        exchange = self._service.find(wanted)
-        if exchange is not None:
-            exchange.abort("The request was aborted by POST /abort_request.")
-        else:
-            self._stream(wanted).abort()
+        exchange, _ = self._find(wanted)
+        exchange.abort("The request was aborted by POST /abort_request.", for_good=True)
         return web.Response(body=msgspec.json.encode(AbortReply(request_id=wanted)), content_type=JSON)
 
-    def _stream(self, name: str) -> StreamPort:
-        """The stream of this id; an answer's id means its first choice. Raises ApiError (404)."""
+    def _find(self, name: str) -> tuple[Exchange, StreamPort]:
+        """The stream of this id and its request; an answer's id means its first choice. Raises ApiError (404)."""
         exchange = self._service.find(name)
         if exchange is not None:
-            return exchange.streams[0]
+            return exchange, exchange.streams[0]
         exchange = self._service.find(name.rpartition("-")[0])
-        for stream in exchange.streams if exchange is not None else ():
-            if stream.request_id == name:
-                return stream
+        if exchange is not None:
+            for stream in exchange.streams:
+                if stream.request_id == name:
+                    return exchange, stream
         message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
         raise ApiError(404, message, param="id", code="stream_not_found")
 
