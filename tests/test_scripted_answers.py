@@ -173,3 +173,56 @@ async def test_large_integers_in_a_schema_are_served_exactly(hermes: Path) -> No
     async with writing(hermes, "-9007199254740992") as server:
         found = await answers(server, response_format=wanted)
     assert found == [("-9007199254740992", [], "stop")] * 2
+
+
+FAMILY = "Hi 👨‍👩‍👧! Ça va?"
+
+
+async def test_text_offsets_and_alternatives_where_characters_are_split(hermes: Path) -> None:
+    body = {"prompt": "Why?", "max_tokens": 100, "logprobs": 10}
+    async with writing(hermes, FAMILY) as server:
+        tokenizer = server.engine.tokenizer
+        async with server.post("/v1/completions", body) as response:
+            (whole,) = (await response.json())["choices"]
+        async with server.post("/v1/completions", {**body, "stream": True}) as response:
+            events = [
+                json.loads(line[6:]) for line in (await response.text()).splitlines() if line.startswith("data: {")
+            ]
+    streamed = [event["choices"][0]["logprobs"] for event in events if event["choices"][0]["logprobs"]]
+    logprobs = whole["logprobs"]
+    assert {key: [each for part in streamed for each in part[key]] for key in logprobs} == logprobs
+    assert "".join(event["choices"][0]["text"] for event in events) == whole["text"] == FAMILY
+
+    pieces = [tokenizer.token_bytes(token) for token in (*tokenizer.encode(FAMILY), 2)]
+    owner = [place for place, character in enumerate(FAMILY) for _ in character.encode()] + [len(FAMILY)]
+    starts = [sum(map(len, pieces[:number])) for number in range(len(pieces))]
+    assert logprobs["text_offset"] == [owner[start] for start in starts]
+    assert {len(top) for top in logprobs["top_logprobs"]} == {10}
+    split = [token for token in logprobs["tokens"] if token.startswith("bytes:")]
+    assert r"bytes:\xf0\x9f" in {token[:14] for token in split}
+    assert LOST not in json.dumps(logprobs, ensure_ascii=False)
+
+
+async def test_text_offsets_behind_an_echoed_prompt_and_with_special_tokens(hermes: Path) -> None:
+    body = {"max_tokens": 100, "logprobs": 0, "echo": True}
+    async with writing(hermes, ["é", 1, "b"]) as server:
+        for prompt, skip, text, offsets in (
+            ("à<|im_start|>b", True, "à<|im_start|>béb", [0, 0, 1, 13, 14, 14, 15, 15, 16]),
+            ("à<|im_start|>b", False, "à<|im_start|>bé<|im_start|>b", [0, 0, 1, 13, 14, 14, 15, 27, 28]),
+            ([1, 68], True, None, [0, 0, 1, 1, 2, 2, 3]),
+        ):
+            async with server.post(
+                "/v1/completions", {**body, "prompt": prompt, "skip_special_tokens": skip}
+            ) as answer:
+                (choice,) = (await answer.json())["choices"]
+            assert text in (choice["text"], None)
+            assert choice["logprobs"]["text_offset"] == offsets
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [("<|im_start|>", "Hello"), (["x", "<|im_start|>"], "Hello"), ("<|im_end|>", "Hello you"), ("you", "Hello ")],
+)
+async def test_a_stop_string_may_be_a_special_token(hermes: Path, stop: Any, text: str) -> None:
+    async with writing(hermes, ["Hello", 1, " you", 2, " again"]) as server:
+        assert await answers(server, stop=stop, ignore_eos=True) == [(text, [], "stop")] * 2

@@ -35,6 +35,7 @@ class FakeTokenizer:
     """One token per UTF-8 byte; 256 begins a text."""
 
     special_ids = frozenset({BOS})
+    leading_spaces = 0
     tool_format: ToolFormat | None = ToolFormat.HERMES
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

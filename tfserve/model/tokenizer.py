@@ -23,7 +23,8 @@ _LONG_TEXT_CHARS = 16_384
 class Tokenizer:
     """A checkpoint's tokenizer. Safe to use from several threads.
 
-    `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out.
+    `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out, and
+    `special_texts` has them by their texts.
     """
 
     def __init__(self, backend: Backend, special_tokens: Mapping[str, str], chat_template: ChatTemplate | None) -> None:
@@ -35,7 +36,8 @@ class Tokenizer:
         self._bytes = TokenBytes(backend)
         self.special_tokens = dict(special_tokens)
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_texts = {token.content: token_id for token_id, token in added.items() if token.special}
+        self.special_ids = frozenset(self.special_texts.values())
         self._text_bytes = TokenBytes(backend, self.special_ids)
 
     @classmethod
