@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from tests.http.conftest import Running
 from tests.http.tool_templates import LLAMA3, QWEN25
-from tests.scripted import Scripts, scripted_server, write_scripted_model
+from tests.scripted import Script, scripted_server, write_scripted_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHAT = "/v1/chat/completions"
 ASK = [{"role": "user", "content": "Weather?"}]
@@ -38,31 +40,48 @@ CALLS: list[tuple[str, list[tuple[str, dict[str, str]]]]] = [
 """What the model writes of a call, and the calls that a client gets; none: all of it is text."""
 
 
-@pytest.fixture(scope="module")
-def hermes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scripted_model(tmp_path_factory.mktemp("hermes"), QWEN25)
+class Desk:
+    """A server whose model writes what a test says for each question; several tests share one."""
+
+    def __init__(self, server: Running, scripts: dict[str, Script]) -> None:
+        self.server = server
+        self._scripts = scripts
+
+    def question(self, script: Script) -> str:
+        """A prompt that `script` answers."""
+        question = f"question {len(self._scripts)}?"
+        self._scripts[question] = script
+        return question
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_scripted_model(tmp_path_factory.mktemp("llama"), LLAMA3)
+async def desk(model_dir: Path, chat_template: str) -> AsyncIterator[Desk]:
+    scripts: dict[str, Script] = {}
+    write_scripted_model(model_dir, chat_template)
+    async with scripted_server(model_dir, scripts, max_model_len=4096) as server:
+        yield Desk(server, scripts)
 
 
-@asynccontextmanager
-async def writing(model_dir: Path, script: Scripts) -> AsyncIterator[Running]:
-    async with scripted_server(model_dir, script, max_model_len=4096) as server:
-        yield server
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def hermes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
+    async for each in desk(tmp_path_factory.mktemp("hermes"), QWEN25):
+        yield each
 
 
-async def answers(server: Running, **body: Any) -> list[tuple[str, list[tuple[str, Any]], str]]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def llama(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Desk]:
+    async for each in desk(tmp_path_factory.mktemp("llama"), LLAMA3):
+        yield each
+
+
+async def answers(desk: Desk, script: Script, **body: Any) -> list[tuple[str, list[tuple[str, Any]], str]]:
     """Text, calls and finish reason of a chat answer: whole, and streamed."""
-    body = {"messages": ASK, "max_tokens": 400, **body}
-    async with server.post(CHAT, body) as response:
+    body = {"messages": [{"role": "user", "content": desk.question(script)}], "max_tokens": 400, **body}
+    async with desk.server.post(CHAT, body) as response:
         assert response.status == 200, await response.text()
         (choice,) = (await response.json())["choices"]
     message = choice["message"]
     found = [(message["content"] or "", message.get("tool_calls", []), choice["finish_reason"])]
-    async with server.post(CHAT, {**body, "stream": True}) as response:
+    async with desk.server.post(CHAT, {**body, "stream": True}) as response:
         events = (await response.text()).split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-2]]
@@ -76,18 +95,16 @@ async def answers(server: Running, **body: Any) -> list[tuple[str, list[tuple[st
 
 
 @pytest.mark.parametrize(("call", "calls"), CALLS)
-async def test_hermes_calls_and_what_is_none(hermes: Path, call: str, calls: list[Any]) -> None:
+async def test_hermes_calls_and_what_is_none(hermes: Desk, call: str, calls: list[Any]) -> None:
     script = f"So:\n<tool_call>\n{call}\n</tool_call>"
     expected = ("So:", calls, "tool_calls") if calls else (script, [], "stop")
-    async with writing(hermes, script) as server:
-        assert await answers(server, tools=[WEATHER]) == [expected] * 2
+    assert await answers(hermes, script, tools=[WEATHER]) == [expected] * 2
 
 
 @pytest.mark.parametrize(("call", "calls"), CALLS)
-async def test_llama_calls_and_what_is_none(llama: Path, call: str, calls: list[Any]) -> None:
+async def test_llama_calls_and_what_is_none(llama: Desk, call: str, calls: list[Any]) -> None:
     expected = ("", calls, "tool_calls") if calls else (call, [], "stop")
-    async with writing(llama, call) as server:
-        assert await answers(server, tools=[WEATHER]) == [expected] * 2
+    assert await answers(llama, call, tools=[WEATHER]) == [expected] * 2
 
 
 @pytest.mark.parametrize(
@@ -99,9 +116,8 @@ async def test_llama_calls_and_what_is_none(llama: Path, call: str, calls: list[
         'a  <tool_call>{"name": "</tool_call>" x',
     ],
 )
-async def test_text_that_is_no_call_stays_as_it_is(hermes: Path, text: str) -> None:
-    async with writing(hermes, text) as server:
-        assert await answers(server, tools=[WEATHER]) == [(text, [], "stop")] * 2
+async def test_text_that_is_no_call_stays_as_it_is(hermes: Desk, text: str) -> None:
+    assert await answers(hermes, text, tools=[WEATHER]) == [(text, [], "stop")] * 2
 
 
 @pytest.mark.parametrize(
@@ -117,28 +133,29 @@ async def test_text_that_is_no_call_stays_as_it_is(hermes: Path, text: str) -> N
     ],
 )
 async def test_a_history_with_odd_calls_is_served_or_a_400(
-    hermes: Path, arguments: str, status: int, shown: str
+    hermes: Desk, arguments: str, status: int, shown: str
 ) -> None:
     called = {"type": "function", "function": {"name": "w", "arguments": arguments}}
-    body = {"messages": [*ASK, {"role": "assistant", "tool_calls": [called]}], "max_tokens": 5}
-    async with writing(hermes, "Yes.") as server:
-        for path in (CHAT, "/tokenize"):
-            async with server.post(path, body) as response:
-                assert response.status == status
-                answer = await response.json()
-            if status == 400:
-                assert answer["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
-        if status == 200:
-            async with server.post("/detokenize", {"tokens": answer["tokens"]}) as response:
-                assert shown in (await response.json())["prompt"]
+    asked = {"role": "user", "content": hermes.question("Yes.")}
+    body = {"messages": [asked, {"role": "assistant", "tool_calls": [called]}], "max_tokens": 5}
+    for path in (CHAT, "/tokenize"):
+        async with hermes.server.post(path, body) as response:
+            assert response.status == status
+            answer = await response.json()
+        if status == 400:
+            assert answer["error"]["param"] == "messages[1].tool_calls[0].function.arguments"
+    if status == 200:
+        async with hermes.server.post("/detokenize", {"tokens": answer["tokens"]}) as response:
+            assert shown in (await response.json())["prompt"]
 
 
-async def test_half_a_character_in_a_body_becomes_a_replacement_character(hermes: Path) -> None:
+async def test_half_a_character_in_a_body_becomes_a_replacement_character(hermes: Desk) -> None:
     """JavaScript writes a string that was cut inside an emoji so."""
-    body = rb'{"prompt": "Hi \ud83d, \\ud83d \ud83d\ude00", "stop": "\udc00", "max_tokens": 1, "echo": true}'
-    async with writing(hermes, "Yes.") as server, server.post("/v1/completions", body) as response:
+    prompt = hermes.question("Yes.").encode() + rb" \ud83d, \\ud83d \ud83d\ude00"
+    body = b'{"prompt": "%b", "stop": "\\udc00", "max_tokens": 1, "echo": true}' % prompt
+    async with hermes.server.post("/v1/completions", body) as response:
         assert response.status == 200
-        assert (await response.json())["choices"][0]["text"].startswith(rf"Hi {LOST}, \ud83d 😀")
+        assert rf"? {LOST}, \ud83d 😀" in (await response.json())["choices"][0]["text"]
 
 
 HUGE = 2**64
@@ -155,39 +172,34 @@ HUGE = 2**64
         ({"type": "object", "properties": {"a": {"examples": [HUGE]}}}, "$.properties.a.examples[0]"),
     ],
 )
-async def test_integers_too_large_for_a_schema_are_named(hermes: Path, schema: dict[str, Any], place: str) -> None:
+async def test_integers_too_large_for_a_schema_are_named(hermes: Desk, schema: dict[str, Any], place: str) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    async with writing(hermes, "1") as server:
-        for fields in ({"response_format": wanted}, {"tools": [tool], "tool_choice": "required"}):
-            async with server.post(CHAT, {"messages": ASK, **fields}) as response:
-                assert response.status == 400
-                error = (await response.json())["error"]
-            assert error["param"] == next(iter(fields))
-            assert f"{place} is an integer beyond" in error["message"]
+    for fields in ({"response_format": wanted}, {"tools": [tool], "tool_choice": "required"}):
+        async with hermes.server.post(CHAT, {"messages": ASK, **fields}) as response:
+            assert response.status == 400
+            error = (await response.json())["error"]
+        assert error["param"] == next(iter(fields))
+        assert f"{place} is an integer beyond" in error["message"]
 
 
-async def test_large_integers_in_a_schema_are_served_exactly(hermes: Path) -> None:
+async def test_large_integers_in_a_schema_are_served_exactly(hermes: Desk) -> None:
     schema = {"enum": [2**53, -(2**53)], "maximum": 2**63 - 1, "default": 2**60}
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
-    async with writing(hermes, "-9007199254740992") as server:
-        found = await answers(server, response_format=wanted)
+    found = await answers(hermes, "-9007199254740992", response_format=wanted)
     assert found == [("-9007199254740992", [], "stop")] * 2
 
 
 FAMILY = "Hi 👨‍👩‍👧! Ça va?"
 
 
-async def test_text_offsets_and_alternatives_where_characters_are_split(hermes: Path) -> None:
-    body = {"prompt": "Why?", "max_tokens": 100, "logprobs": 10}
-    async with writing(hermes, FAMILY) as server:
-        tokenizer = server.engine.tokenizer
-        async with server.post("/v1/completions", body) as response:
-            (whole,) = (await response.json())["choices"]
-        async with server.post("/v1/completions", {**body, "stream": True}) as response:
-            events = [
-                json.loads(line[6:]) for line in (await response.text()).splitlines() if line.startswith("data: {")
-            ]
+async def test_text_offsets_and_alternatives_where_characters_are_split(hermes: Desk) -> None:
+    body = {"prompt": hermes.question(FAMILY), "max_tokens": 100, "logprobs": 10}
+    server, tokenizer = hermes.server, hermes.server.engine.tokenizer
+    async with server.post("/v1/completions", body) as response:
+        (whole,) = (await response.json())["choices"]
+    async with server.post("/v1/completions", {**body, "stream": True}) as response:
+        events = [json.loads(line[6:]) for line in (await response.text()).splitlines() if line.startswith("data: {")]
     streamed = [event["choices"][0]["logprobs"] for event in events if event["choices"][0]["logprobs"]]
     logprobs = whole["logprobs"]
     assert {key: [each for part in streamed for each in part[key]] for key in logprobs} == logprobs
@@ -203,26 +215,26 @@ async def test_text_offsets_and_alternatives_where_characters_are_split(hermes: 
     assert LOST not in json.dumps(logprobs, ensure_ascii=False)
 
 
-async def test_text_offsets_behind_an_echoed_prompt_and_with_special_tokens(hermes: Path) -> None:
-    body = {"max_tokens": 100, "logprobs": 0, "echo": True}
-    async with writing(hermes, ["é", 1, "b"]) as server:
-        for prompt, skip, text, offsets in (
-            ("à<|im_start|>b", True, "à<|im_start|>béb", [0, 0, 1, 13, 14, 14, 15, 15, 16]),
-            ("à<|im_start|>b", False, "à<|im_start|>bé<|im_start|>b", [0, 0, 1, 13, 14, 14, 15, 27, 28]),
-            ([1, 68], True, None, [0, 0, 1, 1, 2, 2, 3]),
-        ):
-            async with server.post(
-                "/v1/completions", {**body, "prompt": prompt, "skip_special_tokens": skip}
-            ) as answer:
-                (choice,) = (await answer.json())["choices"]
-            assert text in (choice["text"], None)
-            assert choice["logprobs"]["text_offset"] == offsets
+@pytest.mark.parametrize(
+    ("skip", "text", "places"),
+    [(True, "béb", [0, 1, 1, 2, 2, 3]), (False, "bé<|im_start|>b", [0, 1, 1, 2, 14, 15])],
+)
+async def test_text_offsets_behind_an_echoed_prompt(hermes: Desk, skip: bool, text: str, places: list[int]) -> None:
+    """A special token has a place where the text shows it; a client writes one into its prompt."""
+    question = f"{hermes.question(['b', 'é', 1, 'b'])}à<|im_start|>"
+    body = {"prompt": question, "max_tokens": 100, "logprobs": 0, "echo": True, "skip_special_tokens": skip}
+    async with hermes.server.post("/v1/completions", body) as response:
+        (choice,) = (await response.json())["choices"]
+    assert choice["text"] == question + text
+    offsets, end = choice["logprobs"]["text_offset"], len(question)
+    special = len("<|im_start|>")
+    assert offsets[-9:] == [end - special - 1] * 2 + [end - special] + [end + place for place in places]
 
 
 @pytest.mark.parametrize(
     ("stop", "text"),
     [("<|im_start|>", "Hello"), (["x", "<|im_start|>"], "Hello"), ("<|im_end|>", "Hello you"), ("you", "Hello ")],
 )
-async def test_a_stop_string_may_be_a_special_token(hermes: Path, stop: Any, text: str) -> None:
-    async with writing(hermes, ["Hello", 1, " you", 2, " again"]) as server:
-        assert await answers(server, stop=stop, ignore_eos=True) == [(text, [], "stop")] * 2
+async def test_a_stop_string_may_be_a_special_token(hermes: Desk, stop: Any, text: str) -> None:
+    script = ["Hello", 1, " you", 2, " again"]
+    assert await answers(hermes, script, stop=stop, ignore_eos=True) == [(text, [], "stop")] * 2
