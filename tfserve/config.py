@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from tfserve.errors import ConfigError
+from tfserve.strict_json import is_text
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 
@@ -149,6 +150,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             value = getattr(self, key)
             if value is not None and value < low:
                 raise ConfigError(key, f"must be at least {low}, got {value}")
+        for key in ("model", "served_model_name", "step_trace"):
+            # A command line's bytes that are no UTF-8 arrive as half surrogate pairs, which no answer can hold.
+            if not is_text(getattr(self, key) or ""):
+                raise ConfigError(key, "must be valid UTF-8 text; give it another name")
         if not self.model:
             raise ConfigError("model", "must name a model directory, a hub id, or 'demo'")
         if not 0 < self.gpu_memory_utilization <= 1:

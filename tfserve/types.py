@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from tfserve.errors import RequestError
+from tfserve.strict_json import is_text
 
 RequestId = str
 
@@ -93,22 +94,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         in_range = self.seed is None or -(2**63) <= self.seed < 2**63
         _require(in_range, "seed", self.seed, "a 64-bit integer")
         _require(all(self.stop), "stop", list(self.stop), "non-empty strings")
-        _require(all(map(_is_text, self.stop)), "stop", list(self.stop), "valid Unicode text")
+        _require(all(map(is_text, self.stop)), "stop", list(self.stop), "valid Unicode text")
         few = len(self.stop_token_ids) <= MAX_STOP_TOKENS
         _require(few, "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP_TOKENS} tokens")
         for token in self.stop_token_ids:
             _require(0 <= token < vocab_size, "stop_token_ids", token, f"token ids in [0, {vocab_size})")
         for name, top in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _require(top is None or 0 <= top <= MAX_LOGPROBS, name, top, f"between 0 and {MAX_LOGPROBS}")
-
-
-def _is_text(text: str) -> bool:
-    """False for half a surrogate pair, which no encoder and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _require(ok: bool, param: str, value: object, meaning: str) -> None:
@@ -144,7 +136,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
     `finish_reason` is None until the last output. `stop_reason` is the stop string or stop token id that ended the
     request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR;
-    `retry_after_s` is then set if the request was refused before it started, because too many others are served.
+    `retry_after_s` is then set if the request was refused before it started, because too many others are served, and
+    `recurs` if the same request would fail again.
     `prompt_logprobs`, where asked for, come with the first output: all prompt tokens but the first, which nothing
     predicts.
     """
@@ -161,6 +154,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     error: str | None = None
     times: RequestTimes | None = None
     retry_after_s: float | None = None
+    recurs: bool = False
 
     @property
     def finished(self) -> bool:

@@ -175,7 +175,10 @@ async def test_prompt_logprobs_come_once_and_first(engine):
         ([1], {"logit_bias": {600: 1.0}}, "logit_bias", "512"),
         ([True, 4], {}, "prompt", "token id True"),
         ("half \ud800 pair", {}, "prompt", "not valid Unicode"),
+        ("half \ud800 pair" * 2000, {}, "prompt", "not valid Unicode"),
         ([1], {"stop": ("\ud800",)}, "stop", "valid Unicode"),
+        ([1], {"grammar": 'start: "\ud800"'}, "grammar", "valid Unicode"),
+        ([1], {"grammar": 'start: %json {"const": -9223372036854775808}'}, "grammar", "cannot be served"),
         ([1], {"top_k": 2**70}, "top_k", "positive integer"),
         ([1], {"min_tokens": 2**63 - 1}, "min_tokens", "at most max_tokens"),
         ([1], {"repetition_penalty": 1e-40}, "repetition_penalty", "between 0.01 and 100"),
@@ -195,7 +198,7 @@ async def test_ids_in_use_and_the_engines_own_are_refused(engine):
     with pytest.raises(RequestError, match="'req-0' is in use; give each request its own") as caught:
         engine.submit([5, 6], params, request_id="req-0")
     assert caught.value.param == "request_id"
-    for bad in ("tfserve-0", "", 7):
+    for bad in ("tfserve-0", "", 7, "\ud800"):
         with pytest.raises(RequestError, match="does not begin with 'tfserve-'"):
             engine.submit([5, 6], params, request_id=bad)
     own = {engine.submit([5, 6], GREEDY).request_id for _ in range(3)}

@@ -35,6 +35,7 @@ class FakeTokenizer:
     """One token per UTF-8 byte; 256 begins a text."""
 
     special_ids = frozenset({BOS})
+    leading_spaces = 0
     tool_format: ToolFormat | None = ToolFormat.HERMES
     template_variables = frozenset({"messages", "add_generation_prompt", "tools"})
 
@@ -132,8 +133,8 @@ class FakeStream:
         ids = list(text.encode()) if tokens is None else [97] * tokens
         self._put(ids, text, finish, preemptions=preemptions)
 
-    def fail(self, message: str) -> None:
-        self._put([], "", FinishReason.ERROR, message)
+    def fail(self, message: str, recurs: bool = False) -> None:
+        self._put([], "", FinishReason.ERROR, message, recurs=recurs)
 
     def die(self) -> None:
         self._ended = self.started = True

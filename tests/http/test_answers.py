@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from typing import Any
 
 import pytest
 from msgspec import UNSET
 
+from tests.http import fakes
 from tests.http.conftest import Running, StartServer
 from tests.http.fakes import BOS
-from tfserve.types import FinishReason
+from tfserve.types import FinishReason, TokenLogprob
 
 ASK = [{"role": "user", "content": "Hi"}]
 TIMINGS = {"num_preemptions": 3, "ttft_s": 0.25}
@@ -323,3 +325,19 @@ async def test_a_bad_rate_is_named(start: StartServer, rate: object) -> None:
     async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": rate}) as response:
         assert response.status == 400
         assert (await response.json())["error"]["param"] == "consumption_rate"
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+async def test_log_probabilities_that_json_lacks_are_very_small_ones(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    scored = TokenLogprob(97, value, ((98, -0.5), (99, value)))
+    monkeypatch.setattr(fakes, "_fake_logprobs", lambda ids, top: [scored] * len(ids))
+    server = await start(reply="a")
+    async with server.post("/v1/completions", {"prompt": "x", "logprobs": 2, "echo": True}) as response:
+        plain = (await response.json())["choices"][0]["logprobs"]
+    assert plain["token_logprobs"] == [None, -9999.0, -9999.0]
+    assert plain["top_logprobs"][1:] == [{"b": -0.5, "c": -9999.0, "a": -9999.0}] * 2
+    async with server.post("/v1/chat/completions", {"messages": ASK, "logprobs": True, "top_logprobs": 2}) as response:
+        (entry,) = (await response.json())["choices"][0]["logprobs"]["content"]
+    assert [entry["logprob"], *(top["logprob"] for top in entry["top_logprobs"])] == [-9999.0, -0.5, -9999.0]

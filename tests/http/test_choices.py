@@ -83,7 +83,8 @@ async def test_an_evaluation_harness_scores_a_prompt_of_token_ids(start: StartSe
         "top_logprobs": [None, {"b": -1.0}, {"b": -1.0, "c": -0.5}, {"b": -1.0, "z": -0.5}],
     }
     assert second["text"] == "éz"
-    assert second["logprobs"]["text_offset"] == [0, 0, 1, 2]  # a special token is no text
+    assert second["logprobs"]["text_offset"] == [0, 0, 0, 1]  # a special token is no text, and é is one character
+    assert second["logprobs"]["tokens"] == ["<s>", r"bytes:\xc3", r"bytes:\xa9", "z"]
     assert len(second["logprobs"]["top_logprobs"]) == 4
 
 

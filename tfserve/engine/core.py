@@ -279,7 +279,9 @@ class EngineCore:
         produced = zip(sampled, result.tokens, result.logprobs, strict=True)
         for request, token, logprob in compress(produced, wanted):
             if request.id in failed:
-                self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id]))
+                self._finish(
+                    request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id], recurs=True)
+                )
                 continue
             # With the first token, even if it was computed again after a preemption.
             of_prompt = request.prompt_logprobs if request.num_output_tokens == 0 else None

@@ -34,6 +34,7 @@ from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
+from tfserve.strict_json import is_text
 from tfserve.types import (
     ConsumptionRate,
     EngineInfo,
@@ -247,7 +248,7 @@ class Engine:
         request_id: RequestId | None,
         priority: int = 0,
     ) -> AddRequest:
-        token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if request_id is None:
             request_id = f"{_OWN_IDS}{next(self._ids)}"
         else:
@@ -264,20 +265,15 @@ class Engine:
         return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed)
 
     def _check_id(self, request_id: RequestId) -> None:
-        if not isinstance(request_id, str) or not request_id or request_id.startswith(_OWN_IDS):
+        is_id = isinstance(request_id, str) and request_id and is_text(request_id)
+        if not is_id or request_id.startswith(_OWN_IDS):
             raise RequestError(
                 "request_id",
-                f"request_id must be non-empty text that does not begin with {_OWN_IDS!r} (ids that the engine gives),"
-                f" got {request_id!r}",
+                "request_id must be non-empty Unicode text that does not begin with"
+                f" {_OWN_IDS!r} (ids that the engine gives), got {request_id!r}",
             )
         if request_id in self._delivery:
             raise _id_in_use(request_id)
-
-    def _encode(self, prompt: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(prompt)
-        except TypeError:  # what the tokenizer says to half a surrogate pair
-            raise RequestError("prompt", "the prompt is not valid Unicode text") from None
 
     def _buffer(self, message: AddRequest) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)

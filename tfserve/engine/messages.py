@@ -63,7 +63,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """What a step did for one request: its new tokens, and how it finished if it did.
 
     `prompt_logprobs` come once, with the first token (or with the end, where no token is wanted). `retry_after_s` is
-    set on a request that was refused before it started: when to try again.
+    set on a request that was refused before it started: when to try again. `recurs`: the error is the request's own,
+    and the same request would meet it again.
     """
 
     request_id: RequestId
@@ -75,6 +76,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     times: RequestTimes | None = None
     retry_after_s: float | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    recurs: bool = False
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag=True):

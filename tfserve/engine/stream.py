@@ -88,6 +88,7 @@ class OutputBuffer:
             output.error = last.error
             output.times = last.times
             output.retry_after_s = last.retry_after_s
+            output.recurs = last.recurs
         return output
 
     def _text(self, tokens: Sequence[int], last: TokenOutput | None) -> str:

@@ -19,7 +19,7 @@ from tfserve.http.known_fields import CHAT_FIELDS
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import ChatRequest, UsageWish
-from tfserve.http.rendering import AnswerHead, tells_nothing
+from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import (
     UNSET,
     AssistantMessage,
@@ -129,12 +129,12 @@ class ChatRenderer:
 
     def _token(self, entry: TokenLogprob) -> ChatTokenLogprob:
         raw = self._head.tokenizer.token_bytes(entry.token_id)
-        top = [self._alternative(token_id, logprob) for token_id, logprob in entry.top]
-        return ChatTokenLogprob(raw.decode(errors="replace"), entry.logprob, list(raw), top)
+        top = [self._alternative(token_id, value) for token_id, value in entry.top]
+        return ChatTokenLogprob(raw.decode(errors="replace"), logprob(entry.logprob), list(raw), top)
 
-    def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
+    def _alternative(self, token_id: int, value: float) -> TopLogprob:
         raw = self._head.tokenizer.token_bytes(token_id)
-        return TopLogprob(raw.decode(errors="replace"), logprob, list(raw))
+        return TopLogprob(raw.decode(errors="replace"), logprob(value), list(raw))
 
 
 class _Choice:

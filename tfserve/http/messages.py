@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
+from tfserve import strict_json
 from tfserve.errors import RequestError
 
 _ROLES = ("system", "user", "assistant", "tool")
@@ -105,8 +105,8 @@ def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
     """Templates print the arguments as JSON themselves, so they get the object."""
     name = f"{where}.function.arguments"
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError) as error:
+        arguments = strict_json.loads(call.function.arguments or "{}")
+    except ValueError as error:
         raise RequestError(name, f"{name} is not valid JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise RequestError(name, f"{name} must be the JSON of an object")

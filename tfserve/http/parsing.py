@@ -12,6 +12,7 @@ import msgspec
 from tfserve.errors import RequestError
 from tfserve.http.known_fields import Fields
 from tfserve.http.shapes import body_fix
+from tfserve.strict_json import mend
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class BodyParser(Generic[Body]):
     def parse(self, body: bytes) -> Body:
         """The request in `body`. Raises RequestError for bad JSON, bad types and unsupported fields."""
         try:
-            value = msgspec.json.decode(body.removeprefix(codecs.BOM_UTF8))
+            value = msgspec.json.decode(mend(body.removeprefix(codecs.BOM_UTF8)))
             return msgspec.convert(self._fix(value, ""), self._struct, str_keys=True)
         except msgspec.ValidationError as error:
             raise _type_error(str(error)) from None

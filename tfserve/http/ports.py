@@ -22,6 +22,11 @@ class TokenizerPort(Protocol):
         ...
 
     @property
+    def leading_spaces(self) -> int:
+        """How many spaces the first token of a text loses."""
+        ...
+
+    @property
     def tool_format(self) -> ToolFormat | None:
         """How the model writes tool calls; None if its chat template shows no tools."""
         ...

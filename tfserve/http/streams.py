@@ -13,6 +13,7 @@ from tfserve.engine.policies import IGNORES
 from tfserve.errors import RequestError
 from tfserve.http.answer import read_body
 from tfserve.http.errors import JSON, ApiError
+from tfserve.http.exchange import Exchange
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import StreamPort
 from tfserve.http.protocol import Int
@@ -133,7 +134,7 @@ class StreamEndpoints:
     async def buffer(self, request: web.Request) -> web.Response:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
         report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES))
-        stream = self._stream(request.match_info["id"], "id")
+        _, stream = self._find(request.match_info["id"], "id")
         num_tokens = _num_played(report, stream)
         stream.report_played(num_tokens)
         unread = stream.num_output_tokens - num_tokens
@@ -143,22 +144,23 @@ class StreamEndpoints:
     async def abort(self, request: web.Request) -> web.Response:
         """POST /abort_request: end a request, wherever it is; its client is told."""
         wanted = self._aborts.parse(await read_body(request, _MAX_BODY_BYTES)).request_id
-        exchange = self._service.find(wanted)
-        if exchange is not None:
-            exchange.abort("The request was aborted by POST /abort_request.")
-        else:
-            self._stream(wanted, "request_id").abort()
+        exchange, _ = self._find(wanted, "request_id")
+        exchange.abort("The request was aborted by POST /abort_request.", for_good=True)
         return web.Response(body=msgspec.json.encode(AbortReply(request_id=wanted)), content_type=JSON)
 
-    def _stream(self, name: str, param: str) -> StreamPort:
-        """The stream of this id; an answer's id means its first choice. Raises ApiError (404) about `param`."""
+    def _find(self, name: str, param: str) -> tuple[Exchange, StreamPort]:
+        """The stream of this id and its request; an answer's id means its first choice.
+
+        Raises ApiError (404) about `param`.
+        """
         exchange = self._service.find(name)
         if exchange is not None:
-            return exchange.streams[0]
+            return exchange, exchange.streams[0]
         exchange = self._service.find(name.rpartition("-")[0])
-        for stream in exchange.streams if exchange is not None else ():
-            if stream.request_id == name:
-                return stream
+        if exchange is not None:
+            for stream in exchange.streams:
+                if stream.request_id == name:
+                    return exchange, stream
         message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
         raise ApiError(404, message, param=param, code="stream_not_found")
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from tfserve import strict_json
 from tfserve.errors import RequestError, failures
 from tfserve.model.schema_ends import has_finite_text
 
@@ -24,6 +25,9 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"
 MAX_GRAMMAR_CHARS = 131_072
 """Longest grammar or JSON schema (OpenAI's limit for a schema is about as high)."""
 
+_FATAL = "-9223372036854775"
+"""How integers of nearly -2**63 begin: llguidance 1.9 ends the whole process on one in a `const` or an `enum`."""
+
 _CHECKED = 256
 """How many checked grammars are remembered: clients send the same ones again and again, and the engine checks too."""
 
@@ -31,10 +35,11 @@ _CHECKED = 256
 def json_schema_grammar(schema: Mapping[str, Any], param: str = "grammar") -> str:
     """The grammar of the JSON texts that `schema` allows.
 
-    Raises RequestError about `param` if the extra is missing, or for what llguidance cannot take for a schema at all;
+    Raises RequestError about `param` if the extra is missing, and for what llguidance cannot read as a schema at all;
     whether it can be served is `check_grammar`'s to say.
     """
     _require_extra(param)
+    _require_readable(schema, param)
     from llguidance import LLMatcher
 
     try:
@@ -43,9 +48,16 @@ def json_schema_grammar(schema: Mapping[str, Any], param: str = "grammar") -> st
         raise _unservable(param, str(error)) from None
 
 
-def lark_json(schema: Mapping[str, Any]) -> str:
-    """What stands in a Lark grammar for the JSON texts that `schema` allows."""
+def lark_json(schema: Mapping[str, Any], param: str = "grammar") -> str:
+    """What stands in a Lark grammar for the JSON texts that `schema` allows. Raises RequestError about `param`."""
+    _require_readable(schema, param)
     return f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': _WHITESPACE}})}"
+
+
+def _require_readable(schema: Mapping[str, Any], param: str) -> None:
+    """What is no JSON is no schema; the library fails on integers beyond 64 bits and rounds a const to a double."""
+    if problem := strict_json.unreadable(schema, exact=("const", "enum")):
+        raise RequestError(param, f"{param}: in this JSON schema {problem}; change or remove it", "invalid_grammar")
 
 
 def check_grammar(grammar: str, param: str = "grammar") -> None:
@@ -58,6 +70,10 @@ def check_grammar(grammar: str, param: str = "grammar") -> None:
     _require_extra(param)
     if len(grammar) > MAX_GRAMMAR_CHARS:
         raise RequestError(param, f"{param}: {len(grammar)} characters are too long; the limit is {MAX_GRAMMAR_CHARS}")
+    if not strict_json.is_text(grammar):
+        raise RequestError(param, f"{param}: this grammar is not valid Unicode text", "invalid_grammar")
+    if _FATAL in grammar:
+        raise RequestError(param, f"{param}: integers from {_FATAL}000 on cannot be served", "invalid_grammar")
     if problem := _problem(grammar):
         raise _unservable(param, problem)
 

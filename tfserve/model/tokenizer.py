@@ -28,9 +28,9 @@ _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad",
 class Tokenizer:
     """A checkpoint's tokenizer. Safe to use from several threads.
 
-    `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out.
-    `eos_token_ids` are the tokenizer's own end-of-sequence tokens; config.json and generation_config.json may name
-    more.
+    `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out, and
+    `special_texts` has them by their texts. `eos_token_ids` are the tokenizer's own end-of-sequence tokens; config.json
+    and generation_config.json may name more.
     """
 
     def __init__(
@@ -49,7 +49,8 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.eos_token_ids = tuple(eos_token_ids)
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_texts = {token.content: token_id for token_id, token in added.items() if token.special}
+        self.special_ids = frozenset(self.special_texts.values())
         self._text_bytes = TokenBytes(backend, self.special_ids)
 
     @classmethod
@@ -112,12 +113,21 @@ class Tokenizer:
         return self._backend.to_str()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it."""
-        with panics_as_errors("tokenising a text"):
-            if len(text) < _LONG_TEXT_CHARS:
-                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-            # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
-            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it.
+
+        Raises RequestError for text with half a surrogate pair.
+        """
+        try:
+            with panics_as_errors("tokenising a text"):
+                return self._encode(text, add_special_tokens)
+        except TypeError:
+            raise RequestError("prompt", "the prompt is not valid Unicode text") from None
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if len(text) < _LONG_TEXT_CHARS:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
