@@ -164,22 +164,25 @@ HUGE = 2**64
 @pytest.mark.parametrize(
     ("schema", "place"),
     [
-        ({"type": "integer", "maximum": HUGE}, "$.maximum"),
-        ({"type": "integer", "minimum": -HUGE}, "$.minimum"),
+        ({"type": "object", "properties": {"a": {"type": "integer", "maximum": HUGE}}}, "$.properties.a.maximum"),
+        ({"type": ["object", "integer"], "minimum": -HUGE}, "$.minimum"),
         ({"const": 2**53 + 1}, "$.const"),
         ({"enum": [1, {"a": -(2**63)}]}, "$.enum[1].a"),
-        ({"type": "string", "default": HUGE}, "$.default"),
+        ({"type": "object", "default": HUGE}, "$.default"),
         ({"type": "object", "properties": {"a": {"examples": [HUGE]}}}, "$.properties.a.examples[0]"),
     ],
 )
 async def test_integers_too_large_for_a_schema_are_named(hermes: Desk, schema: dict[str, Any], place: str) -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-    for fields in ({"response_format": wanted}, {"tools": [tool], "tool_choice": "required"}):
+    for fields, param in (
+        ({"response_format": wanted}, "response_format"),
+        ({"tools": [tool], "tool_choice": "required"}, "tools[0].function.parameters"),
+    ):
         async with hermes.server.post(CHAT, {"messages": ASK, **fields}) as response:
             assert response.status == 400
             error = (await response.json())["error"]
-        assert error["param"] == next(iter(fields))
+        assert error["param"] == param
         assert f"{place} is an integer beyond" in error["message"]
 
 

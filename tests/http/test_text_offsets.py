@@ -37,6 +37,8 @@ def test_a_token_is_where_its_first_byte_is(text: str, cuts: list[int]) -> None:
 
 
 @given(st.lists(st.binary(max_size=3), max_size=10))
+@example([b"\xed\xa0", b"\x00"])
+@example([b"\xed", b"\xa0", b"\x00"])
 @example([b"\xf0\x9f", b"a", b"\x99", b"\xf0", b"\xf0", b"\xc3", b"\xa9"])
 def test_bytes_that_are_no_text_count_as_they_are_shown(pieces: list[bytes]) -> None:
     """A token is at the number of characters before it, or in the last of them if its bytes go on with that one."""

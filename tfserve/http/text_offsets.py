@@ -25,19 +25,14 @@ class TextOffsets:
     def next(self, token_id: int) -> int:
         """Where the next token begins."""
         data = self._bytes(token_id)
+        pending = self._utf8.getstate()[0]
         begin = self._num_chars
-        if data:
-            is_inside = self._is_inside_character
-            text = self._utf8.decode(data[:1])
-            # Bytes that turn out to be no character are a U+FFFD of their own, before this token.
-            if is_inside and (len(text) > 1 or (text and self._is_inside_character)):
-                begin += 1
-            self._num_chars += len(text) + len(self._utf8.decode(data[1:]))
+        if pending and data:
+            # Bytes that are no character are a U+FFFD each, before this token.
+            shown, joined = (len(part.decode(errors="replace")) for part in (pending, pending + data[:1]))
+            begin += shown - (joined == shown)
+        self._num_chars += len(self._utf8.decode(data))
         return begin
-
-    @property
-    def _is_inside_character(self) -> bool:
-        return bool(self._utf8.getstate()[0])
 
     def _bytes(self, token_id: int) -> bytes:
         """What the token adds to the text: as the Detokenizer, without a text's leading spaces."""

@@ -95,11 +95,11 @@ class ToolPlan:
         if not self.forced or self.format is None:
             return None
         lines = []
-        for number, (_, function) in enumerate(self.forced):
+        for number, (place, function) in enumerate(self.forced):
             begin = f'{{"name": {json.dumps(function.name)}, "{_ARGUMENTS[self.format]}": '
             # A schema of its own for each function, so that "#/$defs" is each one's own.
             lines.append(f"call_{number}: {json.dumps(begin)} args_{number} {json.dumps('}')}")
-            lines.append(f"args_{number}: {lark_json(_arguments(function), 'tools')}")
+            lines.append(f"args_{number}: {lark_json(_arguments(function), _name_parameters(place))}")
         call = " | ".join(f"call_{number}" for number in range(len(self.forced)))
         if self.format is ToolFormat.LLAMA3:
             start = "start: call"
