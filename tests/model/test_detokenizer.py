@@ -165,9 +165,11 @@ def test_cost_per_token_does_not_grow_with_the_output(tokenizer: Tokenizer) -> N
 @pytest.mark.parametrize("group", [1, 3, 100])
 def test_a_stop_string_may_be_a_special_token(tokenizer: Tokenizer, group: int) -> None:
     token_ids = [*tokenizer.encode("the sky"), 2, *tokenizer.encode(" is 你")[:-1], 1, *tokenizer.encode("blue")]
-    detokenizer = Detokenizer(tokenizer, stop=("skyline", "<|im_start|>"))
-    assert "".join(stream(detokenizer, token_ids, group)) == tokenizer.decode(token_ids[: token_ids.index(1)])
-    assert (detokenizer.stopped, detokenizer.tokens_used) == ("<|im_start|>", token_ids.index(1) + 1)
+    for include in (False, True):
+        detokenizer = Detokenizer(tokenizer, stop=("skyline", "<|im_start|>"), include_stop=include)
+        text = tokenizer.decode(token_ids[: token_ids.index(1)]) + ("<|im_start|>" if include else "")
+        assert "".join(stream(detokenizer, token_ids, group)) == text
+        assert (detokenizer.stopped, detokenizer.tokens_used) == ("<|im_start|>", token_ids.index(1) + 1)
 
 
 def test_a_special_token_is_no_stop_among_the_first_min_tokens_nor_one_of_another_name(tokenizer: Tokenizer) -> None:
