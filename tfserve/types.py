@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from tfserve.checked import Checked
 from tfserve.errors import RequestError
 
 RequestId = str
@@ -34,7 +35,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens and when to stop. Defaults are OpenAI's; `temperature=0` is greedy.
 
     `top_k=0` and `min_p=0` switch the filter off. `logprobs=k` returns the chosen token's log probability and the k
@@ -62,6 +63,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prompt_logprobs: int | None = None
     grammar: str | None = None
     skip_special_tokens: bool = True
+
+    def mistake(self, key: str, message: str) -> Exception:
+        """See Checked."""
+        return RequestError(key.partition("[")[0], f"{key}: {message}")
 
     def verify(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field whose value cannot be served with a vocabulary of `vocab_size`."""
