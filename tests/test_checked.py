@@ -84,9 +84,9 @@ def test_what_can_only_mean_one_thing_is_taken():
         ({"logprobs": True}, "logprobs"),
         ({"ignore_eos": "yes"}, "ignore_eos"),
         ({"stop": "word"}, "stop"),
-        ({"stop": ("a", 3)}, "stop"),
-        ({"stop": (b"a",)}, "stop"),
-        ({"stop_token_ids": [1.5]}, "stop_token_ids"),
+        ({"stop": ("a", 3)}, "stop[1]"),
+        ({"stop": (b"a",)}, "stop[0]"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids[0]"),
         ({"logit_bias": [1]}, "logit_bias"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"seed": object()}, "seed"),
@@ -94,9 +94,10 @@ def test_what_can_only_mean_one_thing_is_taken():
     ids=repr,
 )
 def test_a_sampling_parameter_of_the_wrong_kind_is_refused_by_its_name(given, param):
-    with pytest.raises(RequestError, match=param) as caught:
+    with pytest.raises(RequestError) as caught:
         SamplingParams(**given)
     assert caught.value.param == param
+    assert str(caught.value).startswith(param)
 
 
 @pytest.mark.parametrize(

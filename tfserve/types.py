@@ -66,7 +66,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def mistake(self, key: str, message: str) -> Exception:
         """See Checked."""
-        return RequestError(key.partition("[")[0], f"{key}: {message}")
+        return RequestError(key, f"{key} {message}")
 
     def verify(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field whose value cannot be served with a vocabulary of `vocab_size`."""
