@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import datetime
 import gc
-import json
 import logging
 import math
 import platform
@@ -30,6 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from gpu_burst import run_burst
 from gpu_rig import SHAPES, Rig, Shape, model_config, random_decoder
@@ -62,8 +62,8 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        text = json.dumps(self.data, indent=1, allow_nan=True)
-        self._path.write_text(text + "\n")
+        # Null for what could not be measured: JSON has no NaN.
+        self._path.write_bytes(msgspec.json.format(msgspec.json.encode(self.data, enc_hook=float), indent=1) + b"\n")
 
     def run(self, name: str, cells: Callable[[], Iterator[dict[str, Any]]], budget_s: float) -> bool:
         """Run a section; False if it failed."""

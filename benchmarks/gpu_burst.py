@@ -106,7 +106,10 @@ def run_burst(
             params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
             core.inbox.put(AddRequest(f"b{i}", ids, params, arrival_s, RATE))
         recorder.start()
-        core.run()
+        try:
+            core.run()
+        finally:
+            core.close()
     times = [np.array(recorder.token_s.get(f"b{i}", [])) for i in range(count)]
     report = score([Served(arrival_s, RATE, each) for each in times])
     return {

@@ -115,7 +115,6 @@ def model_config(shape: Shape, max_len: int) -> ModelConfig:
         o_bias=False,
         mlp_bias=False,
         eos_token_ids=(0,),
-        bos_token_id=None,
         dtype=shape.dtype,  # type: ignore[arg-type]
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tfserve.config import config_from, load_config
+from tfserve.config import EngineConfig, config_from, load_config
 from tfserve.config_words import config_from_args, parse_settings
 from tfserve.errors import ConfigError
 
@@ -38,7 +38,14 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m", "scheduler": {"polcy": 1}}, "scheduler.polcy: is not a setting; did you mean scheduler.pol"),
         ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: Expected `int`"),
         ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
-        ({"model": "m", "scheduler": {"overload": "shed"}}, "scheduler.overload: only policy tokenflow"),
+        (
+            {"model": "m", "scheduler": {"policy": "fcfs", "overload": "shed"}},
+            "scheduler.overload: only policy tokenflow can 'shed'",
+        ),
+        (
+            {"model": "m", "scheduler": {"policy": "round-robin", "overload": "share"}},
+            "scheduler.overload: only policy tokenflow can 'share'",
+        ),
         ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: Invalid enum value 'lifo'"),
         (
             {"model": "m", "scheduler": {"default_rate": 0.005}},
@@ -60,6 +67,9 @@ def test_a_list_is_given_with_commas_on_the_command_line():
             {"model": "m", "scheduler": {"buffer_scale_s": float("inf")}},
             "scheduler.buffer_scale_s: must be above 0",
         ),
+        ({"model": "m\udcff"}, "model: must be valid UTF-8"),
+        ({"model": "m", "served_model_name": "\udcff"}, "served_model_name: must be valid UTF-8"),
+        ({"model": "m", "step_trace": "\udcff"}, "step_trace: must be valid UTF-8"),
         ({"model": "m", "pipeline_depth": 3}, "pipeline_depth: Invalid enum value 3"),
         ({"model": "m", "tensor_parallel_size": 2}, "tensor_parallel_size: only 1"),
         ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization: must be"),
@@ -112,4 +122,11 @@ def test_words_that_are_no_settings_are_refused(words):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_ready_made_configs_load(path):
-    assert load_config(path, {}).model
+    config = load_config(path, {})
+    assert config.model
+    assert config.scheduler.policy == "tokenflow"
+
+
+def test_tokenflow_and_a_person_who_reads_are_the_default():
+    scheduler = EngineConfig(model="m").scheduler
+    assert (scheduler.policy, scheduler.default_rate) == ("tokenflow", 6.0)

@@ -59,3 +59,12 @@ def write_tiny_tokenizer(model_dir: Path, vocab_size: int = 512) -> Path:
     (model_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     (model_dir / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return model_dir
+
+
+def long_token_json(model_dir: Path) -> str:
+    """The directory's tokenizer.json with one more token, of 1,100 bytes: llguidance panics on more than 1,024."""
+    tokenizer = json.loads((model_dir / "tokenizer.json").read_text())
+    number = len(tokenizer["model"]["vocab"])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": number, "content": "x" * 1100, **flags})
+    return json.dumps(tokenizer)

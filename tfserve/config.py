@@ -16,6 +16,7 @@ from tfserve.checked import Checked
 from tfserve.config_file import read_yaml
 from tfserve.errors import ConfigError
 from tfserve.misfit import find_misfit
+from tfserve.strict_json import is_text
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 
@@ -52,8 +53,8 @@ class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_field
     resident somebody must be to displace it although it cannot afford it; `background_patience_s` is how many
     unread seconds a request without a rate counts as; `min_prefill_share` of the time goes to prompts even while
     readers run dry; a reader may stall for prompts by `stall_per_wait` of the longest wait for a first token, in
-    all, `critical_s` at most; `watermark` is the share of device blocks kept free. `default_rate` is for requests
-    that name none. `overload` says what a new request meets when the rates add up to more than the capacity.
+    all, `critical_s` at most; `watermark` is the share of device blocks kept free. `default_rate` is for streamed
+    answers that name none. `overload` says what a new request meets when the rates add up to more than the capacity.
     `generate_ahead_s` stops decoding, under every policy, whoever has more than that unread (None: never). The last
     four switch parts off, for ablations.
     """
@@ -70,7 +71,7 @@ class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_field
         "andes",
         "andes-offload",
         "tokenflow",
-    ] = "fcfs-chunked"
+    ] = "tokenflow"
     reserve_ratio: float = 0.7
     reserve_min_ratio: float = 0.098
     reserve_decay_steps: int = 600
@@ -88,7 +89,7 @@ class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_field
     min_prefill_share: float = 0.6
     stall_per_wait: float = 0.05
     watermark: float = 0.02
-    default_rate: float = 20.0
+    default_rate: float = 6.0
     overload: Literal["queue", "share", "shed"] = "queue"
     generate_ahead_s: float | None = None
     offload: bool = True
@@ -127,8 +128,9 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     still runs, so that the device need not wait for Python; tokens are the same.
     None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
     `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
-    `host_kv_gib` (where paused requests keep their KV) twice the device's KV, or half of the free memory if that is
-    less; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
+    `host_kv_gib` (where paused requests keep their KV) on a CPU as much as the device's KV and at most a quarter of the
+    free memory, on a GPU twice the device's KV and at most half of the free memory or 64 GiB; only policies that pause
+    requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
     copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
     file to write a JSON line to for every step and finished request (engine/step_trace.py). `enforce_eager` switches
     CUDA graphs off. A section may be given as a mapping, as a file has it: `scheduler={"policy": "fcfs"}`.
@@ -162,9 +164,8 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values of another type, and for those that no machine could honour."""
-        for key in ("scheduler", "server"):
-            if isinstance(getattr(self, key), Mapping):
-                _reject_unknown({key: getattr(self, key)}, EngineConfig, "", "")
+        sections = {key: getattr(self, key) for key in _SECTIONS}
+        _reject_unknown(sections, EngineConfig, "", "")
         super().__post_init__()
         for key, low in (
             ("threads", 1),
@@ -177,6 +178,10 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
             value = getattr(self, key)
             if value is not None and value < low:
                 raise ConfigError(key, f"must be at least {low}, got {value}")
+        for key in ("model", "served_model_name", "step_trace"):
+            # A command line's bytes that are no UTF-8 arrive as half surrogate pairs, which no answer can hold.
+            if not is_text(getattr(self, key) or ""):
+                raise ConfigError(key, "must be valid UTF-8 text; give it another name")
         if not self.model:
             raise ConfigError("model", "must name a model directory, a hub id, or 'demo'")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -217,8 +222,11 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ConfigError("scheduler.reserve_decay_steps", f"must be at least 1, got {sched.reserve_decay_steps}")
         if sched.reserve_clip_tokens < 1:
             raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
-        if sched.overload == "shed" and sched.policy != "tokenflow":
-            raise ConfigError("scheduler.overload", f"only policy tokenflow can 'shed', not {sched.policy}")
+        if sched.overload != "queue" and sched.policy != "tokenflow":
+            message = (
+                f"only policy tokenflow can {sched.overload!r}, not {sched.policy}; leave it out or choose tokenflow"
+            )
+            raise ConfigError("scheduler.overload", message)
         for key in ("schedule_interval_s", "buffer_scale_s"):
             if not 0 < getattr(sched, key) < math.inf:
                 raise ConfigError(f"scheduler.{key}", f"must be above 0 and finite, got {getattr(sched, key)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 import msgspec
@@ -46,6 +49,15 @@ class RequestError(TfserveError):
         self.param = param
         self.code = code
 
+    def renamed(self, names: Mapping[str, str]) -> RequestError:
+        """The same error with its fields called as `names` has them, for a client that knows them by these names."""
+        message = str(self)
+        for name, other in names.items():
+            # Others, such as "prompt", may be just a word of the sentence.
+            if "_" in name:
+                message = re.sub(rf"\b{name}\b", other, message)
+        return RequestError(names.get(self.param or "", self.param), message, self.code)
+
 
 class QueueFullError(TfserveError):
     """The bounded waiting queue is full; try again in `retry_after_s` seconds."""
@@ -61,3 +73,29 @@ class EngineDeadError(TfserveError):
     """The engine has stopped and cannot serve: it was shut down, it was killed, or a step failed beyond repair."""
 
     exit_code = 1
+
+
+class LibraryPanicError(TfserveError):
+    """A library written in Rust gave up on what it was given, which is a fault of that library."""
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What an `except` catches that keeps a failure to one request, step, feature or thread: use it for `Exception`.
+
+    Beside every Exception these are the panics of Rust libraries. pyo3 derives its PanicException from BaseException,
+    and each library makes a class of its own at its first panic: so call this in the `except` clause itself, which is
+    evaluated only when something was raised. KeyboardInterrupt, SystemExit and cancellation are none of them.
+    """
+    panics = [kind for kind in BaseException.__subclasses__() if kind.__name__ == "PanicException"]
+    return (Exception, *panics)
+
+
+@contextmanager
+def panics_as_errors(doing: str) -> Iterator[None]:
+    """Turn a panic of a Rust library into a LibraryPanicError, which says that it happened while `doing` something."""
+    try:
+        yield
+    except failures() as error:
+        if isinstance(error, Exception):
+            raise
+        raise LibraryPanicError(f"{doing}: a library broke down on it ({error})") from error

@@ -10,6 +10,7 @@ import msgspec
 
 from tfserve.checked import Checked
 from tfserve.errors import RequestError
+from tfserve.strict_json import is_text
 
 RequestId = str
 
@@ -38,11 +39,13 @@ class FinishReason(enum.StrEnum):
 class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens and when to stop. Defaults are OpenAI's; `temperature=0` is greedy.
 
-    `top_k=0` and `min_p=0` switch the filter off. `logprobs=k` returns the chosen token's log probability and the k
-    most likely alternatives; they are taken from the model's distribution before temperature and filters. `seed` makes
-    the request's random numbers a function of (seed, position) alone; without it the engine draws a seed at arrival.
+    `top_k=0` and `min_p=0` switch the filter off; `top_p=0` leaves the most likely token. `logprobs=k` returns the
+    chosen token's log probability and the k most likely alternatives; they are taken from the model's distribution
+    before temperature and filters. `seed` makes the request's random numbers a function of (seed, position) alone;
+    without it the engine draws a seed at arrival.
     `prompt_logprobs=k` returns the same for the prompt's own tokens; with it, `max_tokens=0` generates nothing.
     `grammar` is what the output must follow, in llguidance's words (tfserve.model.grammar makes it of a JSON schema).
+    `include_stop_str_in_output` leaves the stop string, or the token, that ended the text in it.
     """
 
     max_tokens: int | None = None
@@ -63,6 +66,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompt_logprobs: int | None = None
     grammar: str | None = None
     skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
 
     def mistake(self, key: str, message: str) -> Exception:
         """See Checked."""
@@ -78,8 +82,10 @@ class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
         _require(self.min_tokens <= most, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         free = self.grammar is None or self.min_tokens == 0
         _require(free, "min_tokens", self.min_tokens, "0 where a grammar or JSON schema says when the text ends")
+        ends = self.grammar is None or not self.ignore_eos
+        _require(ends, "ignore_eos", self.ignore_eos, "false where a grammar or JSON schema says when the text ends")
         _require(0 <= self.temperature <= 2, "temperature", self.temperature, "between 0 and 2")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.top_p <= 1, "top_p", self.top_p, "between 0 and 1")
         _require(-1 <= self.top_k < 2**31, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         penalty = self.repetition_penalty
@@ -93,22 +99,13 @@ class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
         in_range = self.seed is None or -(2**63) <= self.seed < 2**63
         _require(in_range, "seed", self.seed, "a 64-bit integer")
         _require(all(self.stop), "stop", list(self.stop), "non-empty strings")
-        _require(all(map(_is_text, self.stop)), "stop", list(self.stop), "valid Unicode text")
+        _require(all(map(is_text, self.stop)), "stop", list(self.stop), "valid Unicode text")
         few = len(self.stop_token_ids) <= MAX_STOP_TOKENS
         _require(few, "stop_token_ids", len(self.stop_token_ids), f"at most {MAX_STOP_TOKENS} tokens")
         for token in self.stop_token_ids:
             _require(0 <= token < vocab_size, "stop_token_ids", token, f"token ids in [0, {vocab_size})")
         for name, top in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             _require(top is None or 0 <= top <= MAX_LOGPROBS, name, top, f"between 0 and {MAX_LOGPROBS}")
-
-
-def _is_text(text: str) -> bool:
-    """False for half a surrogate pair, which no encoder and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _require(ok: bool, param: str, value: object, meaning: str) -> None:
@@ -127,7 +124,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
     """When things happened to a request, in seconds of the engine's clock, and how often it was interrupted.
 
-    `stall_s` is how long its reader had nothing to read after the first token, by estimate or by its own reports.
+    `stall_s` is how long its reader had nothing to read after the first token, by estimate or by its own reports; None
+    where there is no reader, or neither the request nor a report has said how fast it reads.
     """
 
     arrival_s: float
@@ -135,7 +133,7 @@ class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
     first_token_s: float | None = None
     finished_s: float | None = None
     num_preemptions: int = 0
-    stall_s: float = 0.0
+    stall_s: float | None = None
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
@@ -143,7 +141,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
     `finish_reason` is None until the last output. `stop_reason` is the stop string or stop token id that ended the
     request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR;
-    `retry_after_s` is then set if the request was refused before it started, because too many others are served.
+    `retry_after_s` is then set if the request was refused before it started, because too many others are served, and
+    `recurs` if the same request would fail again.
     `prompt_logprobs`, where asked for, come with the first output: all prompt tokens but the first, which nothing
     predicts.
     """
@@ -160,6 +159,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     error: str | None = None
     times: RequestTimes | None = None
     retry_after_s: float | None = None
+    recurs: bool = False
 
     @property
     def finished(self) -> bool:
@@ -171,7 +171,8 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     """A live request as the scheduler sees it. Rates in tokens/s; None where there is no reader, or no first token yet.
 
     `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV on its way back). `num_unread`
-    tokens are generated and not read, enough for `time_to_empty_s`; `stall_s` is how long there was nothing to read.
+    tokens are generated and not read, enough for `time_to_empty_s`. `stall_s` is how long there was nothing to read;
+    None without a reader, or where the `rate` is the server's default and no report has come (`is_rate_assumed`).
     """
 
     id: RequestId
@@ -183,9 +184,10 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     rate: float | None
     num_unread: float
     time_to_empty_s: float | None
-    stall_s: float
+    stall_s: float | None
     ttft_s: float | None
     num_preemptions: int
+    is_rate_assumed: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,8 +229,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded and on what, printed at start: `concurrency` is how many requests of max_model_len fit in KV.
 
-    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV. `grammars`: outputs can
-    be held to one.
+    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV; `host_tier_reason` says
+    in words why it has so many. `grammars`: outputs can be held to one.
     """
 
     model: str
@@ -249,6 +251,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     load_s: float
     num_host_blocks: int = 0
+    host_tier_reason: str = ""
     grammars: bool = False
 
     @property

@@ -55,7 +55,7 @@ class FakeInFlight:
     def result(self) -> StepResult:
         self.runner.run_until(self.fence)
         outcome = self.runner.outcomes.pop(self.fence)
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
@@ -81,8 +81,9 @@ class FakeRunner:
         self.rows: dict[int, FakeRow] = {}
         self.plans: list[StepPlan] = []
         self.fail_on: set[int] = set()
+        self.failure: BaseException = RuntimeError("planned failure")
         self.queue: deque[StepPlan] = deque()
-        self.outcomes: dict[Fence, StepResult | Exception] = {}
+        self.outcomes: dict[Fence, StepResult | BaseException] = {}
         self.log: list[tuple[str, int]] = []
         self.closed = False
         self.not_finite: dict[int, str] = {}  # by step: whose logits are not finite
@@ -105,7 +106,7 @@ class FakeRunner:
             except (AssertionError, LookupError) as error:
                 raise WrongPlanError(plan) from error
 
-    def _step(self, plan: StepPlan) -> StepResult | Exception:
+    def _step(self, plan: StepPlan) -> StepResult | BaseException:
         for row in plan.released_rows:
             del self.rows[row]
         for entry in plan.entered:
@@ -118,7 +119,7 @@ class FakeRunner:
             assert NULL_BLOCK not in row.blocks
         if plan.step in self.fail_on:
             self._scrub(plan)
-            return RuntimeError("planned failure")
+            return self.failure
         assert plan.num_tokens <= self.max_num_batched_tokens
         tokens = [self._run(seq) for seq in plan.seqs]
         sampled = tuple(t for t in tokens if t is not None)
@@ -223,7 +224,7 @@ class FakeClock:
 
 
 class FakeEngine:
-    """A core with the fake runner, stepped by hand; collects what each request got."""
+    """A core with the fake runner, stepped by hand; collects what each request got. Serves in order unless told."""
 
     pipeline_depth = 1
 
@@ -238,9 +239,10 @@ class FakeEngine:
         speeds: Sequence[int] = (4,),
         fail_copies: set[int] = frozenset(),
         bps: float = 1e6,
+        policy: str = "fcfs-chunked",
         **scheduler,
     ) -> None:
-        config = SchedulerConfig(**scheduler)
+        config = SchedulerConfig(policy=policy, **scheduler)
         host = BlockPool(num_host_blocks) if num_host_blocks else None
         options = OffloadOptions(config.write_through, config.load_evict_overlap)
         self.kv = KVCacheManager(BlockPool(num_blocks), block_size, 8 * block_size, host, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.fakes import FakeEngine, expected_output, next_token
+from tests.panics import PanicException
 from tfserve.engine.columns import Phase
 from tfserve.engine.messages import AbortRequest
 from tfserve.engine.policy import Decision, Snapshot
@@ -102,9 +103,10 @@ def test_abort_frees_blocks_in_every_state():
     assert engine.kv.num_free_blocks == engine.kv.num_blocks - 1
 
 
-def test_a_failing_step_fails_its_batch_and_the_loop_goes_on():
+@pytest.mark.parametrize("kind", [RuntimeError, PanicException])
+def test_a_failing_step_fails_its_batch_and_the_loop_goes_on(kind):
     engine = FakeEngine(max_num_seqs=2)
-    engine.runner.fail_on = {3}
+    engine.runner.fail_on, engine.runner.failure = {3}, kind("planned failure")
     for req in ("a", "b", "c"):
         engine.add(req, [1, 2, 3], max_tokens=10)
     engine.run()
@@ -112,6 +114,33 @@ def test_a_failing_step_fails_its_batch_and_the_loop_goes_on():
     assert "planned failure" in engine.finished["b"].error
     assert engine.outputs["c"] == expected_output([1, 2, 3], 10)
     assert engine.kv.num_free_blocks == engine.kv.num_blocks - 1
+
+
+class BrokenBytes:
+    """A tokenizer whose tokens cannot be decoded."""
+
+    leading_spaces = 0
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def bytes_table(self, skip_special_tokens):
+        return self
+
+    def __getitem__(self, token):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("bad token"), PanicException("bad token")], ids=repr)
+def test_a_request_whose_text_cannot_be_made_fails_alone(error):
+    engine = FakeEngine(tokenizer=BrokenBytes(error))
+    engine.add("a", [1, 2, 3], max_tokens=10, stop=("x",))
+    engine.add("b", [1, 2, 3], max_tokens=10)
+    engine.run()
+    assert engine.finished["a"].finish_reason is FinishReason.ERROR
+    assert "bad token" in engine.finished["a"].error
+    assert engine.outputs["b"] == expected_output([1, 2, 3], 10)
+    assert engine.all_free()
 
 
 def test_a_request_whose_logits_are_not_finite_fails_alone():

@@ -46,6 +46,20 @@ def test_a_burst_beyond_the_device_is_shared_by_moving_kv(policy, switch):
     assert engine.transfers.moved[Direction.LOAD] > 0
 
 
+def test_the_end_of_a_late_copy_is_told_though_no_step_follows():
+    engine = FakeEngine(24, num_host_blocks=120, policy="tokenflow", speeds=(1,))
+    burst(engine, n=2)
+    while not engine.finished:
+        engine.core.step()
+    for req in ("r0", "r1"):
+        engine.core.inbox.put(AbortRequest(req))
+    engine.core.step()
+    while engine.scheduler.offload.is_busy:
+        engine.core.step()
+    stats = [message.stats for message in engine.messages][-1]
+    assert (stats.num_free_blocks, stats.num_free_host_blocks) == (23, 119)
+
+
 def test_without_write_through_only_preemptions_store():
     moved = {}
     for write_through in (True, False):

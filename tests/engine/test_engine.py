@@ -177,7 +177,10 @@ async def test_prompt_logprobs_come_once_and_first(engine):
         ([1], {"logit_bias": {600: 1.0}}, "logit_bias", "512"),
         ([True, 4], {}, "prompt", "token id True"),
         ("half \ud800 pair", {}, "prompt", "not valid Unicode"),
+        ("half \ud800 pair" * 2000, {}, "prompt", "not valid Unicode"),
         ([1], {"stop": ("\ud800",)}, "stop", "valid Unicode"),
+        ([1], {"grammar": 'start: "\ud800"'}, "grammar", "valid Unicode"),
+        ([1], {"grammar": 'start: %json {"const": -9223372036854775808}'}, "grammar", "cannot be served"),
         ([1], {"top_k": 2**70}, "top_k", "positive integer"),
         ([1], {"min_tokens": 2**63 - 1}, "min_tokens", "at most max_tokens"),
         ([1], {"repetition_penalty": 1e-40}, "repetition_penalty", "between 0.01 and 100"),
@@ -226,7 +229,7 @@ async def test_ids_in_use_and_the_engines_own_are_refused(engine):
     with pytest.raises(RequestError, match="'req-0' is in use; give each request its own") as caught:
         engine.submit([5, 6], params, request_id="req-0")
     assert caught.value.param == "request_id"
-    for bad in ("tfserve-0", "", 7):
+    for bad in ("tfserve-0", "", 7, "\ud800"):
         with pytest.raises(RequestError, match="does not begin with 'tfserve-'"):
             engine.submit([5, 6], params, request_id=bad)
     own = {engine.submit([5, 6], GREEDY).request_id for _ in range(3)}
@@ -279,7 +282,7 @@ def test_parameters_are_verified_once_with_max_tokens_resolved(engine, monkeypat
 def test_scarce_kv_preempts_without_changing_a_token(model_dir):
     prompts = [[i + 3] * 20 for i in range(6)]
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=100, ignore_eos=True)
-    scheduler = SchedulerConfig(reserve_ratio=0.0, reserve_min_ratio=0.0)
+    scheduler = SchedulerConfig(policy="fcfs-chunked", reserve_ratio=0.0, reserve_min_ratio=0.0)
     with Engine(config_for(model_dir)) as roomy:
         expected = [output.token_ids for output in roomy.generate(prompts, params)]
     with Engine(config_for(model_dir, num_gpu_blocks_override=10, scheduler=scheduler)) as scarce:
@@ -298,6 +301,34 @@ async def test_full_queue_is_refused_with_a_time_to_retry(model_dir):
         assert caught.value.retry_after_s > 0
         for stream in streams:
             stream.abort()
+
+
+async def test_stalls_are_told_where_a_rate_is_named(engine):
+    async def stall(**how):
+        stream = engine.submit([5, 6, 7], GREEDY, **how)
+        while not (output := await stream.next()).finished:
+            pass
+        return output.times.stall_s
+
+    assert await stall(rate=5.0) is not None
+    assert await stall(rate=None) is None
+    assert await stall() is None
+    assert engine.generate([[5, 6, 7]], GREEDY)[0].times.stall_s is None
+    assert engine.generate([[5, 6, 7]], GREEDY, rate="read")[0].times.stall_s is not None
+
+
+async def test_a_batch_has_no_reader_and_a_stream_that_names_no_rate_is_assumed_to_have_one(engine):
+    long = SamplingParams(max_tokens=200, ignore_eos=True)
+    batch = asyncio.ensure_future(asyncio.to_thread(engine.generate, [[5, 6, 7]], long))
+    streams = [engine.submit([5, 6, 7], long), engine.submit([5, 6, 7], long, rate=9.0)]
+    async with asyncio.timeout(10):
+        while len(states := await engine.streams()) < 3:
+            await asyncio.sleep(0.001)
+    for stream in streams:
+        stream.abort()
+    await batch
+    told = {(state.rate, state.is_rate_assumed, state.stall_s is None) for state in states}
+    assert told == {(None, False, True), (6.0, True, True), (9.0, False, False)}
 
 
 def test_two_engines_live_in_one_process(model_dir):

@@ -200,6 +200,7 @@ def test_a_shutdown_waits_for_the_runner():
         engine.step()
     engine.core.inbox.put(Shutdown())
     engine.core.run()
+    engine.core.close()
     assert engine.runner.closed
     assert {output.finish_reason for output in engine.finished.values()} == {FinishReason.ABORT}
 

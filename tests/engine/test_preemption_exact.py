@@ -44,7 +44,9 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     numbers = json_schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": NUM_TOKENS})
     for i in range(NUM_REQUESTS):
         scored, grammar = (0 if i % 4 == 0 else None), (numbers if i % 3 == 2 else None)
-        params[i] = msgspec.structs.replace(params[i], prompt_logprobs=scored, grammar=grammar)
+        params[i] = msgspec.structs.replace(
+            params[i], prompt_logprobs=scored, grammar=grammar, ignore_eos=grammar is None
+        )
     return prompts, params
 
 
@@ -74,7 +76,7 @@ def run(model_dir, scheduler: SchedulerConfig, num_blocks: int, host_kv_gib: flo
 
 @pytest.fixture(scope="module")
 def undisturbed(model_dir):
-    tokens, stats = run(model_dir, SchedulerConfig(), 12 * 8 + 1)
+    tokens, stats = run(model_dir, SchedulerConfig(policy="fcfs-chunked"), 12 * 8 + 1)
     assert stats.num_preemptions == 0
     return tokens
 

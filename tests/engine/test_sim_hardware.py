@@ -110,6 +110,24 @@ def test_capacity_grows_with_memory_and_falls_with_length():
     assert capacity(larger, 512, 1024) > capacity(RTX, 512, 1024) > capacity(RTX, 1024, 2048)
 
 
+@pytest.mark.parametrize("kv_tokens", [100_000, 4_000])
+def test_a_batch_without_readers_runs_as_it_does_in_order_of_arrival(kv_tokens):
+    machine = msgspec.structs.replace(RTX.machine(), kv_tokens=kv_tokens, max_num_seqs=16)
+    asked = [
+        msgspec.structs.replace(
+            one, rate=float("nan"), told_rate=None, output_tokens=100 + 40 * (i % 9), max_tokens=500
+        )
+        for i, one in enumerate(requests(120, 60, 80))
+    ]
+    runs = {
+        policy: SimEngine(machine, SchedulerConfig(policy=policy), asked).run()
+        for policy in ("fcfs-chunked", "tokenflow")
+    }
+    ends = {policy: max(served.token_s[-1] for served in run.served) for policy, run in runs.items()}
+    assert ends["tokenflow"] <= 1.02 * ends["fcfs-chunked"]
+    assert runs["tokenflow"].num_preemptions <= len(asked) / 2
+
+
 def test_charged_cpu_time_slows_every_step():
     asked = requests(4, 60, 50)
     run = [SimEngine(RTX.machine(host), SchedulerConfig(), asked).run() for host in (None, lambda plan: 0.010)]

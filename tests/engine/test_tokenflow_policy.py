@@ -199,8 +199,33 @@ def test_without_a_rate_one_still_comes_to_its_turn():
     assert decide(scene.waiting("batch", rate=None, for_s=12.0)).admit == ("batch",)
 
 
+@pytest.mark.parametrize("comes", ["newcomer", "returning"])
+def test_without_a_rate_one_never_displaces_another_without_one(comes):
+    scene = Scene(num_blocks=30).running("a", rate=None).running("b", rate=None)
+    scene = scene.waiting("c", rate=None, for_s=60) if comes == "newcomer" else scene.paused("c", rate=None, for_s=60)
+    decision = decide(scene)
+    assert (decision.preempt, decision.admit, decision.resume) == ((), (), ())
+
+
+def test_a_reader_passes_those_without_a_rate_who_lack_memory():
+    scene = Scene(num_blocks=30).running("a", rate=None).running("b", rate=None)
+    scene.waiting("batch", rate=None, for_s=60).waiting("reader", for_s=0.5)
+    decision = decide(scene)
+    assert decision.admit == ("reader",)
+    assert [req for req, _ in decision.preempt] == ["a"]
+
+
+def test_without_a_rate_one_comes_only_where_it_can_stay():
+    # Each of the residents grows by 50 tokens in the second that one stays at least.
+    scene = Scene(num_blocks=30).running("a", rate=None).waiting("batch", rate=None)
+    assert decide(scene).admit == ("batch",)
+    scene.num_blocks = 20
+    assert decide(scene).admit == ()
+    assert decide(Scene(num_blocks=3).waiting("alone", rate=None)).admit == ("alone",)
+
+
 def test_priority_orders_those_without_a_rate():
-    scene = Scene(num_blocks=6)
+    scene = Scene(num_blocks=13)
     scene.waiting("first", rate=None, priority=5).waiting("second", rate=None, priority=-1).waiting("reader", for_s=0.1)
     assert decide(scene).admit == ("reader", "second")
 

@@ -35,7 +35,9 @@ class FakeTokenizer:
     """One token per UTF-8 byte; 256 begins a text."""
 
     special_ids = frozenset({BOS})
+    leading_spaces = 0
     tool_format: ToolFormat | None = ToolFormat.HERMES
+    template_variables = frozenset({"messages", "add_generation_prompt", "tools"})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -131,12 +133,17 @@ class FakeStream:
         ids = list(text.encode()) if tokens is None else [97] * tokens
         self._put(ids, text, finish, preemptions=preemptions)
 
-    def fail(self, message: str) -> None:
-        self._put([], "", FinishReason.ERROR, message)
+    def fail(self, message: str, recurs: bool = False) -> None:
+        self._put([], "", FinishReason.ERROR, message, recurs=recurs)
 
     def die(self) -> None:
         self._ended = self.started = True
         self._notify()
+
+    @property
+    def _stall_s(self) -> float | None:
+        """As the real one: a stall is known where a rate is."""
+        return None if self.asked_rate is None or self.asked_rate is msgspec.UNSET else 0.5
 
     def _notify(self) -> None:
         """As the real one does: once for all that has come by the time the loop comes round."""
@@ -180,7 +187,7 @@ class FakeStream:
             prompt_logprobs=prompt_logprobs,
             finish_reason=finish,
             error=error,
-            times=RequestTimes(1.0, 1.0, 1.25, 2.0, preemptions, 0.5) if finish else None,
+            times=RequestTimes(1.0, 1.0, 1.25, 2.0, preemptions, self._stall_s) if finish else None,
             **more,
         )
         self._pending.append(output)

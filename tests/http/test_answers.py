@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from typing import Any
 
 import pytest
 from msgspec import UNSET
 
+from tests.http import fakes
 from tests.http.conftest import Running, StartServer
 from tests.http.fakes import BOS
-from tfserve.types import FinishReason
+from tfserve.types import FinishReason, TokenLogprob
 
 ASK = [{"role": "user", "content": "Hi"}]
-TIMINGS = {"num_preemptions": 3, "ttft_s": 0.25, "stall_s": 0.5}
+TIMINGS = {"num_preemptions": 3, "ttft_s": 0.25}
 """What the fake engine says of every request that has ended."""
 
 
@@ -84,6 +86,20 @@ async def test_usage_chunk_comes_last_when_asked_for(start: StartServer) -> None
     counts = {"prompt_tokens": 3, "completion_tokens": 17, "total_tokens": 20}
     assert chunks[-2]["usage"] == {**counts, "prompt_tokens_details": {"cached_tokens": 0}, **TIMINGS}
     assert all(chunk["usage"] is None for chunk in chunks[:-2])
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("rate", "has_stall"), [({}, False), (None, False), ("read", True), (3.5, True)])
+async def test_usage_tells_stalls_where_a_rate_is_named(start: StartServer, is_streamed, rate, has_stall) -> None:
+    server = await start()
+    named = {} if rate == {} else {"consumption_rate": rate}
+    if is_streamed:
+        options = {"include_usage": True}
+        usage = (await stream(server, "/v1/completions", prompt="ab", stream_options=options, **named))[-2]["usage"]
+    else:
+        async with server.post("/v1/completions", {"prompt": "ab", **named}) as response:
+            usage = (await response.json())["usage"]
+    assert usage.get("stall_s") == (0.5 if has_stall else None)
 
 
 async def test_usage_tells_how_often_the_answers_were_interrupted(start: StartServer) -> None:
@@ -278,14 +294,20 @@ async def test_models_version_and_probes(start: StartServer) -> None:
 
 async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: StartServer) -> None:
     server = await start()
-    for body, rate in (({"consumption_rate": 7.5}, 7.5), ({"consumption_rate": "read"}, "read"), ({}, UNSET)):
+    for body, rate in (
+        ({"consumption_rate": 7.5}, 7.5),
+        ({"consumption_rate": "read"}, "read"),
+        ({"consumption_rate": None}, None),
+        ({"consumption_rate": None, "stream": True}, None),
+        ({"stream": True}, UNSET),
+        # An answer that comes whole has no reader, unless it names a rate.
+        ({}, None),
+    ):
         for path, ask in (("/v1/chat/completions", {"messages": ASK}), ("/v1/completions", {"prompt": "Hi"})):
             async with server.post(path, {**ask, **body}) as response:
                 assert response.status == 200
+                await response.read()
             assert server.engine.live[-1].asked_rate == rate
-    async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": None}) as response:
-        assert response.status == 200
-    assert server.engine.live[-1].asked_rate is None
 
 
 async def test_the_priority_reaches_the_engine(start: StartServer) -> None:
@@ -303,3 +325,19 @@ async def test_a_bad_rate_is_named(start: StartServer, rate: object) -> None:
     async with server.post("/v1/completions", {"prompt": "Hi", "consumption_rate": rate}) as response:
         assert response.status == 400
         assert (await response.json())["error"]["param"] == "consumption_rate"
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+async def test_log_probabilities_that_json_lacks_are_very_small_ones(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    scored = TokenLogprob(97, value, ((98, -0.5), (99, value)))
+    monkeypatch.setattr(fakes, "_fake_logprobs", lambda ids, top: [scored] * len(ids))
+    server = await start(reply="a")
+    async with server.post("/v1/completions", {"prompt": "x", "logprobs": 2, "echo": True}) as response:
+        plain = (await response.json())["choices"][0]["logprobs"]
+    assert plain["token_logprobs"] == [None, -9999.0, -9999.0]
+    assert plain["top_logprobs"][1:] == [{"b": -0.5, "c": -9999.0, "a": -9999.0}] * 2
+    async with server.post("/v1/chat/completions", {"messages": ASK, "logprobs": True, "top_logprobs": 2}) as response:
+        (entry,) = (await response.json())["choices"][0]["logprobs"]["content"]
+    assert [entry["logprob"], *(top["logprob"] for top in entry["top_logprobs"])] == [-9999.0, -0.5, -9999.0]

@@ -12,6 +12,7 @@ from tests.http.test_answers import stream
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
 ASK = [{"role": "user", "content": "Hi"}]
+NEED: dict[str, dict[str, Any]] = {CHAT: {"messages": ASK}, PLAIN: {"prompt": "x"}}
 
 
 async def ask(server: Running, path: str, **body: Any) -> Any:
@@ -47,7 +48,7 @@ async def test_n_chat_choices_streamed_each_have_a_role_and_a_finish_reason(star
 async def test_continuous_usage_counts_up(start: StartServer, path: str) -> None:
     server = await start()
     options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = await stream(server, path, messages=ASK, prompt="x", stream_options=options)
+    chunks = await stream(server, path, **NEED[path], stream_options=options)
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks[:-1]]
     assert counts == sorted(counts)
     assert counts[-1] == 17
@@ -57,8 +58,8 @@ async def test_continuous_usage_counts_up(start: StartServer, path: str) -> None
 @pytest.mark.parametrize("path", [CHAT, PLAIN])
 async def test_both_names_of_the_token_limit(start: StartServer, path: str) -> None:
     server = await start()
-    await ask(server, path, messages=ASK, prompt="x", max_tokens=3)
-    await ask(server, path, messages=ASK, prompt="x", max_completion_tokens=4, max_tokens=9)
+    await ask(server, path, **NEED[path], max_tokens=3)
+    await ask(server, path, **NEED[path], max_completion_tokens=4, max_tokens=9)
     assert [stream.params.max_tokens for stream in server.engine.live] == [3, 4]
 
 
@@ -66,8 +67,8 @@ async def test_null_stands_for_every_optional_field(start: StartServer) -> None:
     from tfserve.http.protocol import ChatRequest, CompletionRequest
 
     server = await start()
-    for path, struct, need in ((CHAT, ChatRequest, {"messages": ASK}), (PLAIN, CompletionRequest, {"prompt": "x"})):
-        await ask(server, path, **{**dict.fromkeys(struct.__struct_fields__), **need})
+    for path, struct in ((CHAT, ChatRequest), (PLAIN, CompletionRequest)):
+        await ask(server, path, **{**dict.fromkeys(struct.__struct_fields__), **NEED[path]})
 
 
 async def test_an_evaluation_harness_scores_a_prompt_of_token_ids(start: StartServer) -> None:
@@ -82,7 +83,8 @@ async def test_an_evaluation_harness_scores_a_prompt_of_token_ids(start: StartSe
         "top_logprobs": [None, {"b": -1.0}, {"b": -1.0, "c": -0.5}, {"b": -1.0, "z": -0.5}],
     }
     assert second["text"] == "éz"
-    assert second["logprobs"]["text_offset"] == [0, 0, 1, 2]  # a special token is no text
+    assert second["logprobs"]["text_offset"] == [0, 0, 0, 1]  # a special token is no text, and é is one character
+    assert second["logprobs"]["tokens"] == ["<s>", r"bytes:\xc3", r"bytes:\xa9", "z"]
     assert len(second["logprobs"]["top_logprobs"]) == 4
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.http.conftest import StartServer
+from tests.panics import PanicException
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"
@@ -55,7 +56,7 @@ def schema(body: Any) -> dict[str, Any]:
         (CHAT, {"messages": ASK, "max_completion_tokens": 0}, "max_completion_tokens", "at least 1, got 0"),
         (CHAT, {"messages": ASK, "max_tokens": 1.5}, "max_tokens", "must be an integer, got a number"),
         (CHAT, {"messages": ASK, "max_tokens": 10**30}, "max_tokens", "9223372036854775807"),
-        (CHAT, {"messages": ASK, "top_p": 3}, "top_p", "at most 1, got 3"),
+        (CHAT, {"messages": ASK, "top_p": 3}, "top_p", "between 0 and 1, got 3"),
         (CHAT, {"messages": ASK, "temperature": "hot"}, "temperature", "must be a number, got a string"),
         (CHAT, {"messages": ASK, "temperature": -1}, "temperature", "between 0 and 2"),
         (CHAT, {"messages": ASK, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
@@ -90,7 +91,7 @@ def schema(body: Any) -> dict[str, Any]:
         (CHAT, {"messages": ASK, "response_format": schema({}), "min_tokens": 3}, "min_tokens", "0 where a grammar"),
         (CHAT, {"messages": ASK, "response_format": schema({"enum": ["x" * 150_000]})}, "response_format", "too long"),
         (CHAT, {"messages": ASK, "functions": [{}]}, "functions", "not supported"),
-        (CHAT, {"messages": message(content="x" * 2000)}, "prompt", "tokens"),
+        (CHAT, {"messages": message(content="x" * 2000)}, "messages", "tokens"),
         (PLAIN, {}, "prompt", "required"),
         (PLAIN, {"prompt": []}, "prompt", "list of token ids"),
         (PLAIN, {"prompt": ["a", 1]}, "prompt", "not mix"),
@@ -247,6 +248,26 @@ async def test_a_bug_is_a_bare_500_and_a_logged_traceback(start: StartServer, ca
     assert response.status == 500
     assert "NoneType" not in text
     assert "Traceback" in caplog.text
+
+
+async def test_a_panic_of_a_library_fails_its_request_and_no_other(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the event loop, in the thread that tokenises long texts, and in the one that checks grammars."""
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    server = await start()
+    monkeypatch.setattr(server.engine.tokenizer, "encode", panic, raising=False)
+    monkeypatch.setattr("tfserve.http.structured.check_grammar", panic)
+    bodies = ({"messages": ASK}, {"messages": [{"role": "user", "content": "a" * 40_000}]})
+    for body in (*bodies, {"messages": ASK, "response_format": {"type": "json_object"}}):
+        async with server.post(CHAT, body) as response:
+            assert (response.status, (await response.json())["error"]["type"]) == (500, "server_error")
+    monkeypatch.undo()
+    async with server.post(CHAT, {"messages": ASK}) as response:
+        assert response.status == 200
 
 
 @pytest.mark.parametrize(

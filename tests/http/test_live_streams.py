@@ -168,15 +168,6 @@ async def test_viewers_get_pictures_until_they_leave(start: StartServer) -> None
         assert response.status == 400
 
 
-async def test_a_body_falsely_called_gzip_is_a_400(start: StartServer) -> None:
-    server = await start()
-    headers = {"Content-Encoding": "gzip"}
-    async with server.post(PLAIN, {"prompt": "x"}, headers=headers) as response:
-        assert response.status == 400
-        assert (await response.json())["error"]["code"] == "invalid_body"
-    assert not server.engine.live
-
-
 async def test_the_page_is_served_whole_and_loads_nothing_from_elsewhere(start: StartServer) -> None:
     server = await start(api_keys=["secret"])
     async with server.get("/") as response:

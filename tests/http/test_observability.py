@@ -31,7 +31,8 @@ async def scrape(server: Running) -> dict[tuple[str, str], float]:
 
 async def test_a_request_is_counted_once_with_its_times(start: StartServer) -> None:
     server = await start(reply=None)
-    asking = asyncio.ensure_future(server.post("/v1/completions", {"prompt": "abc"}).__aenter__())
+    body = {"prompt": "abc", "consumption_rate": 20}
+    asking = asyncio.ensure_future(server.post("/v1/completions", body).__aenter__())
     await server.engine.submitted.wait()
     server.engine.live[0].say("12345")
     server.engine.live[0].say("678", FinishReason.LENGTH)
@@ -45,6 +46,17 @@ async def test_a_request_is_counted_once_with_its_times(start: StartServer) -> N
     assert seen["inter_token_latency_seconds_bucket", "+Inf"] == 7
     assert seen["stream_stall_seconds_sum", ""] == 0.5
     assert 0 < seen["effective_tokens_total", ""] <= 8
+
+
+async def test_what_names_no_rate_is_not_scored_for_a_reader(start: StartServer) -> None:
+    server = await start()
+    for body in ({"prompt": "abc"}, {"prompt": "abc", "stream": True}):
+        async with server.post("/v1/completions", body) as response:
+            await response.read()
+    seen = await scrape(server)
+    assert seen["request_success_total", "stop"] == 2
+    assert seen["stream_stall_seconds_count", ""] == 0
+    assert seen["effective_tokens_total", ""] == 0
 
 
 async def test_the_engines_state_is_shown_as_it_is(start: StartServer) -> None:

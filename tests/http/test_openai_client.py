@@ -11,17 +11,18 @@ import openai
 import pytest
 
 from tests.http.conftest import Running, StartServer
+from tests.http.fakes import FakeEngine
 from tfserve.types import FinishReason
 
 ASK: Any = [{"role": "user", "content": "Hi"}]
 
 
 def sync_client(server: Running, **kwargs: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="key", max_retries=0, **kwargs)
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="key", **{"max_retries": 0, **kwargs})
 
 
 def async_client(server: Running, **kwargs: Any) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="key", max_retries=0, **kwargs)
+    return openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="key", **{"max_retries": 0, **kwargs})
 
 
 @pytest.fixture
@@ -120,3 +121,60 @@ async def test_a_client_that_times_out_aborts_the_request(start: StartServer) ->
     await asyncio.wait_for(server.engine.live[0].aborted.wait(), 2)
     server.engine.live[0].say("late", FinishReason.STOP)
     await asyncio.wait_for(server.service.idle.wait(), 2)
+
+
+ENDS: dict[str, Any] = {
+    "aborted": lambda server, stream: server.post("/abort_request", {"request_id": stream.request_id[:-2]}),
+    "aborted by a choice": lambda server, stream: server.post("/abort_request", {"request_id": stream.request_id}),
+    "its own failure": lambda server, stream: stream.fail("not finite", recurs=True),
+    "a failed step": lambda server, stream: stream.fail("a step failed"),
+    "the engine ends": lambda server, stream: stream.abort(),
+    "draining": lambda server, stream: server.service.abort_open("The server is shutting down."),
+    "dead": lambda server, stream: server.engine.die("killed"),
+    "refused": lambda server, stream: stream.refuse(3.0),
+}
+"""How an answer that is not streamed may come to no good end."""
+
+RECURS = {"aborted", "aborted by a choice", "its own failure"}
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_what_would_come_out_the_same_again_says_so(start: StartServer, end: str) -> None:
+    server = await start(reply=None)
+    asked = asyncio.ensure_future(server.post("/v1/completions", {"prompt": "x"}).__aenter__())
+    await asyncio.wait_for(server.engine.submitted.wait(), 2)
+    ending = ENDS[end](server, server.engine.live[0])
+    if ending is not None:
+        (await ending).close()
+    response = await asked
+    assert response.status in (429, 500, 503)
+    assert response.headers.get("x-should-retry") == ("false" if end in RECURS else None)
+    response.close()
+
+
+async def test_the_official_client_repeats_nothing_that_would_come_out_the_same_again(start: StartServer) -> None:
+    server = await start(reply=None)
+    async with async_client(server, max_retries=3) as client:
+        for number, end in enumerate(sorted(RECURS)):
+            asked = asyncio.ensure_future(client.chat.completions.create(model="tiny", messages=ASK))
+            await asyncio.wait_for(server.engine.submitted.wait(), 2)
+            server.engine.submitted.clear()
+            ending = ENDS[end](server, server.engine.live[-1])
+            if ending is not None:
+                (await ending).close()
+            with pytest.raises(openai.InternalServerError):
+                await asked
+            assert len(server.engine.live) == number + 1
+
+
+async def test_a_bug_of_ours_is_met_once(start: StartServer) -> None:
+    class Broken(FakeEngine):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            super().submit(*args, **kwargs)
+            raise ZeroDivisionError
+
+    server = await start(reply=None, engine_class=Broken)
+    async with async_client(server, max_retries=3) as client:
+        with pytest.raises(openai.InternalServerError):
+            await client.chat.completions.create(model="tiny", messages=ASK)
+    assert len(server.engine.live) == 1

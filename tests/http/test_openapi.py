@@ -14,6 +14,7 @@ from tests.http.conftest import StartServer
 from tests.http.fakes import FakeEngine
 from tfserve.config import EngineConfig, config_from
 from tfserve.http.app import create_app
+from tfserve.http.connections import create_runner
 from tfserve.http.openapi import document
 from tfserve.http.service import Service
 
@@ -34,7 +35,7 @@ class ThreadedServer:
     async def _start(self, config: EngineConfig) -> str:
         self.engine = FakeEngine(config, reply="Hi there")
         self.service.ready(self.engine)
-        self.runner = web.AppRunner(create_app(self.service), handler_cancellation=True, access_log=None)
+        self.runner = create_runner(create_app(self.service), shutdown_timeout_s=1.0)
         await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", 0).start()
         return f"http://127.0.0.1:{self.runner.addresses[0][1]}"

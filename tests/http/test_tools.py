@@ -20,6 +20,27 @@ TOOLS: Any = [{"type": "function", "function": {"name": "weather", "description"
 HERMES_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 LLAMA_CALL = '{"name": "weather", "parameters": {"city": "Rome"}}'
 ROME = Call("weather", '{"city": "Rome"}')
+TAGGED_CALL = HERMES_CALL.replace("Rome", "a</tool_call>b")
+MIXED_UP = [
+    '{"name": "weather", "parameters": {"city": "Rome"}}',
+    '{"name": "weather", "arguments": {"city": "Rome"}}',
+    '{"name": "weather", "parameters": "{\\"city\\": \\"Rome\\"}"}',
+    '{"arguments": "{\\"city\\": \\"Rome\\"}", "name": "weather"}',
+]
+"""One call, with its arguments under the names of both formats, as an object and as the JSON of one."""
+
+NO_CALLS = [
+    *(f'{{"name": "weather", "arguments": {{"city": {value}}}}}' for value in ("NaN", "-Infinity", "1e999", "{")),
+    *(
+        f'{{"name": "weather", "parameters": {value}}}'
+        for value in ("null", "3", "[]", '"Rome"', '""', '"{\\"a\\": NaN}"')
+    ),
+    '{"name": 3, "arguments": {}}',
+]
+"""JSON objects, nearly, whose arguments are none."""
+
+HALF_A_PAIR = r'{"name": "weather", "arguments": {"city": "Os\ud83dlo"}}'
+REPLACED = Call("weather", '{"city": "Os\N{REPLACEMENT CHARACTER}lo"}')
 
 HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3
 
@@ -41,6 +62,28 @@ HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3
             '<tool_call>{"name": "f", "arguments": 3}</tool_call>',
             [],
         ),
+        (HERMES, f"Now: {TAGGED_CALL} ok", "Now:ok", [Call("weather", '{"city": "a</tool_call>b"}')]),
+        (HERMES, f"{TAGGED_CALL}\n{HERMES_CALL}", "", [Call("weather", '{"city": "a</tool_call>b"}'), ROME]),
+        (HERMES, TAGGED_CALL.removesuffix("</tool_call>"), "", [Call("weather", '{"city": "a</tool_call>b"}')]),
+        (HERMES, 'a <tool_call>{"x": "</tool_call>" b', 'a <tool_call>{"x": "</tool_call>" b', []),
+        (HERMES, f'<tool_call>{{"x": "</tool_call>\n{HERMES_CALL}', '<tool_call>{"x": "</tool_call>', [ROME]),
+        (HERMES, f'<tool_call>{{"x": "</tool_call> {HERMES_CALL}', '<tool_call>{"x": "</tool_call>', [ROME]),
+        (HERMES, '<tool_call>{"x": "\\"</tool_call> y', '<tool_call>{"x": "\\"</tool_call> y', []),
+        (HERMES, "Write a <tool_call> tag, then JSON.", "Write a <tool_call> tag, then JSON.", []),
+        (HERMES, " \n<tool_call>\n</tool_call> ", " \n<tool_call>\n</tool_call> ", []),
+        (HERMES, "a <tool_call></tool_call>  b", "a <tool_call></tool_call>  b", []),
+        (HERMES, "a  <tool_call>\n [1]</tool_call>", "a  <tool_call>\n [1]</tool_call>", []),
+        (HERMES, f"Use <tool_call> so: {HERMES_CALL}", "Use <tool_call> so:", [ROME]),
+        (HERMES, f"{HERMES_CALL} \n <tool_call> x", "<tool_call> x", [ROME]),
+        *((HERMES, f"<tool_call>{call}</tool_call>", "", [ROME]) for call in MIXED_UP),
+        *((HERMES, f"a <tool_call>{text}</tool_call>", f"a <tool_call>{text}</tool_call>", []) for text in NO_CALLS),
+        *((LLAMA, call, "", [ROME]) for call in (*MIXED_UP, f"<|python_tag|>{MIXED_UP[0]}")),
+        *((LLAMA, text, text, []) for text in NO_CALLS),
+        (LLAMA, f"{LLAMA_CALL}; {MIXED_UP[1]}", "", [ROME, ROME]),
+        (LLAMA, f"{LLAMA_CALL}; {NO_CALLS[0]}", f"{LLAMA_CALL}; {NO_CALLS[0]}", []),
+        (LLAMA, '{"name": "weather"}', "", [Call("weather", "{}")]),
+        (LLAMA, HALF_A_PAIR.replace("arguments", "parameters"), "", [REPLACED]),
+        (HERMES, f"<tool_call>{HALF_A_PAIR}</tool_call>", "", [REPLACED]),
         (HERMES, "", "", []),
         (LLAMA, LLAMA_CALL, "", [ROME]),
         (LLAMA, f"\n<|python_tag|>{LLAMA_CALL}; {LLAMA_CALL}", "", [ROME, ROME]),

@@ -17,7 +17,7 @@ class FakeMark:
     """An event: reached once the stream has run up to it."""
 
     reached: threading.Event = field(default_factory=threading.Event)
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class FakeLink:
@@ -68,7 +68,7 @@ class FakeLink:
         work, _, mark = self.streams[name].popleft()
         try:
             work()
-        except Exception as error:
+        except BaseException as error:
             mark.error = error
         mark.reached.set()
 

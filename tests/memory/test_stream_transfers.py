@@ -10,6 +10,7 @@ import pytest
 
 from tests.memory.fake_link import FakeLink
 from tfserve.engine.clock import RealClock
+from tfserve.errors import EngineDeadError
 from tfserve.memory.copy_runs import BlockGeometry
 from tfserve.memory.stream_transfers import StreamTransfers
 from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
@@ -153,6 +154,18 @@ def test_a_copy_that_the_device_fails_is_acknowledged_as_failed_and_the_next_one
     assert [(ack.id, ack.ok) for ack in bench.settle(1)] == [(2, True)]
     assert "failed" in caplog.text
     assert "could not be started" in caplog.text
+
+
+def test_the_end_of_a_thread_reaches_the_loop(bench):
+    def move(*_):
+        raise SystemExit("ended")
+
+    bench.link._move = move
+    bench.engine.submit([copy(0, STORE, 1, 1)])
+    bench.link.run_all()
+    bench.engine._clock.wait(None)
+    with pytest.raises(EngineDeadError, match="ended"):
+        bench.engine.poll()
 
 
 def test_closing_drops_what_is_held_and_lets_go_of_the_link(bench):

@@ -11,9 +11,11 @@ import pytest
 
 from tests.memory.fake_link import FakeLink
 from tests.memory.fakes import FakeDevice
+from tests.panics import PanicException
 from tfserve.engine.clock import RealClock
 from tfserve.engine.sim.clock import SimClock
 from tfserve.engine.sim.transfers import SimLinks, SimTransfers
+from tfserve.errors import EngineDeadError
 from tfserve.memory.copy_runs import BlockGeometry
 from tfserve.memory.stream_transfers import StreamTransfers
 from tfserve.memory.transfers import TierArrays, WorkerTransfers
@@ -219,6 +221,28 @@ def test_a_copy_that_raises_is_acknowledged_as_failed_and_the_next_one_runs(capl
     acks = bench.settle(2)
     assert [(ack.id, ack.ok, ack.nbytes) for ack in acks] == [(0, False, 0), (1, True, 4 * TOKEN_BYTES)]
     assert "failed" in caplog.text
+    bench.engine.close()
+
+
+class BrokenClock(RealClock):
+    """A clock that breaks, where no copy is to blame."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def now(self) -> float:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), PanicException("broken"), SystemExit("broken")], ids=repr)
+def test_the_end_of_a_thread_reaches_the_loop(error):
+    bench = WorkerBench()
+    bench.engine._clock = BrokenClock(error)
+    bench.engine.submit([copy(1, STORE, 1, 1)])
+    bench.engine._clock.wait(None)
+    with pytest.raises(EngineDeadError, match="broken"):
+        bench.engine.poll()
     bench.engine.close()
 
 

@@ -24,6 +24,9 @@ LLAMA: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", **SCALING}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 
 
 @pytest.fixture
@@ -50,10 +53,9 @@ def test_both_spellings_of_config_json_mean_the_same(name: str, load: Any, reque
 
 
 def test_llama3_rope_scaling_is_read_with_its_older_type_key_too(load: Any) -> None:
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     expected = Llama3RopeScaling(8.0, 1.0, 4.0, 64)
     for key in ("rope_type", "type"):
-        config = load(LLAMA | {"rope_scaling": {key: "llama3", **scaling}})
+        config = load(LLAMA | {"rope_scaling": {key: "llama3", **SCALING}})
         assert (config.rope_theta, config.rope_scaling) == (500000.0, expected)
 
 
@@ -89,6 +91,14 @@ def test_eos_ids_of_both_files_are_merged(eos: Any, generation: Any, expected: t
     assert load(LLAMA | {"eos_token_id": eos}, generation).eos_token_ids == expected
 
 
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("eos", [-1, 512, 99999, "2", 2.0, True, {"id": 2}, [2, 512], [2, None], [[2]], ["2"], [2.0]])
+def test_an_eos_id_that_is_no_token_is_refused_by_file_and_key(file: str, eos: Any, load: Any) -> None:
+    given = {"eos_token_id": eos}
+    with pytest.raises(ModelError, match=rf"/{file}: eos_token_id must be ids of the vocabulary, .* \[0, 512\), got"):
+        load(LLAMA | given) if file == "config.json" else load(LLAMA, given)
+
+
 def test_num_parameters_counts_what_the_checkpoint_holds(tiny_llama3: Path, tiny_qwen25: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -109,8 +119,23 @@ def test_num_parameters_counts_what_the_checkpoint_holds(tiny_llama3: Path, tiny
             "rope type 'yarn' is not supported; supported: default, llama3",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **SCALING, "high_freq_factor": 1.0}},
+            "high_freq_factor must be above",
+        ),
+        ({"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling.factor needs a rope_type"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.full_attention: rotary"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantised \(awq\)"),
+        ({"quantization_config": {"load_in_4bit": True}}, r"quantised"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, r"quantised \(compressed-tensors\)"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, got 'false'"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures must be a list of texts"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names 'sliding_attention'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, got nan"),
+        ({"head_dim": 8.0}, "head_dim must be a positive integer, got 8.0"),
+        ({"num_attention_heads": 128, "num_key_value_heads": 1}, "head_dim must be a positive integer, got 0"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": "many"}, "vocab_size must be a positive integer, got 'many'"),
         ({"num_key_value_heads": 3}, "8 is not a multiple of num_key_value_heads 3"),
@@ -129,3 +154,60 @@ def test_a_directory_without_config_or_with_a_broken_one_is_named(tmp_path: Path
     (tmp_path / "config.json").write_text('{"architectures": [')
     with pytest.raises(ModelError, match="is not valid JSON"):
         load_model_config(tmp_path)
+
+
+NEW = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_parameters": NEW, "rope_scaling": LLAMA3, "rope_theta": 5e5},
+        {"rope_parameters": NEW, "rope_scaling": LLAMA3 | {"rope_theta": 3e5}, "rope_theta": 5e5},
+        {"rope_parameters": NEW, "rope_scaling": LLAMA3 | {"rope_theta": 3e5}},
+        {"rope_parameters": NEW, "rope_scaling": None},
+        {"rope_parameters": NEW, "rope_scaling": {}, "rope_theta": 5e5},
+        {"rope_parameters": LLAMA3, "rope_scaling": {"type": "default"}, "rope_theta": 5e5},
+        {"rope_parameters": LLAMA3 | {"rope_theta": 1e6}},
+        {"rope_parameters": LLAMA3, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_type": "default"}},
+        {"rope_parameters": None, "rope_theta": 5e5},
+        {"rope_scaling": LLAMA3 | {"type": "linear"}, "rope_theta": 5e5},
+        {"rope_scaling": {key: value for key, value in LLAMA3.items() if not key.startswith("orig")}},
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 77},
+        {},
+    ],
+)
+def test_rope_settings_in_two_places_are_read_as_transformers_reads_them(rope: dict[str, Any], load: Any) -> None:
+    from transformers import Qwen2Config
+
+    fields = {key: value for key, value in QWEN2.items() if not key.startswith("rope")} | rope
+    theirs = dict(Qwen2Config.from_dict(json.loads(json.dumps(fields))).rope_parameters)
+    config = load(fields)
+    assert config.rope_theta == theirs["rope_theta"]
+    if theirs["rope_type"] == "default":
+        assert config.rope_scaling is None
+    else:
+        assert config.rope_scaling == Llama3RopeScaling(**{key: theirs[key] for key in SCALING})
+
+
+def test_scaling_beside_new_parameters_is_refused_where_it_is_not_known(load: Any) -> None:
+    for theta in ({}, {"rope_theta": 5e5}):
+        fields = {key: value for key, value in QWEN2.items() if not key.startswith("rope")} | theta
+        with pytest.raises(
+            ModelError, match="rope_scaling: rope type 'yarn' is not supported; supported: default, llama3"
+        ):
+            load(fields | {"rope_parameters": NEW, "rope_scaling": YARN})
+
+
+def test_scaling_that_would_hide_the_rotary_base_is_refused(load: Any) -> None:
+    fields = {key: value for key, value in QWEN2.items() if not key.startswith("rope")}
+    with pytest.raises(ModelError, match="rope_scaling replaces rope_parameters, whose rope_theta would be lost"):
+        load(fields | {"rope_parameters": NEW, "rope_scaling": LLAMA3})
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_an_export_that_says_so_in_a_file_of_its_own_is_quantised(name: str, load: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"bits": 4}')
+    with pytest.raises(ModelError, match=rf"{name}: the weights are quantised; give the unquantised checkpoint"):
+        load(LLAMA)

@@ -67,8 +67,10 @@ def test_sentencepiece_byte_tokens_make_the_characters_they_spell(text: str, nei
 def test_text_is_cut_before_the_first_stop_string(
     tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...]
 ) -> None:
-    detokenizer = Detokenizer(tokenizer, stop=stop)
+    detokenizer, including = (Detokenizer(tokenizer, stop=stop, include_stop=include) for include in (False, True))
     text = "".join(stream(detokenizer, token_ids))
+    assert "".join(stream(including, token_ids)) == text + (detokenizer.stopped or "")
+    assert (including.stopped, including.tokens_used) == (detokenizer.stopped, detokenizer.tokens_used)
     # Said another way: let the text grow token by token, and cut it as soon as a stop string is in it.
     grown, plain = "", Detokenizer(tokenizer)
     for used, token in enumerate(token_ids, start=1):
@@ -158,3 +160,23 @@ def test_cost_per_token_does_not_grow_with_the_output(tokenizer: Tokenizer) -> N
     for _ in range(20):
         detokenizer.push(token_ids)
     assert best_of(3) < 5 * early
+
+
+@pytest.mark.parametrize("group", [1, 3, 100])
+def test_a_stop_string_may_be_a_special_token(tokenizer: Tokenizer, group: int) -> None:
+    token_ids = [*tokenizer.encode("the sky"), 2, *tokenizer.encode(" is 你")[:-1], 1, *tokenizer.encode("blue")]
+    detokenizer = Detokenizer(tokenizer, stop=("skyline", "<|im_start|>"))
+    assert "".join(stream(detokenizer, token_ids, group)) == tokenizer.decode(token_ids[: token_ids.index(1)])
+    assert (detokenizer.stopped, detokenizer.tokens_used) == ("<|im_start|>", token_ids.index(1) + 1)
+
+
+def test_a_special_token_is_no_stop_among_the_first_min_tokens_nor_one_of_another_name(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, stop=("<|im_start|>",), min_tokens=2)
+    assert "".join(stream(detokenizer, [1, 1, 50, 2, 60, 1, 70])) == tokenizer.decode([50, 60])
+    assert detokenizer.tokens_used == 6
+
+
+def test_a_special_token_that_is_text_stops_as_text(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, stop=("<|im_start|>",), skip_special_tokens=False)
+    assert "".join(stream(detokenizer, [50, 2, 1, 60])) == tokenizer.decode([50, 2], skip_special_tokens=False)
+    assert detokenizer.stopped == "<|im_start|>"

@@ -15,6 +15,24 @@ from tfserve.errors import ModelError
 from tfserve.model.gguf_import import import_gguf
 
 IDS = torch.arange(3, 43).remainder(VOCAB).unsqueeze(0)
+EVERYTHING = (
+    *("token_embd.weight", "output_norm.weight", "output.weight"),
+    *(
+        f"blk.{layer}.{part}.weight"
+        for layer in range(2)
+        for part in (
+            "attn_norm",
+            "attn_q",
+            "attn_k",
+            "attn_v",
+            "attn_output",
+            "ffn_norm",
+            "ffn_gate",
+            "ffn_up",
+            "ffn_down",
+        )
+    ),
+)
 TEXTS = [
     "the cat isn't on the mat, they've seen 123 or 4567 cats",
     "x = 1234567890 + 3.14159; y[10]",
@@ -29,6 +47,11 @@ TEXTS = [
 def convert(recipe: GgufRecipe, folder: Path, **options: str) -> Path:
     write_gguf(recipe, folder / "tiny.gguf")
     return import_gguf(folder / "tiny.gguf", folder / "out", progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -145,6 +168,20 @@ def test_llama3_tokenizer_puts_bos_in_front_unless_the_file_says_no(tmp_path):
         ({"leave_out": ("blk.1.ffn_up.weight",)}, "lacks 1 tensors, such as 'blk.1.ffn_up.weight'"),
         ({"rope_factors": np.linspace(1, 9, 8)}, "does not follow Llama 3.1's rope scaling"),
         ({"extra_ints": {"split.count": 3}}, "one part of several"),
+        ({"leave_out": EVERYTHING}, "tiny.gguf holds no tensor '.*'; it is incomplete"),
+        ({"leave_out": ("token_embd.weight",)}, "tiny.gguf holds no tensor 'token_embd.weight'"),
+        ({"extra_ints": {"tokenizer.ggml.eom_token_id": 300}}, r"ggml.eom_token_id must be ids .* \[0, 300\), got 300"),
+        (
+            {"extra_ints": {"tokenizer.ggml.unknown_token_id": 2**32 - 1}},
+            "unknown_token_id must be ids .* got 4294967295",
+        ),
+        ({"extra_ints": {"llama.attention.key_length": 0}}, "attention.key_length must be a positive integer, got 0"),
+        (
+            {"replaced": {"llama.rope.scaling.type": "yarn"}},
+            "scales rotary positions by 'yarn'; supported: none and",
+        ),
+        ({"replaced": {"llama.rope.dimension_count": "16"}}, "dimension_count must be a positive integer, got '16'"),
+        ({"replaced": {"tokenizer.ggml.add_bos_token": "no"}}, "add_bos_token must be true or false, got 'no'"),
         ({"extra_ints": {"llama.rope.dimension_count": 8}}, "rotates 8 of 16 dimensions"),
     ],
 )
@@ -153,6 +190,48 @@ def test_file_that_cannot_be_honoured_is_refused_and_nothing_is_left(tmp_path, c
         convert(GgufRecipe(tiny_model("llama"), **change), tmp_path)
 
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+WRONG = (-1, 0, 7.5, float("nan"), True, "", "text", [1], ["a"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "general.architecture",
+        *(
+            f"llama.{name}"
+            for name in (
+                *("context_length", "embedding_length", "block_count", "feed_forward_length", "rope.freq_base"),
+                *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+                *("attention.key_length", "rope.dimension_count", "rope.scaling.type"),
+            )
+        ),
+        *(
+            f"tokenizer.{name}"
+            for name in (
+                *("ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.merges", "ggml.bos_token_id"),
+                *("ggml.eos_token_id", "ggml.eot_token_id", "ggml.padding_token_id", "ggml.add_bos_token"),
+                "chat_template",
+            )
+        ),
+        "split.count",
+    ],
+)
+def test_metadata_of_a_wrong_type_is_imported_or_named_by_file(tmp_path, key, llama):
+    refused = 0
+    for number, value in enumerate(WRONG):
+        file, out = tmp_path / f"{number}.gguf", tmp_path / f"out{number}"
+        write_gguf(GgufRecipe(llama, replaced={key: value}), file)
+        try:
+            import_gguf(file, out, progress=False)
+        except ModelError as error:
+            text = str(error)
+            assert str(file) in text
+            assert "\n" not in text
+            assert not out.exists()
+            refused += 1
+    assert refused > 0
 
 
 def test_truncated_missing_and_foreign_files_are_named(tmp_path):

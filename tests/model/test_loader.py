@@ -55,7 +55,7 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
         load(sharded)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"metadata": {}}', '{"weight_map": []}'])
+@pytest.mark.parametrize("content", ["", "[]", '{"metadata": {}}', '{"weight_map": []}', '{"weight_map": {}}'])
 def test_a_broken_index_is_named(content: str, sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ModelError, match=r"index\.json.*download it again"):
@@ -91,6 +91,30 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(llama: Path) -> None:
 def test_integer_weights_are_refused(llama: Path) -> None:
     edit(llama, lambda tensors: tensors.update({Q_PROJ: torch.zeros(128, 64, dtype=torch.int8)}))
     with pytest.raises(ModelError, match=f"{Q_PROJ} has dtype I8"):
+        load(llama)
+
+
+@pytest.mark.parametrize(
+    ("taken", "stored"),
+    [
+        ("weight", ("qweight", "qzeros", "scales", "g_idx")),
+        ("weight", ("weight_packed", "weight_scale", "weight_shape")),
+        (None, ("weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4")),
+        (None, ("SCB",)),
+        (None, ("weight_scale_inv",)),
+    ],
+    ids=["gptq and awq", "compressed-tensors", "bitsandbytes 4 bit", "bitsandbytes 8 bit", "fp8"],
+)
+def test_quantised_weights_are_called_that(taken: str | None, stored: tuple[str, ...], llama: Path) -> None:
+    prefix = Q_PROJ.removesuffix("weight")
+
+    def quantise(tensors: dict[str, Tensor]) -> None:
+        if taken is not None:
+            del tensors[prefix + taken]
+        tensors.update({prefix + name: torch.zeros(4, dtype=torch.int32) for name in stored})
+
+    edit(llama, quantise)
+    with pytest.raises(ModelError, match=r"model\.safetensors: the weights are quantised .*unquantised checkpoint"):
         load(llama)
 
 

@@ -79,6 +79,13 @@ def test_greedy_takes_the_first_of_the_highest_logits(vocab_size: int) -> None:
     assert tokens_of(sampler, logits, range(8), [3] * 8) == first
 
 
+def test_a_nucleus_of_nothing_is_the_most_likely_token() -> None:
+    logits = random_logits(8)
+    sampler = sampler_with(*(row_init(row, temperature=2.0, top_p=0.0) for row in range(8)))
+    for position in range(3, 20):
+        assert tokens_of(sampler, logits, range(8), [position] * 8) == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.7}, {"temperature": 1.5, "top_k": 5}, {"top_p": 0.6}])
 def test_tokens_come_as_often_as_their_probability_says(params: dict[str, Any]) -> None:
     logits = random_logits(1, 20, spread=1.5)
@@ -94,7 +101,7 @@ def test_tokens_come_as_often_as_their_probability_says(params: dict[str, Any]) 
     st.sampled_from([300, 3000]),
     st.floats(0.1, 20),
     st.sampled_from([0, 1, 2, 7, 250, 1500, 10_000]),
-    st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+    st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01, 0.0]),
     st.sampled_from([0.0, 0.02, 0.5, 1.0]),
 )
 @settings(max_examples=150, deadline=None)
@@ -114,7 +121,7 @@ def test_filters_keep_exactly_the_tokens_the_definition_keeps(
     st.sampled_from([300, 3000]),
     st.floats(0.1, 20),
     st.lists(
-        st.tuples(st.sampled_from([0, 1, 7, 250, 10_000]), st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01])),
+        st.tuples(st.sampled_from([0, 1, 7, 250, 10_000]), st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01, 0.0])),
         min_size=1,
         max_size=4,
     ),
@@ -324,7 +331,7 @@ def test_rows_whose_logits_are_not_finite_are_named_and_the_others_sampled(
     bad[1, 77] = value
     rows = (row_init(4, presence_penalty=1.0, logprobs=1), row_init(0, **params, logprobs=1), row_init(2))
     chosen = sampler_with(*rows).sample(bad, [4, 0, 2], [3, 3, 3]).read()
-    assert chosen.failed == (1,)
+    assert [place for place, _ in chosen.failed] == [1]
     assert [logprob is not None for logprob in chosen.logprobs] == [True, False, False]
     first, last = (tokens_of(sampler_with(*rows), logits[[i]], [row], [3])[0] for i, row in ((0, 4), (2, 2)))
     assert chosen.tokens == (first, 0, last)

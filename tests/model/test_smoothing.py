@@ -16,7 +16,7 @@ from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.decoder import DecoderLayer
 from tfserve.model.layer_weights import LayerWeights
 from tfserve.model.linear import WeightFormat
-from tfserve.model.rope import RotaryTable
+from tfserve.model.rope import Rotary
 from tfserve.model.smoothing import Smoother, calibration_ids, smoothing_factors
 
 PLAIN = WeightFormat("plain", torch.float32, torch.device("cpu"))
@@ -42,7 +42,7 @@ def layer_output(config: ModelConfig, weights: LayerWeights, embeddings: Tensor)
         layer = DecoderLayer(config, 0, PLAIN)
         weights.fill(layer, PLAIN)
         residual = embeddings[IDS]
-        layer(residual, RotaryTable(config, PLAIN.device).at(torch.arange(len(IDS))), DenseAttention())
+        layer(residual, Rotary(config, PLAIN.device).at(torch.arange(len(IDS))), DenseAttention())
     return residual
 
 

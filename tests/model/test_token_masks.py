@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.tokenizers import write_tiny_tokenizer
+from tests.panics import PanicException
+from tests.tokenizers import long_token_json, write_tiny_tokenizer
 from tfserve.errors import RequestError
 from tfserve.model import grammar as grammars
 from tfserve.model.grammar import check_grammar, json_schema_grammar, lark_json
@@ -54,14 +57,17 @@ class Writer:
         self.sampler.enter(init)
         self.output[int(init.row)] = list(init.token_ids[len(PROMPT) :])
 
-    def step(self, *rows: int) -> None:
+    def step(self, *rows: int) -> tuple[tuple[int, str], ...]:
+        """Give each row a token; the places that have failed, and why."""
         places = [len(PROMPT) + len(self.output[row]) for row in rows]
         generators = [torch.Generator().manual_seed(1000 * r + p) for r, p in zip(rows, places, strict=True)]
         logits = torch.stack([torch.randn(VOCAB, generator=generator) * 3 for generator in generators])
         before = logits.clone()
-        for row, token in zip(rows, self.sampler.sample(logits, rows, places).token_ids.tolist(), strict=True):
+        choices = self.sampler.sample(logits, rows, places).read()
+        for row, token in zip(rows, choices.tokens, strict=True):
             self.output[row].append(token)
         assert torch.equal(logits, before)
+        return choices.failed
 
     def finish(self, row: int) -> list[int]:
         while not self.output[row] or self.output[row][-1] not in EOS:
@@ -115,12 +121,93 @@ def test_after_the_end_only_the_end_is_allowed(masks: TokenMasks) -> None:
     assert set(writer.output[0][-3:]) <= set(EOS)
 
 
-def test_output_that_does_not_fit_may_only_end(masks: TokenMasks, caplog: pytest.LogCaptureFixture) -> None:
+def test_output_that_does_not_fit_is_an_error_and_no_end(masks: TokenMasks, caplog: pytest.LogCaptureFixture) -> None:
     writer = Writer(masks)
     writer.enter(row_init(0, (200, 201), grammar=json_schema_grammar(SCHEMA)))
-    assert "left its grammar" in caplog.text
-    writer.step(0)
-    assert writer.output[0][-1] in EOS
+    writer.enter(row_init(1, grammar=json_schema_grammar(SCHEMA)))
+    writer.enter(row_init(2))
+    failed = writer.step(1, 0, 2)
+    assert [place for place, _ in failed] == [1]
+    assert "cannot go on by its grammar" in failed[0][1]
+    assert "request r0" in caplog.text
+    assert [place for place, _ in writer.step(0, 1)] == [0]
+
+
+def test_a_grammar_that_can_no_longer_be_met_is_an_error_where_that_shows(masks: TokenMasks) -> None:
+    writer = Writer(masks)
+    writer.enter(row_init(0, grammar='start: "a" stuck\nstuck: stuck "x"'))
+    failed: tuple[tuple[int, str], ...] = ()
+    while not failed and len(writer.output[0]) < 5:
+        failed = writer.step(0)
+    assert [place for place, _ in failed] == [0]
+    assert not set(writer.output[0][:-1]) & set(EOS)
+
+
+class BrokenMatcher:
+    """A matcher that breaks in one of its methods; before, everything is allowed."""
+
+    def __init__(self, breaks: str, error: BaseException) -> None:
+        self.breaks, self.error = breaks, error
+
+    def call(self, name: str) -> None:
+        if name == self.breaks:
+            raise self.error
+
+    def consume_tokens(self, tokens: list[int]) -> None:
+        self.call("consume_tokens")
+
+    def consume_token(self, token: int) -> None:
+        self.call("consume_token")
+
+    def compute_bitmask(self) -> bytes:
+        self.call("compute_bitmask")
+        return b"\xff" * (VOCAB // 8)
+
+    def is_error(self) -> bool:
+        return False
+
+    def is_stopped(self) -> bool:
+        return False
+
+
+class BreakingCompiler(GrammarCompiler):
+    """Compiles the grammar "broken" to a BrokenMatcher, or breaks at it."""
+
+    def __init__(self, tokenizer: Tokenizer, breaks: str, error: BaseException) -> None:
+        super().__init__(tokenizer.to_json(), VOCAB, EOS)
+        self.breaks, self.error = breaks, error
+        self.forgotten: list[str] = []
+
+    def matcher(self, grammar: str) -> Any:
+        if grammar != "broken":
+            return super().matcher(grammar)
+        if self.breaks == "compile":
+            raise self.error
+        return BrokenMatcher(self.breaks, self.error)
+
+    def forget(self, grammar: str) -> None:
+        super().forget(grammar)
+        self.forgotten.append(grammar)
+
+
+@pytest.mark.parametrize("error", [PanicException("out of bounds"), ValueError("out of bounds")], ids=repr)
+@pytest.mark.parametrize("breaks", ["compile", "consume_tokens", "compute_bitmask", "consume_token"])
+def test_where_the_library_breaks_down_one_row_is_lost(tokenizer: Tokenizer, breaks: str, error: BaseException) -> None:
+    compiler = BreakingCompiler(tokenizer, breaks, error)
+    writer, alone = Writer(TokenMasks(compiler)), Writer(None)
+    writer.enter(row_init(0, grammar="broken"))
+    writer.enter(row_init(1, grammar=json_schema_grammar(SCHEMA)))
+    for each in (writer, alone):
+        each.enter(row_init(2, temperature=1.0))
+    failures = [writer.step(0, 1, 2) for _ in range(3)]
+    first = 1 if breaks == "consume_token" else 0
+    assert [len(failed) for failed in failures] == [0] * first + [1] * (3 - first)
+    assert "out of bounds" in failures[first][0][1]
+    assert compiler.forgotten == ["broken"]
+    for _ in range(3):
+        alone.step(2)
+    assert writer.output[2] == alone.output[2]
+    assert tokenizer.decode(writer.finish(1)).startswith("{")
 
 
 def test_lark_with_a_schema_inside(masks: TokenMasks, tokenizer: Tokenizer) -> None:
@@ -141,6 +228,16 @@ def test_bad_grammars_and_a_missing_extra_are_named(monkeypatch: pytest.MonkeyPa
     assert missing.value.param == "response_format"
 
 
-def test_a_tokenizer_it_cannot_read_is_no_reason_not_to_load(caplog: pytest.LogCaptureFixture) -> None:
-    assert open_masks("{}", VOCAB, EOS) is None
-    assert "cannot read" in caplog.text
+def test_a_tokenizer_it_cannot_read_is_no_reason_not_to_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No tokenizer at all, and one with a token so long that llguidance panics."""
+    for unreadable in ("{}", long_token_json(write_tiny_tokenizer(tmp_path))):
+        caplog.clear()
+        assert open_masks(unreadable, VOCAB, EOS) is None
+        assert "no grammars" in caplog.text
+
+
+def test_without_an_end_of_sequence_token_there_are_no_grammars(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert open_masks(tokenizer.to_json(), VOCAB, ()) is None
+    assert "end-of-sequence" in caplog.text

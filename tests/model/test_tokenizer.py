@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
+from tests.conftest import TINY
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.errors import ModelError, RequestError
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.config import load_model_config
+from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
 
 TEXTS = [
     "Why is the sky blue?",
@@ -34,6 +37,8 @@ CHAT = [
 ]
 
 USER = [{"role": "user", "content": "hi"}]
+
+CONFIG = TINY | {"architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 1024, "eos_token_id": None}
 
 
 @pytest.fixture
@@ -131,7 +136,7 @@ def test_model_without_template_says_so(model_dir: Path) -> None:
 
 
 def test_broken_template_names_its_line(model_dir: Path) -> None:
-    with pytest.raises(ModelError, match="line 2"):
+    with pytest.raises(ModelError, match=r"chat_template\.jinja: chat template, line 2"):
         with_template(model_dir, "fine\n{% if %}")
 
 
@@ -161,6 +166,119 @@ def test_added_tokens_with_characters_of_their_own_keep_them(model_dir: Path) ->
     token_ids = tokenizer.encode("<｜think｜> the")
     assert tokenizer.token_str(token_ids[0]) == "<｜think｜>"
     assert tokenizer.decode(token_ids) == "<｜think｜> the"
+
+
+def write_json(path: Path, tree: Any) -> None:
+    path.write_text(json.dumps(tree))
+
+
+ADDED = {"content": "<think>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens.json": {"<think>": 437, "<｜tool｜>": 438}},
+        {"added_tokens.json": {"<｜tool｜>": 438, "<think>": 437, "<|im_end|>": 2}},
+        {"added_tokens.json": {"<think>": 437}, "special_tokens_map.json": {"eos_token": {"content": "<think>"}}},
+        {"added_tokens.json": {"<think>": 437}, "tokenizer_config.json": {"additional_special_tokens": ["<think>"]}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"437": ADDED, "438": ADDED | {"content": "</think>"}}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"437": ADDED | {"special": True, "lstrip": True}}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"437": ADDED}}, "added_tokens.json": {"<think>": 437}},
+    ],
+)
+def test_tokens_named_beside_tokenizer_json_are_one_token_as_in_transformers(
+    files: dict[str, Any], model_dir: Path
+) -> None:
+    assert Tokenizer.from_dir(model_dir).vocab_size == 437
+    for name, tree in files.items():
+        path = model_dir / name
+        write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | tree)
+    ours, theirs = Tokenizer.from_dir(model_dir), AutoTokenizer.from_pretrained(model_dir)
+    assert ours.encode("the<think>sky") == [*ours.encode("the"), 437, *ours.encode("sky")]
+    for text in ("a <think> b<｜tool｜></think><|im_end|>", " <think>", "x<｜tool｜> "):
+        token_ids = ours.encode(text)
+        assert token_ids == theirs.encode(text)
+        for skip in (True, False):
+            assert ours.decode(token_ids, skip) == theirs.decode(token_ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"),
+    [
+        ("added_tokens.json", {"<think>": 500}),
+        ("added_tokens.json", {"<think>": 5}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"500": ADDED}}),
+    ],
+)
+def test_an_added_token_of_another_model_is_refused(name: str, tree: Any, model_dir: Path) -> None:
+    write_json(model_dir / name, tree)
+    with pytest.raises(ModelError, match=rf"{name}: .*'<think>' has id \d+ there, but tokenizer.json gives it 437"):
+        Tokenizer.from_dir(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("config", "older", "expected"),
+    [
+        ("<|im_end|>", None, (2,)),
+        ({"content": "<|im_end|>", "__type": "AddedToken"}, None, (2,)),
+        (None, "<|endoftext|>", (0,)),
+        (None, {"content": "<|endoftext|>"}, (0,)),
+        ("<|im_end|>", "<|endoftext|>", (2, 0)),
+        ("<|im_end|>", "<|im_end|>", (2,)),
+        ("", None, ()),
+        (None, None, ()),
+    ],
+)
+def test_every_file_of_the_tokenizer_may_name_its_end(
+    config: Any, older: Any, expected: tuple[int, ...], model_dir: Path
+) -> None:
+    edit_config(model_dir, eos_token=config)
+    write_json(model_dir / "special_tokens_map.json", {"eos_token": older})
+    assert Tokenizer.from_dir(model_dir).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("eos", "message"),
+    [
+        ("<|im_emd|>", "eos_token '<|im_emd|>' is no token of tokenizer.json"),
+        (2, "eos_token must be text, got 2"),
+        (["<|im_end|>"], "eos_token must be text"),
+        ({"id": 2}, "eos_token.content is missing"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_end_that_is_no_token_is_refused_by_file_and_key(name: str, eos: Any, message: str, model_dir: Path) -> None:
+    write_json(model_dir / name, {"eos_token": eos})
+    with pytest.raises(ModelError, match=f"{name}: {re.escape(message)}"):
+        Tokenizer.from_dir(model_dir)
+
+
+def test_ends_of_the_model_and_of_its_tokenizer_are_one_set(model_dir: Path) -> None:
+    tokenizer = Tokenizer.from_dir(model_dir)
+    write_json(model_dir / "config.json", {**CONFIG, "eos_token_id": [7, 2]})
+    assert all_eos_token_ids(load_model_config(model_dir), tokenizer, model_dir) == (7, 2)
+    write_json(model_dir / "config.json", CONFIG)
+    write_json(model_dir / "generation_config.json", {"eos_token_id": 9})
+    assert all_eos_token_ids(load_model_config(model_dir), tokenizer, model_dir) == (9, 2)
+
+
+def test_an_end_that_the_model_has_no_embedding_for_is_refused(model_dir: Path) -> None:
+    write_json(model_dir / "added_tokens.json", {"<end>": 437})
+    edit_config(model_dir, eos_token="<end>")
+    write_json(model_dir / "config.json", CONFIG | {"vocab_size": 437})
+    with pytest.raises(ModelError, match=r"tokenizer_config.json: eos_token '<end>' has id 437, beyond vocab_size 437"):
+        all_eos_token_ids(load_model_config(model_dir), Tokenizer.from_dir(model_dir), model_dir)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "LlamaTokenizer", "GPT2Tokenizer", None])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama"])
+def test_a_directory_without_a_vocabulary_is_refused(kind: str | None, architecture: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", CONFIG | {"model_type": architecture})
+    if kind is not None:
+        write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": kind})
+    with pytest.raises(ModelError, match=r"has no tokenizer\.json"):
+        Tokenizer.from_dir(tmp_path)
 
 
 def test_stored_truncation_and_padding_do_not_touch_prompts(model_dir: Path) -> None:

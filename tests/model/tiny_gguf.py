@@ -95,6 +95,7 @@ class GgufRecipe:
     leave_out: tuple[str, ...] = ()
     extra_tensors: dict[str, np.ndarray] = field(default_factory=dict)
     extra_ints: dict[str, int] = field(default_factory=dict)
+    replaced: dict[str, Any] = field(default_factory=dict)
     rope_factors: np.ndarray | None = None
 
 
@@ -114,6 +115,10 @@ def write_gguf(recipe: GgufRecipe, path: Path) -> Tokenizer:
     for key, value in recipe.extra_ints.items():
         writer.add_uint32(key, value)
     tokenizer = _add_tokenizer(writer, recipe)
+    for key, value in recipe.replaced.items():
+        for fields in writer.kv_data:
+            fields.pop(key, None)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, values in _tensors(recipe).items():
         if name not in recipe.leave_out:
             _add_tensor(writer, name, values, recipe.quantisation)

@@ -25,6 +25,7 @@ import msgspec
 from tfserve.bench.sse_parser import SseParser
 from tfserve.bench.workload import Work
 from tfserve.errors import NOT_JSON, TfserveError
+from tfserve.strict_json import mend
 
 Endpoint = Literal["chat", "completions"]
 
@@ -243,7 +244,7 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
     if payload.strip() == b"[DONE]":
         return True
     try:
-        event = msgspec.json.decode(payload)
+        event = msgspec.json.decode(mend(payload))
     except NOT_JSON as error:
         raise _StreamError("malformed", f"{error} in {payload[:100]!r}") from None
     if not isinstance(event, dict):

@@ -38,7 +38,7 @@ from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.token_masks import open_masks
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
 from tfserve.types import EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,9 @@ def _build(
     backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
     block_size = backend.block_size(config.block_size)
     tokenizer = Tokenizer.from_dir(path)
+    eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
     with ThreadPoolExecutor(1) as beside:  # neither needs the other, and both take a while
-        opening = beside.submit(open_masks, tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids)
+        opening = beside.submit(open_masks, tokenizer.to_json(), model_config.vocab_size, eos_token_ids)
         model = load_model(
             path,
             model_config,
@@ -143,7 +144,7 @@ def _build(
         runner=worker or runner,
         clock=clock,
         tokenizer=tokenizer,
-        eos_token_ids=model_config.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         seed=config.seed,
         emit=emit,
         pipeline_depth=config.pipeline_depth,
@@ -169,6 +170,7 @@ def _build(
         threads=threads,
         load_s=time.monotonic() - started_s,
         num_host_blocks=tier.num_blocks if tier else 0,
+        host_tier_reason=tier.reason if tier else "",
         grammars=masks is not None,
     )
     return core, info

@@ -6,6 +6,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import compress
 
@@ -22,9 +23,10 @@ from tfserve.engine.messages import (
     ToCore,
     TokenOutput,
 )
-from tfserve.engine.request import Request, RequestState
+from tfserve.engine.request import Finish, Request, RequestState
 from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.step_trace import CopyTotals, StepTrace
+from tfserve.errors import failures
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.plan import Clock, Direction, Fence, InFlight, Runner, StepPlan, StepResult
@@ -77,8 +79,9 @@ class EngineCore:
     has one more token computed; it is dropped. `trace` is told of every step and finished request. `tokenizer` is for
     stop strings: None where no request has any.
 
-    One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on.
-    Exceptions outside the runner are bugs in our own bookkeeping: they leave `run`.
+    One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on; so
+    does one request whose text cannot be made. Other exceptions are bugs in our own bookkeeping: they leave `run`, and
+    `close` must then be called.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class EngineCore:
         self._requests: dict[RequestId, Request] = {}
         self._outputs: list[TokenOutput] = []
         self._resumed: list[tuple[str, float]] = []
+        self._told_free = self._num_free  # as the last message had them
         self._step = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -121,18 +125,23 @@ class EngineCore:
 
     def run(self) -> None:
         """Loop until a Shutdown message; what is unfinished then ends as aborted."""
-        try:
-            while not self._stopping:
-                if not self.step() and not self._stopping:
-                    self.sleep()
-            for request in list(self._requests.values()):
-                self._finish(request, FinishReason.ABORT)
-            self._flush()
-        finally:
-            self._runner.close()
-            self._scheduler.offload.close()
+        while not self._stopping:
+            if not self.step() and not self._stopping:
+                self.sleep()
+        for request in list(self._requests.values()):
+            self._finish(request, FinishReason.ABORT)
+        self._flush()
+
+    def close(self) -> None:
+        """Wait for what is under way and let go of threads, memory and the trace; after `run`, however that ended.
+
+        This may take long, or for ever where a device hangs: tell first what there is to tell.
+        """
+        with ExitStack() as closing:  # from the last to the first, each even if one fails
             if self._trace is not None:
-                self._trace.close()
+                closing.callback(self._trace.close)
+            closing.callback(self._scheduler.offload.close)
+            closing.callback(self._runner.close)
 
     def step(self) -> bool:
         """One turn of the loop: launch a step, and commit the one before if too many are under way or none is new.
@@ -221,6 +230,7 @@ class EngineCore:
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
             rate=message.rate,
+            is_rate_assumed=message.is_rate_assumed,
             priority=message.priority,
             detokenizer=self._detokenizer(params) if params.stop else None,
         )
@@ -244,10 +254,10 @@ class EngineCore:
         plan = launched.plan
         try:
             result = launched.flight.result()
-        except Exception as error:  # whatever a kernel raises must not end other people's streams
+        except failures() as error:  # whatever a kernel raises must not end other people's streams
             logger.exception("step %d failed", plan.step)
             self._scheduler.ended(plan)
-            self._fail(launched, f"{type(error).__name__}: {error}")
+            self._fail(launched, _words(error))
         else:
             self._scheduler.ended(plan)
             self._scheduler.observe(plan, result.device_s)
@@ -269,7 +279,9 @@ class EngineCore:
         produced = zip(sampled, result.tokens, result.logprobs, strict=True)
         for request, token, logprob in compress(produced, wanted):
             if request.id in failed:
-                self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id]))
+                self._finish(
+                    request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id], recurs=True)
+                )
                 continue
             # With the first token, even if it was computed again after a preemption.
             of_prompt = request.prompt_logprobs if request.num_output_tokens == 0 else None
@@ -277,18 +289,28 @@ class EngineCore:
                 self._finish(request, FinishReason.LENGTH, TokenOutput(request.id, prompt_logprobs=of_prompt))
                 continue
             self._num_output_tokens += 1
-            finish = request.append(token, now_s)
+            finish, error = self._append(request, token, now_s)
             if request.resume is not None:
                 path, since_s = request.resume
                 self._resumed.append((path, now_s - since_s))
                 request.resume = None
             reason, stop = finish or (None, None)
             logprobs = None if logprob is None else [logprob]
-            output = TokenOutput(request.id, [token], logprobs, stop_reason=stop, prompt_logprobs=of_prompt)
+            output = TokenOutput(
+                request.id, [token], logprobs, stop_reason=stop, error=error, prompt_logprobs=of_prompt
+            )
             if reason is None:
                 self._outputs.append(output)
             else:
                 self._finish(request, reason, output)
+
+    def _append(self, request: Request, token: int, now_s: float) -> tuple[Finish | None, str | None]:
+        """Give a request its next token; how it finished with it, if it did, and what went wrong, if anything."""
+        try:
+            return request.append(token, now_s), None
+        except failures() as error:  # its text is looked through for stop strings: a tokenizer is at fault
+            logger.exception("the text of request %s cannot be made", request.id)
+            return (FinishReason.ERROR, None), _words(error)
 
     def _fail(self, launched: _Launched, error: str) -> None:
         """End every request the failed step touched; those that merely took a row in it too, for it may be unset."""
@@ -318,9 +340,23 @@ class EngineCore:
         offload = self._scheduler.offload
         return [CopyTotals(offload.bytes_moved[direction], offload.busy_s[direction]) for direction in Direction]
 
+    @property
+    def _num_free(self) -> tuple[int, int]:
+        """Free blocks of both tiers."""
+        return self._scheduler.kv.num_free_blocks, self._scheduler.kv.num_free_host_blocks
+
     def _flush(self) -> None:
         started = self._scheduler.take_started()
-        if self._outputs or started:
+        free = self._num_free
+        # A copy may end after the last step: without a message the block that it held would count as used for good.
+        is_stale = not self._launched and free != self._told_free
+        if self._outputs or started or is_stale:
+            self._told_free = free
             outputs, self._outputs = self._outputs, []
             resumed, self._resumed = self._resumed, []
             self._emit(StepOutputs(outputs, self.stats(), started, resumed))
+
+
+def _words(error: BaseException) -> str:
+    """What a request's error says of an exception; it may go to another process, as UTF-8."""
+    return f"{type(error).__name__}: {error}".encode(errors="replace").decode()

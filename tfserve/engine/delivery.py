@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
 
 from tfserve.engine.messages import StepOutputs, StreamStates, TokenOutput
 from tfserve.engine.stream import Collector, RequestStream
-from tfserve.errors import EngineDeadError
+from tfserve.errors import EngineDeadError, failures
 from tfserve.types import RequestId, StreamState
+
+logger = logging.getLogger(__name__)
 
 Sink = RequestStream | Collector
 
@@ -56,7 +59,10 @@ class Mailbox:
                     stream.put(output, now_s)
                 touched[stream] = None
         for stream in touched:
-            stream.notify()
+            try:
+                stream.notify()
+            except failures():  # what one reader makes of its news is no other's loss
+                logger.exception("the reader of request %s failed", stream.request_id)
 
 
 class Delivery:

@@ -32,11 +32,12 @@ from tfserve.engine.prompts import Prompt, as_batch, as_prompt
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.engine.validation import validate
-from tfserve.errors import EngineDeadError, QueueFullError, RequestError
+from tfserve.errors import EngineDeadError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
+from tfserve.strict_json import is_text
 from tfserve.types import (
     ConsumptionRate,
     EngineInfo,
@@ -107,13 +108,13 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | list[SamplingParams] | tuple[SamplingParams, ...] | None = None,
         *,
-        rate: ConsumptionRate | UnsetType = UNSET,
+        rate: ConsumptionRate = None,
     ) -> list[RequestOutput]:
         """Run prompts to their end and return one output each, in order; blocks.
 
-        A prompt is text or token ids (integers, an array or a tensor); `params` is one for all or one for each, `rate`
-        as for `submit`. Raises RequestError before anything runs if one of them cannot be served, EngineDeadError if
-        the engine ends meanwhile. A request that fails alone has `finish_reason` ERROR.
+        A prompt is text or token ids (integers, an array or a tensor); `params` is one for all or one for each. A batch
+        has no reader unless it names a `rate`. Raises RequestError before anything runs if one of the prompts cannot be
+        served, EngineDeadError if the engine ends meanwhile. A request that fails alone has `finish_reason` ERROR.
         """
         batch = as_batch(prompts)
         each = list(params) if isinstance(params, list | tuple) else [params] * len(batch)
@@ -188,10 +189,11 @@ class Engine:
 
     async def streams(self) -> list[StreamState]:
         """Every live request as the scheduler sees it, after the step under way. Raises EngineDeadError."""
-        if self._death is not None:
-            raise EngineDeadError(self._death)
         query, answer = self._questions.ask()
         try:
+            # Only now: an end that comes later releases the question.
+            if self._death is not None:
+                raise EngineDeadError(self._death)
             self._link.send(ListStreams(query))
             return await answer
         finally:
@@ -260,12 +262,13 @@ class Engine:
         priority: int = 0,
     ) -> AddRequest:
         prompt = as_prompt(prompt)
-        token_ids = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if request_id is None:
             request_id = f"{_OWN_IDS}{next(self._ids)}"
         else:
             self._check_id(request_id)
         default_rate = self.config.scheduler.default_rate
+        is_rate_assumed = rate is UNSET
         if rate is UNSET:
             rate = default_rate
         # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
@@ -273,23 +276,18 @@ class Engine:
         if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
             raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
         params = validate(token_ids, SamplingParams() if params is None else params, self.info)
-        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority)
+        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed)
 
     def _check_id(self, request_id: RequestId) -> None:
-        if not isinstance(request_id, str) or not request_id or request_id.startswith(_OWN_IDS):
+        is_id = isinstance(request_id, str) and request_id and is_text(request_id)
+        if not is_id or request_id.startswith(_OWN_IDS):
             raise RequestError(
                 "request_id",
-                f"request_id must be non-empty text that does not begin with {_OWN_IDS!r} (ids that the engine gives),"
-                f" got {request_id!r}",
+                "request_id must be non-empty Unicode text that does not begin with"
+                f" {_OWN_IDS!r} (ids that the engine gives), got {request_id!r}",
             )
         if request_id in self._delivery:
             raise _id_in_use(request_id)
-
-    def _encode(self, prompt: str) -> list[int]:
-        try:
-            return self.tokenizer.encode(prompt)
-        except TypeError:  # what the tokenizer says to half a surrogate pair
-            raise RequestError("prompt", "the prompt is not valid Unicode text") from None
 
     def _buffer(self, message: AddRequest) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
@@ -353,7 +351,10 @@ class Engine:
         logger.error("engine dead: %s", reason)
         self._release(reason)
         for callback in callbacks:
-            callback(reason)
+            try:
+                callback(reason)
+            except failures():
+                logger.exception("%r failed on the news of the engine's end", callback)
 
     def _release(self, reason: str) -> None:
         """End every open stream, and every question, with the news."""

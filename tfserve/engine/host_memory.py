@@ -22,8 +22,8 @@ from tfserve.plan import Clock, Direction, TransferEngine
 
 logger = logging.getLogger(__name__)
 
-_PER_DEVICE_BLOCK = 2
-"""Host blocks per device block where `host_kv_gib` is not set."""
+_MOST_PINNED_BYTES = 64 * 2**30
+"""Most memory that is pinned unasked: the driver takes about half a second for each GiB (estimated)."""
 
 _CHUNK_BYTES = 2**30
 """Host memory is pinned so much at a time."""
@@ -31,9 +31,10 @@ _CHUNK_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class HostTierMemory:
-    """Blocks on the host, the reserved one included, and what moves KV to them and back."""
+    """Blocks on the host, the reserved one included, why so many, and what moves KV to them and back."""
 
     num_blocks: int
+    reason: str
     transfers: TransferEngine
 
 
@@ -46,18 +47,41 @@ def open_host_tier(
     """
     if config.host_kv_gib == 0 or not config.scheduler.offload or config.scheduler.policy not in OFFLOADING:
         return None
-    layout = device.layout
+    block_bytes = device.layout.block_bytes
     available = available_bytes()
     if config.host_kv_gib is None:
-        num_blocks = min(_PER_DEVICE_BLOCK * device.num_blocks, available // 2 // layout.block_bytes)
+        num_blocks, reason = default_host_blocks(device.num_blocks, block_bytes, available, pinned=runner is not None)
     else:
-        num_blocks = host_blocks(config.host_kv_gib, layout.block_bytes, available)
+        num_blocks, reason = host_blocks(config.host_kv_gib, block_bytes, available), "set by host_kv_gib"
     if num_blocks < 2:
         logger.warning("no memory for a host tier: preempted requests are recomputed")
         return None
     if runner is not None:
-        return HostTierMemory(num_blocks, _stream_transfers(config, device, num_blocks, clock, runner))
-    return HostTierMemory(num_blocks, _worker_transfers(config, device, num_blocks, clock))
+        transfers = _stream_transfers(config, device, num_blocks, clock, runner)
+    else:
+        transfers = _worker_transfers(config, device, num_blocks, clock)
+    return HostTierMemory(num_blocks, reason, transfers)
+
+
+def default_host_blocks(device_blocks: int, block_bytes: int, available: int, *, pinned: bool) -> tuple[int, str]:
+    """Host blocks where `host_kv_gib` is not set, and which limit decided, in words.
+
+    On a CPU both tiers share the memory with everything else that runs there, and the system gives it as it is used.
+    Beside a GPU the memory is pinned at the start.
+    """
+    if pinned:
+        limits = [
+            (2 * device_blocks, "twice the device's KV"),
+            (available // 2 // block_bytes, "half of the free memory"),
+            (_MOST_PINNED_BYTES // block_bytes, f"no more than {_MOST_PINNED_BYTES // 2**30} GiB is pinned unasked"),
+        ]
+    else:
+        limits = [
+            (device_blocks, "as much as the device's KV"),
+            (available // 4 // block_bytes, "a quarter of the free memory"),
+        ]
+    num_blocks, limit = min(limits)
+    return num_blocks, f"{limit}; host_kv_gib changes it"
 
 
 def _worker_transfers(config: EngineConfig, device: DevicePool, num_blocks: int, clock: Clock) -> TransferEngine:

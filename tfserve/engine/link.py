@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,8 +20,10 @@ from tfserve.config import EngineConfig
 from tfserve.engine.core import Inbox
 from tfserve.engine.lifetime import close_at_exit, disown_in_fork
 from tfserve.engine.messages import Failed, Ready, Shutdown, StepOutputs, StreamStates, ToCore, ToFront
-from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError
+from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError, panics_as_errors
 from tfserve.types import EngineInfo
+
+logger = logging.getLogger(__name__)
 
 Deliver = Callable[[StepOutputs | StreamStates], None]
 OnDeath = Callable[[str], None]
@@ -100,10 +103,11 @@ class ThreadLink:
 
     def _run(self, config: EngineConfig, deliver: Deliver, started: Future[EngineInfo]) -> None:
         try:
-            # Only here does the front's process import torch.
-            from tfserve.engine.build import build_core
+            with panics_as_errors("loading the model"):
+                # Only here does the front's process import torch.
+                from tfserve.engine.build import build_core
 
-            core, info = build_core(config, deliver)
+                core, info = build_core(config, deliver)
         except BaseException as error:
             started.set_exception(error)
             return
@@ -111,13 +115,15 @@ class ThreadLink:
         if self._closing:
             core.inbox.put(Shutdown())
         started.set_result(info)
+        reason = "the engine loop ended unasked"
         try:
             core.run()
-        except Exception as error:
-            self._on_death(f"the engine loop failed: {type(error).__name__}: {error}")
-            raise
+        except BaseException as error:  # whatever ends this thread, the streams must hear of it
+            logger.exception("the engine loop failed")
+            reason = f"the engine loop failed: {type(error).__name__}: {error}"
         if not self._closing:
-            self._on_death("the engine loop ended unasked")
+            self._on_death(reason)
+        core.close()
 
 
 class ProcessLink:
@@ -202,18 +208,28 @@ class ProcessLink:
         raise AssertionError(f"unexpected first message {message!r}")
 
     def _read(self) -> None:
-        reason = None
         try:
-            while True:
-                match receive(self._conn):
-                    case StepOutputs() | StreamStates() as outputs:
-                        self._deliver(outputs)
-                    case Failed() as failed:
-                        reason = f"the engine failed: {failed.message}"
-        except (EOFError, OSError):
-            pass
+            reason = self._deliver_all()
+        except BaseException as error:  # whatever ends this thread, the streams must hear of it
+            logger.exception("the engine's outputs cannot be read")
+            reason = f"the engine's outputs cannot be read: {type(error).__name__}: {error}"
+            # It has no reader any more, and would go on for ever.
+            self._process.kill()
         if not self._closing:
-            self._on_death(reason or f"the engine process died: {self._exit_status()}")
+            self._on_death(reason)
+
+    def _deliver_all(self) -> str:
+        """Deliver outputs until the core has ended; why it has."""
+        while True:
+            try:
+                message = receive(self._conn)
+            except (EOFError, OSError):
+                return f"the engine process died: {self._exit_status()}"
+            match message:
+                case StepOutputs() | StreamStates():
+                    self._deliver(message)
+                case Failed():
+                    return f"the engine failed: {message.message}"
 
     def _exit_status(self) -> str:
         code = self._process.wait()

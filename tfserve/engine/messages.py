@@ -20,7 +20,8 @@ from tfserve.types import (
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front.
 
-    `rate` is resolved as far as the default goes; of requests without one, the smallest `priority` is served first.
+    `rate` is resolved as far as the default goes (`is_rate_assumed`: it is the default, since the request named none);
+    of requests without one, the smallest `priority` is served first.
     """
 
     request_id: RequestId
@@ -29,6 +30,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     arrival_s: float
     rate: ConsumptionRate = None
     priority: int = 0
+    is_rate_assumed: bool = False
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -61,7 +63,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """What a step did for one request: its new tokens, and how it finished if it did.
 
     `prompt_logprobs` come once, with the first token (or with the end, where no token is wanted). `retry_after_s` is
-    set on a request that was refused before it started: when to try again.
+    set on a request that was refused before it started: when to try again. `recurs`: the error is the request's own,
+    and the same request would meet it again.
     """
 
     request_id: RequestId
@@ -73,6 +76,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     times: RequestTimes | None = None
     retry_after_s: float | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    recurs: bool = False
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag=True):

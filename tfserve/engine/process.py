@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from tfserve.config import EngineConfig
-from tfserve.engine.core import Inbox
+from tfserve.engine.core import EngineCore, Inbox
 from tfserve.engine.messages import Failed, Ready, ToCore, ToFront
 from tfserve.errors import ConfigError, TfserveError
 
@@ -32,6 +32,7 @@ def main(fd: int) -> int:
     box: list[Inbox] = []
     # Listening starts before loading does, so that a front that dies meanwhile leaves no orphan.
     threading.Thread(target=_listen, args=(conn, inbox_ready, box), name="tfserve-inbox", daemon=True).start()
+    core: EngineCore | None = None
     try:
         from tfserve.engine.build import build_core
 
@@ -44,9 +45,12 @@ def main(fd: int) -> int:
         return _fail(conn, Failed(str(error).removeprefix(f"{error.key}: "), error.key, error.exit_code))
     except TfserveError as error:
         return _fail(conn, Failed(str(error), None, error.exit_code))
-    except Exception as error:
+    except BaseException as error:  # a Rust library's panic too: the front must hear of whatever ends this process
         logging.getLogger(__name__).exception("the engine process failed")
         return _fail(conn, Failed(f"{type(error).__name__}: {error}"))
+    finally:
+        if core is not None:
+            core.close()
     return 0
 
 
@@ -58,7 +62,7 @@ def _send(conn: Connection, message: ToFront) -> None:
 
 
 def _fail(conn: Connection, failed: Failed) -> int:
-    _send(conn, failed)
+    _send(conn, msgspec.structs.replace(failed, message=failed.message.encode(errors="replace").decode()))
     return 1
 
 
@@ -72,7 +76,7 @@ def _listen(conn: Connection, inbox_ready: threading.Event, box: list[Inbox]) ->
     except (EOFError, OSError):
         # Nobody is left to serve; a step in flight has nothing worth saving.
         os._exit(1)
-    except Exception:
+    except BaseException:
         # An engine that no longer hears its front must not look alive.
         logging.getLogger(__name__).exception("the inbox failed")
         os._exit(1)

@@ -14,6 +14,10 @@ ResumePath = Literal["load", "recompute"]
 """How a preempted request gets its KV back."""
 
 
+Finish = tuple[FinishReason, str | int | None]
+"""How a request ended, and the stop string or token that ended it."""
+
+
 class RequestState(enum.IntEnum):
     """Where a request is: WAITING has no row and no KV, RUNNING has both, FINISHED has neither.
 
@@ -36,7 +40,7 @@ class Request:
     `max_tokens` is resolved, never None, and at least 1: a prompt that is only scored ends at its first token, which is
     dropped. `detokenizer` exists only where stop strings must be looked for.
     `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader; then `priority`
-    counts, smaller first.
+    counts, smaller first. `is_rate_assumed`: the request named none. `stall_s` is None where no rate is known.
     `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
     `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
     """
@@ -50,6 +54,7 @@ class Request:
     arrival_s: float
     eos_token_ids: frozenset[int]
     rate: ConsumptionRate = None
+    is_rate_assumed: bool = False
     priority: int = 0
     detokenizer: Detokenizer | None = None
     state: RequestState = RequestState.WAITING
@@ -58,7 +63,7 @@ class Request:
     num_in_flight: int = 0
     device_has_token: bool = False
     num_preemptions: int = 0
-    stall_s: float = 0.0
+    stall_s: float | None = None
     resume: tuple[ResumePath, float] | None = None
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -118,7 +123,7 @@ class Request:
             known = 1 + len(self.prompt_logprobs) - scored.start
             self.prompt_logprobs += scored.entries[max(known, 0) :]
 
-    def append(self, token: int, now_s: float) -> tuple[FinishReason, str | int | None] | None:
+    def append(self, token: int, now_s: float) -> Finish | None:
         """Take the oldest token in flight; how the request finished with it (and the stop string or token), or None."""
         self.token_ids.append(token)
         self.num_in_flight -= 1

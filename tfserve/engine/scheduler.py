@@ -99,6 +99,7 @@ class Scheduler:
             num_prompt=request.num_prompt_tokens,
             max_tokens=request.max_tokens,
             rate=request.rate,
+            is_rate_assumed=request.is_rate_assumed,
             priority=request.priority,
         )
 
@@ -121,13 +122,13 @@ class Scheduler:
         """The reader of a live request reports how much of it has been read."""
         self._tracker.on_played(request.id, num_tokens, now_s)
 
-    def stall_s(self, request: Request, now_s: float) -> float:
-        """How long the reader of a live request has had nothing to read since its first token."""
+    def stall_s(self, request: Request, now_s: float) -> float | None:
+        """How long the reader of a live request has had nothing to read since its first token; None if not known."""
         return self._tracker.stall_s(request.id, now_s)
 
     def streams(self, now_s: float) -> list[StreamState]:
         """Every live request, in order of arrival."""
-        return stream_states(self._tracker.columns(now_s), now_s)
+        return stream_states(self._tracker.columns(now_s), self._tracker.is_rate_assumed, now_s)
 
     def take_acks(self, now_s: float) -> None:
         """Let requests whose KV has come back run, and queue those again that lost it to a failed copy."""

@@ -88,14 +88,16 @@ class OutputBuffer:
             output.error = last.error
             output.times = last.times
             output.retry_after_s = last.retry_after_s
+            output.recurs = last.recurs
         return output
 
     def _text(self, tokens: Sequence[int], last: TokenOutput | None) -> str:
         if last is None:
             return self._detokenizer.push(tokens)
-        # The token that ended the request (end of sequence, stop token) is no text.
         ended_by_token = last.finish_reason is FinishReason.STOP and not isinstance(last.stop_reason, str)
-        text = self._detokenizer.push(tokens[:-1] if ended_by_token else tokens)
+        # The token that ended the request (end of sequence, stop token) is no text unless it is asked for.
+        is_text = self._detokenizer.include_stop or not ended_by_token
+        text = self._detokenizer.push(tokens if is_text else tokens[:-1])
         return text + self._detokenizer.finish()
 
 

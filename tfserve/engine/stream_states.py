@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from tfserve.engine.columns import Columns, Phase
+from tfserve.engine.columns import Columns, Mask, Phase
 from tfserve.types import StreamState
 
 _NAMES: dict[int, Literal["waiting", "running", "paused", "loading"]] = {
@@ -18,8 +18,11 @@ _NAMES: dict[int, Literal["waiting", "running", "paused", "loading"]] = {
 }
 
 
-def stream_states(columns: Columns, now_s: float) -> list[StreamState]:
-    """Every request of `columns`, which are those of `now_s`, in order of arrival."""
+def stream_states(columns: Columns, is_rate_assumed: Mask, now_s: float) -> list[StreamState]:
+    """Every request of `columns`, which are those of `now_s`, in order of arrival.
+
+    A stall is told only where the rate is known: a request that named none has not said when it is late.
+    """
     c = columns
     order = np.argsort(c.seq)
     table = zip(
@@ -30,6 +33,7 @@ def stream_states(columns: Columns, now_s: float) -> list[StreamState]:
         c.num_output[order].tolist(),
         c.max_tokens[order].tolist(),
         c.rate[order].tolist(),
+        is_rate_assumed[order].tolist(),
         c.unread[order].tolist(),
         c.time_to_empty_s[order].tolist(),
         c.stall_s[order].tolist(),
@@ -46,9 +50,10 @@ def stream_states(columns: Columns, now_s: float) -> list[StreamState]:
             num_output_tokens=num_output,
             max_tokens=max_tokens,
             rate=_known(rate),
+            is_rate_assumed=assumed,
             num_unread=unread,
             time_to_empty_s=_known(empty_s),
-            stall_s=stall_s,
+            stall_s=None if assumed or math.isnan(rate) else stall_s,
             ttft_s=_known(ttft_s),
             num_preemptions=preemptions,
         )
@@ -60,6 +65,7 @@ def stream_states(columns: Columns, now_s: float) -> list[StreamState]:
             num_output,
             max_tokens,
             rate,
+            assumed,
             unread,
             empty_s,
             stall_s,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.columns import Columns, Ints, Phase, Reading
+from tfserve.engine.columns import Columns, Ints, Mask, Phase, Reading
 from tfserve.engine.table import Rows, Table
 from tfserve.engine.token_buffer import AUTO, Playback, estimated_rate, play, resolve_rate
 from tfserve.types import RequestId
@@ -35,6 +35,7 @@ _DEFAULTS: dict[str, tuple[type, float]] = {
     "stall_s": (np.float64, 0.0),
     "read_area": (np.float64, 0.0),
     "is_auto": (np.bool_, False),
+    "is_rate_assumed": (np.bool_, False),
     "has_feedback": (np.bool_, False),
     "report_s": (np.float64, np.nan),
     "report_tokens": (np.float64, 0.0),
@@ -68,9 +69,13 @@ class Tracker:
         num_prompt: int,
         max_tokens: int,
         rate: float | str | None,
+        is_rate_assumed: bool = False,
         priority: int = 0,
     ) -> None:
-        """Take a new request in, as WAITING. `rate` as `consumption_rate`; RequestError if it is none."""
+        """Take a new request in, as WAITING. `rate` as `consumption_rate`; RequestError if it is none.
+
+        `is_rate_assumed`: the request did not name it. What then counts as a stall is not known, until a report comes.
+        """
         self._table.add(
             req,
             seq=self._num_added,
@@ -81,6 +86,7 @@ class Tracker:
             num_prompt=num_prompt,
             max_tokens=max_tokens,
             is_auto=rate == AUTO,
+            is_rate_assumed=is_rate_assumed,
         )
         self._num_added += 1
         self._num_events += 1
@@ -170,6 +176,7 @@ class Tracker:
             ("report_s", now_s),
             ("report_stall_s", stall),
             ("has_feedback", True),
+            ("is_rate_assumed", False),
         ):
             table[name][row] = value
 
@@ -191,9 +198,17 @@ class Tracker:
         self._table["device_blocks"][:] = device_blocks
         self._table["host_tokens"][:] = host_tokens
 
-    def stall_s(self, req: RequestId, now_s: float) -> float:
-        """How long this reader has had nothing to read since its first token."""
-        return float(self._play(np.array([self._table.row(req)]), now_s).stall_s[0])
+    def stall_s(self, req: RequestId, now_s: float) -> float | None:
+        """How long this reader has had nothing to read since its first token; None without a reader of known rate."""
+        row = self._table.row(req)
+        if self._table["is_rate_assumed"][row] or np.isnan(self._table["rate"][row]):
+            return None
+        return float(self._play(np.array([row]), now_s).stall_s[0])
+
+    @property
+    def is_rate_assumed(self) -> Mask:
+        """For each row, whether neither the request nor a report has said how fast it is read."""
+        return self._table["is_rate_assumed"]
 
     def columns(self, now_s: float) -> Columns:
         """The state of every live request at `now_s`. Arrays may be views: use it before the next event."""

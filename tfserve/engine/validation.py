@@ -19,8 +19,7 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
     check_tokens(prompt, info.vocab_size)
     if params.grammar is not None:
         check_grammar(params.grammar)
-        if not info.grammars:
-            raise RequestError("grammar", "this model's outputs cannot be held to a grammar; the server's log says why")
+        require_grammars(info, "grammar")
     room = info.max_model_len - len(prompt)
     if params.max_tokens is None and room >= 1:
         params = msgspec.structs.replace(params, max_tokens=room)
@@ -42,6 +41,13 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
     return params
 
 
+def require_grammars(info: EngineInfo, param: str) -> None:
+    """Raise RequestError about the field `param` if the model's outputs cannot be held to a grammar."""
+    if not info.grammars:
+        message = f"{param}: this model's outputs cannot be held to a grammar; the server's log of its start says why"
+        raise RequestError(param, message, "unsupported_parameter")
+
+
 def _limit(info: EngineInfo) -> str:
     """OpenAI's words: LiteLLM, among others, knows this error by them and not by its code."""
     return f"This model's maximum context length is {info.max_model_len} tokens"
@@ -50,7 +56,7 @@ def _limit(info: EngineInfo) -> str:
 def check_tokens(prompt: Sequence[int], vocab_size: int, param: str = "prompt") -> None:
     """Raise RequestError about the field `param` unless `prompt` has tokens and all are in the vocabulary."""
     if not prompt:
-        raise RequestError("prompt", "the prompt is empty; it must have at least one token")
+        raise RequestError(param, "the prompt is empty; it must have at least one token")
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(param, f"token id {token!r} is not in the vocabulary [0, {vocab_size})")

@@ -13,6 +13,7 @@ from msgspec import UnsetType
 from tfserve.errors import QueueFullError
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
+from tfserve.http.packing import packing_of, unpacked
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.replies import Usage
 from tfserve.http.service import Service
@@ -60,26 +61,31 @@ class Renderer(ChunkRenderer, Protocol):
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
-    """The whole body, unpacked. Raises ApiError for one that is too large (413), too slow (408), or no gzip (400).
+    """The whole body, unpacked. Raises ApiError for one that is too large (413), too slow (408), or broken (400).
 
-    A body that says it is too large is not read at all. One that a web page sends must be called JSON (else 415): any
-    site's page may send text, but before JSON browsers ask whether it may (http/cors.py).
+    A body that says it is too large, or is packed in an unknown way (415), is not read at all. One that a web page
+    sends must be called JSON (else 415): any site's page may send text, but before JSON browsers ask whether it may
+    (http/cors.py).
     """
     if "Origin" in request.headers and request.content_type != JSON:
         message = f"A web page's request must have the Content-Type {JSON}."
         raise ApiError(415, message, code="unsupported_media_type")
+    packing = packing_of(request.headers.get("Content-Encoding", ""))
     try:
         if (request.content_length or 0) <= max_bytes:
             async with asyncio.timeout(BODY_TIMEOUT_S):
-                return await request.read()
+                body: bytes | None = await request.read()
+            if body is not None and packing is not None:
+                body = unpacked(body, packing, max_bytes)
+            if body is not None:
+                return body
     except web.HTTPRequestEntityTooLarge:
         pass
     except TimeoutError:
         message = f"The body did not come within {BODY_TIMEOUT_S:.0f} s."
         raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
     except (web.RequestPayloadError, http_exceptions.PayloadEncodingError):
-        encoding = request.headers.get("Content-Encoding", "identity")
-        message = f"The body cannot be read; it does not come as it says (Content-Encoding: {encoding[:50]})."
+        message = "The body cannot be read; it does not come as its headers say."
         raise ApiError(400, message, code="invalid_body", headers={"Connection": "close"}) from None
     message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
     raise ApiError(413, message, code="body_too_large") from None

@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 import tfserve
-from tfserve.errors import TfserveError
+from tfserve.errors import TfserveError, failures
 from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
@@ -46,7 +46,10 @@ CLIENT_GONE = 499
 
 
 def create_app(service: Service) -> web.Application:
-    """The application for one Service. Run it with `handler_cancellation=True`, or lost clients go unnoticed."""
+    """The application for one Service. `connections.create_runner` runs it as it must be run.
+
+    Otherwise lost clients go unnoticed and packed bodies cannot be read.
+    """
     server = service.config.server
     app = web.Application(
         middlewares=[log_requests, report_errors, key_check(server.api_keys)],
@@ -171,7 +174,7 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return await handler(request)
     except ConnectionError:
         raise
-    except Exception as error:
+    except failures() as error:
         return api_error(error).response()
 
 

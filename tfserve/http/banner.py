@@ -6,12 +6,14 @@ import json
 import shlex
 
 import tfserve
+from tfserve.config import SchedulerConfig
+from tfserve.engine.policies import IGNORES
 from tfserve.http.service import Service
 from tfserve.types import EngineInfo
 
 
 def banner(info: EngineInfo, service: Service, url: str) -> str:
-    """Model, dtype, device, KV blocks and the concurrency they allow, the address, and one curl line to try."""
+    """Model, dtype, device, both KV tiers, the policy and what it ignores, the address, and one curl line to try."""
     weights = f"{info.dtype} weights in {info.quantization}" if info.quantization else info.dtype
     place = f"{info.device} ({info.threads} threads)" if info.device == "cpu" else info.device
     kv_gib = info.num_blocks * info.block_size * info.kv_bytes_per_token / 2**30
@@ -20,12 +22,32 @@ def banner(info: EngineInfo, service: Service, url: str) -> str:
     return "\n".join(
         (
             f"tfserve {tfserve.__version__} serves {model}, loaded in {info.load_s:.1f} s",
-            f"  {weights} on {place}, {info.attention_backend} attention, policy {info.policy}",
+            f"  {weights} on {place}, {info.attention_backend} attention",
             f"  KV cache: {blocks} hold {info.kv_tokens:,} tokens, {info.concurrency:.1f} requests of "
             f"{info.max_model_len:,}; up to {info.max_num_seqs} run at once",
+            f"  {_host_tier(info)}",
+            f"  {_policy(info, service.config.scheduler)}",
             f"Listening on {url}; try:",
             _curl(service, url),
         )
+    )
+
+
+def _host_tier(info: EngineInfo) -> str:
+    if not info.num_host_blocks:
+        return "Host tier: none, a preempted request is computed again"
+    tokens = (info.num_host_blocks - 1) * info.block_size
+    gib = info.num_host_blocks * info.block_size * info.kv_bytes_per_token / 2**30
+    return f"Host tier: {gib:.2f} GiB keep {tokens:,} tokens of paused requests ({info.host_tier_reason})"
+
+
+def _policy(info: EngineInfo, config: SchedulerConfig) -> str:
+    ignored = IGNORES.get(info.policy, ())
+    if ignored:
+        return f"Policy {info.policy}: ignores {', '.join(ignored)}"
+    return (
+        f"Policy {info.policy}: a streamed answer that names no consumption_rate counts as read at"
+        f" {config.default_rate:g} tokens/s; overload: {config.overload}"
     )
 
 

@@ -10,14 +10,16 @@ from functools import partial
 
 import msgspec
 
+from tfserve.engine.validation import require_grammars
 from tfserve.errors import RequestError
 from tfserve.http.answer import Result, encode
+from tfserve.http.chat_prompt import chat_prompt
 from tfserve.http.endpoint import GenerationEndpoint, Job
-from tfserve.http.messages import conversation
-from tfserve.http.parsing import chat_parser
+from tfserve.http.known_fields import CHAT_FIELDS
+from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import ChatRequest, UsageWish
-from tfserve.http.rendering import AnswerHead, tells_nothing
+from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import (
     UNSET,
     AssistantMessage,
@@ -35,10 +37,10 @@ from tfserve.http.replies import (
 )
 from tfserve.http.service import Service
 from tfserve.http.sse import event
+from tfserve.http.structured import response_grammar
 from tfserve.http.tool_parsing import ToolCallParser, tool_call_parser
 from tfserve.http.tools import ToolPlan
-from tfserve.model.grammar import check_grammar
-from tfserve.types import FinishReason, RequestOutput, TokenLogprob
+from tfserve.types import EngineInfo, FinishReason, RequestOutput, TokenLogprob
 
 
 class ChatRenderer:
@@ -127,12 +129,12 @@ class ChatRenderer:
 
     def _token(self, entry: TokenLogprob) -> ChatTokenLogprob:
         raw = self._head.tokenizer.token_bytes(entry.token_id)
-        top = [self._alternative(token_id, logprob) for token_id, logprob in entry.top]
-        return ChatTokenLogprob(raw.decode(errors="replace"), entry.logprob, list(raw), top)
+        top = [self._alternative(token_id, value) for token_id, value in entry.top]
+        return ChatTokenLogprob(raw.decode(errors="replace"), logprob(entry.logprob), list(raw), top)
 
-    def _alternative(self, token_id: int, logprob: float) -> TopLogprob:
+    def _alternative(self, token_id: int, value: float) -> TopLogprob:
         raw = self._head.tokenizer.token_bytes(token_id)
-        return TopLogprob(raw.decode(errors="replace"), logprob, list(raw))
+        return TopLogprob(raw.decode(errors="replace"), logprob(value), list(raw))
 
 
 class _Choice:
@@ -165,34 +167,35 @@ class _Choice:
         return "tool_calls" if self._num_calls and finish_reason == FinishReason.STOP else finish_reason
 
 
-async def _grammar(asked: ChatRequest, tools: ToolPlan) -> str | None:
+async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo) -> str | None:
     """What the answer must follow, checked: a forced call or the response format. Raises RequestError."""
-    wanted = None if asked.response_format is None else asked.response_format.grammar()
+    wanted = await response_grammar(asked.response_format, info)
     if wanted is not None and tools.format is not None:
         message = "response_format: JSON cannot be had together with tools; send tool_choice 'none' or leave one out"
         raise RequestError("response_format", message)
-    grammar, param = (wanted, "response_format") if tools.grammar is None else (tools.grammar, "tools")
-    if grammar is not None:
-        # In a thread: a complex one takes long, and the streams go on.
-        await asyncio.to_thread(check_grammar, grammar, param)
-    return grammar
+    if tools.grammar is None:
+        return wanted
+    # In a thread: a complex one takes long, and the streams go on.
+    await asyncio.to_thread(tools.check)
+    require_grammars(info, "tool_choice")
+    return tools.grammar
 
 
 class ChatEndpoint(GenerationEndpoint[ChatRequest]):
     """Answers chat requests."""
 
     def __init__(self, service: Service) -> None:
-        super().__init__(service, chat_parser())
+        super().__init__(service, BodyParser(ChatRequest, CHAT_FIELDS))
 
     async def prepare(self, asked: ChatRequest, model: str, tokenizer: TokenizerPort) -> Job:
         """The conversation as one prompt, by the model's template."""
         parallel = asked.parallel_tool_calls is not False
         tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
-        grammar = await _grammar(asked, tools)
+        grammar = await _grammar(asked, tools, self._service.engine.info)
         samples = asked.samples(msgspec.structs.replace(asked.sampling_params(), grammar=grammar))
         parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)
         renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), parser, parallel)
-        text = tokenizer.apply_chat_template(conversation(asked.messages), tools=tools.for_template)
+        text = chat_prompt(tokenizer, asked.messages, asked, tools.for_template)
         # The template has written the special tokens already.
-        prompt = await encode(tokenizer, text, add_special_tokens=False)
+        prompt = await encode(tokenizer, text, add_special_tokens=bool(asked.add_special_tokens))
         return Job([prompt], samples, renderer)

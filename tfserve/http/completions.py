@@ -6,16 +6,21 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from tfserve.engine.validation import check_tokens
 from tfserve.http.answer import Result, encode
 from tfserve.http.endpoint import GenerationEndpoint, Job
-from tfserve.http.parsing import completion_parser
+from tfserve.http.known_fields import COMPLETION_FIELDS
+from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import CompletionRequest, UsageWish
-from tfserve.http.rendering import AnswerHead, tells_nothing
+from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import Completion, CompletionChoice, CompletionLogprobs, Usage
 from tfserve.http.service import Service
 from tfserve.http.sse import event
+from tfserve.http.structured import response_grammar
+from tfserve.http.text_offsets import TextOffsets
 from tfserve.types import RequestOutput, TokenLogprob
 
 _Token = tuple[int, float | None, dict[str, float] | None]
@@ -33,26 +38,33 @@ class Echo:
 class CompletionRenderer:
     """One completion in OpenAI's words, with `num_samples` choices per prompt.
 
-    `num_logprobs` is how many alternatives each token is told with; None: no log probabilities. `echoes` has every
-    prompt, if its choices are to begin with it, or nothing.
+    `num_logprobs` is how many alternatives each token is told with; None: no log probabilities. `special_are_text`:
+    special tokens are in the text. `echoes` has every prompt, if its choices are to begin with it, or nothing.
     """
 
     def __init__(
-        self, head: AnswerHead, *, num_samples: int, num_logprobs: int | None, echoes: Sequence[Echo] = ()
+        self,
+        head: AnswerHead,
+        *,
+        num_samples: int,
+        num_logprobs: int | None,
+        special_are_text: bool,
+        echoes: Sequence[Echo] = (),
     ) -> None:
         self.id = head.id
         self._head = head
         self._num_samples = num_samples
         self._num_logprobs = num_logprobs
+        self._special_are_text = special_are_text
         self._echoes = echoes
-        self._offsets: dict[int, int] = {}  # by choice that has begun: characters told with log probabilities
+        self._offsets: dict[int, TextOffsets] = {}  # by choice that has begun: of the model's text
 
     def chunk(self, index: int, output: RequestOutput, usage: Usage) -> bytes:
         """The event for what is new in choice `index`; the finish reason comes with the last text."""
         if tells_nothing(output):
             return b""
-        entries = [*(output.prompt_logprobs or ()), *(output.logprobs or ())]
-        choice = self._choice(index, output.text, entries, output.finish_reason)
+        scored = output.prompt_logprobs or (), output.logprobs or ()
+        choice = self._choice(index, output.text, *scored, output.finish_reason)
         head = self._head
         return event(head.encode(Completion(head.id, head.created, head.model, [choice], head.chunk_usage(usage))))
 
@@ -82,62 +94,71 @@ class CompletionRenderer:
         """The JSON body of an answer that is not streamed."""
         head = self._head
         choices = [
-            self._choice(index, "".join(result.text), [*result.prompt_logprobs, *result.logprobs], result.finish_reason)
+            self._choice(index, "".join(result.text), result.prompt_logprobs, result.logprobs, result.finish_reason)
             for index, result in enumerate(results)
         ]
         return head.encode(Completion(head.id, head.created, head.model, choices, usage))
 
     def _choice(
-        self, index: int, text: str, entries: Sequence[TokenLogprob], finish_reason: str | None
+        self,
+        index: int,
+        text: str,
+        of_prompt: Sequence[TokenLogprob],
+        of_text: Sequence[TokenLogprob],
+        finish_reason: str | None,
     ) -> CompletionChoice:
         """A choice, or what is new in it; it begins with the prompt, if that is to be echoed."""
-        tokens = [self._token(entry) for entry in entries]
+        tokens: list[_Token] = []
+        offsets: list[int] = []
         if index not in self._offsets:
-            self._offsets[index] = 0
-            if self._echoes:
-                echo = self._echoes[index // self._num_samples]
+            echo = self._echoes[index // self._num_samples] if self._echoes else None
+            if echo is not None:
                 text = echo.text + text
-                tokens.insert(0, (echo.first_token, None, None))
+                tokens = [(echo.first_token, None, None), *map(self._token, of_prompt)]
+                places = TextOffsets(self._head.tokenizer, echo.text.startswith)
+                offsets = [min(places.next(token_id), len(echo.text)) for token_id, _, _ in tokens]
+            start = 0 if echo is None else len(echo.text)
+            self._offsets[index] = TextOffsets(self._head.tokenizer, lambda *_: self._special_are_text, start)
+        tokens += map(self._token, of_text)
+        offsets += [self._offsets[index].next(entry.token_id) for entry in of_text]
         # A prompt may have been scored without anybody asking: the engine ran it for nothing else.
         wanted = bool(tokens) and self._num_logprobs is not None
-        return CompletionChoice(index, text, self._logprobs(index, tokens) if wanted else None, finish_reason)
+        return CompletionChoice(index, text, self._logprobs(tokens, offsets) if wanted else None, finish_reason)
 
-    def _logprobs(self, index: int, tokens: Sequence[_Token]) -> CompletionLogprobs:
+    def _logprobs(self, tokens: Sequence[_Token], offsets: list[int]) -> CompletionLogprobs:
         token_ids, chosen, tops = map(list, zip(*tokens, strict=True))
-        offsets = []
-        for token_id in token_ids:
-            offsets.append(self._offsets[index])
-            if token_id not in self._head.tokenizer.special_ids:
-                self._offsets[index] += len(self._head.token_text(token_id))
         texts = [self._head.token_text(token_id) for token_id in token_ids]
         return CompletionLogprobs(offsets, chosen, texts, tops if self._num_logprobs else None)
 
     def _token(self, entry: TokenLogprob) -> _Token:
         """A token, with the most likely ones and itself as alternatives; of two that read the same, the likelier."""
+        value = logprob(entry.logprob)
         if not self._num_logprobs:
-            return entry.token_id, entry.logprob, None
+            return entry.token_id, value, None
         table: dict[str, float] = {}
-        for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-            table.setdefault(self._head.token_text(token_id), logprob)
-        return entry.token_id, entry.logprob, table
+        for token_id, each in (*entry.top, (entry.token_id, value)):
+            table.setdefault(self._head.token_text(token_id), logprob(each))
+        return entry.token_id, value, table
 
 
 class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
     """Answers completion requests."""
 
     def __init__(self, service: Service) -> None:
-        super().__init__(service, completion_parser())
+        super().__init__(service, BodyParser(CompletionRequest, COMPLETION_FIELDS))
 
     async def prepare(self, asked: CompletionRequest, model: str, tokenizer: TokenizerPort) -> Job:
         """The prompts as token ids, in order."""
-        params = asked.sampling_params()
+        grammar = await response_grammar(asked.response_format, self._service.engine.info)
+        params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
         samples = asked.samples(params)
         head = AnswerHead("cmpl", model, tokenizer, asked.usage_wish)
         prompts: list[Sequence[int]] = []
         texts = []
         for prompt in asked.prompts():
             if isinstance(prompt, str):
-                prompts.append(await encode(tokenizer, prompt, add_special_tokens=True))
+                special = asked.add_special_tokens is not False
+                prompts.append(await encode(tokenizer, prompt, add_special_tokens=special))
                 texts.append(prompt)
                 # Many prompts of moderate length: let other requests in between two of them.
                 await asyncio.sleep(0)
@@ -151,5 +172,11 @@ class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
         return Job(
             prompts,
             samples,
-            CompletionRenderer(head, num_samples=len(samples), num_logprobs=asked.logprobs, echoes=echoes),
+            CompletionRenderer(
+                head,
+                num_samples=len(samples),
+                num_logprobs=asked.logprobs,
+                special_are_text=not params.skip_special_tokens,
+                echoes=echoes,
+            ),
         )

@@ -26,6 +26,8 @@ def create_runner(
         shutdown_timeout=shutdown_timeout_s,
         keepalive_timeout=idle_timeout_s,
         logger=logger,
+        # aiohttp answers an encoding that it does not know itself, not in the API's words (http/packing.py).
+        auto_decompress=False,
     )
 
 

@@ -22,7 +22,7 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
     async def mark(request: web.Request, response: web.StreamResponse) -> None:
         if (origin := origin_of(request)) is not None:
             response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-Id"
+            response.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-Id, X-Should-Retry"
         response.headers.add("Vary", "Origin")
 
     @web.middleware

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from aiohttp import web
 
+from tfserve.errors import RequestError
 from tfserve.http.answer import Renderer, answer, read_body
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
@@ -41,17 +42,20 @@ class GenerationEndpoint(ABC, Generic[Asked]):
         tokenizer = service.engine.tokenizer
         asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
         service.check_model(asked.model)
-        job = await self.prepare(asked, service.model_name, tokenizer)
-        return await answer(
-            request,
-            service,
-            job.prompts,
-            job.samples,
-            job.renderer,
-            rate=asked.consumption_rate,
-            priority=asked.priority or 0,
-            stream=bool(asked.stream),
-        )
+        try:
+            job = await self.prepare(asked, service.model_name, tokenizer)
+            return await answer(
+                request,
+                service,
+                job.prompts,
+                job.samples,
+                job.renderer,
+                rate=asked.reading_rate,
+                priority=asked.priority or 0,
+                stream=bool(asked.stream),
+            )
+        except RequestError as error:
+            raise error.renamed(asked.names) from None
 
     @abstractmethod
     async def prepare(self, asked: Asked, model: str, tokenizer: TokenizerPort) -> Job:

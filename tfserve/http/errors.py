@@ -10,6 +10,7 @@ import msgspec
 from aiohttp import web
 
 from tfserve.errors import EngineDeadError, QueueFullError, RequestError, TfserveError
+from tfserve.strict_json import well_formed
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +32,16 @@ class ErrorBody(msgspec.Struct):
     error: ErrorInfo
 
 
+_PASSING = frozenset({408, 429, 503})
+"""Statuses of what passes: the same request may be served later, or by another server."""
+
+
 class ApiError(TfserveError):
-    """An error with the HTTP status and the error object that report it to the client."""
+    """An error with the HTTP status and the error object that report it to the client.
+
+    `recurs`: the same request would get it again, which a header tells OpenAI's clients, for they repeat requests that
+    got a 408, 409, 429 or 5xx. By default the status says.
+    """
 
     def __init__(
         self,
@@ -43,11 +52,15 @@ class ApiError(TfserveError):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        recurs: bool | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.info = ErrorInfo(message=message, type=kind, param=param, code=code)
+        # An error may quote a header, whose bytes need not be UTF-8.
+        self.info = ErrorInfo(message=well_formed(message), type=kind, param=param, code=code)
         self.headers = dict(headers or {})
+        if status not in _PASSING if recurs is None else recurs:
+            self.headers["X-Should-Retry"] = "false"
 
     def body(self) -> bytes:
         """The JSON of the error."""
@@ -58,9 +71,10 @@ class ApiError(TfserveError):
         return web.Response(status=self.status, body=self.body(), content_type=JSON, headers=self.headers)
 
 
-def unavailable(message: str, code: str, retry_after_s: float | None = None) -> ApiError:
+def unavailable(message: str, code: str, retry_after_s: float | None = None, *, recurs: bool | None = None) -> ApiError:
     """503: the server cannot serve now (loading, draining, dead, aborted), whatever the request says."""
-    return ApiError(503, message, kind="service_unavailable_error", code=code, headers=_retry_after(retry_after_s))
+    headers = _retry_after(retry_after_s)
+    return ApiError(503, message, kind="service_unavailable_error", code=code, headers=headers, recurs=recurs)
 
 
 def too_many(message: str, code: str, retry_after_s: float) -> ApiError:

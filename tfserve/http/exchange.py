@@ -33,6 +33,7 @@ class Exchange:
         self._num_output_tokens = 0
         self._times: list[RequestTimes] = []
         self._abort_reason = ""
+        self._is_over_for_good = False
 
     def submit(
         self,
@@ -79,7 +80,8 @@ class Exchange:
         usage = Usage(prompt, output, prompt + output)
         if self._times:
             usage.num_preemptions = sum(times.num_preemptions for times in self._times)
-            usage.stall_s = round(sum(times.stall_s for times in self._times), 3)
+            stalls = [times.stall_s for times in self._times if times.stall_s is not None]
+            usage.stall_s = round(sum(stalls), 3) if stalls else UNSET
             firsts = [times.first_token_s - times.arrival_s for times in self._times if times.first_token_s is not None]
             usage.ttft_s = round(max(firsts), 4) if firsts else UNSET
         return usage
@@ -135,11 +137,15 @@ class Exchange:
     def check_aborted(self) -> None:
         """Raise ApiError if `abort` was called before everything had ended."""
         if self._abort_reason and self._unfinished:
-            raise unavailable(self._abort_reason, "aborted")
+            raise self._aborted()
 
-    def abort(self, reason: str) -> None:
-        """Stop what is unfinished; its reader gets an ApiError with `reason`, at once, even if the engine is busy."""
+    def abort(self, reason: str, *, for_good: bool = False) -> None:
+        """Stop what is unfinished; its reader gets an ApiError with `reason`, at once, even if the engine is busy.
+
+        `for_good`: the request is not wanted any more, here or elsewhere.
+        """
         self._abort_reason = reason
+        self._is_over_for_good = for_good
         for index in sorted(self._unfinished):
             self._streams[index].abort()
         self._listener()
@@ -166,6 +172,11 @@ class Exchange:
             raise too_many(output.error or "The server is overloaded.", "overloaded", output.retry_after_s)
         if output.finish_reason is FinishReason.ERROR:
             message = output.error or "The engine failed on this request."
-            raise ApiError(500, message, kind="server_error", code="generation_failed")
+            raise ApiError(500, message, kind="server_error", code="generation_failed", recurs=output.recurs)
         if output.finish_reason is FinishReason.ABORT:
-            raise unavailable(self._abort_reason or "The request was aborted.", "aborted")
+            raise self._aborted()
+
+    def _aborted(self) -> ApiError:
+        # Without a reason it is the engine that ends.
+        reason = self._abort_reason or "The request was aborted."
+        return unavailable(reason, "aborted", recurs=self._is_over_for_good)

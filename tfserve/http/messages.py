@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
+from tfserve import strict_json
 from tfserve.errors import RequestError
 
 _ROLES = ("system", "user", "assistant", "tool")
 
 
 class ContentPart(msgspec.Struct, kw_only=True):
-    """A piece of a message; only text can be served."""
+    """A piece of a message; only text can be served, and what an assistant refused with."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
+
+    def shown(self, role: str) -> str | None:
+        """The text that a model is shown; None if this is no text."""
+        if self.type == "refusal" and role == "assistant":
+            return self.refusal
+        return self.text if self.type == "text" else None
 
 
 class FunctionCall(msgspec.Struct, kw_only=True):
@@ -36,10 +43,17 @@ class ToolCall(msgspec.Struct, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    """One turn of a conversation."""
+    """One turn of a conversation. What its model's template does with a `name` or with thoughts is its own affair.
+
+    `reasoning` is vLLM's word for `reasoning_content`. A `refusal` is what the assistant said instead of a content.
+    """
 
     role: str
     content: str | list[ContentPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
@@ -57,22 +71,27 @@ class ChatMessage(msgspec.Struct, kw_only=True):
             turn["tool_calls"] = [
                 _call_for_template(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(self.tool_calls)
             ]
-        if self.tool_call_id is not None:
-            turn["tool_call_id"] = self.tool_call_id
-        return turn
+        reasoning = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        extras = {"tool_call_id": self.tool_call_id, "name": self.name, "reasoning_content": reasoning}
+        return turn | {name: value for name, value in extras.items() if value is not None}
 
     def _text(self, where: str) -> str:
+        if self.refusal and (self.content or self.role != "assistant"):
+            message = f"{where}.refusal: only the assistant refuses, and without a content; put the text into content"
+            raise RequestError(f"{where}.refusal", message)
         if self.content is None:
             if self.role != "assistant":
                 raise RequestError(f"{where}.content", f"{where}.content is required for the role {self.role}")
-            return ""
+            return self.refusal or ""
         if isinstance(self.content, str):
-            return self.content
-        for number, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
+            return self.content or self.refusal or ""
+        texts = [part.shown(self.role) for part in self.content]
+        for number, text in enumerate(texts):
+            if text is None:
                 here = f"{where}.content[{number}]"
-                raise RequestError(here, f"{here} must be {{'type': 'text', 'text': ...}}, got type {part.type!r}")
-        return "".join(part.text or "" for part in self.content)
+                kind = self.content[number].type
+                raise RequestError(here, f"{here} must be {{'type': 'text', 'text': ...}}, got type {kind!r}")
+        return "".join(text or "" for text in texts) or self.refusal or ""
 
 
 def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -86,8 +105,8 @@ def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
     """Templates print the arguments as JSON themselves, so they get the object."""
     name = f"{where}.function.arguments"
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError) as error:
+        arguments = strict_json.loads(call.function.arguments or "{}")
+    except ValueError as error:
         raise RequestError(name, f"{name} is not valid JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise RequestError(name, f"{name} must be the JSON of an object")

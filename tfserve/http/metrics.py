@@ -6,7 +6,6 @@ times at which its tokens came. Nothing happens per token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -79,7 +78,9 @@ class Metrics:
         self._prompt = histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
         self._output = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKENS)
         self._stall = histogram(
-            "stream_stall_seconds", "How long a request's reader had nothing to read after its first token.", _STALL_S
+            "stream_stall_seconds",
+            "How long a request's reader, whose rate was named or reported, had nothing to read after its first token.",
+            _STALL_S,
         )
         self._resume = histogram(
             "resume_seconds",
@@ -90,7 +91,8 @@ class Metrics:
         self._ended = counter("request_success", "Requests that ended, by how.", ["finished_reason"])
         self._refused = counter("requests_refused", "Requests refused before they started.", ["reason"])
         self._effective = counter(
-            "effective_tokens", "Tokens of ended requests, weighed by how full the reader's buffer was."
+            "effective_tokens",
+            "Tokens of ended requests that said how fast they are read, weighed by how full the reader's buffer was.",
         )
 
     def attach(self, engine: EnginePort) -> None:
@@ -133,8 +135,8 @@ class Metrics:
         self._ttft.observe(max(at[0] - times.arrival_s, 0.0))
         self._whole.observe(max(at[-1] - times.arrival_s, 0.0))
         self._gaps.observe(np.diff(at))
-        self._effective.inc(effective_tokens(Served(times.arrival_s, stream.rate, at)))
-        if not math.isnan(stream.rate):
+        if times.stall_s is not None:
+            self._effective.inc(effective_tokens(Served(times.arrival_s, stream.rate, at)))
             self._stall.observe(times.stall_s)
 
     def _on_step(self, message: StepOutputs) -> None:

@@ -23,10 +23,10 @@ _MEANINGS = {
     404: "The model is not served here.",
     408: "The body did not come in time.",
     413: "The body is larger than server.max_body_bytes.",
-    415: "A web page (a request with an Origin) must send application/json.",
+    415: "The Content-Encoding is neither gzip nor deflate; or a web page's request is not called application/json.",
     429: "Too many requests wait; Retry-After says for how long to stay away.",
     500: "The engine failed on this request.",
-    503: "The server is loading, draining or dead.",
+    503: "The server is loading, draining or dead, or the answer was aborted.",
 }
 
 
@@ -145,7 +145,8 @@ _LIMITS: Mapping[str, Mapping[str, Any]] = {
     "n": {"minimum": 1, "maximum": MAX_N},
     "best_of": {"minimum": 1, "maximum": MAX_N},
     "temperature": {"minimum": 0, "maximum": 2},
-    "top_p": {"exclusiveMinimum": 0, "maximum": 1},
+    "top_p": {"minimum": 0, "maximum": 1},
+    "seed": {"description": "-1 is random."},
     "top_k": {"minimum": -1, "maximum": 2**31 - 1},
     "min_p": {"minimum": 0, "maximum": 1},
     "repetition_penalty": {"minimum": 0.01, "maximum": 100},
@@ -154,6 +155,7 @@ _LIMITS: Mapping[str, Mapping[str, Any]] = {
     "min_tokens": {"minimum": 0},
     "stop_token_ids": _TOKEN_IDS,
     "messages": {"minItems": 1},
+    "chat_template_kwargs": {"description": "Variables that the model's chat template reads."},
     "tools": {"maxItems": MAX_TOOLS},
 }
 """What the engine asks of fields beyond their types, by field name, where all bodies agree; it checks them itself."""
@@ -241,7 +243,8 @@ def _described(operation: Operation, secured: bool) -> dict[str, Any]:
     good = _content(operation.reply)
     if operation.chunk is not None:
         events = f"Events whose data is a {operation.chunk.__name__} or an ErrorBody each; the last one's is [DONE]."
-        good["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+        # Without a type: OpenAPI 3.1 leaves open whether a schema is about the whole stream or about each event.
+        good["text/event-stream"] = {"schema": {"description": events}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": good}}
     for status, meaning in operation.also.items():
         responses[str(status)] = {"description": meaning, "content": _content(operation.reply)}

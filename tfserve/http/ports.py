@@ -22,8 +22,18 @@ class TokenizerPort(Protocol):
         ...
 
     @property
+    def leading_spaces(self) -> int:
+        """How many spaces the first token of a text loses."""
+        ...
+
+    @property
     def tool_format(self) -> ToolFormat | None:
         """How the model writes tool calls; None if its chat template shows no tools."""
+        ...
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the model's chat template reads; none if it has no template."""
         ...
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -26,6 +26,9 @@ MAX_PROMPTS = 256
 MAX_N = 128
 """Most choices for one prompt (OpenAI's limit)."""
 
+RANDOM_SEED = -1
+"""A seed that asks for none, as in vLLM and llama.cpp."""
+
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat has none but the context length."""
 
@@ -51,8 +54,8 @@ class UsageWish(enum.Enum):
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that chat and plain completions share. None means the default, as does leaving the field out.
 
-    The lines after `stop` are ours; their names are vLLM's, but for `consumption_rate`: how fast the reader reads, in
-    tokens/s or by name. There, null means that nobody reads along.
+    The lines after `stop` are not OpenAI's (`response_format` is, for chats); their names are vLLM's, but for
+    `consumption_rate`: how fast the reader reads, in tokens/s or by name; there, null means that there is no reader.
     """
 
     model: str | None = None
@@ -75,6 +78,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: list[Int] | None = None
     skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
     priority: Int | None = None
     consumption_rate: ConsumptionRate | msgspec.UnsetType = msgspec.UNSET
 
@@ -82,11 +88,22 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     def usage_wish(self) -> UsageWish:
         """Which chunks carry token counts. Raises RequestError when the answer is not streamed at all."""
         options = self.stream_options
-        if options is None or not options.include_usage:
+        if options is None:
+            return UsageWish.NEVER
+        if not options.include_usage:
+            if options.continuous_usage_stats:
+                message = "stream_options.continuous_usage_stats needs stream_options.include_usage to be true"
+                raise RequestError("stream_options", message)
             return UsageWish.NEVER
         if not self.stream:
             raise RequestError("stream_options", "stream_options.include_usage needs stream to be true")
         return UsageWish.ALWAYS if options.continuous_usage_stats else UsageWish.LAST
+
+    @property
+    def reading_rate(self) -> ConsumptionRate | msgspec.UnsetType:
+        """The rate for the engine (UNSET: its default). What comes whole has no reader, unless it names a rate."""
+        is_whole = not self.stream and self.consumption_rate is msgspec.UNSET
+        return None if is_whole else self.consumption_rate
 
     @property
     def num_samples(self) -> int:
@@ -104,6 +121,12 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             raise RequestError(name, f"{name} must be an integer of at least {least}, got {limit}")
         return limit
 
+    @property
+    def names(self) -> dict[str, str]:
+        """How the client called what the engine's errors name otherwise: by the engine's name."""
+        limit = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return {**limit, "prompt_logprobs": "logprobs", "grammar": "response_format"}
+
     def samples(self, params: SamplingParams) -> list[SamplingParams]:
         """`params` for each choice of a prompt; a seed makes each of them repeatable, and all of them different."""
         seeds = [None if params.seed is None else _wrap(params.seed + number) for number in range(self.num_samples)]
@@ -120,6 +143,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
             given["stop"] = tuple(stop)
         if self.stop_token_ids:
             given["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.seed == RANDOM_SEED:
+            del given["seed"]
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
 
 
@@ -144,7 +169,17 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: str | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """As for all requests; the prompt is made of messages, and a grammar may be that of the tools."""
+        names = {**super().names, "prompt": "messages"}
+        asked = self.response_format
+        return names if asked is not None and asked.type != "text" else {**names, "grammar": "tools"}
 
     def sampling_params(self) -> SamplingParams:
         """Parameters for the engine. Raises RequestError in this endpoint's own field names."""

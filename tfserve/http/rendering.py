@@ -12,6 +12,8 @@ from tfserve.http.protocol import UsageWish
 from tfserve.http.replies import UNSET, Usage
 from tfserve.types import RequestOutput
 
+_LEAST_LOGPROB = -9999.0
+
 
 class AnswerHead:
     """Who answers, since when, under which id (`prefix` and a random part), and how often with token counts."""
@@ -29,8 +31,17 @@ class AnswerHead:
         return {UsageWish.NEVER: UNSET, UsageWish.LAST: None, UsageWish.ALWAYS: usage}[self.wish]
 
     def token_text(self, token_id: int) -> str:
-        """One token for display; part of a character shows as U+FFFD."""
-        return self.tokenizer.token_bytes(token_id).decode(errors="replace")
+        """One token for display; what is no whole characters as OpenAI's completions have it: `bytes:\\xf0\\x9f`."""
+        raw = self.tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return f"bytes:{repr(raw)[2:-1]}"
+
+
+def logprob(value: float) -> float:
+    """A log probability as JSON can have it: OpenAI's -9999 for what cannot be."""
+    return max(_LEAST_LOGPROB, value)  # in this order, which makes -9999 of NaN too
 
 
 def tells_nothing(output: RequestOutput) -> bool:

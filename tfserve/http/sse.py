@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from tfserve.config import ServerConfig
+from tfserve.errors import failures
 from tfserve.http.errors import api_error
 from tfserve.http.exchange import Exchange
 from tfserve.http.pacing import Pacer
@@ -80,7 +81,7 @@ async def stream_answer(
         rest = await writer.run()
     except ConnectionError:
         raise
-    except Exception as error:
+    except failures() as error:
         rest = event(api_error(error).body())
     finally:
         writer.close()
@@ -126,7 +127,7 @@ class EventWriter:
         self._is_full = False
         self._is_over = False
         self._rest = b""
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     async def run(self) -> bytes:
         """Write everything but the last step's events, which are returned. Raises what the exchange raises."""
@@ -163,7 +164,7 @@ class EventWriter:
             self._pass_on(self._exchange.take(most=MAX_TOKENS_AT_ONCE))
             while self._exchange.has_more and not (self._is_full or self._is_over):
                 self._pass_on(self._exchange.take(most=MAX_TOKENS_AT_ONCE))
-        except Exception as error:
+        except failures() as error:
             self._error = error
             self._end()
 

@@ -9,9 +9,11 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
+from tfserve.engine.policies import IGNORES
 from tfserve.errors import RequestError
 from tfserve.http.answer import read_body
 from tfserve.http.errors import JSON, ApiError
+from tfserve.http.exchange import Exchange
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import StreamPort
 from tfserve.http.protocol import Int
@@ -35,16 +37,20 @@ INTERVAL = {
 
 
 class StreamList(msgspec.Struct, kw_only=True):
-    """Body of GET /v1/streams, and the data of each of its events; `policy` and `stats` are the engine's."""
+    """Body of GET /v1/streams, and the data of each of its events; `policy` and `stats` are the engine's.
+
+    `policy_ignores` names what a request may say that the policy takes no notice of.
+    """
 
     created: float
     policy: str
+    policy_ignores: tuple[str, ...]
     stats: EngineStats
     data: list[StreamState]
     object: Literal["list"] = "list"
 
 
-class PlayedReport(msgspec.Struct, kw_only=True):
+class PlayedReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Body of POST /v1/streams/{id}/buffer: what has been read so far of the whole answer, in tokens or characters."""
 
     played_tokens: Int | None = None
@@ -59,7 +65,7 @@ class PlayedReply(msgspec.Struct, kw_only=True):
     unread_tokens: int
 
 
-class AbortBody(msgspec.Struct, kw_only=True):
+class AbortBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Body of POST /abort_request: the id of an answer, or of one of its choices; either way all of it ends."""
 
     request_id: str
@@ -87,7 +93,14 @@ class StreamFeed:
             if time.monotonic() - self._taken_s > max_age_s:
                 engine = self._service.engine_alive
                 streams = await engine.streams()
-                listed = StreamList(created=time.time(), policy=engine.info.policy, stats=engine.stats(), data=streams)
+                policy = engine.info.policy
+                listed = StreamList(
+                    created=time.time(),
+                    policy=policy,
+                    policy_ignores=IGNORES.get(policy, ()),
+                    stats=engine.stats(),
+                    data=streams,
+                )
                 self._picture = msgspec.json.encode(listed)
                 self._taken_s = time.monotonic()
             return self._picture
@@ -121,7 +134,7 @@ class StreamEndpoints:
     async def buffer(self, request: web.Request) -> web.Response:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
         report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES))
-        stream = self._stream(request.match_info["id"])
+        _, stream = self._find(request.match_info["id"], "id")
         num_tokens = _num_played(report, stream)
         stream.report_played(num_tokens)
         unread = stream.num_output_tokens - num_tokens
@@ -131,24 +144,25 @@ class StreamEndpoints:
     async def abort(self, request: web.Request) -> web.Response:
         """POST /abort_request: end a request, wherever it is; its client is told."""
         wanted = self._aborts.parse(await read_body(request, _MAX_BODY_BYTES)).request_id
-        exchange = self._service.find(wanted)
-        if exchange is not None:
-            exchange.abort("The request was aborted by POST /abort_request.")
-        else:
-            self._stream(wanted).abort()
+        exchange, _ = self._find(wanted, "request_id")
+        exchange.abort("The request was aborted by POST /abort_request.", for_good=True)
         return web.Response(body=msgspec.json.encode(AbortReply(request_id=wanted)), content_type=JSON)
 
-    def _stream(self, name: str) -> StreamPort:
-        """The stream of this id; an answer's id means its first choice. Raises ApiError (404)."""
+    def _find(self, name: str, param: str) -> tuple[Exchange, StreamPort]:
+        """The stream of this id and its request; an answer's id means its first choice.
+
+        Raises ApiError (404) about `param`.
+        """
         exchange = self._service.find(name)
         if exchange is not None:
-            return exchange.streams[0]
+            return exchange, exchange.streams[0]
         exchange = self._service.find(name.rpartition("-")[0])
-        for stream in exchange.streams if exchange is not None else ():
-            if stream.request_id == name:
-                return stream
+        if exchange is not None:
+            for stream in exchange.streams:
+                if stream.request_id == name:
+                    return exchange, stream
         message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
-        raise ApiError(404, message, param="id", code="stream_not_found")
+        raise ApiError(404, message, param=param, code="stream_not_found")
 
 
 def _num_played(report: PlayedReport, stream: StreamPort) -> int:
@@ -156,7 +170,7 @@ def _num_played(report: PlayedReport, stream: StreamPort) -> int:
     given = [value for value in (report.played_tokens, report.played_chars) if value is not None]
     if len(given) != 1 or given[0] < 0:
         message = "give either played_tokens or played_chars, a count of 0 or more since the answer's start"
-        raise RequestError("played_tokens", message)
+        raise RequestError("played_chars" if report.played_tokens is None and given else "played_tokens", message)
     sent = stream.num_output_tokens
     if report.played_tokens is not None:
         return min(report.played_tokens, sent)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Literal
 
 import msgspec
 
+from tfserve.engine.validation import require_grammars
 from tfserve.errors import RequestError
-from tfserve.model.grammar import json_schema_grammar
+from tfserve.model.grammar import check_grammar, json_schema_grammar
+from tfserve.types import EngineInfo
 
 
 class JsonSchema(msgspec.Struct, kw_only=True):
@@ -20,18 +23,39 @@ class JsonSchema(msgspec.Struct, kw_only=True):
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True):
-    """What an answer must look like: any text, any JSON object, or JSON by a schema."""
+    """What an answer must look like: any text, any JSON object, or JSON by a schema.
+
+    `schema` is that of a json_object, as for llama.cpp and Together, or stands for `json_schema.schema`.
+    """
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
 
     def grammar(self) -> str | None:
         """The grammar that the answer must follow; None for text. Raises RequestError."""
+        if self.json_schema is not None and self.type != "json_schema":
+            name = "response_format.json_schema"
+            raise RequestError(name, f"{name} needs the type json_schema, got {self.type}")
+        if self.schema is not None and (self.type == "text" or self.json_schema is not None):
+            name = "response_format.schema"
+            raise RequestError(name, f"{name} needs the type json_object, or json_schema without json_schema.schema")
         if self.type == "text":
             return None
         if self.type == "json_object":
-            return json_schema_grammar({"type": "object"}, "response_format")
-        if self.json_schema is None or self.json_schema.schema is None:
+            return json_schema_grammar(self.schema or {"type": "object"}, "response_format")
+        schema = self.schema if self.json_schema is None else self.json_schema.schema
+        if schema is None:
             name = "response_format.json_schema" + ("" if self.json_schema is None else ".schema")
             raise RequestError(name, f"{name} is required for the type json_schema")
-        return json_schema_grammar(self.json_schema.schema, "response_format")
+        return json_schema_grammar(schema, "response_format")
+
+
+async def response_grammar(asked: ResponseFormat | None, info: EngineInfo) -> str | None:
+    """The grammar of a request's format, checked; None for text. Raises RequestError."""
+    grammar = None if asked is None else asked.grammar()
+    if grammar is not None:
+        # In a thread: a complex one takes long, and the streams go on.
+        await asyncio.to_thread(check_grammar, grammar, "response_format")
+        require_grammars(info, "response_format")
+    return grammar

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from aiohttp import web
 
 from tfserve.engine.validation import check_tokens
 from tfserve.errors import RequestError
 from tfserve.http.answer import encode, read_body
+from tfserve.http.chat_prompt import chat_prompt
 from tfserve.http.errors import JSON
-from tfserve.http.messages import ChatMessage, conversation
+from tfserve.http.known_fields import TOKENIZE_FIELDS
+from tfserve.http.messages import ChatMessage
 from tfserve.http.parsing import BodyParser
 from tfserve.http.protocol import Int
 from tfserve.http.service import Service
+from tfserve.http.tools import NamedToolChoice, Tool, ToolPlan
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /tokenize: a `prompt`, or the `messages` of a chat, which the model's template makes a prompt of.
 
-    `add_special_tokens` is true for a prompt and false for messages unless given: templates write special tokens.
+    `add_special_tokens` is true for a prompt and false for messages unless given: templates write special tokens. The
+    last six fields go with messages, and mean what they mean in a chat.
     """
 
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedToolChoice | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
 
 class TokenizeReply(msgspec.Struct):
@@ -39,14 +50,15 @@ class TokenizeReply(msgspec.Struct):
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
-    """Body of POST /detokenize."""
+    """Body of POST /detokenize. Special tokens are text unless they are skipped."""
 
     tokens: list[Int]
     model: str | None = None
+    skip_special_tokens: bool | None = None
 
 
 class DetokenizeReply(msgspec.Struct):
-    """Body of an answer to POST /detokenize: the text of all tokens, special ones included."""
+    """Body of an answer to POST /detokenize: the text of the tokens."""
 
     prompt: str
 
@@ -56,7 +68,7 @@ class TokenEndpoints:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._tokenize = BodyParser(TokenizeRequest, {})
+        self._tokenize = BodyParser(TokenizeRequest, TOKENIZE_FIELDS)
         self._detokenize = BodyParser(DetokenizeRequest, {})
 
     async def tokenize(self, request: web.Request) -> web.Response:
@@ -67,10 +79,10 @@ class TokenEndpoints:
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("prompt", "send either a prompt or messages")
         if asked.messages is None:
-            text, special = asked.prompt or "", asked.add_special_tokens is not False
+            text, special = _plain_text(asked), asked.add_special_tokens is not False
         else:
-            begin = asked.add_generation_prompt is not False
-            text = engine.tokenizer.apply_chat_template(conversation(asked.messages), add_generation_prompt=begin)
+            tools = ToolPlan(asked.tools, asked.tool_choice, True, engine.tokenizer.tool_format)
+            text = chat_prompt(engine.tokenizer, asked.messages, asked, tools.for_template)
             special = bool(asked.add_special_tokens)
         tokens = await encode(engine.tokenizer, text, add_special_tokens=special)
         reply = TokenizeReply(len(tokens), engine.info.max_model_len, tokens)
@@ -85,8 +97,17 @@ class TokenEndpoints:
         self._service.check_model(asked.model)
         if asked.tokens:
             check_tokens(asked.tokens, engine.info.vocab_size, "tokens")
-        reply = DetokenizeReply(engine.tokenizer.decode(asked.tokens, skip_special_tokens=False))
+        text = engine.tokenizer.decode(asked.tokens, skip_special_tokens=bool(asked.skip_special_tokens))
+        reply = DetokenizeReply(text)
         return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
 
     async def _body(self, request: web.Request) -> bytes:
         return await read_body(request, self._service.config.server.max_body_bytes)
+
+
+def _plain_text(asked: TokenizeRequest) -> str:
+    """The prompt as it is. Raises RequestError for a field that only messages have."""
+    for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        if getattr(asked, name):
+            raise RequestError(name, f"{name} goes with messages, not with a prompt; remove it")
+    return asked.prompt or ""

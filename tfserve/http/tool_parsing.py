@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
+from tfserve import strict_json
 from tfserve.model.chat_template import ToolFormat
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 _PYTHON_TAG = "<|python_tag|>"
+_OUTSIDE_STRING = re.compile(r"[\s\w{}\[\],:.+-]*", re.ASCII)
+_IN_STRING = re.compile(r'(?:[^"\\\x00-\x1f]|\\.)*', re.DOTALL)
+"""How far a JSON text goes on without a quote that begins or ends a string."""
 
 
 class Call(NamedTuple):
@@ -24,6 +28,10 @@ class Found(NamedTuple):
 
     content: str
     calls: list[Call]
+
+    def join(self, later: Found) -> Found:
+        """Both together."""
+        return Found(self.content + later.content, [*self.calls, *later.calls])
 
 
 class ToolCallParser(Protocol):
@@ -46,56 +54,105 @@ def tool_call_parser(format: ToolFormat, names: Collection[str]) -> ToolCallPars
 class HermesParser:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen2.5 and Hermes write: several, amid text.
 
-    A call is told as soon as its tag closes. White space beside calls is no text; what is not a call is.
+    A call is told as soon as its tag closes; a closing tag in one of its strings is part of the string. White space
+    beside calls is no text. What is not a call is text, as it stands.
     """
 
     def __init__(self) -> None:
         self._held = ""
-        self._inside = False
-        self._searched = 0  # characters of _held in which no closing tag begins
+        self._block: _Block | None = None  # set behind an opening tag
         self._after_call = False
 
     def push(self, text: str) -> Found:
         """See ToolCallParser."""
         self._held += text
-        content, calls = "", []
-        while True:
-            tag = _END if self._inside else _BEGIN
-            place = self._held.find(tag, self._searched)
-            if place < 0:
-                break
-            before, self._held = self._held[:place], self._held[place + len(tag) :]
-            self._searched = 0
-            if not self._inside:
-                content += self._shown(before.rstrip())
-            elif (call := _call(before, "arguments")) is not None:
-                calls.append(call)
-                self._after_call = True
-            else:
-                content += self._shown(_BEGIN + before + _END)
-            self._inside = not self._inside
-        if self._inside:
-            self._searched = max(0, len(self._held) - len(_END))
-        else:
-            certain = len(self._held[: len(self._held) - _overlap(self._held, _BEGIN)].rstrip())
-            content += self._shown(self._held[:certain])
-            self._held = self._held[certain:]
-        return Found(content, calls)
+        found = Found("", [])
+        while self._block is not None or _BEGIN in self._held:
+            if self._block is None:
+                before, _, self._held = self._held.partition(_BEGIN)
+                shown = before.rstrip()
+                found = self._shown(found, shown)
+                self._block = _Block(opening=before[len(shown) :] + _BEGIN)
+            end = self._block.end(self._held)
+            if end is None:
+                return found
+            found = self._close(found, end)
+        certain = len(self._held[: len(self._held) - _overlap(self._held, _BEGIN)].rstrip())
+        found = self._shown(found, self._held[:certain])
+        self._held = self._held[certain:]
+        return found
 
     def finish(self) -> Found:
         """See ToolCallParser. A call whose closing tag never came counts if it is complete."""
+        found = Found("", [])
+        while self._block is not None:
+            found = self._close(found, len(self._held)).join(self.push(""))
         rest, self._held = self._held, ""
-        if not self._inside:
-            return Found(self._shown(rest), [])
-        call = _call(rest, "arguments")
-        return Found(self._shown(_BEGIN + rest), []) if call is None else Found("", [call])
+        return self._shown(found, rest)
 
-    def _shown(self, text: str) -> str:
-        """`text` for the reader: without the white space that separates it from a call before it."""
+    def _close(self, found: Found, end: int) -> Found:
+        """The block ends at `end` of what is held, with the closing tag if that is there: as a call or as text."""
+        assert self._block is not None
+        block, self._block = self._block, None
+        call = _call(self._held[:end], "arguments")
+        if call is None and block.first_tag is not None:
+            end = block.first_tag  # what follows it may have calls of its own
+        inside, rest = self._held[:end], self._held[end:]
+        self._held = rest.removeprefix(_END)
+        if call is None:
+            return self._shown(found, block.opening + inside + rest[: len(rest) - len(self._held)])
+        self._after_call = True
+        return found.join(Found("", [call]))
+
+    def _shown(self, found: Found, text: str) -> Found:
+        """Add text for the reader, without the white space that separates it from a call before it."""
         if self._after_call:
             text = text.lstrip()
             self._after_call = not text
-        return text
+        return found.join(Found(text, []))
+
+
+class _Block:
+    """What follows an opening tag, while its end is looked for. `opening` is the tag and the white space before it.
+
+    `first_tag` is where the first closing tag is, if that seems to be in a string.
+    """
+
+    def __init__(self, opening: str) -> None:
+        self.opening = opening
+        self.first_tag: int | None = None
+        self._is_object = False
+        self._in_string = False
+        self._read = 0  # characters that `_in_string` takes into account
+        self._searched = 0  # characters in which no further closing tag begins
+
+    def end(self, held: str) -> int | None:
+        """Where the block of which `held` is known ends: at a closing tag, or at 0 if it cannot be a call."""
+        if not self._is_object and (begin := held.lstrip()):
+            self._is_object = begin.startswith("{")
+            if not self._is_object:
+                return 0
+        while (place := held.find(_END, self._searched)) >= 0:
+            if not self._is_in_string(held, place):
+                return place
+            if self.first_tag is None:
+                self.first_tag = place
+            self._searched = place + len(_END)
+        self._searched = max(self._searched, len(held) - len(_END) + 1)
+        return None
+
+    def _is_in_string(self, held: str, place: int) -> bool:
+        """True if a string is open at `place`, and all before it may be JSON."""
+        while self._read < place:
+            going_on = (_IN_STRING if self._in_string else _OUTSIDE_STRING).match(held, self._read, place)
+            assert going_on is not None  # it may be empty
+            self._read = going_on.end()
+            if self._read < place:
+                if held[self._read] != '"':
+                    return False
+                self._in_string = not self._in_string
+                self._read += 1
+        return self._in_string
 
 
 class Llama3Parser:
@@ -123,12 +180,11 @@ class Llama3Parser:
 
     def finish(self) -> Found:
         """See ToolCallParser."""
-        calls = self._calls(self._held.strip().removeprefix(_PYTHON_TAG))
+        calls = self._calls(strict_json.mend(self._held).strip().removeprefix(_PYTHON_TAG))
         return Found("", calls) if calls else Found(self._held, [])
 
     def _calls(self, text: str) -> list[Call]:
         """The calls that `text` consists of; none if there is anything else in it."""
-        decoder = json.JSONDecoder()
         calls: list[Call] = []
         place = 0
         while place < len(text):
@@ -136,10 +192,10 @@ class Llama3Parser:
                 place += 1
                 continue
             try:
-                value, place = decoder.raw_decode(text, place)
-            except (ValueError, RecursionError):
+                value, place = strict_json.decode_at(text, place)
+                call = _call_of(value, "parameters")
+            except ValueError:
                 return []
-            call = _call_of(value, "parameters") or _call_of(value, "arguments")
             if call is None or call.name not in self._names:
                 return []
             calls.append(call)
@@ -148,17 +204,23 @@ class Llama3Parser:
 
 def _call(text: str, arguments: str) -> Call | None:
     try:
-        return _call_of(json.loads(text), arguments)
-    except (ValueError, RecursionError):
+        return _call_of(strict_json.loads(text), arguments)
+    except ValueError:
         return None
 
 
-def _call_of(value: Any, arguments: str) -> Call | None:
-    """The call that a JSON value stands for, if it does."""
+def _call_of(value: Any, key: str) -> Call | None:
+    """The call that a JSON value stands for, if it does; `key` is what its format calls the arguments.
+
+    Models mix the formats up, so the other's name counts too, and so does a string that holds the JSON of an object.
+    Raises ValueError for a string that holds none.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    given = value.get(arguments, {})
-    return Call(value["name"], json.dumps(given, ensure_ascii=False)) if isinstance(given, dict) else None
+    given: Any = next((value[name] for name in (key, "arguments", "parameters") if name in value), {})
+    if isinstance(given, str):
+        given = strict_json.loads(given)
+    return Call(value["name"], strict_json.dumps(given)) if isinstance(given, dict) else None
 
 
 def _overlap(text: str, tag: str) -> int:

@@ -10,7 +10,7 @@ import msgspec
 
 from tfserve.errors import RequestError
 from tfserve.model.chat_template import ToolFormat
-from tfserve.model.grammar import lark_json
+from tfserve.model.grammar import check_grammar, json_schema_grammar, lark_json
 
 MAX_TOOLS = 128
 """Most tools of one request (OpenAI's limit)."""
@@ -55,7 +55,8 @@ class NamedToolChoice(msgspec.Struct, kw_only=True):
 class ToolPlan:
     """What one request wants of tools: nothing, calls if the model likes, or a call of `forced`.
 
-    Raises RequestError for a choice that makes no sense or a model whose chat template shows no tools.
+    Raises RequestError for a choice that makes no sense, for parameters that are no object's, and for a model whose
+    chat template shows no tools.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class ToolPlan:
         tools = tools or ()
         if len(tools) > MAX_TOOLS:
             raise RequestError("tools", f"at most {MAX_TOOLS} tools, got {len(tools)}")
+        for place, tool in enumerate(tools):
+            _check_parameters(tool.function.parameters, _name_parameters(place))
         self._tools = tools
         self.forced = _forced(tools, choice)
         self.format = None if choice == "none" or not tools else format
@@ -92,12 +95,11 @@ class ToolPlan:
         if not self.forced or self.format is None:
             return None
         lines = []
-        for number, function in enumerate(self.forced):
-            schema = function.parameters or {"type": "object"}
+        for number, (_, function) in enumerate(self.forced):
             begin = f'{{"name": {json.dumps(function.name)}, "{_ARGUMENTS[self.format]}": '
             # A schema of its own for each function, so that "#/$defs" is each one's own.
             lines.append(f"call_{number}: {json.dumps(begin)} args_{number} {json.dumps('}')}")
-            lines.append(f"args_{number}: {lark_json(schema)}")
+            lines.append(f"args_{number}: {lark_json(_arguments(function), 'tools')}")
         call = " | ".join(f"call_{number}" for number in range(len(self.forced)))
         if self.format is ToolFormat.LLAMA3:
             start = "start: call"
@@ -107,24 +109,54 @@ class ToolPlan:
                 start += r' ("\n<tool_call>\n" call "\n</tool_call>")*'
         return "\n".join([start, f"call: {call}", *lines])
 
+    def check(self) -> None:
+        """Raise RequestError, about the parameters at fault where they are one tool's, unless calls can be forced.
+
+        May take as long as `check_grammar` for each tool.
+        """
+        for place, function in self.forced:
+            name = _name_parameters(place)
+            check_grammar(json_schema_grammar(_arguments(function), name), name)
+        if self.grammar is not None:
+            check_grammar(self.grammar, "tools")
+
 
 _ARGUMENTS = {ToolFormat.HERMES: "arguments", ToolFormat.LLAMA3: "parameters"}
 """What each format calls a call's arguments."""
 
 
-def _forced(tools: Sequence[Tool], choice: str | NamedToolChoice | None) -> list[FunctionDefinition]:
-    """The functions of which one must be called; empty if the model is free."""
+def _name_parameters(place: int) -> str:
+    """The field that holds the parameters of the tool at this place."""
+    return f"tools[{place}].function.parameters"
+
+
+def _check_parameters(parameters: dict[str, Any] | None, name: str) -> None:
+    """Raise RequestError about the field `name` for the schema of anything but an object."""
+    kind = (parameters or {}).get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        message = f"{name} must be the schema of an object, as a call's arguments are; its type is {kind!r}"
+        raise RequestError(name, message, "invalid_function_parameters")
+
+
+def _arguments(function: FunctionDefinition) -> dict[str, Any]:
+    """The schema of a call's arguments: always an object, where `parameters` leaves room for more."""
+    return {**(function.parameters or {}), "type": "object"}
+
+
+def _forced(tools: Sequence[Tool], choice: str | NamedToolChoice | None) -> list[tuple[int, FunctionDefinition]]:
+    """The functions of which one must be called, with their places in `tools`; empty if the model is free."""
     match choice:
         case None | "none" | "auto":
             return []
         case "required":
             if not tools:
                 raise RequestError("tool_choice", "tool_choice is 'required', but there are no tools")
-            return [tool.function for tool in tools]
+            return [(place, tool.function) for place, tool in enumerate(tools)]
         case NamedToolChoice():
-            named = [tool.function for tool in tools if tool.function.name == choice.function.name]
+            name = choice.function.name
+            named = [(place, tool.function) for place, tool in enumerate(tools) if tool.function.name == name]
             if not named:
-                raise RequestError("tool_choice", f"tool_choice names {choice.function.name!r}, which is not in tools")
+                raise RequestError("tool_choice", f"tool_choice names {name!r}, which is not in tools")
             return named[:1]
         case _:
             wishes = "none, auto, required or {'type': 'function', 'function': {'name': ...}}"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
+from tfserve.errors import EngineDeadError, failures
 from tfserve.memory.copy_runs import BlockGeometry, Rectangle, take_run
 from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, Fence
 
@@ -45,7 +46,8 @@ class StreamTransfers:
     that waits for the step waits for that mark, on the device. A step that nobody has launched yet holds the copies
     that wait for it, and those behind them, on the host; so does a copy of the other direction that is held itself.
     What is enqueued cannot be cancelled. A thread per direction waits for the copies' ends, so the loop never does;
-    acknowledgements of two directions may overtake each other by the time that a thread takes to wake.
+    acknowledgements of two directions may overtake each other by the time that a thread takes to wake. Where such a
+    thread ends, `poll` raises EngineDeadError, for no copy would be acknowledged any more.
     """
 
     def __init__(self, link: Link, geometry: BlockGeometry, blocks_per_chunk: int, clock: Clock) -> None:
@@ -61,6 +63,7 @@ class StreamTransfers:
         self._lock = threading.RLock()
         self._marks: dict[CopyId, Mark] = {}
         self._acks: list[Ack] = []
+        self._broken: BaseException | None = None
         self._started: dict[Direction, SimpleQueue[tuple[list[Copy], Mark] | None]] = {
             direction: SimpleQueue() for direction in Direction
         }
@@ -96,6 +99,8 @@ class StreamTransfers:
     def poll(self) -> list[Ack]:
         """Acknowledgements since the last call."""
         with self._lock:
+            if self._broken is not None:
+                raise EngineDeadError(f"a thread that awaits copies has ended: {self._broken!r}") from self._broken
             acks, self._acks = self._acks, []
         return acks
 
@@ -143,7 +148,7 @@ class StreamTransfers:
         self._queued.difference_update(copy.id for copy in run)
         try:
             mark = self._link.start(first.dir, self._geometry.rectangle(first, len(run)), after)
-        except Exception:  # whatever the driver refused, the manager must learn that these copies have ended
+        except failures():  # whatever the driver refused, the manager must learn that these copies have ended
             logger.exception("copy %s of %d blocks could not be started", first, len(run))
             now_s = self._clock.now()
             self._acks += [Ack(copy.id, False, 0, now_s, now_s) for copy in run]
@@ -169,12 +174,20 @@ class StreamTransfers:
         return marks
 
     def _await(self, started: SimpleQueue[tuple[list[Copy], Mark] | None]) -> None:
+        try:
+            self._acknowledge(started)
+        except BaseException as error:
+            logger.exception("a thread that awaits copies has ended")
+            self._broken = error
+            self._clock.notify()
+
+    def _acknowledge(self, started: SimpleQueue[tuple[list[Copy], Mark] | None]) -> None:
         last_end_s = self._clock.now()
         while (item := started.get()) is not None:
             run, mark = item
             try:
                 seconds, ok = self._link.finish(mark), True
-            except Exception:
+            except failures():
                 logger.exception("copy %s of %d blocks failed", run[0], len(run))
                 seconds, ok = 0.0, False
             end_s = self._clock.now()

@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.errors import EngineDeadError, failures
 from tfserve.memory.copy_runs import take_run
 from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, Fence
 
@@ -54,7 +55,8 @@ class WorkerTransfers:
     """Copies token ranges of blocks between two tiers in RAM, first in first out in each direction.
 
     `clock` gives the acknowledgements' times and is notified when there are some. `emulated_bytes_per_s` slows a
-    direction down to that bandwidth, to stand in for a slower link.
+    direction down to that bandwidth, to stand in for a slower link. A copy that fails is acknowledged as such; where a
+    thread ends, `poll` raises EngineDeadError, for no copy would be acknowledged any more.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class WorkerTransfers:
         self._pending: set[CopyId] = set()
         self._acks: list[Ack] = []
         self._passed = -1
+        self._broken: BaseException | None = None
         self._closed = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, args=(direction,), name=f"kv-{direction.value}", daemon=True)
@@ -106,6 +109,8 @@ class WorkerTransfers:
     def poll(self) -> list[Ack]:
         """Acknowledgements since the last call."""
         with self._changed:
+            if self._broken is not None:
+                raise EngineDeadError(f"a thread that copies KV has ended: {self._broken!r}") from self._broken
             acks, self._acks = self._acks, []
         return acks
 
@@ -131,6 +136,14 @@ class WorkerTransfers:
             thread.join()
 
     def _work(self, direction: Direction) -> None:
+        try:
+            self._move_all(direction)
+        except BaseException as error:
+            logger.exception("the thread of %s copies has ended", direction.value)
+            self._broken = error
+            self._clock.notify()
+
+    def _move_all(self, direction: Direction) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed.is_set() or self._head_ready(direction))
@@ -163,7 +176,7 @@ class WorkerTransfers:
         start_s = self._clock.now()
         try:
             self._copy(first, n)
-        except Exception:  # whatever went wrong, the manager must learn that these copies have ended
+        except failures():  # whatever went wrong, the manager must learn that these copies have ended
             logger.exception("copy %s of %d blocks failed", first, n)
             now_s = self._clock.now()
             return [Ack(copy.id, False, 0, start_s, now_s) for copy in run]

@@ -7,7 +7,6 @@ checkpoints carry templates written for it.
 from __future__ import annotations
 
 import enum
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,9 +16,12 @@ import jinja2
 import jinja2.nodes
 import jinja2.parser
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tfserve.errors import ModelError, RequestError
+from tfserve import strict_json
+from tfserve.errors import ModelError, RequestError, failures
+from tfserve.model.fields import Fields, is_absent, read_text
 
 
 class ToolFormat(enum.Enum):
@@ -32,15 +34,19 @@ class ToolFormat(enum.Enum):
 class ChatTemplate:
     """One compiled template, with the model's special tokens (`bos_token`, ...) in its scope.
 
-    `tool_format` is how the template tells the model to call tools; None if it shows no tools. Raises ModelError if
-    `source` is not a template.
+    `tool_format` is how the template tells the model to call tools; None if it shows no tools. `variables` are the
+    names that it reads. Raises ModelError if `source` is not a template.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
-            self._template = _environment().from_string(source)
+            environment = _environment()
+            self._template = environment.from_string(source)
+            self.variables = frozenset(find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"chat template, line {error.lineno}: {error.message}; correct it or remove it") from None
+        except failures() as error:  # jinja2 makes Python of a template, and Python has limits of its own
+            raise ModelError(f"chat template: cannot be compiled ({error}); correct it or remove it") from None
         self._special_tokens = dict(special_tokens)
         self.tool_format = _tool_format(source)
 
@@ -53,19 +59,29 @@ class ChatTemplate:
         chat = [_flatten(message, index) for index, message in enumerate(messages)]
         try:
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **scope)
-        except Exception as error:  # a template is a program: a conversation it was not written for may raise anything
+        except failures() as error:  # a template is a program: a conversation it was not written for may raise anything
             raise RequestError("messages", f"the model's chat template rejected the messages: {error}") from None
 
 
-def read_chat_template(model_dir: Path, config: Mapping[str, Any]) -> str | None:
-    """A checkpoint's template: chat_template.jinja, else `chat_template` of its tokenizer_config.json, else None."""
+def read_chat_template(model_dir: Path, config: Fields) -> tuple[str, str] | None:
+    """A checkpoint's template and where it is from: chat_template.jinja, else `chat_template` of `config`, else None.
+
+    `config` is its tokenizer_config.json; of a list of templates there the one named "default" is meant. Raises
+    ModelError for anything but text.
+    """
     path = model_dir / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    stored = config.get("chat_template")
+    if not is_absent(path):
+        return read_text(path), str(path)
+    stored = config.value("chat_template")
     if isinstance(stored, list):
-        stored = {entry["name"]: entry["template"] for entry in stored}.get("default")
-    return stored
+        named = [Fields(entry, config.source, "chat_template.") for entry in stored if isinstance(entry, Mapping)]
+        if len(named) < len(stored):
+            raise config.wrong("chat_template", 'text or a list of {"name": ..., "template": ...}')
+        texts = {entry.text("name"): entry.text("template") for entry in named}
+        text = texts.get("default")
+    else:
+        text = config.text("chat_template") if stored is not None else None
+    return None if text is None else (text, f"{config.source}: chat_template")
 
 
 def _tool_format(source: str) -> ToolFormat | None:
@@ -92,7 +108,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    # JSON as models saw it in training; jinja2's own filter escapes HTML.
+    environment.filters["tojson"] = strict_json.dumps
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -107,17 +124,6 @@ class _GenerationTag(Extension):
         lineno = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return jinja2.nodes.Scope(body, lineno=lineno)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as models saw it in training; jinja2's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from tfserve.errors import ModelError
+from tfserve.errors import ModelError, failures
 from tfserve.model.config import ModelConfig
+from tfserve.model.fields import one_line, read_fields
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _INV_FREQ = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old transformers saved; computed here
+_QUANTISED = re.compile(
+    r".*\.(qweight|qzeros|scales|g_idx|SCB|weight_(packed|scale|scale_inv|zero_point)|weight\.(absmax|quant_map|quant_state.*))"
+)
+"""What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or in place of weights."""
 
 
 class Checkpoint:
@@ -52,6 +55,11 @@ class Checkpoint:
         found = {name for name in self._file_of if not _INV_FREQ.fullmatch(name)}
         if config.tie_word_embeddings:
             found.discard("lm_head.weight")
+        if quantised := sorted(name for name in found - expected.keys() if _QUANTISED.fullmatch(name)):
+            raise ModelError(
+                f"{self._path_of[quantised[0]]}: the weights are quantised (it holds {quantised[0]}); give the "
+                "unquantised checkpoint (int8 is made at load)"
+            )
         if missing := [name for name in expected if name not in found]:
             raise self._mismatch("lacks", missing)
         if unexpected := sorted(found - expected.keys()):
@@ -77,10 +85,10 @@ class Checkpoint:
     def _open(self, path: Path) -> Any:
         try:
             return self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
+        except failures() as error:
             size = path.stat().st_size
             raise ModelError(
-                f"{path} ({size} bytes) is truncated or not a safetensors file ({error}); download it again"
+                f"{path} ({size} bytes) is truncated or not a safetensors file ({one_line(error)}); download it again"
             ) from None
 
     def _mismatch(self, verb: str, names: list[str]) -> ModelError:
@@ -128,17 +136,17 @@ def _weight_files(model_dir: Path) -> list[Path]:
         others = sorted(path.name for path in model_dir.glob("*") if path.suffix in {".bin", ".gguf", ".pth"})
         hint = f"; {', '.join(others[:3])} cannot be read: convert to safetensors" if others else ""
         raise ModelError(f"no weights in {model_dir}: expected {SINGLE_FILE} or {INDEX_FILE}{hint}")
-    shards = [model_dir / name for name in sorted(set(_weight_map(index).values()))]
+    shards = [model_dir / name for name in _shard_names(index)]
     if absent := [shard.name for shard in shards if not shard.is_file()]:
-        raise ModelError(f"{index} names {', '.join(absent)}, which is not there: download the checkpoint again")
+        raise ModelError(
+            f"{index} names {one_line(', '.join(absent))}, which is not there: download the checkpoint again"
+        )
     return shards
 
 
-def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index} is not a safetensors index ({error!r}); download it again") from None
-    if not isinstance(weight_map, dict):
-        raise ModelError(f"{index}: weight_map must map tensor names to files; download it again")
-    return weight_map
+def _shard_names(index: Path) -> list[str]:
+    fields = read_fields(index)
+    if not fields.value("weight_map") or not isinstance(fields.value("weight_map"), dict):
+        raise fields.error("weight_map must map tensor names to files; download it again")
+    weight_map = fields.section("weight_map")
+    return sorted({weight_map.text(tensor) for tensor in weight_map})

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from tfserve.errors import ModelError
+from tfserve.model.fields import Fields, is_absent, one_line, read_fields, shown
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
+
+_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""What GPTQ, AWQ and ModelOpt tools write beside weights of theirs; not all of them write it into config.json too."""
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
@@ -30,7 +32,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of a Llama 3 or Qwen2.5 decoder; names are Hugging Face's where they have one.
 
     `dtype` is what the checkpoint says its weights are. `eos_token_ids` are those of `config.json`, then what
-    `generation_config.json` adds. `max_position_embeddings` is the longest context the model was made for, in tokens.
+    `generation_config.json` adds; the tokenizer may name one more (`Tokenizer.eos_token_ids`).
+    `max_position_embeddings` is the longest context the model was made for, in tokens.
     """
 
     architecture: str
@@ -50,7 +53,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     o_bias: bool
     mlp_bias: bool
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     dtype: DTypeName
 
     @property
@@ -84,144 +86,129 @@ def load_model_config(model_dir: Path) -> ModelConfig:
             f"no config.json in {model_dir}: give a checkpoint directory in Hugging Face format "
             "(config.json, *.safetensors, tokenizer.json)"
         )
-    reader = _Reader(_read_json(path), path)
-    _reject_unsupported(reader)
+    fields = read_fields(path)
+    generation = read_fields(model_dir / "generation_config.json", optional=True)
+    _reject_unsupported(fields)
+    _reject_quantised(fields, model_dir)
 
-    architecture = reader.architecture()
+    architecture = _architecture(fields)
     is_qwen2 = architecture == "Qwen2ForCausalLM"
-    attention_bias = reader.flag("attention_bias") and not is_qwen2
-    hidden_size = reader.integer("hidden_size")
-    num_heads = reader.integer("num_attention_heads")
-    num_kv_heads = reader.integer("num_key_value_heads", default=num_heads)
+    attention_bias = fields.flag("attention_bias") and not is_qwen2
+    vocab_size = fields.integer("vocab_size")
+    hidden_size = fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
-        raise reader.error(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-    head_dim = reader.integer("head_dim", default=hidden_size // num_heads)
+        raise fields.error(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
     if head_dim % 2:
-        raise reader.error(f"head_dim must be even for rotary embeddings, got {head_dim}")
-    theta, scaling = reader.rope()
-    generation = model_dir / "generation_config.json"
+        raise fields.error(f"head_dim must be even for rotary embeddings, got {head_dim}")
+    theta, scaling = _rope(fields)
+    eos = fields.token_ids("eos_token_id", vocab_size) + generation.token_ids("eos_token_id", vocab_size)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=reader.integer("vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=fields.integer("num_hidden_layers"),
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=reader.integer("max_position_embeddings"),
-        rms_norm_eps=reader.number("rms_norm_eps", default=1e-6),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        tie_word_embeddings=fields.flag("tie_word_embeddings"),
         qkv_bias=is_qwen2 or attention_bias,
         o_bias=attention_bias,
-        mlp_bias=reader.flag("mlp_bias") and not is_qwen2,
-        eos_token_ids=reader.eos_token_ids(_read_json(generation) if generation.is_file() else {}),
-        bos_token_id=reader.fields.get("bos_token_id"),
-        dtype=reader.dtype(),
+        mlp_bias=fields.flag("mlp_bias") and not is_qwen2,
+        eos_token_ids=tuple(dict.fromkeys(eos)),
+        dtype=_dtype(fields),
     )
 
 
-def _reject_unsupported(reader: _Reader) -> None:
+def _architecture(fields: Fields) -> str:
+    found = fields.texts("architectures", [])
+    for name in found:
+        if name in SUPPORTED_ARCHITECTURES:
+            return name
+    named = one_line(", ".join(found)) if found else f"none (model_type {shown(fields.value('model_type'))})"
+    raise fields.error(f"unsupported architecture {named}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
+
+
+def _reject_unsupported(fields: Fields) -> None:
     """Settings that change what the model computes and that the decoder does not know."""
-    if reader.flag("use_sliding_window"):
-        raise reader.error("use_sliding_window is true; only full attention is supported")
-    activation = reader.fields.get("hidden_act", "silu")
+    if fields.flag("use_sliding_window"):
+        raise fields.error("use_sliding_window is true; only full attention is supported")
+    if other := set(fields.texts("layer_types", [])) - {"full_attention"}:
+        raise fields.error(f"layer_types names {shown(min(other))}; only full_attention is supported")
+    activation = fields.value("hidden_act") if "hidden_act" in fields else "silu"
     if activation != "silu":
-        raise reader.error(f"hidden_act is {activation!r}; only 'silu' is supported")
-    quantization = reader.fields.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "?") if isinstance(quantization, Mapping) else quantization
-        raise reader.error(
-            f"the weights are quantised ({method}); give the unquantised checkpoint (int8 is made at load)"
+        raise fields.error(f"hidden_act is {shown(activation)}; only 'silu' is supported")
+
+
+def _reject_quantised(fields: Fields, model_dir: Path) -> None:
+    """Weights that are not floats, by what the export says about itself; the rest is `Checkpoint.verify`'s."""
+    give = "give the unquantised checkpoint (int8 is made at load)"
+    for key in ("quantization_config", "compression_config"):
+        if said := fields.value(key):
+            method = said.get("quant_method", "?") if isinstance(said, dict) else said
+            raise fields.error(f"{key}: the weights are quantised ({one_line(str(method))}); {give}")
+    for name in _QUANTISATION_FILES:
+        if not is_absent(model_dir / name):
+            raise ModelError(
+                f"{model_dir / name}: the weights are quantised; {give}, or remove this file if they are not"
+            )
+
+
+def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
+    """Base and scaling: `rope_scaling`, or else `rope_parameters`, as transformers 5 reads them.
+
+    An object that is given as `rope_scaling` replaces `rope_parameters`; each may hold `rope_theta`, and one beside
+    them is used where neither does.
+    """
+    given, added = fields.section("rope_parameters"), fields.section("rope_scaling")
+    rope = added if fields.value("rope_scaling") else given
+    name = "rope_scaling" if rope is added else "rope_parameters"
+    kind = rope.value("rope_type" if "rope_type" in rope else "type") or "default"
+    if kind not in SUPPORTED_ROPE_TYPES:
+        raise fields.error(
+            f"{name}: rope type {shown(kind)} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}"
         )
-
-
-class _Reader:
-    """Typed access to config.json; every complaint names the file and the key."""
-
-    def __init__(self, fields: dict[str, Any], path: Path) -> None:
-        self.fields = fields
-        self._path = path
-
-    def error(self, message: str) -> ModelError:
-        return ModelError(f"{self._path}: {message}")
-
-    def architecture(self) -> str:
-        found = self.fields.get("architectures") or []
-        for name in found:
-            if name in SUPPORTED_ARCHITECTURES:
-                return str(name)
-        named = ", ".join(map(str, found)) or f"none (model_type {self.fields.get('model_type')!r})"
-        raise self.error(f"unsupported architecture {named}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.error(f"{key} must be a positive integer, got {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None, within: Mapping[str, Any] | None = None) -> float:
-        value = self._get(key, default, within)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.error(f"{key} must be a positive number, got {value!r}")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        return bool(self.fields.get(key, False))
-
-    def rope(self) -> tuple[float, Llama3RopeScaling | None]:
-        """Base and scaling: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before)."""
-        rope = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
-        theta = self.number("rope_theta", default=self.fields.get("rope_theta", 10000.0), within=rope)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in SUPPORTED_ROPE_TYPES:
-            raise self.error(f"rope type {kind!r} is not supported; supported: {', '.join(SUPPORTED_ROPE_TYPES)}")
-        for holder in (rope, self.fields):
-            if holder.get("partial_rotary_factor", 1.0) != 1.0:
-                raise self.error("partial_rotary_factor other than 1 is not supported")
-        if kind == "default":
-            return theta, None
-        trained = rope.get("original_max_position_embeddings") or self.integer("max_position_embeddings")
-        return theta, Llama3RopeScaling(
-            factor=self.number("factor", within=rope),
-            low_freq_factor=self.number("low_freq_factor", within=rope),
-            high_freq_factor=self.number("high_freq_factor", within=rope),
-            original_max_position_embeddings=int(trained),
+    if nested := [key for key in rope if isinstance(rope.value(key), dict)]:
+        raise fields.error(f"{name}.{nested[0]}: rotary embeddings by layer type are not supported")
+    for holder in (rope, fields):
+        if holder.number("partial_rotary_factor", default=1.0) != 1.0:
+            raise holder.error("partial_rotary_factor other than 1 is not supported")
+    if rope is added and "rope_theta" in given and not ("rope_theta" in added or "rope_theta" in fields):
+        raise fields.error(
+            "rope_scaling replaces rope_parameters, whose rope_theta would be lost; add rope_theta to rope_scaling"
         )
-
-    def eos_token_ids(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
-        ids: list[int] = []
-        for source in (self.fields, generation):
-            value = source.get("eos_token_id")
-            ids += value if isinstance(value, list) else [] if value is None else [value]
-        return tuple(dict.fromkeys(ids))
-
-    def dtype(self) -> DTypeName:
-        name = str(self.fields.get("dtype") or self.fields.get("torch_dtype") or "float32").removeprefix("torch.")
-        try:
-            dtype: DTypeName = msgspec.convert(name, DTypeName)
-        except msgspec.ValidationError:
-            raise self.error(f"dtype {name!r} is not supported; supported: float32, bfloat16, float16") from None
-        return dtype
-
-    def _get(self, key: str, default: Any, within: Mapping[str, Any] | None = None) -> Any:
-        value = (self.fields if within is None else within).get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(f"{key} is missing")
-        return value
+    theta = rope.number("rope_theta", default=fields.number("rope_theta", default=10000.0))
+    if kind == "default":
+        if "factor" in rope:
+            raise rope.error("factor needs a rope_type that scales; supported: llama3")
+        return theta, None
+    scaling = Llama3RopeScaling(
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_position_embeddings=rope.integer(
+            "original_max_position_embeddings", default=fields.integer("max_position_embeddings")
+        ),
+    )
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise rope.error(f"high_freq_factor must be above low_freq_factor, got {scaling.high_freq_factor:g}")
+    return theta, scaling
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _dtype(fields: Fields) -> DTypeName:
+    key = "dtype" if "dtype" in fields else "torch_dtype"
+    name = fields.text(key, default="float32").removeprefix("torch.")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON ({error}); download or convert the checkpoint again") from None
-    if not isinstance(fields, dict):
-        raise ModelError(f"{path} must hold a JSON object, got {type(fields).__name__}")
-    return fields
+        dtype: DTypeName = msgspec.convert(name, DTypeName)
+    except msgspec.ValidationError:
+        raise fields.error(
+            f"{key}: dtype {shown(name)} is not supported; supported: float32, bfloat16, float16"
+        ) from None
+    return dtype

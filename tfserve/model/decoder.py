@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tfserve.model.config import ModelConfig
 from tfserve.model.layers import MLP, RMSNorm
 from tfserve.model.linear import Linear, WeightFormat
-from tfserve.model.rope import RotaryTable, rotate
+from tfserve.model.rope import Rotary, rotate
 
 
 class LayerAttention(Protocol):
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         self.dtype, self.device = fmt.dtype, fmt.device
         embeddings = torch.empty(config.vocab_size, config.hidden_size, dtype=fmt.dtype, device="meta")
         self.embed_tokens = embeddings  # replaced by the loader
-        self.rotary = RotaryTable(config, fmt.device)
+        self.rotary = Rotary(config, fmt.device)
         self.layers = nn.ModuleList(DecoderLayer(config, layer, fmt) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, fmt=fmt)

@@ -14,19 +14,29 @@ class Detokenizer:
 
     However the tokens are grouped into pushes, the text, `stopped` and `tokens_used` come out the same: tokens are
     looked at one by one, and a stop string is found at the first token that completes one (the one that begins first,
-    if a token completes several). A stop string complete within the first `min_tokens` tokens is text. All pieces
-    together equal `Tokenizer.decode` of all tokens, cut before the stop string; only in a malformed run of
-    SentencePiece byte tokens, which decode turns into U+FFFD as a whole, do good characters stay: they were shown.
-    Cost is linear in the number of tokens.
+    if a token completes several), or at the special token that it names. A stop string complete within the first
+    `min_tokens` tokens is text. All pieces together equal `Tokenizer.decode` of all tokens, cut before the stop string
+    (behind it with `include_stop`); only in a malformed run of SentencePiece byte tokens, which decode turns into
+    U+FFFD as a whole, do good characters stay: they were shown. Cost is linear in the number of tokens.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = (), skip_special_tokens: bool = True, min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stop: tuple[str, ...] = (),
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+        include_stop: bool = False,
     ) -> None:
         self.stopped: str | None = None
         self.tokens_used = 0
+        self.include_stop = include_stop
         self._stop = stop
         self._bytes_of = tokenizer.bytes_table(skip_special_tokens)
+        # Special tokens that are skipped are no text in which a stop string could be found.
+        special = tokenizer.special_texts if skip_special_tokens else {}
+        self._stop_tokens = {special[each]: each for each in stop if each in special}
         self._min_tokens = min_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._leading_spaces = tokenizer.leading_spaces
@@ -37,7 +47,11 @@ class Detokenizer:
     def for_params(cls, tokenizer: Tokenizer, params: SamplingParams) -> Detokenizer:
         """The detokenizer a request asks for: its stop strings, min_tokens and skip_special_tokens."""
         return cls(
-            tokenizer, stop=params.stop, skip_special_tokens=params.skip_special_tokens, min_tokens=params.min_tokens
+            tokenizer,
+            stop=params.stop,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+            include_stop=params.include_stop_str_in_output,
         )
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -56,7 +70,13 @@ class Detokenizer:
             if self.stopped is not None:
                 break
             self.tokens_used += 1
-            pieces.append(self._screen(self._utf8.decode(self._bytes(token_id))))
+            if token_id in self._stop_tokens and self.tokens_used > self._min_tokens:
+                pieces.append(self.finish())
+                self.stopped = self._stop_tokens[token_id]
+                if self.include_stop:
+                    pieces.append(self.stopped)
+            else:
+                pieces.append(self._screen(self._utf8.decode(self._bytes(token_id))))
         return "".join(pieces)
 
     def finish(self) -> str:
@@ -82,7 +102,7 @@ class Detokenizer:
         first = min((hit for hit in hits if hit[0] >= 0), key=lambda hit: hit[0], default=None)
         if first is not None:
             self._held, self.stopped = "", first[1]
-            return held[: first[0]]
+            return held[: first[0] + (len(first[1]) if self.include_stop else 0)]
         certain = len(held) - max(_overlap(held, stop) for stop in self._stop)
         self._held = held[certain:]
         self._exempt = max(0, self._exempt - certain)

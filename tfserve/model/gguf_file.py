@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +10,30 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.errors import ModelError
+from tfserve.model.fields import Fields, one_line
 
 
 class GgufFile:
     """Read-only view of one GGUF file (memory-mapped). Needs the `gguf` package, which is the extra `tfserve[gguf]`.
 
-    Raises ModelError if the package is missing, or if the file is missing, is not GGUF, is truncated, or is one part
-    of several.
+    `fields` is its metadata by key. Raises ModelError if the package is missing, or if the file is missing, is not
+    GGUF, is truncated, or is one part of several.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._reader = _open(path)
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        self.architecture = str(self.require("general.architecture"))
-        if int(self.get("split.count", 1)) > 1:
+        reader = _open(path)
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.fields = Fields(_Metadata(reader, path), path)
+        self.architecture = self.fields.text("general.architecture")
+        if self.fields.integer("split.count", 1, least=0) > 1:
             raise ModelError(
                 f"{path} is one part of several; merge them first with llama.cpp's llama-gguf-split --merge"
             )
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """Value of a metadata key: str, int, float, bool or a list of these; `default` if the file has no such key."""
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
-
-    def require(self, key: str) -> Any:
-        """Value of a metadata key. Raises ModelError if the file has no such key."""
-        value = self.get(key)
-        if value is None:
-            raise ModelError(f"{self.path} has no metadata key {key!r}; it is incomplete or very old: convert it again")
-        return value
-
-    def hyper(self, name: str, default: Any = None) -> Any:
-        """Metadata that is stored under the architecture's name, such as `block_count`."""
-        return self.get(f"{self.architecture}.{name}", default)
-
-    def require_hyper(self, name: str) -> Any:
-        """As `hyper`. Raises ModelError if the file has no such key."""
-        return self.require(f"{self.architecture}.{name}")
+    def key(self, name: str) -> str:
+        """The key of metadata that is stored under the architecture's name, such as `block_count`."""
+        return f"{self.architecture}.{name}"
 
     @property
     def tensor_names(self) -> Iterable[str]:
@@ -56,17 +42,17 @@ class GgufFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape in torch's order (GGUF stores it reversed)."""
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return tuple(int(size) for size in reversed(self._stored(name).shape))
 
     def type_name(self, name: str) -> str:
         """How the tensor is stored: "F32", "BF16", "Q4_1", ..."""
-        return str(self._tensors[name].tensor_type.name)
+        return str(self._stored(name).tensor_type.name)
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """Dequantised values, float32. Raises ModelError for a storage type that the gguf package cannot dequantise."""
         from gguf.quants import dequantize
 
-        stored = self._tensors[name]
+        stored = self._stored(name)
         try:
             values: npt.NDArray[np.float32] = dequantize(stored.data, stored.tensor_type)
         except NotImplementedError:
@@ -75,6 +61,31 @@ class GgufFile:
                 "dequantise; use a file in another quantisation, such as Q8_0"
             ) from None
         return values.reshape(self.shape(name))
+
+    def _stored(self, name: str) -> Any:
+        if name not in self._tensors:
+            raise ModelError(f"{self.path} holds no tensor {name!r}; it is incomplete: download it again")
+        return self._tensors[name]
+
+
+class _Metadata(Mapping[str, Any]):
+    """Metadata by key: str, int, float, bool or a list of these, read from the file when it is asked for."""
+
+    def __init__(self, reader: Any, path: Path) -> None:
+        self._reader, self._path = reader, path
+
+    def __getitem__(self, key: str) -> Any:
+        field = self._reader.fields[key]
+        try:
+            return field.contents()
+        except (ValueError, IndexError) as error:  # text that is no UTF-8, an array without items
+            raise ModelError(f"{self._path}: {key} cannot be read ({one_line(error)}); download it again") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.fields)
+
+    def __len__(self) -> int:
+        return len(self._reader.fields)
 
 
 def _open(path: Path) -> Any:
@@ -87,4 +98,4 @@ def _open(path: Path) -> Any:
     try:
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise ModelError(f"{path} is not a whole GGUF file ({error}); download it again") from None
+        raise ModelError(f"{path} is not a whole GGUF file ({one_line(error)}); download it again") from None

@@ -78,10 +78,11 @@ def import_gguf(file: Path, out_dir: Path, *, progress: bool = True, dtype: DTyp
 
 def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
     """Hugging Face's config.json in the spelling that every release of transformers reads."""
-    hidden = source.require_hyper("embedding_length")
-    heads = source.require_hyper("attention.head_count")
-    head_dim = source.hyper("attention.key_length", hidden // heads)
-    rotary = source.hyper("rope.dimension_count", head_dim)
+    fields, key = source.fields, source.key
+    hidden = fields.integer(key("embedding_length"))
+    heads = fields.integer(key("attention.head_count"))
+    head_dim = fields.integer(key("attention.key_length"), hidden // heads)
+    rotary = fields.integer(key("rope.dimension_count"), head_dim)
     if rotary != head_dim:
         raise ModelError(
             f"{source.path} rotates {rotary} of {head_dim} dimensions per head; only full rotation is known"
@@ -90,16 +91,16 @@ def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
         "architectures": [_HF_CLASS[source.architecture]],
         "model_type": source.architecture,
         "torch_dtype": dtype,
-        "vocab_size": source.shape("token_embd.weight")[0],
+        "vocab_size": _vocab_size(source),
         "hidden_size": hidden,
-        "intermediate_size": source.require_hyper("feed_forward_length"),
-        "num_hidden_layers": source.require_hyper("block_count"),
+        "intermediate_size": fields.integer(key("feed_forward_length")),
+        "num_hidden_layers": fields.integer(key("block_count")),
         "num_attention_heads": heads,
-        "num_key_value_heads": source.hyper("attention.head_count_kv", heads),
+        "num_key_value_heads": _kv_heads(source),
         "head_dim": head_dim,
-        "max_position_embeddings": source.require_hyper("context_length"),
-        "rms_norm_eps": _shortest(source.require_hyper("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _shortest(source.hyper("rope.freq_base", 10000.0)),
+        "max_position_embeddings": fields.integer(key("context_length")),
+        "rms_norm_eps": _shortest(fields.number(key("attention.layer_norm_rms_epsilon"))),
+        "rope_theta": _shortest(fields.number(key("rope.freq_base"), 10000.0)),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in source.tensor_names,
         **_token_ids(source),
@@ -116,28 +117,36 @@ def _token_ids(source: GgufFile) -> dict[str, Any]:
     """Special token ids; several ways to end (Llama 3's end of text and end of turn) become a list."""
     ids: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("pad", "padding")):
-        token_id = source.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None:
-            ids[f"{name}_token_id"] = token_id
-    ends = [source.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    unique = list(dict.fromkeys(end for end in ends if end is not None))
+        if found := _token_id(source, key):
+            ids[f"{name}_token_id"] = found[0]
+    unique = list(dict.fromkeys(token for key in ("eos", "eot", "eom") for token in _token_id(source, key)))
     if unique:
         ids["eos_token_id"] = unique if len(unique) > 1 else unique[0]
     return ids
 
 
+def _token_id(source: GgufFile, key: str) -> list[int]:
+    """A special token's id, if the file names one."""
+    return source.fields.token_ids(f"tokenizer.ggml.{key}_token_id", _vocab_size(source))
+
+
+def _vocab_size(source: GgufFile) -> int:
+    return source.shape("token_embd.weight")[0]
+
+
+def _kv_heads(source: GgufFile) -> int:
+    return source.fields.integer(
+        source.key("attention.head_count_kv"), source.fields.integer(source.key("attention.head_count"))
+    )
+
+
 def _rope_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
     if _ROPE_FACTORS in source.tensor_names:
         return _llama3_scaling(source, head_dim, theta)
-    kind = source.hyper("rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise ModelError(f"{source.path} scales rotary positions by {kind!r}; known are none, linear, yarn and llama3")
-    scaling = {"rope_type": kind, "factor": _shortest(source.require_hyper("rope.scaling.factor"))}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = source.require_hyper("rope.scaling.original_context_length")
-    return scaling
+    kind = source.fields.text(source.key("rope.scaling.type"), "none")
+    if kind != "none":
+        raise ModelError(f"{source.path} scales rotary positions by {kind!r}; supported: none and llama3")
+    return None
 
 
 def _llama3_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
@@ -190,7 +199,7 @@ def _required_tensors(source: GgufFile) -> Iterator[str]:
     per_layer = [f"{module}.weight" for module in _MODULES if module.startswith(("attn_", "ffn_"))]
     if source.architecture == "qwen2":
         per_layer += [f"attn_{part}.bias" for part in "qkv"]
-    for layer in range(source.require_hyper("block_count")):
+    for layer in range(source.fields.integer(source.key("block_count"))):
         yield from (f"blk.{layer}.{name}" for name in per_layer)
 
 
@@ -222,9 +231,9 @@ def _as_hf(source: GgufFile, name: str) -> npt.NDArray[np.float32]:
     values = source.tensor(name)
     if source.architecture != "llama" or not re.search(r"\.attn_[qk]\.", name):
         return values
-    heads = source.require_hyper("attention.head_count")
-    if ".attn_k." in name:
-        heads = source.hyper("attention.head_count_kv", heads)
+    heads = _kv_heads(source) if ".attn_k." in name else source.fields.integer(source.key("attention.head_count"))
+    if values.shape[0] % (2 * heads):
+        raise ModelError(f"{source.path}: tensor {name} of {values.shape[0]} rows does not divide into {heads} heads")
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 

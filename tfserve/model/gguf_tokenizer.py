@@ -16,7 +16,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from tfserve.errors import ModelError
+from tfserve.errors import ModelError, failures
+from tfserve.model.fields import one_line, shown
 from tfserve.model.gguf_file import GgufFile
 
 
@@ -79,15 +80,19 @@ SPLITTERS = {
 def build_tokenizer(source: GgufFile) -> Tokenizer:
     """Rebuild the tokenizer of a GGUF file; ids equal the file's. Raises ModelError for kinds it does not know."""
     splitter = _splitter(source)
-    tokens: list[str] = source.require("tokenizer.ggml.tokens")
-    types: list[int] = source.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    tokens = source.fields.texts("tokenizer.ggml.tokens")
+    has_types = "tokenizer.ggml.token_type" in source.fields
+    types = source.fields.integers("tokenizer.ggml.token_type") if has_types else [1] * len(tokens)
     if len(types) != len(tokens):
         raise ModelError(f"{source.path} holds {len(tokens)} tokens but {len(types)} token types; it is damaged")
-    # The search starts at 1 because a merge's first half may itself begin with a space.
-    merges = [(m[: (cut := m.index(" ", 1))], m[cut + 1 :]) for m in source.require("tokenizer.ggml.merges")]
+    merges = [_merge(source, text) for text in source.fields.texts("tokenizer.ggml.merges")]
     vocab = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
 
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter.ignore_merges))
+    try:
+        model = models.BPE(vocab=vocab, merges=merges, ignore_merges=splitter.ignore_merges)
+    except failures() as error:  # the library raises bare Exception
+        raise ModelError(f"{source.path}: its tokens and merges do not fit together ({one_line(error)})") from None
+    tokenizer = Tokenizer(model)
     if splitter.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter.pre_tokenizer()
@@ -99,6 +104,13 @@ def build_tokenizer(source: GgufFile) -> Tokenizer:
     return tokenizer
 
 
+def _merge(source: GgufFile, text: str) -> tuple[str, str]:
+    cut = text.find(" ", 1)  # from 1 on, because a merge's first half may itself begin with a space
+    if cut < 0:
+        raise source.fields.error(f"tokenizer.ggml.merges must hold pairs parted by a space, got {shown(text)}")
+    return text[:cut], text[cut + 1 :]
+
+
 def write_tokenizer(source: GgufFile, out_dir: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template, if there is one) into `out_dir`."""
     build_tokenizer(source).save(str(out_dir / "tokenizer.json"))
@@ -106,13 +118,13 @@ def write_tokenizer(source: GgufFile, out_dir: Path) -> None:
 
 
 def _splitter(source: GgufFile) -> Splitter:
-    kind = source.require("tokenizer.ggml.model")
+    kind = source.fields.text("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ModelError(
             f"{source.path} has a tokenizer of kind {kind!r} (SentencePiece, as in Llama 2); only byte-level BPE "
             "('gpt2', as in Llama 3, Qwen2 and SmolLM2) can be imported: use its Hugging Face checkpoint instead"
         )
-    pre = source.get("tokenizer.ggml.pre", "default")
+    pre = source.fields.text("tokenizer.ggml.pre", "default")
     if pre not in SPLITTERS:
         raise ModelError(
             f"{source.path}: tokenizer.ggml.pre is {pre!r}; known are {', '.join(sorted(SPLITTERS))}. Text would be "
@@ -126,15 +138,16 @@ def _verbatim(token: str) -> AddedToken:
 
 
 def _adds_bos(source: GgufFile, splitter: Splitter) -> bool:
-    return bool(source.get("tokenizer.ggml.add_bos_token", splitter.add_bos))
+    key = "tokenizer.ggml.add_bos_token"
+    return source.fields.flag(key) if key in source.fields else splitter.add_bos
 
 
 def _post_processor(source: GgufFile, tokens: list[str], splitter: Splitter) -> processors.PostProcessor:
     byte_level = processors.ByteLevel(trim_offsets=False)
-    bos_id = source.get("tokenizer.ggml.bos_token_id")
-    if bos_id is None or not _adds_bos(source, splitter):
+    named = source.fields.token_ids("tokenizer.ggml.bos_token_id", len(tokens))
+    if not named or not _adds_bos(source, splitter):
         return byte_level
-    bos = tokens[bos_id]
+    bos_id, bos = named[0], tokens[named[0]]
     template = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
     )
@@ -142,17 +155,17 @@ def _post_processor(source: GgufFile, tokens: list[str], splitter: Splitter) -> 
 
 
 def _tokenizer_config(source: GgufFile) -> dict[str, Any]:
-    tokens = source.require("tokenizer.ggml.tokens")
+    fields = source.fields
+    tokens = fields.texts("tokenizer.ggml.tokens")
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": source.require_hyper("context_length"),
+        "model_max_length": fields.integer(source.key("context_length")),
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = source.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None:
+        for token_id in fields.token_ids(f"tokenizer.ggml.{key}_token_id", len(tokens)):
             config[f"{name}_token"] = tokens[token_id]
-    template = source.get("tokenizer.chat_template")
+    template = fields.text("tokenizer.chat_template", "")
     if template:
         config["chat_template"] = template
     return config

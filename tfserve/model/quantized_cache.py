@@ -10,10 +10,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tfserve.errors import failures
 from tfserve.model.decoder import Decoder
 from tfserve.model.layers import RMSNorm
 from tfserve.model.linear import Linear
@@ -46,7 +47,7 @@ class QuantizedCache:
                 if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
                     return False
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError) as error:
+        except failures() as error:
             logger.warning("cannot read %s (%s): quantising again", self._path, error)
             return False
         for name, module in decoder.named_modules():
@@ -70,7 +71,7 @@ class QuantizedCache:
                 return
             save_file(tensors, part, metadata={"fingerprint": self._fingerprint})
             part.replace(self._path)
-        except (SafetensorError, OSError) as error:
+        except failures() as error:
             with suppress(OSError):
                 part.unlink()
             logger.warning("cannot keep the int8 weights in %s (%s): the next start quantises again", part, error)

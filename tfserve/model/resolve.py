@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tfserve.errors import DownloadError, ModelError
+from tfserve.errors import DownloadError, ModelError, failures
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 
@@ -60,7 +60,7 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # the hub's own errors, its HTTP client's, and the file system's have no common base
+    except failures() as error:  # the hub's own errors, its HTTP client's, and the file system's have no common base
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         is_final = isinstance(error, HFValidationError | RepositoryNotFoundError | RevisionNotFoundError)
         raise (ModelError if is_final else DownloadError)(

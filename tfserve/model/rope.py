@@ -10,28 +10,19 @@ from torch import Tensor
 from tfserve.model.config import Llama3RopeScaling, ModelConfig
 
 
-class RotaryTable:
-    """The rotation of every position the model was made for, as unit complex numbers `[positions, 1, head_dim / 2]`.
+class Rotary:
+    """The rotations of positions, as unit complex numbers.
 
-    Angles are computed and kept in float32 (a bfloat16 angle is off by whole turns at long contexts).
+    They are computed for the positions of a step, so that the longest context costs no memory. Angles are float32 (a
+    bfloat16 angle is off by whole turns at long contexts).
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._inv_freq = inverse_frequencies(config).to(device)
-        self._table = self._rotations(config.max_position_embeddings)
-
-    def reserve(self, num_positions: int) -> None:
-        """Make positions `[0, num_positions)` available, past the longest that the model was made for."""
-        if num_positions > len(self._table):
-            self._table = self._rotations(num_positions)
 
     def at(self, positions: Tensor) -> Tensor:
         """Rotations `[T, 1, head_dim / 2]` complex64 for `positions [T]`: once per step, for all layers."""
-        return self._table[positions]
-
-    def _rotations(self, num_positions: int) -> Tensor:
-        positions = torch.arange(num_positions, device=self._inv_freq.device, dtype=torch.float32)
-        angles = torch.outer(positions, self._inv_freq)
+        angles = torch.outer(positions.to(torch.float32), self._inv_freq)
         return torch.complex(angles.cos(), angles.sin()).unsqueeze(1)
 
 

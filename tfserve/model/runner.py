@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfserve.errors import failures
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.cuda_graphs import DecodeGraphs
 from tfserve.model.decoder import Decoder
@@ -22,18 +23,14 @@ from tfserve.model.token_masks import TokenMasks
 from tfserve.plan import Fence, InFlight, SeqStep, StepPlan, StepResult
 from tfserve.types import RequestId
 
-_NOT_FINITE = (
-    "the model's logits for this request are not finite, so no token can be chosen; other requests are not affected."
-    " If it happens again with the same prompt, the checkpoint or its dtype is at fault: try dtype float32"
-)
-
 
 class ModelRunner:
     """Runs plans on one device: `launch` puts a step on its way, and `result` waits for it and hands it over.
 
     A row is a request's seat: its line of the block table, its last sampled token and its sampling state. A step that
     fails raises from `result`; every row keeps its seat, and plans without the failed step's requests are
-    unaffected. Where only some rows' logits are not finite, only their requests fail: `StepResult.failed` names them.
+    unaffected. Where only some rows have no token (their logits are not finite, or their grammar allows none), only
+    their requests fail: `StepResult.failed` names them.
 
     On a GPU nothing in `launch` waits for the device, but for two things that say so: a grammar (TokenMasks), and an
     attention backend that reads stale KV.
@@ -69,7 +66,7 @@ class ModelRunner:
             if not plan.seqs:
                 return LaunchedStep(plan.step)
             sampled, prompts = self._step(plan)
-        except Exception as error:
+        except failures() as error:
             self._scrub(plan.seqs)
             self._ended_s = time.perf_counter()
             return FailedStep(plan.step, error)
@@ -157,7 +154,7 @@ class LaunchedStep:
             chosen.logprobs,
             self.device_s,
             self.idle_s,
-            tuple((self.sampling[place], _NOT_FINITE) for place in chosen.failed),
+            tuple((self.sampling[place], reason) for place, reason in chosen.failed),
             tuple(scores.read() for scores in self.prompts),
         )
 
@@ -167,7 +164,7 @@ class FailedStep:
     """A step that raised."""
 
     fence: Fence
-    error: Exception
+    error: BaseException
 
     def ready(self) -> bool:
         """True: the step is over."""

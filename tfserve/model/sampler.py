@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,11 @@ from tfserve.types import TokenLogprob
 
 IntArray = npt.NDArray[np.int64]
 
+_NOT_FINITE = (
+    "the model's logits for this request are not finite, so no token can be chosen; other requests are not affected."
+    " If it happens again with the same prompt, the checkpoint or its dtype is at fault: try dtype float32"
+)
+
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would leave fp32's range."""
 
@@ -30,12 +35,14 @@ class Sampled:
     """One step's choice. The device has it at once; `read` waits for it.
 
     `token_ids` int64 [N] are on the sampler's device, as is `usable` bool [N]: false where there is no token to choose
-    (the logits were NaN, +inf, or everything -inf) and the token is 0. `asking` are the rows of `scores`.
+    (the logits were NaN, +inf, or everything -inf) and the token is 0. `lost` says why some places cannot go on by
+    their grammar: what was chosen there means nothing. `asking` are the rows of `scores`.
     """
 
     token_ids: Tensor
     usable: Tensor
     chosen: Download  # both of them
+    lost: Mapping[int, str]
     asking: list[int]
     scores: TokenScores | None
 
@@ -50,15 +57,16 @@ class Sampled:
         if self.scores is not None:
             for place, entry in zip(self.asking, self.scores.read(), strict=True):
                 logprobs[place] = entry if usable[place] else None
-        return Choices(tuple(tokens), tuple(logprobs), tuple(place for place, good in enumerate(usable) if not good))
+        failed = {place: _NOT_FINITE for place, good in enumerate(usable) if not good} | dict(self.lost)
+        return Choices(tuple(tokens), tuple(logprobs), tuple(failed.items()))
 
 
 class Choices(NamedTuple):
-    """What was chosen for N rows: tokens, log probabilities where asked for, and which places have no token but a 0."""
+    """What was chosen for N rows: tokens, log probabilities where asked for, and why some places have no token."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
-    failed: tuple[int, ...]
+    failed: tuple[tuple[int, str], ...]
 
 
 class Sampler:
@@ -124,16 +132,18 @@ class Sampler:
         """Choose a token for each of `rows` [N] from `logits` fp32 [N, V], which are left as they are.
 
         `positions` are the places the new tokens take in their sequences, prompt included. A row whose logits are not
-        finite gets none, and the others get theirs all the same.
+        finite, or whose grammar allows nothing any more, gets none, and the others get theirs all the same.
         """
         seats, places = np.asarray(rows, np.int64), np.asarray(positions, np.int64)
         tokens, usable = self._choose(self._edit(logits, seats, places), seats, places)
         chosen = Download(tokens, usable)
         self._penalties.append(seats, tokens)
+        lost: Mapping[int, str] = {}
         if self._masks is not None:
+            lost = self._masks.lost(seats.tolist())
             self._masks.append(seats.tolist(), chosen)
         asking = np.flatnonzero(self._logprobs[seats] >= 0)
-        return Sampled(tokens, usable, chosen, asking.tolist(), self._scores(logits, tokens, seats, asking))
+        return Sampled(tokens, usable, chosen, lost, asking.tolist(), self._scores(logits, tokens, seats, asking))
 
     def _edit(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
         """The logits after masks, min_tokens, logit_bias and penalties: a copy if any row has them, else `logits`."""

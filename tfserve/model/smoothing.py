@@ -18,7 +18,7 @@ from tfserve.model.config import ModelConfig
 from tfserve.model.decoder import DecoderLayer
 from tfserve.model.layer_weights import LayerWeights
 from tfserve.model.linear import Linear, WeightFormat
-from tfserve.model.rope import RotaryTable
+from tfserve.model.rope import Rotary
 from tfserve.model.tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ class Smoother:
         self._config = config
         self._format = WeightFormat("plain", torch.float32, torch.device("cpu"))
         self._residual = nn.functional.embedding(token_ids, embeddings)
-        self._rotations = RotaryTable(config, self._format.device).at(torch.arange(len(token_ids)))
+        self._rotations = Rotary(config, self._format.device).at(torch.arange(len(token_ids)))
 
     def smooth_layer(self, weights: LayerWeights) -> None:
         """Fold factors into the next layer's `weights`, in place; layers come in their order, each once."""

@@ -14,7 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
-from tfserve.errors import ModelError
+from tfserve.errors import ModelError, panics_as_errors
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -54,7 +54,8 @@ class TokenBytes(dict[int, bytes]):
 
     def _compute(self, token_id: int) -> bytes:
         known = token_id >= 0 and token_id not in self._left_out
-        token = self._backend.id_to_token(token_id) if known else None
+        with panics_as_errors("decoding a token"):
+            token = self._backend.id_to_token(token_id) if known else None
         if token is None:
             return b""
         if self._byte_of_char is not None:

@@ -5,28 +5,41 @@ Works on the Rust `tokenizers` library alone; transformers is imported only for 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from tfserve.errors import ModelError, RequestError
+from tfserve.errors import ModelError, RequestError, failures, panics_as_errors
+from tfserve.model.added_tokens import add_missing_tokens
 from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
+from tfserve.model.config import ModelConfig
+from tfserve.model.fields import Fields, is_absent, one_line, read_fields, shown
 from tfserve.model.token_bytes import TokenBytes
 
 _LONG_TEXT_CHARS = 16_384
+
+_NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+"""Keys whose value is a token. Others that end like them may be flags, as add_bos_token is."""
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. Safe to use from several threads.
 
-    `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out.
+    `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out, and
+    `special_texts` has them by their texts. `eos_token_ids` are the tokenizer's own end-of-sequence tokens; config.json
+    and generation_config.json may name more.
     """
 
-    def __init__(self, backend: Backend, special_tokens: Mapping[str, str], chat_template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, str],
+        chat_template: ChatTemplate | None,
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
         # A checkpoint may carry its training's truncation and padding: a prompt must be neither.
         backend.no_truncation()
         backend.no_padding()
@@ -34,8 +47,10 @@ class Tokenizer:
         self._chat_template = chat_template
         self._bytes = TokenBytes(backend)
         self.special_tokens = dict(special_tokens)
+        self.eos_token_ids = tuple(eos_token_ids)
         added = backend.get_added_tokens_decoder()
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_texts = {token.content: token_id for token_id, token in added.items() if token.special}
+        self.special_ids = frozenset(self.special_texts.values())
         self._text_bytes = TokenBytes(backend, self.special_ids)
 
     @classmethod
@@ -44,19 +59,28 @@ class Tokenizer:
         model_dir = Path(path)
         if not model_dir.is_dir():
             raise ModelError(f"{model_dir} is not a directory: give the directory that holds tokenizer.json")
-        config = _read_json(model_dir / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_json(model_dir / "special_tokens_map.json")) | _special_tokens(config)
+        config = read_fields(model_dir / "tokenizer_config.json", optional=True)
+        older = read_fields(model_dir / "special_tokens_map.json", optional=True)
+        named = _special_tokens(older), _special_tokens(config)
+        special_tokens = named[0] | named[1]
         source = model_dir / "tokenizer.json"
-        if source.exists():
-            try:
-                backend = Backend.from_file(str(source))
-            except Exception as error:  # the library raises bare Exception
-                raise ModelError(f"{source} is not a tokenizer the `tokenizers` library can read: {error}") from None
-        else:
+        defaults: dict[str, str] = {}
+        if is_absent(source):
             backend, defaults = _convert(model_dir)
             special_tokens = defaults | special_tokens
-        template = read_chat_template(model_dir, config)
-        return cls(backend, special_tokens, ChatTemplate(template, special_tokens) if template else None)
+        else:
+            try:
+                backend = Backend.from_file(str(source))
+            except failures() as error:  # the library raises bare Exception
+                raise ModelError(
+                    f"{source} is not a tokenizer the `tokenizers` library can read: {one_line(error)}"
+                ) from None
+        _require_vocabulary(backend, source)
+        add_missing_tokens(backend, model_dir, config, [*named[0].values(), *named[1].values()])
+        eos = [*_eos_token(backend, config), *_eos_token(backend, older)]
+        eos = eos or _eos_token(backend, Fields(defaults, source))
+        template = _chat_template(model_dir, config, special_tokens)
+        return cls(backend, special_tokens, template, dict.fromkeys(eos))
 
     @cached_property
     def vocab_size(self) -> int:
@@ -65,7 +89,7 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        """The tokenizer's end-of-sequence token; a checkpoint's generation_config.json may name more."""
+        """The end-of-sequence token among `special_tokens`."""
         token = self.special_tokens.get("eos_token")
         return None if token is None else self._backend.token_to_id(token)
 
@@ -79,12 +103,27 @@ class Tokenizer:
         """How the model is told to write tool calls; None if its chat template shows no tools."""
         return None if self._chat_template is None else self._chat_template.tool_format
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads; none if there is no template."""
+        return frozenset() if self._chat_template is None else self._chat_template.variables
+
     def to_json(self) -> str:
         """The whole tokenizer in the format of tokenizer.json."""
         return self._backend.to_str()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it."""
+        """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it.
+
+        Raises RequestError for text with half a surrogate pair.
+        """
+        try:
+            with panics_as_errors("tokenising a text"):
+                return self._encode(text, add_special_tokens)
+        except TypeError:
+            raise RequestError("prompt", "the prompt is not valid Unicode text") from None
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if len(text) < _LONG_TEXT_CHARS:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
@@ -92,7 +131,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        with panics_as_errors("decoding tokens"):
+            return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; may be part of a UTF-8 character, and empty for an id without a token."""
@@ -120,26 +160,67 @@ class Tokenizer:
         return self._chat_template.render(messages, add_generation_prompt, **kwargs)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} must hold a JSON object")
-    return content
+def all_eos_token_ids(config: ModelConfig, tokenizer: Tokenizer, model_dir: Path) -> tuple[int, ...]:
+    """Every token that ends an answer of the model in `model_dir`: those of its two configs and of its tokenizer.
+
+    Raises ModelError for a token that the model has no embedding for: its output can never hold it.
+    """
+    for token in tokenizer.eos_token_ids:
+        if token >= config.vocab_size:
+            name = shown(tokenizer.token_str(token))
+            file = "tokenizer_config.json" if token == tokenizer.eos_token_id else "special_tokens_map.json"
+            raise ModelError(
+                f"{model_dir / file}: eos_token {name} has id {token}, beyond vocab_size {config.vocab_size} of "
+                "config.json: the files are of different models"
+            )
+    return tuple(dict.fromkeys((*config.eos_token_ids, *tokenizer.eos_token_ids)))
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(fields: Fields) -> dict[str, str]:
     """Entries as "eos_token", whose value is the text itself or a serialised AddedToken."""
     tokens = {}
-    for name, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
+    for name in fields:
+        if name in _NAMED_TOKENS or (name.endswith("_token") and isinstance(fields.value(name), str | dict)):
+            text = _token_text(fields, name)
+            if text is not None:
+                tokens[name] = text
     return tokens
+
+
+def _token_text(fields: Fields, name: str) -> str | None:
+    if isinstance(fields.value(name), dict):
+        return fields.section(name).text("content")
+    return fields.text(name) if name in fields else None
+
+
+def _chat_template(model_dir: Path, config: Fields, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    found = read_chat_template(model_dir, config)
+    if found is None:
+        return None
+    text, origin = found
+    try:
+        return ChatTemplate(text, special_tokens)
+    except ModelError as error:
+        raise ModelError(f"{origin}: {one_line(error)}") from None
+
+
+def _eos_token(backend: Backend, fields: Fields) -> list[int]:
+    """The end-of-sequence token that a file names: one or none."""
+    text = _token_text(fields, "eos_token")
+    if not text:
+        return []
+    token_id = backend.token_to_id(text)
+    if token_id is None:
+        raise fields.error(f"eos_token {shown(text)} is no token of tokenizer.json: correct it, or remove it")
+    return [token_id]
+
+
+def _require_vocabulary(backend: Backend, source: Path) -> None:
+    """Refuse a tokenizer without tokens but added ones: transformers makes such of a directory with no vocabulary."""
+    if backend.get_vocab().keys() <= {token.content for token in backend.get_added_tokens_decoder().values()}:
+        if is_absent(source):
+            raise ModelError(f"{source.parent} has no tokenizer.json, and no other file with a vocabulary; add it")
+        raise ModelError(f"{source} holds no vocabulary; download it again")
 
 
 def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
@@ -148,8 +229,9 @@ def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        return tokenizer.backend_tokenizer, _special_tokens(tokenizer.special_tokens_map)
-    except Exception as error:  # any of a dozen types, by what is missing
+        return tokenizer.backend_tokenizer, _special_tokens(Fields(tokenizer.special_tokens_map, model_dir))
+    except failures() as error:  # any of a dozen types, by what is missing
         raise ModelError(
-            f"{model_dir} has no tokenizer.json, and transformers cannot make one from its other files: {error}"
+            f"{model_dir} has no tokenizer.json, and transformers cannot make one from its other files: "
+            f"{one_line(error)}"
         ) from None

@@ -26,6 +26,15 @@ _POLICIES: dict[str, Callable[[SchedulerConfig], Policy]] = {
 OFFLOADING = frozenset({"round-robin", "earliest-underflow", "andes-offload", "tokenflow"})
 """Policies that pause requests; the others compute what they preempt again."""
 
+_RATES = ("consumption_rate", "reports of what was read")
+
+IGNORES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_POLICIES, (*_RATES, "priority")),
+    **dict.fromkeys(("earliest-underflow", "andes", "andes-offload"), ("priority",)),
+    "tokenflow": (),
+}
+"""What a request may say that a policy takes no notice of."""
+
 
 def make_policy(config: SchedulerConfig) -> Policy:
     """The policy that `scheduler.policy` names."""

@@ -110,6 +110,7 @@ class Balance:
             self.headroom[rows],
             gains,
             self._need[rows],
+            has_reader=c.has_reader[rows],
             affords=left_s >= switch_s - 1e-9,
             survives=left_s >= margin_s - 1e-9,
         )
@@ -165,7 +166,7 @@ class Balance:
                 room = self._room_to_stay(need, self._stay_s[row])
             # Among the starving a gap would only move the stall about.
             least_s = max(headroom, 0.0) + self._config.swap_gap_s
-            victims = self._make_room(room, headroom, "affords", least_s, self._config.relief_s)
+            victims = self._make_room(row, room, "affords", least_s, self._config.relief_s)
             if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
                 if room > need:
                     self._may_recompute, self.recompute_pays_s = False, self._price_s(row, victims)
@@ -179,22 +180,31 @@ class Balance:
         """
         most_pending = self._snapshot.max_num_batched_tokens
         exchanges, pending = 0, pending_tokens(self._snapshot)
+        is_left, has_reader = False, self._snapshot.columns.has_reader
         relief_s = self._config.relief_s if self._config.overload == "share" else np.inf
         uncomputed = self._snapshot.columns.num_uncomputed
         columns = [values[newcomers].tolist() for values in (self._need, self._is_due, self.headroom, uncomputed)]
         for row, need, is_due, headroom, tokens in zip(newcomers.tolist(), *columns, strict=True):
-            if self._fits(need):
+            is_background = not has_reader[row]
+            if is_background and is_left:
+                continue
+            room = need + self._room_to_grow() if is_background else need
+            if self._fits(room):
                 victims: list[int] | None = []
             elif not is_due or exchanges == _MOST_EXCHANGES or pending >= most_pending:
                 victims = None
             else:
-                victims = self._make_room(need, headroom, "survives", headroom + self._config.swap_gap_s, relief_s)
+                victims = self._make_room(row, room, "survives", headroom + self._config.swap_gap_s, relief_s)
                 exchanges += 1
-            if victims is None:
+            if victims is not None:
+                self._put_on(row, need, victims)
+                pending += tokens
+            elif is_background:
+                # The others without a reader wait behind it. A reader may displace what this one may not.
+                is_left = True
+            else:
                 return True
-            self._put_on(row, need, victims)
-            pending += tokens
-        return False
+        return is_left
 
     def fill_up(self) -> None:
         """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
@@ -232,6 +242,15 @@ class Balance:
         """Blocks that residents and one more take up while they run for that long."""
         residents = self._num_residents + len(self.coming) - len(self.leaving) + 1
         return residents * float(seconds) * self._speed / self._snapshot.memory.block_size
+
+    def _room_to_grow(self) -> int:
+        """Blocks that a newcomer without a reader leaves to the residents, so that they can stay for a while.
+
+        It gains nothing by coming early, and would be the first to leave. None on an empty device.
+        """
+        if not self._num_residents and not self.coming:
+            return 0
+        return math.ceil(self._growth_blocks(self._config.min_residency_s))
 
     def _room_to_stay(self, need: int, seconds: float) -> int:
         """Blocks to make free for one that needs so many, if the rest of the device is to grow for that long."""
@@ -273,8 +292,8 @@ class Balance:
     def _fits(self, need: int) -> bool:
         return need <= self._spare and self._free_rows > 0
 
-    def _make_room(self, need: int, headroom: float, way: Way, least_s: float, relief_s: float) -> list[int] | None:
-        """Victims to put out for a request, those who lose least first; none if it fits, None if that cannot be done.
+    def _make_room(self, row: int, need: int, way: Way, least_s: float, relief_s: float) -> list[int] | None:
+        """Victims to put out for `row`, those who lose least first; none if it fits, None if that cannot be done.
 
         They have `least_s` to read and can go that way. Whoever is starving is relieved by those who are better off by
         `relief_s`, afford it or not.
@@ -282,7 +301,15 @@ class Balance:
         if self._fits(need):
             return []
         missing, rows = need - self._spare, 1 - self._free_rows
-        victims = self._victims.make_room(missing, rows, headroom, way=way, least_s=least_s, relief_s=relief_s)
+        victims = self._victims.make_room(
+            missing,
+            rows,
+            float(self.headroom[row]),
+            for_reader=bool(self._snapshot.columns.has_reader[row]),
+            way=way,
+            least_s=least_s,
+            relief_s=relief_s,
+        )
         return victims or None
 
     def _put_on(self, row: int, need: int, victims: list[int]) -> None:

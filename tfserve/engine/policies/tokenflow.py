@@ -95,9 +95,10 @@ class TokenFlow:
         room = self._working_set.room_for(newcomers, load, snapshot, config)
         self._hurry_s = np.inf
         if balance.let_in(newcomers[:room]):
-            # Whoever has no reader does not want to be served for as long as its patience lasts.
-            wanted_s = snapshot.now_s + float(balance.headroom[newcomers[:room]].min())
-            self._hurry_s = wanted_s + config.schedule_interval_s
+            # A request without a reader is in want once its patience ends. Without readers no step makes a victim.
+            if c.has_reader.any():
+                wanted_s = snapshot.now_s + float(balance.headroom[newcomers[:room]].min())
+                self._hurry_s = wanted_s + config.schedule_interval_s
         else:
             balance.fill_up()
         decision = balance.orders()

@@ -22,12 +22,21 @@ class Victims:
     """
 
     def __init__(
-        self, rows: Rows, headroom: Floats, gain: Floats, need: Ints, *, affords: Mask, survives: Mask
+        self,
+        rows: Rows,
+        headroom: Floats,
+        gain: Floats,
+        need: Ints,
+        *,
+        has_reader: Mask,
+        affords: Mask,
+        survives: Mask,
     ) -> None:
         self.rows: list[int] = rows.tolist()
         self.headroom: list[float] = headroom.tolist()
         self.gain: list[float] = gain.tolist()
         self.need: list[int] = need.tolist()
+        self.has_reader: list[bool] = has_reader.tolist()
         self.can_go: dict[Way, list[bool]] = {"affords": affords.tolist(), "survives": survives.tolist()}
         self.left = list(range(len(rows)))
         self.most: dict[Way | None, float] = {}
@@ -35,11 +44,20 @@ class Victims:
         self._bound("survives")
 
     def make_room(
-        self, blocks: int, rows: int, headroom: float, *, way: Way, least_s: float, relief_s: float
+        self,
+        blocks: int,
+        rows: int,
+        headroom: float,
+        *,
+        for_reader: bool,
+        way: Way,
+        least_s: float,
+        relief_s: float,
     ) -> list[int]:
         """The first of those left that together free `blocks` and `rows`; empty if there are too few.
 
-        A victim must have `least_s` to read, and be able to go; or be better off by `relief_s`.
+        A victim must have `least_s` to read, and be able to go; or be better off by `relief_s`. A request without a
+        reader only displaces requests that have one: between two without, a switch gains nothing for either.
         """
         least_s -= 1e-9
         if self.most[None] - headroom < relief_s and self.most[way] < least_s:
@@ -47,6 +65,8 @@ class Victims:
         can_go, headrooms, need = self.can_go[way], self.headroom, self.need
         chosen: list[int] = []
         for index in self.left:
+            if not for_reader and not self.has_reader[index]:
+                continue
             has = headrooms[index]
             if has - headroom >= relief_s or (has >= least_s and can_go[index]):
                 chosen.append(index)

@@ -76,27 +76,31 @@ function drawStream(stream) {
   const value = first === null ? `waits ${stream.age_s.toFixed(0)} s` : rate === null ? `${stream.num_output_tokens} tok` : `${left.toFixed(1)} s`;
   put(row.value, own ? `you ${value}` : value);
   row.about = `${stream.id}\n${phase}; ${stream.num_output_tokens} of at most ${stream.max_tokens} tokens, ${stream.num_unread.toFixed(0)} unread; ` +
-    `read at ${rate === null ? "no rate" : `${rate.toFixed(1)} tokens/s`}\nstalled ${stream.stall_s.toFixed(1)} s, ${stream.num_preemptions} preemptions`;
+    `read at ${rate === null ? "no rate" : `${rate.toFixed(1)} tokens/s${stream.is_rate_assumed ? ", assumed" : ""}`}\n` +
+    `${stream.stall_s === null ? "" : `stalled ${stream.stall_s.toFixed(1)} s, `}${stream.num_preemptions} preemptions`;
 }
+
+// What counts as late or as too early is known only where somebody has said how fast the answer is read.
+const isRead = (stream) => stream.rate !== null && !stream.is_rate_assumed;
 
 // A token counts fully while less than a tenth of the answer is unread, and not at all beyond a fifth.
 function effectiveOf(stream) {
   const fresh = stream.num_output_tokens - (outputs.get(stream.id) ?? 0);
-  return fresh * (stream.rate === null ? 1 : Math.min(Math.max(2 - stream.num_unread / (0.1 * stream.max_tokens), 0), 1));
+  return fresh * (!isRead(stream) ? 1 : Math.min(Math.max(2 - stream.num_unread / (0.1 * stream.max_tokens), 0), 1));
 }
 
-function drawSpeeds(picture, effective) {
+function drawSpeeds(picture, effective, isKnown) {
   const seconds = before ? picture.created - before.created : 0;
   if (seconds <= 0) return;
   const raw = picture.stats.num_output_tokens - before.stats.num_output_tokens;
-  history.push([raw / seconds, Math.min(effective, raw) / seconds]);
+  history.push([raw / seconds, Math.min(effective, raw) / seconds, isKnown]);
   if (history.length > HISTORY) history.shift();
   const last = history.slice(-SMOOTH), mean = (column) => (last.reduce((sum, row) => sum + row[column], 0) / last.length).toFixed(0);
   put($("throughput"), mean(0));
-  put($("effective"), `${mean(1)} effective`);
+  put($("effective"), last.some((row) => row[2]) ? `${mean(1)} effective` : "– effective");
   const top = Math.max(1, ...history.map((row) => row[0]));
   for (const [column, path] of [[0, $("path-raw")], [1, $("path-effective")]]) {
-    path.setAttribute("d", history.map((row, i) => `${i ? "L" : "M"}${HISTORY - history.length + i} ${(29 - 28 * row[column] / top).toFixed(1)}`).join(""));
+    path.setAttribute("d", column && !history.some((row) => row[2]) ? "" : history.map((row, i) => `${i ? "L" : "M"}${HISTORY - history.length + i} ${(29 - 28 * row[column] / top).toFixed(1)}`).join(""));
   }
 }
 
@@ -122,7 +126,7 @@ function show(picture) {
   }
   for (const [id, row] of rows) if (!seen.has(id)) { row.box.remove(); rows.delete(id); }
   outputs = new Map(data.map((stream) => [stream.id, stream.num_output_tokens]));
-  drawSpeeds(picture, effective);
+  drawSpeeds(picture, effective, data.some(isRead));
   put($("served"), data.length ? `${served} of ${data.length}` : "–");
   scale($("served-meter"), served / data.length || 0);
   put($("queue"), `${unbegun}`);
@@ -139,6 +143,7 @@ function show(picture) {
   $("none").hidden = data.length > 0;
   $("streams").hidden = !data.length;
   put($("policy"), picture.policy);
+  put($("ignores"), picture.policy_ignores.length ? `ignores ${picture.policy_ignores.join(", ")}; ` : "");
   before = picture;
 }
 
@@ -232,7 +237,7 @@ class Answer {
     put($("spoken"), this.text);
     const { completion_tokens: tokens, ttft_s: first, stall_s: stall, num_preemptions: pauses } = this.usage ?? {};
     if (first === undefined) { if (!this.text) this.line.remove(); return; }
-    const facts = `${tokens} tokens · first after ${first.toFixed(2)} s · ${stall < 0.05 ? "never waited" : `waited ${stall.toFixed(1)} s on the way`}`;
+    const facts = `${tokens} tokens · first after ${first.toFixed(2)} s · ${stall === undefined ? "no rate named" : stall < 0.05 ? "never waited" : `waited ${stall.toFixed(1)} s on the way`}`;
     this.line.after(Object.assign(document.createElement("p"), { className: "facts note", textContent: facts + (pauses ? ` · paused ${pauses}×` : "") }));
     $("talk").scrollTop = $("talk").scrollHeight;
   }
