@@ -35,8 +35,9 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log.open("w+")
-        words = ["--server.port", str(self.port), "--max-model-len", "1024", "--threads", "1", *settings]
-        command = [*program, "serve", str(target), *words]
+        defaults = (("--server.port", str(self.port)), ("--max-model-len", "1024"), ("--threads", "1"))
+        words = [word for default in defaults if default[0] not in settings for word in default]
+        command = [*program, "serve", str(target), *words, *settings]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=env)
 
     def __enter__(self) -> Self:

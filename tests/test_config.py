@@ -79,7 +79,7 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m", "server": {"api_keys": ["two words"]}}, "server.api_keys: a key is empty or has"),
         ({"model": "m", "server": {"max_body_bytes": 0}}, "server.max_body_bytes: must be at least 1, got 0"),
         ({"model": "m", "server": {"max_queued_requests": -1}}, "server.max_queued_requests: must not be negative"),
-        ({"model": "m", "server": {"drain_timeout": float("nan")}}, "server.drain_timeout: must not be negative, got"),
+        ({"model": "m", "server": {"drain_timeout": float("nan")}}, "server.drain_timeout: must not be negative, and"),
         ({"model": "m", "host_kv_gib": -1}, "host_kv_gib: must not be negative, and a size in GiB, got -1"),
         ({"model": "m", "host_kv_gib": float("inf")}, "host_kv_gib: must not be negative, and a size in GiB, got inf"),
         ({"model": "m", "host_kv_gib": float("nan")}, "host_kv_gib: must not be negative, and a size in GiB, got nan"),

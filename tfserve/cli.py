@@ -16,7 +16,7 @@ _SETTINGS_HELP = "any setting as --key value, e.g. --max-num-seqs 16, --server.p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 when the engine failed, 2 for what the user must change."""
+    """Run the command line; returns the exit code: 0, 1 for what may succeed later, 2 for what the user must change."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(is_bench=words[:1] == ["bench"])
     args, rest = parser.parse_known_args(words)
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.func(args)
     except TfserveError as error:
         print(f"tfserve: error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     return code

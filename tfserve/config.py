@@ -8,17 +8,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
-import yaml
 
+from tfserve.checked import Checked
+from tfserve.config_file import read_yaml
 from tfserve.errors import ConfigError
+from tfserve.misfit import find_misfit
 from tfserve.strict_json import is_text
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 
-class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings, checked wherever they are made: what a file may not say, Python may not say either."""
+
+    section: ClassVar[str] = ""
+    """What the names of the settings begin with."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for the first setting whose value is of another type, or a number beyond 64 bits."""
+        super().__post_init__()
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ConfigError(self.section + name, f"must be a 64-bit integer, got {value}")
+
+    def mistake(self, key: str, message: str) -> Exception:
+        """See Checked."""
+        return ConfigError(self.section + key, message)
+
+
+class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How requests share the device. Times in seconds, rates in tokens/s; docs/scheduling.md says why.
 
     The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
@@ -37,6 +58,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `generate_ahead_s` stops decoding, under every policy, whoever has more than that unread (None: never). The last
     four switch parts off, for ablations.
     """
+
+    section: ClassVar[str] = "scheduler."
 
     policy: Literal[
         "fcfs",
@@ -75,13 +98,15 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     priority_writes: bool = True
 
 
-class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
 
     `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate`, and not as fast as it is made.
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
     Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
     """
+
+    section: ClassVar[str] = "server."
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -95,7 +120,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     drain_timeout: float = 30.0
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
 
     `model` is a local directory in Hugging Face format, a hub id, or "demo" (prepared by `tfserve demo-model`).
@@ -108,7 +133,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
     copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
     file to write a JSON line to for every step and finished request (engine/step_trace.py). `enforce_eager` switches
-    CUDA graphs off.
+    CUDA graphs off. A section may be given as a mapping, as a file has it: `scheduler={"policy": "fcfs"}`.
     """
 
     model: str
@@ -138,7 +163,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values that no machine could honour."""
+        """Raise ConfigError for values of another type, and for those that no machine could honour."""
+        sections = {key: getattr(self, key) for key in _SECTIONS}
+        _reject_unknown(sections, EngineConfig, "", "")
+        super().__post_init__()
         for key, low in (
             ("threads", 1),
             ("max_model_len", 2),
@@ -183,8 +211,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if server.max_body_bytes < 1:
             raise ConfigError("server.max_body_bytes", f"must be at least 1, got {server.max_body_bytes}")
         for key in ("max_queued_requests", "keep_alive_s", "log_interval_s", "drain_timeout"):
-            if not getattr(server, key) >= 0:
-                raise ConfigError(f"server.{key}", f"must not be negative, got {getattr(server, key)}")
+            if not 0 <= getattr(server, key) < math.inf:
+                raise ConfigError(f"server.{key}", f"must not be negative, and finite, got {getattr(server, key)}")
 
     def _check_scheduler(self) -> None:
         sched = self.scheduler
@@ -232,6 +260,11 @@ _NOT_NEGATIVE = (
 
 _LISTS = frozenset({"server.api_keys", "server.cors_origins"})
 
+_SECTIONS: dict[str, type[_Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
+
+_SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
+"""How people write true and false where nothing else can be meant; elsewhere these words are text."""
+
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> EngineConfig:
     """Build a config from a YAML file (or none) and overrides whose keys may be dotted, as "scheduler.policy".
@@ -239,7 +272,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> EngineConfig
     Override values may be strings, as a command line gives them; those of a list are separated by commas. Raises
     ConfigError naming the key.
     """
-    tree = _read_yaml(path) if path else {}
+    tree = read_yaml(path) if path else {}
     for dotted, value in overrides.items():
         *parents, leaf = dotted.split(".")
         node = tree
@@ -256,27 +289,20 @@ def config_from(tree: Mapping[str, Any], source: str = "") -> EngineConfig:
     if "model" not in tree:
         raise ConfigError("model", "is required: a model directory, a hub id, or 'demo'" + _origin(source))
     _reject_unknown(tree, EngineConfig, "", source)
+    tree = _read_switches(tree, EngineConfig)
     try:
         return msgspec.convert(tree, EngineConfig, strict=False)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$.")
-        raise ConfigError(where.rstrip("`"), message + _origin(source)) from None
+    except msgspec.ValidationError:
+        raise _misfit_error(tree, source) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError("", f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError("", f"{path} is not UTF-8 text") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("", f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError("", f"{path} must hold `key: value` lines, starting with `model:`")
-    return tree
+def _misfit_error(tree: Mapping[str, Any], source: str) -> ConfigError:
+    """What is wrong with the values of `tree`, which has known keys only. Keys of the API are not shown."""
+    misfit = find_misfit(tree, EngineConfig, strict=False)
+    if misfit is None:
+        return ConfigError("", f"a setting has a value of the wrong type{_origin(source)}")
+    shown = "" if misfit.path.startswith("server.api_keys") else f", got {misfit.value!r}"
+    return ConfigError(misfit.path, f"{misfit.rule}{shown}{_origin(source)}")
 
 
 def _reject_unknown(tree: Mapping[str, Any], struct: type[msgspec.Struct], prefix: str, source: str) -> None:
@@ -292,6 +318,20 @@ def _reject_unknown(tree: Mapping[str, Any], struct: type[msgspec.Struct], prefi
         section = known[key]
         if isinstance(section, type) and issubclass(section, msgspec.Struct) and isinstance(value, Mapping):
             _reject_unknown(value, section, f"{prefix}{key}.", source)
+
+
+def _read_switches(tree: Mapping[str, Any], struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """The tree with "on", "off", "yes" and "no" as booleans where a setting is one."""
+    kinds = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    read: dict[str, Any] = {}
+    for key, value in tree.items():
+        if kinds[key] is bool and isinstance(value, str):
+            read[key] = _SWITCHES.get(value.lower(), value)
+        elif key in _SECTIONS and isinstance(value, Mapping):
+            read[key] = _read_switches(value, _SECTIONS[key])
+        else:
+            read[key] = value
+    return read
 
 
 def _origin(source: str) -> str:

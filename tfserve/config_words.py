@@ -23,7 +23,10 @@ def parse_settings(words: Sequence[str]) -> dict[str, str]:
             if not queue or queue[0].startswith("--"):
                 raise ConfigError(key, "needs a value: --key value")
             value = queue.pop(0)
-        settings[key.replace("-", "_")] = value
+        name = key.replace("-", "_")
+        if name in settings:
+            raise ConfigError(name, f"is given twice: {settings[name]!r} and {value!r}; keep one of them")
+        settings[name] = value
     return settings
 
 
@@ -32,4 +35,6 @@ def config_from_args(target: str, words: Sequence[str]) -> EngineConfig:
     settings: dict[str, Any] = dict(parse_settings(words))
     if Path(target).suffix in {".yaml", ".yml"}:
         return load_config(Path(target), settings)
+    if "model" in settings:
+        raise ConfigError("model", f"is given twice: {target!r} and --model {settings['model']!r}; keep one of them")
     return load_config(None, {"model": target, **settings})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import msgspec
 
@@ -13,7 +14,13 @@ NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class TfserveError(Exception):
-    """Base of all deliberate errors: safe to show to the person who caused it."""
+    """Base of all deliberate errors: safe to show to the person who caused it.
+
+    `exit_code` is how a command ends that meets it: 2 if the user must change something first, 1 if the same command
+    may succeed when it is run again. docs/operations.md tells supervisors so.
+    """
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(TfserveError):
@@ -26,6 +33,12 @@ class ConfigError(TfserveError):
 
 class ModelError(TfserveError):
     """A checkpoint that cannot be loaded: missing file, unknown architecture, missing or misshapen tensor."""
+
+
+class DownloadError(ModelError):
+    """A model that could not be fetched now; the network or the index may be back later."""
+
+    exit_code = 1
 
 
 class RequestError(TfserveError):
@@ -49,6 +62,8 @@ class RequestError(TfserveError):
 class QueueFullError(TfserveError):
     """The bounded waiting queue is full; try again in `retry_after_s` seconds."""
 
+    exit_code = 1
+
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
@@ -56,6 +71,8 @@ class QueueFullError(TfserveError):
 
 class EngineDeadError(TfserveError):
     """The engine has stopped and cannot serve: it was shut down, it was killed, or a step failed beyond repair."""
+
+    exit_code = 1
 
 
 class LibraryPanicError(TfserveError):

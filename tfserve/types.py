@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from tfserve.checked import Checked
 from tfserve.errors import RequestError
 from tfserve.strict_json import is_text
 
@@ -35,7 +36,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to choose tokens and when to stop. Defaults are OpenAI's; `temperature=0` is greedy.
 
     `top_k=0` and `min_p=0` switch the filter off; `top_p=0` leaves the most likely token. `logprobs=k` returns the
@@ -66,6 +67,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     grammar: str | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+
+    def mistake(self, key: str, message: str) -> Exception:
+        """See Checked."""
+        return RequestError(key, f"{key} {message}")
 
     def verify(self, vocab_size: int) -> None:
         """Raise RequestError naming the first field whose value cannot be served with a vocabulary of `vocab_size`."""

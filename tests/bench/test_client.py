@@ -5,7 +5,8 @@ import socket
 import pytest
 
 from tests.bench.fake_server import DONE, ROLE, FakeServer, event, finish, serving, text, usage
-from tfserve.bench.client import RequestRecord, SseParser, StreamClient, Target, first_model, open_session
+from tfserve.bench.client import RequestRecord, StreamClient, Target, first_model, open_session
+from tfserve.bench.sse_parser import SseParser
 from tfserve.bench.workload import Work
 from tfserve.errors import TfserveError
 

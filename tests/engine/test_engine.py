@@ -9,8 +9,10 @@ import signal
 import time
 
 import msgspec
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
@@ -170,7 +172,7 @@ async def test_prompt_logprobs_come_once_and_first(engine):
         ([1], {"prompt_logprobs": 21}, "prompt_logprobs", "between 0 and 20"),
         ([1], {"top_p": 3.0}, "top_p", "got 3.0"),
         ([1], {"temperature": float("nan")}, "temperature", "nan"),
-        ([1], {"temperature": "hot"}, "params", "float"),
+        ([1], {"temperature": "hot"}, "temperature", "must be a number, got a string"),
         ([1], {"stop": ("",)}, "stop", "non-empty"),
         ([1], {"logit_bias": {600: 1.0}}, "logit_bias", "512"),
         ([True, 4], {}, "prompt", "token id True"),
@@ -190,6 +192,35 @@ def test_bad_requests_are_refused_by_name_before_they_run(engine, prompt, params
     with pytest.raises(RequestError, match=text) as caught:
         engine.generate([prompt], SamplingParams(**params))
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("ids", [np.array([5, 6, 7]), torch.tensor([5, 6, 7]), [np.int64(5), 6, 7], range(5, 8)])
+def test_ids_of_other_libraries_are_those_of_a_list(engine, ids):
+    assert engine.generate(ids, GREEDY)[0].token_ids == engine.generate([[5, 6, 7]], GREEDY)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "param"),
+    [
+        ({"prompt": "a"}, GREEDY, "prompts"),
+        (b"bytes", GREEDY, "prompts"),
+        (None, GREEDY, "prompts"),
+        ([None], GREEDY, "prompts"),
+        (np.array([0.5]), GREEDY, "prompt"),
+        ([5, "a"], GREEDY, "prompt"),
+        ([5], {"max_tokens": 3}, "params"),
+        ([5], "greedy", "params"),
+        (["a", "b"], [GREEDY], "params"),
+        (["a"], [{"max_tokens": 3}], "params"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+async def test_arguments_of_another_kind_are_refused_by_name(engine, prompts, params, param):
+    with pytest.raises(RequestError) as caught:
+        engine.generate(prompts, params)
+    assert caught.value.param == param
+    with pytest.raises(RequestError):
+        engine.submit(prompts, params)
 
 
 async def test_ids_in_use_and_the_engines_own_are_refused(engine):

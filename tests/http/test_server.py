@@ -121,7 +121,7 @@ def test_a_port_in_use_is_exit_code_2_before_anything_loads(launch: Launch) -> N
 
 
 @pytest.mark.parametrize(
-    ("loader", "code", "says"), [("load_badly", 1, "truncated"), ("load_impossible", 2, "device: cuda")]
+    ("loader", "code", "says"), [("load_badly", 2, "truncated"), ("load_impossible", 2, "device: cuda")]
 )
 def test_a_model_that_cannot_be_loaded_is_an_exit_code(launch: Launch, loader: str, code: int, says: str) -> None:
     returned, _, err = launch(loader).end()

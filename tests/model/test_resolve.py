@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from tfserve.errors import ModelError
+from tfserve.errors import DownloadError, ModelError
 from tfserve.model.resolve import resolve_model
 
 
@@ -34,3 +36,45 @@ def test_a_hub_failure_names_the_model_and_the_way_out(name: str, monkeypatch: p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=rf"hub did not give the model '{name}' \(.+\).*give its directory"):
         resolve_model(name)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "MODEL.GGUF", "."])
+def test_gguf_is_not_served_and_the_message_says_what_converts_it(tmp_path, name):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "MODEL.GGUF").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"`tfserve import-gguf .*(model\.gguf|MODEL\.GGUF) DIRECTORY`"):
+        resolve_model(str(tmp_path / name))
+
+
+def test_a_checkpoint_beside_a_gguf_file_is_served(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == tmp_path
+
+
+class Absent(RepositoryNotFoundError):
+    """What the hub says of a name that it does not have; the real one wants a response."""
+
+    def __init__(self) -> None:
+        Exception.__init__(self, "no such model")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (ConnectionError("no route"), DownloadError),
+        (TimeoutError(), DownloadError),
+        (LocalEntryNotFoundError("offline"), DownloadError),
+        (HFValidationError("no name"), ModelError),
+        (Absent(), ModelError),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else type(value).__name__,
+)
+def test_a_hub_that_is_away_may_be_back_and_a_name_it_does_not_have_will_not(monkeypatch, failure, kind):
+    def snapshot_download(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError) as caught:
+        resolve_model("org/name")
+    assert type(caught.value) is kind

@@ -4,18 +4,25 @@ What is known about a token's arrival: all tokens of an SSE chunk arrive when th
 one token unless the server sends a running `usage.completion_tokens` with each chunk, which tells exactly. When the
 final usage counts more tokens than the chunks did (held-back UTF-8, tokens without text, several tokens a chunk), the
 rest are `unplaced`: they count in totals and throughput, and no arrival time is made up for them.
+
+Every request has a connection of its own. Some servers close one after each answer without saying so, and a request
+that meets that end fails; a burst needs as many connections as requests anyway. What opening one takes is not counted.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import aiohttp
 import msgspec
 
+from tfserve.bench.sse_parser import SseParser
 from tfserve.bench.workload import Work
 from tfserve.errors import NOT_JSON, TfserveError
 from tfserve.strict_json import mend
@@ -27,6 +34,15 @@ _TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 _DETAIL_CHARS = 300
 _LISTING_S = 30.0
 _MOST_TOKENS = 1_000_000
+
+_GOODBYE_S = 1.0
+"""How long a server has to end a response whose last event has come."""
+
+_HINTS = {
+    "ignore_eos": "leave --ignore-eos out",
+    "consumption_rate": "leave --rate and --rate-mix out; --score-rate scores without sending",
+}
+"""Fields that are not OpenAI's, and what to do about a server that refuses them."""
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,15 +59,20 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
         """Where requests are posted."""
         return server_root(self.base_url) + _PATHS[self.endpoint]
 
-    def body(self, work: Work) -> dict[str, Any]:
-        """The request's JSON. `ignore_eos` and `consumption_rate` are not OpenAI's: sent only when asked for."""
+    def body(self, work: Work, without: Collection[str] = ()) -> dict[str, Any]:
+        """The request's JSON, `without` names that the server does not know (`stream_options`, `max_tokens`).
+
+        `ignore_eos` and `consumption_rate` are not OpenAI's: sent only when asked for.
+        """
+        limit = "max_tokens" if "max_tokens" not in without else "max_completion_tokens"
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": work.max_tokens,
+            limit: work.max_tokens,
             "temperature": self.temperature,
             "stream": True,
-            "stream_options": {"include_usage": True},
         }
+        if "stream_options" not in without:
+            body["stream_options"] = {"include_usage": True}
         if self.endpoint == "chat":
             body["messages"] = [{"role": "user", "content": work.prompt}]
         else:
@@ -64,7 +85,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestRecord(msgspec.Struct, kw_only=True):
-    """What one request saw. Times in seconds since the run began.
+    """What one request saw. Times in seconds since the run began; `sent_s` is when its connection stood.
 
     `chunks` holds (time, tokens) per SSE chunk that carried text. `prompt_tokens`, `output_tokens` and
     `num_preemptions` are the server's usage, None where it gave none. `rate`, tokens/s, is what it is scored at.
@@ -111,35 +132,6 @@ class RequestRecord(msgspec.Struct, kw_only=True):
         return (self.chunks[-1][0] - self.chunks[0][0]) / rest if len(self.chunks) > 1 and rest > 0 else None
 
 
-class SseParser:
-    """Cuts a byte stream into the payloads of server-sent events, wherever the network cut it."""
-
-    def __init__(self) -> None:
-        self._tail = b""
-        self._data: list[bytes] = []
-
-    def feed(self, received: bytes) -> Iterator[bytes]:
-        """Yield the payload of each event that `received` completes."""
-        *lines, self._tail = (self._tail + received).split(b"\n")
-        for line in lines:
-            yield from self._line(line.removesuffix(b"\r"))
-
-    def close(self) -> Iterator[bytes]:
-        """Yield what an ending without a blank line left over: some servers forget the last one."""
-        yield from self._line(self._tail.removesuffix(b"\r"))
-        yield from self._line(b"")
-
-    def _line(self, line: bytes) -> Iterator[bytes]:
-        if not line:
-            if self._data:
-                yield b"\n".join(self._data)
-                self._data = []
-            return
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            self._data.append(value.removeprefix(b" "))
-
-
 class _StreamError(Exception):
     """A stream that broke its promise; `kind` is what the report counts it as."""
 
@@ -155,6 +147,7 @@ class StreamClient:
         self._session = session
         self._target = target
         self._origin = time.perf_counter()
+        self._without: set[str] = set()
 
     def now(self) -> float:
         """Seconds since the run began, to the microsecond: records of many chunks stay small."""
@@ -164,10 +157,8 @@ class StreamClient:
         """Send one request now and fill `record` with what came back; a failure of any kind ends up in it too."""
         record.sent_s = self.now()
         try:
-            async with self._session.post(self._target.url, json=self._target.body(work)) as response:
-                if response.status != 200:
-                    raise _StreamError(f"http_{response.status}", (await response.read()).decode(errors="replace"))
-                await self._read(response, record)
+            while not await self._answered(record, work):
+                pass
         except _StreamError as error:
             _fail(record, error.kind, str(error))
         except TimeoutError:
@@ -175,25 +166,73 @@ class StreamClient:
         except aiohttp.ClientConnectorError as error:
             _fail(record, "connect", str(error))
         except (aiohttp.ClientError, OSError) as error:
-            _fail(record, "disconnected", str(error) or type(error).__name__)
+            # Some servers hang up in place of ending the response; the text is whole then.
+            if record.finish_reason is None:
+                _fail(record, "disconnected", str(error) or type(error).__name__)
         except ValueError as error:
             # aiohttp's word for an address or a header that cannot be sent.
             _fail(record, "invalid", str(error))
-        record.end_s = self.now()
+        record.end_s = record.end_s or self.now()
+
+    async def count_prompt_tokens(self, work: Work) -> int | None:
+        """`usage.prompt_tokens` of an answer that is not streamed; None where the server does not tell."""
+        body = {**self._target.body(work, {*self._without, "stream_options"}), "stream": False}
+        try:
+            async with self._session.post(self._target.url, json=body) as response:
+                return int(msgspec.json.decode(await response.read())["usage"]["prompt_tokens"])
+        except (*NOT_JSON, TimeoutError, aiohttp.ClientError, OSError, LookupError, TypeError, ValueError):
+            return None
+
+    async def _answered(self, record: RequestRecord, work: Work) -> bool:
+        """Ask once. False if the server refused a field that the request can do without: ask again."""
+        body = self._target.body(work, self._without)
+        context = SimpleNamespace(record=record, now=self.now)
+        async with self._session.post(self._target.url, json=body, trace_request_ctx=context) as response:
+            if response.method != "POST":
+                raise _StreamError("redirected", f"the server redirects to {response.url}: give that as --base-url")
+            if response.status != 200:
+                detail = (await response.read()).decode(errors="replace")
+                if response.status in (400, 422) and (refused := _refused_field(body, detail)):
+                    self._without.add(refused)
+                    return False
+                hints = "".join(f"{hint}: " for name, hint in _HINTS.items() if name in body and name in detail)
+                raise _StreamError(f"http_{response.status}", hints + (detail or f"POST {response.url}"))
+            await self._read(response, record)
+        return True
 
     async def _read(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
-        """Read to the end even after [DONE]: hanging up before the server closes would look like a lost client."""
-        parser = SseParser()
-        done = False
+        """Read to the end, after [DONE] too: hanging up before the server closes would look like a lost client."""
+        parser, head, done = SseParser(), b"", False
         async for received in response.content.iter_any():
             now = self.now()
+            head = head or received[:100]
             for payload in parser.feed(received):
-                done = done or _take_event(payload, record, now)
+                if _take_event(payload, record, now):
+                    record.end_s = now
+                    await _await_end(response)
+                    return
         for payload in parser.close():
-            done = done or _take_event(payload, record, self.now())
+            done = _take_event(payload, record, self.now())
         # Some servers send no [DONE]; a finish reason says as much.
         if not done and record.finish_reason is None:
+            if head.lstrip()[:1] in (b"{", b"<"):
+                raise _StreamError("no_stream", f"the answer is no stream of events: {head!r}")
             raise _StreamError("truncated", "the stream ended without a finish_reason or [DONE]")
+
+
+def _refused_field(body: dict[str, Any], detail: str) -> str | None:
+    """The field that a strict server's message refuses, if others do what it does."""
+    if "stream_options" in body and "stream_options" in detail:
+        return "stream_options"
+    return "max_tokens" if "max_tokens" in body and "max_completion_tokens" in detail else None
+
+
+async def _await_end(response: aiohttp.ClientResponse) -> None:
+    """Wait for the end of a response that has nothing more to say, however it comes."""
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+        async with asyncio.timeout(_GOODBYE_S):
+            async for _ in response.content.iter_any():
+                pass
 
 
 def _fail(record: RequestRecord, kind: str, detail: str) -> None:
@@ -261,12 +300,25 @@ def server_root(base_url: str) -> str:
 
 
 def open_session(api_key: str | None, timeout_s: float) -> aiohttp.ClientSession:
-    """A session that never makes a request wait for another one's connection; `timeout_s` is per request."""
+    """A session that gives every request a connection of its own, at once; `timeout_s` is per request."""
+    connected = aiohttp.TraceConfig()
+    connected.on_connection_create_end.append(_note_connected)
+    headers = {"Connection": "close"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=timeout_s),
-        headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+        headers=headers,
+        trace_configs=[connected],
     )
+
+
+async def _note_connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
+    """A request's time begins once its connection stands."""
+    sender = context.trace_request_ctx
+    if sender is not None:
+        sender.record.sent_s = sender.now()
 
 
 async def first_model(session: aiohttp.ClientSession, base_url: str) -> str:

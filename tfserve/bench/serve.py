@@ -102,13 +102,14 @@ async def _rows(args: argparse.Namespace, client: StreamClient) -> list[PromptRo
 
 async def _count_tokens(client: StreamClient, prompt: str) -> int:
     """How many tokens the server counts in a prompt: every server with usage can tell, not every one has /tokenize."""
-    record = RequestRecord(index=-1, arrival_s=0.0)
-    await client.send(record, Work(prompt, max_tokens=1))
+    record, work = RequestRecord(index=-1, arrival_s=0.0), Work(prompt, max_tokens=1)
+    await client.send(record, work)
     if record.error:
         raise TfserveError(f"the first request failed ({record.error}): {record.error_detail}")
-    if record.prompt_tokens is None:
+    num_tokens = await client.count_prompt_tokens(work) if record.prompt_tokens is None else record.prompt_tokens
+    if num_tokens is None:
         raise TfserveError("--dataset random: the server reports no usage.prompt_tokens to size prompts by; use a file")
-    return record.prompt_tokens
+    return num_tokens
 
 
 async def _send_all(client: StreamClient, records: list[RequestRecord], work: list[Work]) -> None:

@@ -10,7 +10,9 @@ class RealClock:
     """plan.Clock on the machine's monotonic clock, which all its processes share."""
 
     def __init__(self) -> None:
-        self._bell = threading.Event()
+        # Reentrant, unlike an Event's: the interpreter may drop an Engine, which notifies, in the middle of `notify`.
+        self._bell = threading.Condition()
+        self._has_rung = False
 
     def now(self) -> float:
         """Seconds of CLOCK_MONOTONIC."""
@@ -19,9 +21,13 @@ class RealClock:
     def wait(self, until: float | None) -> None:
         """Sleep until `until` (None: no limit) or until notified; a notification before the call counts."""
         timeout = None if until is None else max(0.0, until - self.now())
-        self._bell.wait(timeout)
-        self._bell.clear()
+        with self._bell:
+            if not self._has_rung:
+                self._bell.wait(timeout)
+            self._has_rung = False
 
     def notify(self) -> None:
         """Wake the sleeper, now or at its next `wait`."""
-        self._bell.set()
+        with self._bell:
+            self._has_rung = True
+            self._bell.notify()

@@ -6,9 +6,10 @@ import itertools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,6 +17,7 @@ from msgspec import UNSET, UnsetType
 from tfserve.config import EngineConfig
 from tfserve.engine.delivery import Delivery, Questions, Sink
 from tfserve.engine.finish_pace import FinishPace
+from tfserve.engine.lifetime import disown_in_fork, weakly
 from tfserve.engine.link import Connect, connect
 from tfserve.engine.messages import (
     AbortRequest,
@@ -26,6 +28,7 @@ from tfserve.engine.messages import (
     StreamStates,
     ToCore,
 )
+from tfserve.engine.prompts import Prompt, as_batch, as_prompt
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.engine.validation import validate
@@ -47,20 +50,23 @@ from tfserve.types import (
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
-
 _NO_PROGRESS_S = 120.0
 """Requests are outstanding and no step has ended for this long: the engine is stuck (a CPU prefill step takes 1 s)."""
 
 _OWN_IDS = "tfserve-"
 """What the ids begin with that the engine gives, and those that its callers choose must not."""
 
+_DROPPED_S = 1.0
+"""How long the program waits for an engine that nothing refers to any more; a process is then killed."""
+
 
 class Engine:
     """A model being served. Safe to use from several threads; two engines can live in one process.
 
     Blocks while the model loads. Raises ConfigError for settings this machine cannot meet, ModelError for a checkpoint
-    that cannot be loaded. Use as a context manager, or call `shutdown`. `link` starts the core; benchmarks give theirs.
+    that cannot be loaded. Use as a context manager, or call `shutdown`; an engine that nothing refers to any more, or
+    that the program leaves behind, ends too. It belongs to the process that made it: in a fork it is dead.
+    `link` starts the core; benchmarks give theirs.
     """
 
     def __init__(self, config: EngineConfig, link: Connect = connect) -> None:
@@ -83,7 +89,10 @@ class Engine:
         self._death: str | None = None
         self._on_death: list[Callable[[str], None]] = []
         self._state_lock = threading.Lock()
-        self._link = link(self.config, self._deliver, self._die)
+        # The link does not keep this object alive, so that its end can end the core.
+        self._link = link(self.config, weakly(self._deliver), weakly(self._die))
+        self._end = weakref.finalize(self, self._link.close, _DROPPED_S)
+        disown_in_fork(self)
         self.info: EngineInfo = self._link.info
 
     def __enter__(self) -> Self:
@@ -97,23 +106,21 @@ class Engine:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: SamplingParams | list[SamplingParams] | tuple[SamplingParams, ...] | None = None,
         *,
         rate: ConsumptionRate = None,
     ) -> list[RequestOutput]:
         """Run prompts to their end and return one output each, in order; blocks.
 
-        A prompt is text or token ids; `params` is one for all or one for each. A batch has no reader unless it names a
-        `rate`. Raises RequestError before anything runs if one of the prompts cannot be served, EngineDeadError if the
-        engine ends meanwhile. A request that fails alone has `finish_reason` ERROR.
+        A prompt is text or token ids (integers, an array or a tensor); `params` is one for all or one for each. A batch
+        has no reader unless it names a `rate`. Raises RequestError before anything runs if one of the prompts cannot be
+        served, EngineDeadError if the engine ends meanwhile. A request that fails alone has `finish_reason` ERROR.
         """
-        batch = _as_batch(prompts)
-        each = [params] * len(batch) if params is None or isinstance(params, SamplingParams) else list(params)
+        batch = as_batch(prompts)
+        each = list(params) if isinstance(params, list | tuple) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError("params", f"{len(batch)} prompts need as many SamplingParams (or one), got {len(each)}")
-        messages = [
-            self._prepare(prompt, one or SamplingParams(), rate, None) for prompt, one in zip(batch, each, strict=True)
-        ]
+        messages = [self._prepare(prompt, one, rate, None) for prompt, one in zip(batch, each, strict=True)]
         collectors = [Collector(self._buffer(message)) for message in messages]
         try:
             for message, collector in zip(messages, collectors, strict=True):
@@ -133,7 +140,7 @@ class Engine:
         priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Yield a request's output as it comes; leaving the iteration early aborts the request. Else as `submit`."""
-        stream = self.submit(prompt, params or SamplingParams(), rate=rate, priority=priority)
+        stream = self.submit(prompt, params, rate=rate, priority=priority)
         try:
             while True:
                 output = await stream.next()
@@ -147,7 +154,7 @@ class Engine:
     def submit(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None = None,
         *,
         request_id: RequestId | None = None,
         rate: ConsumptionRate | UnsetType = UNSET,
@@ -234,20 +241,27 @@ class Engine:
     def shutdown(self, timeout_s: float = 10.0) -> None:
         """Abort what is left and end the engine; idempotent. Returns when it has ended."""
         with self._state_lock:
-            already, self._death = self._death, self._death or "the engine was shut down"
-        if already == "the engine was shut down":
+            self._death = self._death or "the engine was shut down"
+        if self._end.detach() is None:
             return
         self._link.close(timeout_s)
         self._release("the engine was shut down")
 
+    def disown(self) -> None:
+        """Be dead, in a fork: the core and its threads are in the process that was forked."""
+        self._end.detach()
+        self._state_lock = threading.Lock()  # another thread may have held the old one
+        self._death = "this process is a fork of the one that the engine belongs to; make an Engine of its own"
+
     def _prepare(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: SamplingParams | None,
         rate: ConsumptionRate | UnsetType,
         request_id: RequestId | None,
         priority: int = 0,
     ) -> AddRequest:
+        prompt = as_prompt(prompt)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if request_id is None:
             request_id = f"{_OWN_IDS}{next(self._ids)}"
@@ -259,9 +273,9 @@ class Engine:
             rate = default_rate
         # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
         resolve_rate(rate, default_rate)
-        if not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
+        if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
             raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
-        params = validate(token_ids, params, self.info)
+        params = validate(token_ids, SamplingParams() if params is None else params, self.info)
         return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed)
 
     def _check_id(self, request_id: RequestId) -> None:
@@ -350,15 +364,3 @@ class Engine:
 
 def _id_in_use(request_id: RequestId) -> RequestError:
     return RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
-
-
-def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, text or token ids, becomes a batch of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    batch: list[Prompt] = []
-    for item in prompts:
-        if isinstance(item, int):
-            return [cast(Sequence[int], prompts)]
-        batch.append(item)
-    return batch

@@ -18,6 +18,7 @@ import msgspec
 
 from tfserve.config import EngineConfig
 from tfserve.engine.core import Inbox
+from tfserve.engine.lifetime import close_at_exit, disown_in_fork
 from tfserve.engine.messages import Failed, Ready, Shutdown, StepOutputs, StreamStates, ToCore, ToFront
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError, panics_as_errors
 from tfserve.types import EngineInfo
@@ -70,25 +71,37 @@ class ThreadLink:
     def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> None:
         self._on_death = on_death
         self._closing = False
-        started: Future[tuple[Inbox, EngineInfo]] = Future()
+        self._inbox: Inbox | None = None
+        started: Future[EngineInfo] = Future()
         args = (config, deliver, started)
         self._thread = threading.Thread(target=self._run, args=args, name="tfserve-core", daemon=True)
-        self._thread.start()
-        self._inbox, self.info = started.result()
+        close_at_exit(self)
+        try:
+            self._thread.start()
+            self.info = started.result()
+        except BaseException:  # Ctrl-C too: the thread then ends as soon as it has loaded
+            self._ask_to_end()
+            raise
 
     def send(self, message: ToCore) -> None:
         """See CoreLink."""
-        if not self._thread.is_alive():
+        if self._inbox is None or not self._thread.is_alive():
             raise EngineDeadError("the engine thread has ended")
         self._inbox.put(message)
 
     def close(self, timeout_s: float) -> None:
         """See CoreLink. A thread cannot be killed: one that is still in a step after the timeout is left to finish."""
-        self._closing = True
-        self._inbox.put(Shutdown())
-        self._thread.join(timeout_s)
+        self._ask_to_end()
+        # The interpreter may drop an Engine in any thread.
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
 
-    def _run(self, config: EngineConfig, deliver: Deliver, started: Future[tuple[Inbox, EngineInfo]]) -> None:
+    def _ask_to_end(self) -> None:
+        self._closing = True
+        if self._inbox is not None:
+            self._inbox.put(Shutdown())
+
+    def _run(self, config: EngineConfig, deliver: Deliver, started: Future[EngineInfo]) -> None:
         try:
             with panics_as_errors("loading the model"):
                 # Only here does the front's process import torch.
@@ -98,7 +111,10 @@ class ThreadLink:
         except BaseException as error:
             started.set_exception(error)
             return
-        started.set_result((core.inbox, info))
+        self._inbox = core.inbox
+        if self._closing:
+            core.inbox.put(Shutdown())
+        started.set_result(info)
         reason = "the engine loop ended unasked"
         try:
             core.run()
@@ -143,6 +159,7 @@ class ProcessLink:
             raise
         self._reader = threading.Thread(target=self._read, name="tfserve-engine-reader", daemon=True)
         self._reader.start()
+        disown_in_fork(self)
 
     @property
     def pid(self) -> int:
@@ -167,8 +184,15 @@ class ProcessLink:
         except (EngineDeadError, subprocess.TimeoutExpired):
             self._process.kill()
         self._process.wait()
-        self._reader.join(timeout_s)
+        if threading.current_thread() is not self._reader:  # the interpreter may drop an Engine in any thread
+            self._reader.join(timeout_s)
         self._conn.close()
+
+    def disown(self) -> None:
+        """Let go of the socket, in a fork: the core must see it close when the process that was forked ends."""
+        self._conn.close()
+        # Its own process is no child of this one: there is nothing to wait for.
+        self._process.returncode = 0
 
     def _await_ready(self) -> EngineInfo:
         try:
@@ -222,4 +246,8 @@ def receive(conn: Connection) -> ToFront:
 
 
 def _startup_error(failed: Failed) -> TfserveError:
-    return ModelError(failed.message) if failed.key is None else ConfigError(failed.key, failed.message)
+    if failed.key is not None:
+        return ConfigError(failed.key, failed.message)
+    if failed.exit_code == ModelError.exit_code:
+        return ModelError(failed.message)
+    return EngineDeadError(f"the engine process failed while loading: {failed.message}")

@@ -42,12 +42,12 @@ def main(fd: int) -> int:
         _send(conn, Ready(info))
         core.run()
     except ConfigError as error:
-        return _fail(conn, str(error).removeprefix(f"{error.key}: "), error.key)
+        return _fail(conn, Failed(str(error).removeprefix(f"{error.key}: "), error.key, error.exit_code))
     except TfserveError as error:
-        return _fail(conn, str(error), None)
+        return _fail(conn, Failed(str(error), None, error.exit_code))
     except BaseException as error:  # a Rust library's panic too: the front must hear of whatever ends this process
         logging.getLogger(__name__).exception("the engine process failed")
-        return _fail(conn, f"{type(error).__name__}: {error}", None)
+        return _fail(conn, Failed(f"{type(error).__name__}: {error}"))
     finally:
         if core is not None:
             core.close()
@@ -61,8 +61,8 @@ def _send(conn: Connection, message: ToFront) -> None:
         os._exit(1)
 
 
-def _fail(conn: Connection, message: str, key: str | None) -> int:
-    _send(conn, Failed(message.encode(errors="replace").decode(), key))
+def _fail(conn: Connection, failed: Failed) -> int:
+    _send(conn, msgspec.structs.replace(failed, message=failed.message.encode(errors="replace").decode()))
     return 1
 
 

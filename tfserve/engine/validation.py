@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -13,11 +13,9 @@ from tfserve.types import EngineInfo, SamplingParams
 
 def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) -> SamplingParams:
     """Params with max_tokens resolved, for a prompt of token ids. Raises RequestError naming the field at fault."""
-    try:
-        # An embedding user's Struct was never type-checked; a server's was, and passes unchanged.
-        params = msgspec.convert(msgspec.to_builtins(params), SamplingParams)
-    except (msgspec.ValidationError, TypeError) as error:
-        raise RequestError("params", f"sampling parameters: {error}") from None
+    if not isinstance(params, SamplingParams):
+        fix = "write SamplingParams(**params)" if isinstance(params, Mapping) else "give SamplingParams(...)"
+        raise RequestError("params", f"params must be SamplingParams, got {type(params).__name__}; {fix}")
     check_tokens(prompt, info.vocab_size)
     if params.grammar is not None:
         check_grammar(params.grammar)

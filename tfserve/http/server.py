@@ -27,7 +27,7 @@ from tfserve.http.service import Phase, Service
 
 log = logging.getLogger(__name__)
 
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+EXIT_OK, EXIT_FAILED = 0, 1
 
 NICENESS = 10
 """How far the HTTP side steps back behind an engine in its own process, whose steps a busy core makes 4-10x slower."""
@@ -51,20 +51,17 @@ BACKLOG = 1024
 def serve(config: EngineConfig, engine_factory: EngineFactory | None = None) -> int:
     """Serve `config.model` until a signal or the engine's death; return the process's exit code.
 
-    0: stopped by SIGTERM or SIGINT. 1: the model could not be loaded or the engine died. 2: a setting cannot be
-    honoured, a port in use among them. `engine_process: auto` means a process of its own here. `engine_factory` makes
-    the engine; tests give their own.
+    0: stopped by SIGTERM or SIGINT. 1: the engine died, or the model could not be downloaded now. 2: a setting cannot
+    be honoured, a port in use among them, or the model cannot be loaded. `engine_process: auto` means a process of its
+    own here. `engine_factory` makes the engine; tests give their own.
     """
     if config.engine_process == "auto":
         config = msgspec.structs.replace(config, engine_process="on")
     try:
         return asyncio.run(_Server(config, engine_factory or _load_engine).run())
-    except ConfigError as error:
-        print(f"tfserve: {error}", file=sys.stderr)
-        return EXIT_CONFIG
     except TfserveError as error:
-        print(f"tfserve: {error}", file=sys.stderr)
-        return EXIT_FAILED
+        print(f"tfserve: error: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 def _load_engine(config: EngineConfig) -> EnginePort:

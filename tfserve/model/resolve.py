@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tfserve.errors import ModelError, failures
+from tfserve.errors import DownloadError, ModelError, failures
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 
@@ -12,14 +12,18 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 def resolve_model(name: str) -> Path:
     """The checkpoint directory of `name`: a local directory, "demo", or a hub id (downloaded once, then cached).
 
-    Raises ModelError for a directory or hub id that cannot be had, and for a demo model not yet prepared.
+    Raises ModelError for a directory or hub id that cannot be had, and for a demo model not yet prepared; DownloadError
+    if the hub cannot be reached.
     """
     local = Path(name).expanduser()
     if local.is_dir():
+        _refuse_gguf(local)
         return local
     if name == "demo":
         return _demo()
     if local.is_file():
+        if local.suffix.lower() == ".gguf":
+            raise ModelError(f"{name} is a GGUF file; convert it first, {_conversion(local)}")
         raise ModelError(f"{name} is a file; give the directory that holds config.json and *.safetensors")
     if not _looks_like_hub_id(name):
         raise ModelError(f"no directory {name}; give a checkpoint directory, a hub id such as org/name, or 'demo'")
@@ -35,18 +39,31 @@ def _demo() -> Path:
     return path
 
 
+def _refuse_gguf(directory: Path) -> None:
+    """Raise ModelError for a directory of GGUF files and nothing else that could be served."""
+    files = [path for path in directory.iterdir() if path.suffix.lower() == ".gguf"]
+    if files and not (directory / "config.json").exists():
+        raise ModelError(f"{directory} holds GGUF files; convert one first, {_conversion(min(files))}")
+
+
+def _conversion(file: Path) -> str:
+    return f"`tfserve import-gguf {file} DIRECTORY`, and serve the directory"
+
+
 def _looks_like_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") <= 1
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except failures() as error:  # the hub's own errors, its HTTP client's, and the file system's have no common base
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(
+        is_final = isinstance(error, HFValidationError | RepositoryNotFoundError | RevisionNotFoundError)
+        raise (ModelError if is_final else DownloadError)(
             f"no local directory {name}, and the Hugging Face hub did not give the model {name!r} ({reason}). "
             "Check the name and the network, or download the model elsewhere and give its directory"
         ) from error

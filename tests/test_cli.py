@@ -1,0 +1,94 @@
+"""Exit codes: 2 for what must be changed before another start, 1 for what may succeed later, as operations.md says."""
+
+from __future__ import annotations
+
+import pytest
+
+from tfserve import cli
+from tfserve.config import EngineConfig
+from tfserve.engine.engine import Engine
+from tfserve.engine.link import _startup_error
+from tfserve.engine.messages import Failed
+from tfserve.errors import (
+    ConfigError,
+    DownloadError,
+    EngineDeadError,
+    ModelError,
+    QueueFullError,
+    RequestError,
+    TfserveError,
+)
+from tfserve.http.server import serve
+from tfserve.model import demo
+
+ERRORS = [
+    (ConfigError("seed", "is bad"), 2),
+    (ModelError("no tensors"), 2),
+    (RequestError("prompt", "is empty"), 2),
+    (TfserveError("--output: cannot write"), 2),
+    (DownloadError("no network"), 1),
+    (EngineDeadError("killed"), 1),
+    (QueueFullError("full", 1.0), 1),
+]
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "bench engine"])
+@pytest.mark.parametrize(
+    ("target", "settings"),
+    [
+        ("/nonexistent", []),
+        ("{tmp}/model.gguf", []),
+        ("{tmp}", []),
+        ("{tmp}/nowhere.yaml", []),
+        ("{tmp}/twice.yaml", []),
+        ("demo", ["--max-num-seqs", "0"]),
+        ("demo", ["--seed", "1", "--seed", "2"]),
+        ("demo", ["--quantization", "awq"]),
+    ],
+)
+def test_what_must_be_changed_first_is_2_in_every_command(tmp_path, capsys, command, target, settings):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "twice.yaml").write_text("model: m\nseed: 1\nseed: 2\n")
+    words = [*command.split(), target.format(tmp=tmp_path), *(["hello"] if command == "generate" else [])]
+    port = ["--server.port", "0"]
+    assert cli.main([*words, *settings, *port]) == 2
+    assert capsys.readouterr().err.startswith("tfserve: error: ")
+
+
+def test_a_file_that_cannot_be_imported_is_2(tmp_path, capsys):
+    (tmp_path / "x.gguf").write_bytes(b"no GGUF")
+    assert cli.main(["import-gguf", str(tmp_path / "x.gguf"), str(tmp_path / "out")]) == 2
+    assert cli.main(["import-gguf", str(tmp_path / "none.gguf"), str(tmp_path / "out")]) == 2
+    assert "tfserve: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), ERRORS, ids=lambda value: type(value).__name__)
+def test_every_error_has_the_same_code_in_every_command(monkeypatch, error, code):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(demo, "prepare_demo_model", fail)
+    monkeypatch.setattr(Engine, "__init__", fail)
+    assert cli.main(["demo-model"]) == code
+    assert cli.main(["generate", "demo", "hello"]) == code
+    assert serve(EngineConfig(model="m", server={"port": 0}), fail) == code
+
+
+@pytest.mark.parametrize(
+    ("failed", "kind"),
+    [
+        (Failed("is bad", "seed", ConfigError.exit_code), ConfigError),
+        (Failed("no tensors", None, ModelError.exit_code), ModelError),
+        (Failed("RuntimeError: out of memory"), EngineDeadError),
+    ],
+)
+def test_an_engine_process_passes_on_whether_its_error_may_go_away(failed, kind):
+    assert type(_startup_error(failed)) is kind
+
+
+def test_interrupted_is_130(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "prepare_demo_model", interrupt)
+    assert cli.main(["demo-model"]) == 130

@@ -1,0 +1,170 @@
+"""What a configuration file may say: YAML 1.2's words, every key once, and an error with its place for all else."""
+
+from __future__ import annotations
+
+import pytest
+
+from tfserve.config import load_config
+from tfserve.config_words import config_from_args, parse_settings
+from tfserve.errors import ConfigError
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text: str | bytes, **overrides):
+        path = tmp_path / "serve.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config(path, overrides)
+
+    return load
+
+
+def setting(config, dotted: str):
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("engine_process: on", "engine_process", "on"),
+        ("engine_process: off", "engine_process", "off"),
+        ("server: {pacing: off}", "server.pacing", "off"),
+        ("served_model_name: no", "served_model_name", "no"),
+        ("served_model_name: 2024-01-01", "served_model_name", "2024-01-01"),
+        ("served_model_name: 22:22", "served_model_name", "22:22"),
+        ("served_model_name: 010", "served_model_name", "010"),
+        ("served_model_name: !!str 7", "served_model_name", "7"),
+        ("served_model_name: '7'", "served_model_name", "7"),
+        ("served_model_name: null", "served_model_name", None),
+        ("enforce_eager: yes", "enforce_eager", True),
+        ("enforce_eager: On", "enforce_eager", True),
+        ("scheduler: {offload: off}", "scheduler.offload", False),
+        ("scheduler: {offload: 'no'}", "scheduler.offload", False),
+        ("max_num_seqs: 0x10", "max_num_seqs", 16),
+        ("max_num_seqs: 0o10", "max_num_seqs", 8),
+        ("max_num_seqs: +5", "max_num_seqs", 5),
+        ("max_num_seqs: 8.0", "max_num_seqs", 8),
+        ("max_num_seqs: '8'", "max_num_seqs", 8),
+        ("kv_cache_gib: 1e1", "kv_cache_gib", 10.0),
+        ("kv_cache_gib: .5", "kv_cache_gib", 0.5),
+        ("server: {api_keys: ['12345', on]}", "server.api_keys", ("12345", "on")),
+    ],
+)
+def test_words_are_those_of_yaml_1_2(load, line, key, value):
+    assert setting(load(f"model: demo\n{line}\n"), key) == value
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("server: {port: 22:22}", "server.port"),
+        ("server:\n  port: 010", "server.port"),
+        ("max_num_seqs: 1_000", "max_num_seqs"),
+        ("max_num_seqs: true", "max_num_seqs"),
+        ("max_num_seqs: [1]", "max_num_seqs"),
+        ("max_num_seqs:", "max_num_seqs"),
+        ("kv_cache_gib: 1:30", "kv_cache_gib"),
+        ("kv_cache_gib: .inf", "kv_cache_gib"),
+        ("kv_cache_gib: -.INF", "kv_cache_gib"),
+        ("kv_cache_gib: .nan", "kv_cache_gib"),
+        ("server: {drain_timeout: .inf}", "server.drain_timeout"),
+        ("server: {keep_alive_s: 1e999}", "server.keep_alive_s"),
+        ("seed: 99999999999999999999", "seed"),
+        ("served_model_name: 1.0", "served_model_name"),
+        ("enforce_eager: maybe", "enforce_eager"),
+        ("engine_process: true", "engine_process"),
+        ("quantization: awq", "quantization"),
+        ("server: {host: [a]}", "server.host"),
+        ("server: {api_keys: 12345}", "server.api_keys"),
+        ("server: {api_keys: abc}", "server.api_keys"),
+        ("server: {api_keys: [12345]}", "server.api_keys[0]"),
+        ("server: {api_keys: [a, null]}", "server.api_keys[1]"),
+        ("server:", "server"),
+        ("scheduler: null", "scheduler"),
+        ("1: 2", "1"),
+        ("null: 2", "None"),
+    ],
+)
+def test_what_a_setting_cannot_be_is_refused_by_its_name(load, line, key):
+    with pytest.raises(ConfigError) as caught:
+        load(f"model: demo\n{line}\n")
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("model: m\nserver:\n  api_keys: [a]\nserver:\n  port: 1\n", 4, "'server' is given again, after line 2"),
+        ("model: m\nseed: 1\nseed: 1\n", 3, "'seed' is given again, after line 2"),
+        ("model: m\nserver:\n  port: 1\n  host: a\n  'port': 2\n", 5, "'port' is given again, after line 3"),
+        ("model: m\nscheduler: {gamma: 1, gamma: 2}\n", 2, "'gamma' is given again"),
+        ("model: m\nserver:\n\tport: 1\n", 3, ""),
+        ("model: m\n---\nmodel: n\n", 2, ""),
+        ("model: m\n? [a]\n: 2\n", 2, "a key must be text"),
+        ("model: m\nseed: !!int 22:22\n", 2, "tag of '22:22'"),
+        ("model: m\nseed: !!python/object:os.system x\n", 2, ""),
+        ("model: m\nenforce_eager: !!bool maybe\n", 2, ""),
+        ("model: m\nserver: !!set {a, b}\n", 2, ""),
+        ("model: m\nx: *unknown\n", 2, ""),
+        ("model: [unclosed", 1, ""),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(load, text, line, says):
+    with pytest.raises(ConfigError, match=rf"serve\.yaml is not valid YAML: line {line}: .*{says}"):
+        load(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "# a comment\n", "words", "[a]", "model:", "model: 12", "model: ~", "[" * 3000, "{a: " * 3000),
+        *(b"\xff\xfe\x00", "model: é\n".encode("utf-16-le"), "model: é\n".encode("latin-1")),
+        *(b"GGUF\x00\x01", b"x" * 2_000_000),
+    ],
+    ids=lambda text: repr(text)[:20],
+)
+def test_what_is_no_configuration_is_an_error_of_one_line(load, text):
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_may_have_a_byte_order_mark(load, encoding):
+    assert load("model: modèle\n".encode(encoding)).model == "modèle"
+
+
+def test_merge_keys_work_and_the_mappings_own_keys_win(load):
+    text = "model: m\nscheduler: &base\n  <<: {gamma: 2, relief_s: 1}\n  gamma: 3\n"
+    scheduler = load(text).scheduler
+    assert (scheduler.gamma, scheduler.relief_s) == (3.0, 1.0)
+
+
+@pytest.mark.parametrize("form", ["{{<<: [*a{0}, *a{0}]}}", "[*a{0}, *a{0}, *a{0}]", "{{k: *a{0}, l: *a{0}}}"])
+def test_anchors_of_anchors_stay_small(load, form):
+    lines = ["model: m", "server:", "  api_keys: *a40"]
+    anchors = [f"x{i}: &a{i} {form.format(i - 1)}" for i in range(1, 41)]
+    with pytest.raises(ConfigError):
+        load("\n".join(["x0: &a0 {k: v}", *anchors, *lines]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--server.port", "1", "--server.port", "2"],
+        ["--server.port=1", "--server.port=1"],
+        ["--max-num-seqs", "1", "--max_num_seqs", "1"],
+    ],
+)
+def test_a_setting_given_twice_on_the_command_line_is_refused(words):
+    with pytest.raises(ConfigError, match="is given twice"):
+        parse_settings(words)
+
+
+def test_the_model_is_the_target_or_a_setting_but_not_both(tmp_path):
+    with pytest.raises(ConfigError, match="model: is given twice: 'a/b' and --model 'c'"):
+        config_from_args("a/b", ["--model", "c"])
+    (tmp_path / "serve.yaml").write_text("model: m\n")
+    assert config_from_args(str(tmp_path / "serve.yaml"), ["--model", "c"]).model == "c"

@@ -1,0 +1,73 @@
+"""Checked: a Struct whose fields are checked wherever it is made. msgspec checks what it decodes, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import decimal
+import operator
+import os
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import msgspec
+
+from tfserve.misfit import Misfit, find_misfit
+
+_LEFT_ALONE = (bytes, bytearray, memoryview, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
+"""What msgspec would turn into text. No field is made of it."""
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of Structs that users make in Python: every field has its declared type, or the constructor raises.
+
+    Numbers and arrays of numpy or torch become Python's own, a mapping becomes the Struct that the field holds, a list
+    becomes a tuple, a Path becomes text. Text is not read as a number. `mistake` makes the error that is raised.
+    """
+
+    def __post_init__(self) -> None:
+        """Raise what `mistake` returns for the first field whose value is of another type."""
+        for name, kind, default in _fields(type(self)):
+            value = getattr(self, name)
+            if value is default:
+                continue
+            try:
+                checked = msgspec.convert(value, kind)
+            except msgspec.ValidationError:
+                checked = self._read(name, value, kind)
+            if checked is not value:
+                msgspec.structs.force_setattr(self, name, checked)
+
+    def _read(self, name: str, value: Any, kind: Any) -> Any:
+        """The value as msgspec would have it, where it can be made of what was given."""
+        if isinstance(value, msgspec.Struct):
+            raise self.mistake(name, f"cannot be a {type(value).__name__}")
+        with contextlib.suppress(TypeError):  # a function, say, is no data at all
+            value = msgspec.to_builtins(value, builtin_types=_LEFT_ALONE, enc_hook=_plain)
+        try:
+            return msgspec.convert(value, kind, str_keys=True)
+        except msgspec.ValidationError:
+            misfit = find_misfit(value, kind) or Misfit("", "has a value of the wrong type")
+            dot = "." if misfit.path and not misfit.path.startswith("[") else ""
+            raise self.mistake(name + dot + misfit.path, str(replace(misfit, path=""))) from None
+
+    def mistake(self, key: str, message: str) -> Exception:
+        """The error about a field; `key` is its name, and where in its value the mistake is."""
+        raise NotImplementedError
+
+
+def to_number(value: Any) -> Any:
+    """What Python itself has for a number of another library; lists for arrays and tensors. Raises TypeError."""
+    to_list = getattr(value, "tolist", None)
+    return to_list() if callable(to_list) else operator.index(value)
+
+
+@cache
+def _fields(struct: type[msgspec.Struct]) -> tuple[tuple[str, Any, Any], ...]:
+    """Name, type and default of every field."""
+    return tuple((field.name, field.type, field.default) for field in msgspec.structs.fields(struct))
+
+
+def _plain(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else to_number(value)

@@ -1,0 +1,118 @@
+"""Reading a configuration file: YAML 1.2's core schema, where every key is given once.
+
+PyYAML reads YAML 1.1, in which `on` is true, `22:22` is 1342, `010` is 8 and `2024-01-01` is a date, and lets the last
+of two equal keys win. Here such words are text, and a second `server:` is an error. Merge keys (`<<`) work.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tfserve.errors import ConfigError
+
+_MOST_BYTES = 1 << 20
+"""A configuration takes a few thousand; a model given by mistake is not read to its end."""
+
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+)
+"""Tag, what is of it, and how that begins. Digits behind a leading zero are text: some mean 8 by 010, some 10."""
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader with the scalars above and without repeated keys."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # as PyYAML declares it
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuse a key that the mapping itself gives twice: what it merges is not in it yet."""
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _mistake(key, "a key must be text")
+            if (key.tag, key.value) in lines:
+                first = lines[key.tag, key.value]
+                raise _mistake(key, f"{key.value!r} is given again, after line {first}; keep one of them")
+            lines[key.tag, key.value] = key.start_mark.line + 1
+        return node
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """Refuse a tag in the file (`!!int`) but `!!str`: the setting says what its value is."""
+        implicit = self.peek_event().implicit  # type: ignore[no-untyped-call]
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        if not any(implicit) and node.tag != "tag:yaml.org,2002:str":
+            raise _mistake(node, f"the tag of {node.value!r} must go: a setting says what its value is")
+        return node
+
+    def read_bool(self, node: yaml.ScalarNode) -> bool:
+        """The words true and false."""
+        return self.construct_scalar(node).lower() == "true"
+
+    def read_int(self, node: yaml.ScalarNode) -> int:
+        """An integer in decimal, or with 0o or 0x before it."""
+        text = self.construct_scalar(node)
+        return int(text, 0 if text[:2] in {"0o", "0x"} else 10)
+
+    def read_float(self, node: yaml.ScalarNode) -> float:
+        """A number, .inf or .nan."""
+        return float(re.sub(r"\.(?=inf|nan)", "", self.construct_scalar(node).lower()))
+
+
+def _mistake(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
+_READERS: dict[str, Callable[..., Any]] = {
+    "null": _Loader.construct_yaml_null,
+    "bool": _Loader.read_bool,
+    "int": _Loader.read_int,
+    "float": _Loader.read_float,
+    "str": _Loader.construct_yaml_str,
+    "seq": _Loader.construct_yaml_seq,
+    "map": _Loader.construct_yaml_map,
+}
+"""No dates, no sets, no bytes: nothing that a setting can be."""
+
+_Loader.yaml_constructors = {None: _Loader.construct_undefined}
+for _tag, _reader in _READERS.items():
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _reader)
+for _tag, _pattern, _first in _SCALARS:
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError naming the file, and the line where there is one."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError("", f"cannot read {path}: {error.strerror}") from None
+    if len(raw) > _MOST_BYTES:
+        raise ConfigError("", f"{path} is larger than 1 MiB: that is no configuration")
+    try:
+        tree = yaml.load(raw, _Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError("", f"{path} is not valid YAML: {where}{error.problem or error.context}") from None
+    except RecursionError:
+        raise ConfigError("", f"{path} is not valid YAML: it is nested too deep") from None
+    except yaml.YAMLError as error:  # bytes that are no text
+        raise ConfigError("", f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError("", f"{path} must hold `key: value` lines, starting with `model:`")
+    return tree
