@@ -14,6 +14,7 @@ import msgspec
 import yaml
 
 from tfserve.errors import ConfigError
+from tfserve.misfit import find_misfit
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 
@@ -249,9 +250,17 @@ def config_from(tree: Mapping[str, Any], source: str = "") -> EngineConfig:
     _reject_unknown(tree, EngineConfig, "", source)
     try:
         return msgspec.convert(tree, EngineConfig, strict=False)
-    except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$.")
-        raise ConfigError(where.rstrip("`"), message + _origin(source)) from None
+    except msgspec.ValidationError:
+        raise _misfit_error(tree, source) from None
+
+
+def _misfit_error(tree: Mapping[str, Any], source: str) -> ConfigError:
+    """What is wrong with the values of `tree`, which has known keys only. Keys of the API are not shown."""
+    misfit = find_misfit(tree, EngineConfig, strict=False)
+    if misfit is None:
+        return ConfigError("", f"a setting has a value of the wrong type{_origin(source)}")
+    shown = "" if misfit.path.startswith("server.api_keys") else f", got {misfit.value!r}"
+    return ConfigError(misfit.path, f"{misfit.rule}{shown}{_origin(source)}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

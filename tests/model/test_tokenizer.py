@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.errors import ModelError, RequestError
+from tfserve.install_hint import install_command
 from tfserve.model.tokenizer import Tokenizer
 
 TEXTS = [
@@ -114,8 +116,8 @@ def test_image_parts_are_refused_by_name(model_dir: Path) -> None:
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].content + messages[0].name + 1 }}", "chat template rejected"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "chat template rejected"),
+        ("{{ ''.__class__.__mro__ }}", "chat template rejected"),
     ],
 )
 def test_conversation_the_template_rejects_is_the_callers_error(model_dir: Path, template: str, message: str) -> None:
@@ -131,7 +133,7 @@ def test_model_without_template_says_so(model_dir: Path) -> None:
 
 
 def test_broken_template_names_its_line(model_dir: Path) -> None:
-    with pytest.raises(ModelError, match="line 2"):
+    with pytest.raises(ModelError, match="chat template, line 2:"):
         with_template(model_dir, "fine\n{% if %}")
 
 
@@ -182,6 +184,16 @@ def test_directory_without_tokenizer_json_is_converted(model_dir: Path) -> None:
     tokenizer = Tokenizer.from_dir(model_dir)
     assert tokenizer.encode("the sky") == expected
     assert tokenizer.eos_token_id == 2
+
+
+def test_only_a_directory_without_tokenizer_json_needs_transformers(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert Tokenizer.from_dir(model_dir).encode("the sky")
+    (model_dir / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=re.escape(install_command("convert-tokenizer"))):
+        Tokenizer.from_dir(model_dir)
 
 
 def test_unusable_directories_say_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tfserve.errors import RequestError
+from tfserve.misfit import Misfit, find_misfit
 from tfserve.model.grammar import check_grammar
 from tfserve.types import EngineInfo, SamplingParams
 
@@ -16,8 +17,12 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
     try:
         # An embedding user's Struct was never type-checked; a server's was, and passes unchanged.
         params = msgspec.convert(msgspec.to_builtins(params), SamplingParams)
-    except (msgspec.ValidationError, TypeError) as error:
-        raise RequestError("params", f"sampling parameters: {error}") from None
+    except msgspec.ValidationError:
+        misfit = find_misfit(msgspec.to_builtins(params), SamplingParams)
+        wrong = misfit or Misfit("params", "must be a SamplingParams whose fields have their types")
+        raise RequestError(wrong.path, str(wrong)) from None
+    except TypeError:
+        raise RequestError("params", "params must be a SamplingParams of numbers, text, lists and mappings") from None
     check_tokens(prompt, info.vocab_size)
     if params.grammar is not None:
         check_grammar(params.grammar)

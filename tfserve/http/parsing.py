@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from tfserve.errors import RequestError
+from tfserve.errors import NOT_JSON, RequestError
 from tfserve.http.protocol import ChatRequest, CompletionRequest
+from tfserve.misfit import NotJsonError, find_misfit, plain_json
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class BodyParser(Generic[Body]):
     """Decodes one endpoint's bodies; remembers the unknown fields it has logged."""
 
     def __init__(self, struct: type[Body], unsupported: Mapping[str, tuple[object, ...]]) -> None:
+        self._struct = struct
         self._decoder = msgspec.json.Decoder(struct)
         self._fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._known = frozenset(struct.__struct_fields__)
@@ -68,14 +70,29 @@ class BodyParser(Generic[Body]):
             for name in fields.keys() - self._known:
                 self._check_extra(name, fields[name])
             return self._decoder.decode(body)
-        except msgspec.ValidationError as error:
-            raise _type_error(str(error)) from None
-        except msgspec.DecodeError as error:
-            raise RequestError(None, f"The body is not valid JSON: {error}", "invalid_json") from None
-        except RecursionError:
-            raise RequestError(None, "The body is nested too deeply", "invalid_json") from None
-        except UnicodeDecodeError as error:
-            raise RequestError(None, f"The body is not valid UTF-8: {error.reason}", "invalid_json") from None
+        except NOT_JSON:
+            raise self._refusal(body) from None
+
+    def _refusal(self, body: bytes) -> RequestError:
+        """What is wrong with a body that was refused, and the name of the field if it is one field."""
+        try:
+            misfit = find_misfit(plain_json(body), self._struct)
+        except NotJsonError as error:
+            name = self._undecodable(body)
+            return RequestError(name, f"{name or 'The body'} {error}", "invalid_json")
+        if misfit is None:
+            return RequestError(None, "The body does not have the form of this endpoint's requests; see /openapi.json")
+        return RequestError(misfit.path or None, str(misfit) if misfit.path else f"The body {misfit}")
+
+    def _undecodable(self, body: bytes) -> str | None:
+        """The first field whose value is no plain JSON; None if the body as a whole is none."""
+        with contextlib.suppress(*NOT_JSON):
+            for name, raw in self._fields.decode(body).items():
+                try:
+                    plain_json(bytes(raw))
+                except NotJsonError:
+                    return name
+        return None
 
     def _check_extra(self, name: str, raw: msgspec.Raw) -> None:
         if name not in self._unsupported:
@@ -103,34 +120,3 @@ def chat_parser() -> BodyParser[ChatRequest]:
 def completion_parser() -> BodyParser[CompletionRequest]:
     """The parser of /v1/completions."""
     return BodyParser(CompletionRequest, COMPLETION_UNSUPPORTED)
-
-
-_WORDS = {
-    "int": "an integer",
-    "float": "a number",
-    "str": "a string",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-    "null": "null",
-}
-
-
-def _type_error(message: str) -> RequestError:
-    """msgspec's validation message, in the words and with the field name of the client's JSON."""
-    if missing := re.search(r"missing required field `(\w+)`", message):
-        inside = _path(message)
-        name = f"{inside}.{missing[1]}" if inside else missing[1]
-        return RequestError(name, f"{name} is required")
-    name = _path(message)
-    types = re.match(r"Expected `([^`]+)`, got `([^`]+)`", message)
-    if types is None:
-        return RequestError(name, f"{name}: {message.partition(' - at ')[0]}")
-    expected = " or ".join(_WORDS.get(word, word) for word in types[1].split(" | ") if word != "null")
-    subject = name or "The body"
-    return RequestError(name, f"{subject} must be {expected}, got {_WORDS.get(types[2], types[2])}")
-
-
-def _path(message: str) -> str | None:
-    found = re.search(r"`\$\.?([^`]*)`$", message)
-    return found[1] or None if found else None

@@ -7,12 +7,14 @@ llguidance is an extra, imported when the first grammar comes.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 from tfserve.errors import RequestError
+from tfserve.install_hint import requirements
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"
 """White space allowed between the parts of a JSON text. With no limit, small models write nothing else to the end."""
@@ -53,7 +55,9 @@ def check_grammar(grammar: str, param: str = "grammar") -> None:
 
 def _require_extra(param: str) -> None:
     if find_spec("llguidance") is None:
-        message = f"{param}: this server has no grammar support; install it with: pip install 'tfserve[grammar]'"
+        # Clients read this too: no paths of the server's.
+        command = f"pip install {shlex.join(requirements('grammar'))}"
+        message = f"{param}: this server has no grammar support; in its environment, run: {command}"
         raise RequestError(param, message, "unsupported_parameter")
 
 

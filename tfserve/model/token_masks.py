@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tfserve.install_hint import install_command
 from tfserve.model.staging import Download, upload
 from tfserve.plan import Row, RowInit
 
@@ -125,7 +126,8 @@ def open_masks(tokenizer_json: str, vocab_size: int, eos_token_ids: Collection[i
     try:
         return TokenMasks(GrammarCompiler(tokenizer_json, vocab_size, eos_token_ids))
     except ImportError:
-        logger.info("no grammars: install the extra 'grammar' for response_format and forced tool calls")
+        how = install_command("grammar")
+        logger.info("no grammars: response_format and forced tool calls need llguidance: %s", how)
     except Exception as error:  # a model must load without grammars too, whatever its tokenizer
         logger.warning("no grammars: llguidance cannot read this model's tokenizer: %s", error)
     return None

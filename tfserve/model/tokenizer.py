@@ -1,6 +1,6 @@
 """Text to token ids and back, and conversations to prompts. Torch-free and quick to load: the HTTP process uses it.
 
-Works on the Rust `tokenizers` library alone; transformers is imported only for a checkpoint without tokenizer.json.
+Works on the Rust `tokenizers` library alone; a checkpoint without tokenizer.json needs the extra `convert-tokenizer`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from tfserve.errors import ModelError, RequestError
+from tfserve.install_hint import install_command
 from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.token_bytes import TokenBytes
 
@@ -144,8 +145,11 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
     """Let transformers build the tokenizer from older files (vocab.json and merges.txt, tokenizer.model)."""
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        how = install_command("convert-tokenizer")
+        raise ModelError(f"{model_dir} has no tokenizer.json, and only transformers can make one: {how}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         return tokenizer.backend_tokenizer, _special_tokens(tokenizer.special_tokens_map)

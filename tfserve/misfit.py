@@ -1,0 +1,204 @@
+"""Where data does not fit a type, in our own words.
+
+msgspec decodes and refuses; its message is not read, since its wording changes between releases. Only then is the place
+looked for here, which takes about as long as decoding again.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+
+_KINDS: Mapping[object, str] = {
+    type(None): "null",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    tuple: "a list",
+    Sequence: "a list",
+    dict: "an object",
+    Mapping: "an object",
+}
+
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "that matches"}
+
+_SHOWN_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Misfit:
+    """One value that does not fit. `rule` says what it must be and goes on after the path: "must be an integer".
+
+    `path` is as in "messages[0].role", and empty for the whole. `value` is UNSET if it is missing. `right_kind` is true
+    of an integer out of bounds or an unknown name, where the value itself says more than its kind.
+    """
+
+    path: str
+    rule: str
+    value: object = msgspec.UNSET
+    right_kind: bool = False
+
+    def __str__(self) -> str:
+        """The whole sentence: where, what it must be, and what was found."""
+        shown = f"{self.value!r:.{_SHOWN_CHARS}}" if self.right_kind else _word(type(self.value))
+        got = "" if self.value is msgspec.UNSET else f", got {shown}"
+        return f"{self.path} {self.rule}{got}".lstrip()
+
+
+def find_misfit(value: object, expected: Any, *, strict: bool = True) -> Misfit | None:
+    """The first part of plain data that does not fit the type `expected`; None if all of it does.
+
+    Without `strict`, strings count as what they spell (see `msgspec.convert`).
+    """
+    return _Search(strict).look(value, expected, "")
+
+
+class NotJsonError(ValueError):
+    """Bytes that are no JSON of ordinary size; the message goes on after the name of what holds them."""
+
+
+def plain_json(data: bytes) -> Any:
+    """What JSON bytes stand for, in dicts and lists. Raises NotJsonError."""
+    try:
+        return msgspec.json.decode(data.decode())
+    except UnicodeDecodeError:
+        raise NotJsonError("is not valid UTF-8") from None
+    except RecursionError:
+        raise NotJsonError("is nested too deeply") from None
+    except msgspec.ValidationError:
+        raise NotJsonError("holds a number that is out of range") from None
+    except msgspec.DecodeError as error:
+        raise NotJsonError(f"is not valid JSON ({error})") from None
+
+
+def why_not_json(data: bytes, expected: Any) -> str:
+    """What is wrong with bytes that should be the JSON of `expected`, as in "summary must be an object, got a list"."""
+    try:
+        misfit = find_misfit(plain_json(data), expected)
+    except NotJsonError as error:
+        return f"it {error}"
+    if misfit is None:
+        return "it does not fit"
+    return str(misfit) if misfit.path else f"it {misfit}"
+
+
+class _Search:
+    """Follows a type and data side by side to the first part that msgspec refuses by itself."""
+
+    def __init__(self, strict: bool) -> None:
+        self._strict = strict
+
+    def look(self, value: object, expected: Any, path: str) -> Misfit | None:
+        """The first misfit within `value`, which is at `path`."""
+        if self._fits(value, expected):
+            return None
+        of_value = get_origin(expected) in (Annotated, Literal)
+        return self._inside(value, expected, path) or Misfit(path, f"must be {_word(expected)}", value, of_value)
+
+    def _inside(self, value: object, expected: Any, path: str) -> Misfit | None:
+        """A misfit in a part of `value`, or of the kind that all bounds and choices have in common."""
+        origin, args = get_origin(expected) or expected, get_args(expected)
+        if origin is Annotated:
+            return self.look(value, args[0], path)
+        if origin in (Union, types.UnionType):
+            return self._look_in_union(value, args, path)
+        if _is_struct(origin) and isinstance(value, Mapping):
+            return self._look_in_struct(value, origin, path)
+        if _KINDS.get(origin) == "an object" and isinstance(value, Mapping) and args:
+            return self._look_in_dict(value, expected, path)
+        if _KINDS.get(origin) == "a list" and isinstance(value, list | tuple) and args:
+            number = _first(value, lambda part: self._fits(part, list[args[0]]))  # type: ignore[valid-type]
+            return self.look(value[number], args[0], f"{path}[{number}]")
+        return None
+
+    def _fits(self, value: object, expected: Any) -> bool:
+        try:
+            msgspec.convert(value, expected, strict=self._strict, str_keys=True)
+        except msgspec.ValidationError:
+            return False
+        return True
+
+    def _look_in_struct(self, value: Mapping[Any, Any], struct: type[msgspec.Struct], path: str) -> Misfit | None:
+        inside = f"{path}." if path else ""
+        if (tag := struct.__struct_config__.tag_field) and tag not in value:
+            return Misfit(f"{inside}{tag}", "is required")
+        if tag and value[tag] != struct.__struct_config__.tag:
+            return Misfit(f"{inside}{tag}", f"must be {struct.__struct_config__.tag!r}", value[tag], True)
+        for field in msgspec.structs.fields(struct):
+            name = field.encode_name
+            if name in value:
+                if misfit := self.look(value[name], field.type, f"{inside}{name}"):
+                    return misfit
+            elif field.required:
+                return Misfit(f"{inside}{name}", "is required")
+        return None
+
+    def _look_in_dict(self, value: Mapping[Any, Any], expected: Any, path: str) -> Misfit | None:
+        items = list(value.items())
+        key, item = items[_first(items, lambda part: self._fits(dict(part), expected))]
+        of_key, of_item = get_args(expected)
+        if self._fits({key: None}, dict[of_key, Any]):  # type: ignore[valid-type]
+            return self.look(item, of_item, f"{path}[{key!r:.{_SHOWN_CHARS}}]")
+        return Misfit(path, f"must have keys that are each {_word(of_key)}", key, True)
+
+    def _look_in_union(self, value: object, branches: Sequence[Any], path: str) -> Misfit | None:
+        """Within the branch that `value` is the kind of, if there is one."""
+        if isinstance(value, Mapping) and (tagged := [branch for branch in branches if _has_tag(branch, value)]):
+            branches = tagged
+        misfits = [misfit for branch in branches if (misfit := self.look(value, branch, path))]
+        return _joined([each for each in misfits if each.path != path or each.right_kind] or misfits)
+
+
+def _joined(misfits: Sequence[Misfit]) -> Misfit:
+    """One misfit for all that are at the first one's place."""
+    rules = dict.fromkeys(each.rule for each in misfits if each.path == misfits[0].path)
+    if len(rules) == 1:
+        return misfits[0]
+    return replace(misfits[0], rule=f"must be {_either(rule.removeprefix('must be ') for rule in rules)}")
+
+
+def _first(parts: Sequence[Any], fits: Callable[[Sequence[Any]], bool]) -> int:
+    """Index of the first part that does not fit; there is one. Takes as long as looking at all of them once."""
+    low, high = 0, len(parts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(parts[low:middle]) else (low, middle)
+    return low
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _has_tag(kind: Any, value: Mapping[Any, Any]) -> bool:
+    config = kind.__struct_config__ if _is_struct(kind) else None
+    return config is not None and bool(config.tag_field) and value.get(config.tag_field) == config.tag
+
+
+def _word(kind: Any) -> str:
+    """A type in the terms of JSON."""
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if origin is Annotated:
+        rules = [
+            f"{word} {value}"
+            for name, word in _BOUNDS.items()
+            for meta in args[1:]
+            if (value := getattr(meta, name, None)) is not None
+        ]
+        return " ".join([_word(args[0]), " and ".join(rules)]).rstrip()
+    if origin is Literal:
+        return _either([repr(each) for each in args])
+    if origin in (Union, types.UnionType):
+        return _either(dict.fromkeys(map(_word, args)))
+    return "an object" if _is_struct(origin) else _KINDS.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def _either(words: Iterable[str]) -> str:
+    *most, last = [word for word in words if word not in ("null", "UnsetType")] or ["null"]
+    return f"{', '.join(most)} or {last}" if most else last
