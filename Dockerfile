@@ -22,15 +22,18 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/tfserve
 ENV PATH=/opt/tfserve/bin:$PATH
 
-# Before the source: a change of the source does not bring torch again.
+# Before the source: a change of the source does not bring torch again. The lock has the versions that were tested.
+COPY locks/main.txt /opt/lock.txt
 # hadolint ignore=DL3013,SC2086
-RUN pip install ${TORCH_ARGS} "${TORCH}" \
+RUN pip install --constraint /opt/lock.txt ${TORCH_ARGS} "${TORCH}" \
     && python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > /opt/constraints.txt
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY tfserve ./tfserve
-RUN pip install --constraint /opt/constraints.txt ".[${EXTRAS}]"
+# The two variables hold the build backend to the lock too; which of them counts depends on pip's version.
+RUN PIP_CONSTRAINT=/opt/lock.txt PIP_BUILD_CONSTRAINT=/opt/lock.txt \
+    pip install --constraint /opt/constraints.txt ".[${EXTRAS}]"
 
 FROM python:${PYTHON}-slim-bookworm
 

@@ -4,7 +4,7 @@
     python benchmarks/burst_plots.py
 
 `burst-buffers.png`: what every reader has left to read, over time, policy beside policy; `burst-ttft.png`: how long the
-first tokens took; both of one repeat. `burst-summary.png`: medians and ranges over all repeats. Needs tfserve[bench].
+first tokens took; both of one repeat. `burst-summary.png`: medians and ranges over all repeats. Needs the extra bench.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/page_screenshots.py --output docs/images
 
 The demo server, its KV on the device a quarter of what the burst needs. Every picture is taken `--at-s` after all
-prompts have come at once. They show what happens and measure nothing; `burst.py` measures. Needs tfserve[browser] and
+prompts have come at once. They show what happens and measure nothing; `burst.py` measures. Needs the extra browser and
 the system's Chromium.
 """
 

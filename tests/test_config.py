@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tfserve.config import EngineConfig, config_from, load_config
@@ -36,7 +37,7 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": ""}, "model: must name"),
         ({"model": "m", "max_num_seq": 3}, "max_num_seq: is not a setting; did you mean max_num_seqs?"),
         ({"model": "m", "scheduler": {"polcy": 1}}, "scheduler.polcy: is not a setting; did you mean scheduler.pol"),
-        ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: Expected `int`"),
+        ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: must be an integer, got 'many'"),
         ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
         (
             {"model": "m", "scheduler": {"policy": "fcfs", "overload": "shed"}},
@@ -46,7 +47,7 @@ def test_a_list_is_given_with_commas_on_the_command_line():
             {"model": "m", "scheduler": {"policy": "round-robin", "overload": "share"}},
             "scheduler.overload: only policy tokenflow can 'share'",
         ),
-        ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: Invalid enum value 'lifo'"),
+        ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: must be 'fcfs', 'fcfs-chunked', "),
         (
             {"model": "m", "scheduler": {"default_rate": 0.005}},
             "scheduler.default_rate: must be 0.01 to 1000000 tokens/s",
@@ -70,11 +71,11 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m\udcff"}, "model: must be valid UTF-8"),
         ({"model": "m", "served_model_name": "\udcff"}, "served_model_name: must be valid UTF-8"),
         ({"model": "m", "step_trace": "\udcff"}, "step_trace: must be valid UTF-8"),
-        ({"model": "m", "pipeline_depth": 3}, "pipeline_depth: Invalid enum value 3"),
+        ({"model": "m", "pipeline_depth": 3}, "pipeline_depth: must be 1 or 2, got 3"),
         ({"model": "m", "tensor_parallel_size": 2}, "tensor_parallel_size: only 1"),
         ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization: must be"),
         ({"model": "m", "server": {"port": 70000}}, "server.port: must be"),
-        ({"model": "m", "server": 3}, "server: Expected"),
+        ({"model": "m", "server": 3}, "server: must be an object, got 3"),
         ({"model": "m", "server": {"api_keys": ["good", ""]}}, "server.api_keys: a key is empty or has"),
         ({"model": "m", "server": {"api_keys": ["two words"]}}, "server.api_keys: a key is empty or has"),
         ({"model": "m", "server": {"max_body_bytes": 0}}, "server.max_body_bytes: must be at least 1, got 0"),
@@ -83,7 +84,7 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m", "host_kv_gib": -1}, "host_kv_gib: must not be negative, and a size in GiB, got -1"),
         ({"model": "m", "host_kv_gib": float("inf")}, "host_kv_gib: must not be negative, and a size in GiB, got inf"),
         ({"model": "m", "host_kv_gib": float("nan")}, "host_kv_gib: must not be negative, and a size in GiB, got nan"),
-        ({"model": "m", "host_kv_gib": "much"}, "host_kv_gib: Expected `float | null`"),
+        ({"model": "m", "host_kv_gib": "much"}, "host_kv_gib: must be a number, got 'much'"),
         ({"model": "m", "emulated_bandwidth": 0}, "emulated_bandwidth: must be above 0 and in GiB/s, got 0"),
         ({"model": "m", "emulated_bandwidth": -2.5}, "emulated_bandwidth: must be above 0 and in GiB/s, got -2.5"),
         ({"model": "m", "emulated_bandwidth": float("inf")}, "emulated_bandwidth: must be above 0 and in GiB/s, got"),
@@ -94,6 +95,25 @@ def test_mistakes_are_named_with_their_key(tree, message):
     with pytest.raises(ConfigError) as caught:
         config_from(tree)
     assert str(caught.value).startswith(message)
+
+
+def settings_of(struct, prefix=""):
+    for field in msgspec.structs.fields(struct):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from settings_of(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.mark.parametrize("key", list(settings_of(EngineConfig)))
+def test_a_value_of_the_wrong_kind_is_named_with_its_key_and_its_file(key):
+    *section, name = key.split(".")
+    wrong = {name: [{"key": "secret"}]}
+    tree = {"model": "m"} | ({section[0]: wrong} if section else wrong)
+    with pytest.raises(ConfigError, match=r"must be .*\(in serve\.yaml\)") as caught:
+        config_from(tree, source="serve.yaml")
+    assert caught.value.key.startswith(key)
+    assert ("secret" in str(caught.value)) is (key != "server.api_keys")
 
 
 def test_file_mistakes_name_the_file(tmp_path):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from tests.bench.fake_server import DONE, ROLE, FakeServer, finish, serving, tex
 from tests.bench.test_client import closed_port_url
 from tfserve.bench.cli import add_bench_parser
 from tfserve.errors import TfserveError
+from tfserve.install_hint import install_command
 
 
 def run_bench(*args: object) -> int:
@@ -162,7 +164,7 @@ async def test_what_would_be_missed_at_the_end_is_missed_before_anything_is_sent
     (tmp_path / "file").write_text("")
     server = FakeServer([text("a"), finish(), DONE])
     for option, value, message in (
-        ("--plots", tmp_path, r"tfserve\[bench\]"),
+        ("--plots", tmp_path, re.escape(install_command("bench"))),
         ("--output", tmp_path / "file" / "r.json", "--output: cannot write"),
         ("--output", tmp_path, "--output: cannot write"),
     ):

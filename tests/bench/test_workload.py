@@ -41,7 +41,7 @@ def test_poisson_arrivals_have_the_rate_and_repeat_with_the_seed():
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "fast"])
 def test_a_rate_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match=r"rate|convert"):
+    with pytest.raises(ValueError, match=r"a rate must be a .*number above 0"):
         parse_request_rate(text)
 
 
@@ -68,12 +68,12 @@ def test_a_row_without_prompt_is_named(tmp_path, line):
     with pytest.raises(TfserveError, match=r"p\.jsonl:2"):
         read_prompts(path, 1, seed=0)
     path.write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(TfserveError, match=r"p\.jsonl:1.*utf-8"):
+    with pytest.raises(TfserveError, match=r"p\.jsonl:1.*not valid UTF-8"):
         read_prompts(path, 1, seed=0)
 
 
 def test_missing_and_empty_files_are_errors(tmp_path):
-    with pytest.raises(TfserveError, match="No such file"):
+    with pytest.raises(TfserveError, match=r"--dataset: cannot read .*none\.jsonl"):
         read_prompts(tmp_path / "none.jsonl", 1, seed=0)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(TfserveError, match="no rows"):
@@ -103,7 +103,7 @@ def test_answers_are_as_long_as_their_reference_within_bounds():
 
 @pytest.mark.parametrize("text", ["96", "256:96", "0:4", "a:b"])
 def test_bounds_that_are_none_are_refused(text):
-    with pytest.raises(ValueError, match=r"low|values|literal"):
+    with pytest.raises(ValueError, match=r"needs .* 1 <= low <= high"):
         parse_clamp(text)
 
 
@@ -117,14 +117,14 @@ def test_a_mix_gives_every_rate_its_share_in_an_order_of_the_seed():
 
 @pytest.mark.parametrize("text", ["8:0.4", "8:0.4,16:0.7", "8", "quick:1", "8:-1,16:2", "0:1"])
 def test_a_mix_that_does_not_add_up_is_refused(text):
-    with pytest.raises(ValueError, match=r"shares|float|rate"):
+    with pytest.raises(ValueError, match=r"shares must be|a rate must be"):
         parse_rate_mix(text)
 
 
 def test_reading_rates_are_numbers_or_the_servers_names():
     assert [parse_rate(text) for text in ("7.5", "listen", "auto")] == [7.5, "listen", "auto"]
     for text in ("burst", "0", "inf", "-3"):
-        with pytest.raises(ValueError, match=r"rate|float"):
+        with pytest.raises(ValueError, match=r"a rate must be a .*number above 0"):
             parse_rate(text)
 
 

@@ -11,6 +11,7 @@ import pytest
 from chromium import FLAGS, MISSING, find_chromium
 
 from tests.http.conftest import start
+from tfserve.install_hint import install_command
 
 __all__ = ["start"]
 
@@ -47,7 +48,7 @@ async def open_page(tmp_path: Path) -> AsyncIterator[OpenPage]:
     With `is_paused` the page's clock stands still but for `page.clock.run_for(ms)`: what it does in ten seconds is then
     a fact, however fast this machine is.
     """
-    playwright = pytest.importorskip("playwright.async_api", reason="needs playwright: pip install 'tfserve[browser]'")
+    playwright = pytest.importorskip("playwright.async_api", reason=f"needs {install_command('browser')}")
     program = find_chromium()
     if program is None:
         pytest.skip(MISSING)

@@ -14,10 +14,11 @@ from tests.browser.crowd import DRY, NUM_STREAMS, PHASES, TOKENS_PER_S, CrowdEng
 from tests.http.conftest import Running, StartServer
 from tests.http.fakes import FakeStream
 from tests.http.test_server import ServerProcess
+from tfserve.install_hint import install_command
 from tfserve.types import FinishReason
 
-axe = pytest.importorskip("axe_playwright_python.async_playwright", reason="pip install 'tfserve[browser]'")
-playwright = pytest.importorskip("playwright.async_api", reason="pip install 'tfserve[browser]'")
+axe = pytest.importorskip("axe_playwright_python.async_playwright", reason=f"needs {install_command('browser')}")
+playwright = pytest.importorskip("playwright.async_api", reason=f"needs {install_command('browser')}")
 expect = playwright.expect
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]

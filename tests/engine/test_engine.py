@@ -149,7 +149,7 @@ def test_a_grammar_binds_its_own_request_only(engine):
     assert json.loads(output.text)["ok"] in (True, False)
     assert output.finish_reason is FinishReason.STOP
     assert free.token_ids == also_free.token_ids == engine.generate([[5, 6, 7]], GREEDY)[0].token_ids
-    with pytest.raises(RequestError, match="Invalid type"):
+    with pytest.raises(RequestError, match="cannot be served"):
         engine.generate([[5]], SamplingParams(grammar=json_schema_grammar({"type": "wobble"})))
 
 
@@ -174,6 +174,8 @@ async def test_prompt_logprobs_come_once_and_first(engine):
         ([1], {"temperature": float("nan")}, "temperature", "nan"),
         ([1], {"temperature": "hot"}, "temperature", "must be a number, got a string"),
         ([1], {"stop": ("",)}, "stop", "non-empty"),
+        ([1], {"stop": ("a", 3)}, r"stop[1]", "must be a string, got an integer"),
+        ([1], {"seed": object()}, "params", "must be a SamplingParams of numbers"),
         ([1], {"logit_bias": {600: 1.0}}, "logit_bias", "512"),
         ([True, 4], {}, "prompt", "token id True"),
         ("half \ud800 pair", {}, "prompt", "not valid Unicode"),

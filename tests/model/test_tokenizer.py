@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from tests.conftest import TINY
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.errors import ModelError, RequestError
+from tfserve.install_hint import install_command
 from tfserve.model.config import load_model_config
 from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
 
@@ -119,8 +120,8 @@ def test_image_parts_are_refused_by_name(model_dir: Path) -> None:
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages[0].content + messages[0].name + 1 }}", "chat template rejected"),
-        ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "chat template rejected"),
+        ("{{ ''.__class__.__mro__ }}", "chat template rejected"),
     ],
 )
 def test_conversation_the_template_rejects_is_the_callers_error(model_dir: Path, template: str, message: str) -> None:
@@ -300,6 +301,16 @@ def test_directory_without_tokenizer_json_is_converted(model_dir: Path) -> None:
     tokenizer = Tokenizer.from_dir(model_dir)
     assert tokenizer.encode("the sky") == expected
     assert tokenizer.eos_token_id == 2
+
+
+def test_only_a_directory_without_tokenizer_json_needs_transformers(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert Tokenizer.from_dir(model_dir).encode("the sky")
+    (model_dir / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=re.escape(install_command("convert-tokenizer"))):
+        Tokenizer.from_dir(model_dir)
 
 
 def test_unusable_directories_say_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     _add_workload(serve)
     _add_readers(serve)
     serve.add_argument("--output", type=Path, help="write the result, with every request's record, to this JSON file")
-    serve.add_argument("--plots", type=Path, help="draw pictures into this directory (needs tfserve[bench])")
+    serve.add_argument("--plots", type=Path, help="draw pictures into this directory (needs the extra bench)")
     compare = commands.add_parser(
         "compare",
         help="two results of bench serve side by side",

@@ -25,6 +25,7 @@ import msgspec
 from tfserve.bench.sse_parser import SseParser
 from tfserve.bench.workload import Work
 from tfserve.errors import NOT_JSON, TfserveError
+from tfserve.misfit import why_not_json
 from tfserve.strict_json import mend
 
 Endpoint = Literal["chat", "completions"]
@@ -245,8 +246,8 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
         return True
     try:
         event = msgspec.json.decode(mend(payload))
-    except NOT_JSON as error:
-        raise _StreamError("malformed", f"{error} in {payload[:100]!r}") from None
+    except NOT_JSON:
+        raise _StreamError("malformed", f"{why_not_json(payload, dict)} in {payload[:100]!r}") from None
     if not isinstance(event, dict):
         raise _StreamError("malformed", f"an event must be a JSON object, got {payload[:100]!r}")
     if event.get("error") is not None or event.get("object") == "error":

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from tfserve.errors import NOT_JSON, TfserveError
+from tfserve.misfit import why_not_json
 
 _ROWS: tuple[tuple[str, str], ...] = (
     ("completed", "num_completed"),
@@ -66,13 +67,15 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 def read_result(path: Path) -> Result:
     """A result file of `bench serve`. Raises TfserveError if it is none."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Result)
+        data = path.read_bytes()
+        return msgspec.json.decode(data, type=Result)
     except OSError as error:
         raise TfserveError(
             f"cannot read {path}: {error.strerror}; give a file written by bench serve --output"
         ) from None
-    except NOT_JSON as error:
-        raise TfserveError(f"{path} is no result of bench serve ({error}); give a file of its --output") from None
+    except NOT_JSON:
+        reason = why_not_json(data, Result)
+        raise TfserveError(f"{path} is no result of bench serve ({reason}); give a file of its --output") from None
 
 
 def comparison(a: Result, b: Result) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a run. matplotlib is an extra (`tfserve[bench]`), imported only when something is drawn."""
+"""Pictures of a run. matplotlib is an extra (`bench`), imported only when something is drawn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from tfserve.bench.client import RequestRecord
 from tfserve.bench.scoring import token_times
 from tfserve.errors import TfserveError
+from tfserve.install_hint import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ def timelines(records: Sequence[RequestRecord], path: Path, title: str = "Tokens
 def require_matplotlib(instead: str) -> None:
     """Raises TfserveError if nothing can be drawn; `instead` is what to do without."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise TfserveError(f"plots need matplotlib: pip install 'tfserve[bench]', or {instead}")
+        raise TfserveError(f"plots need matplotlib: {install_command('bench')}, or {instead}")
 
 
 def save_figure(draw: Callable[[Figure], None], path: Path, size: tuple[float, float] = (8, 5)) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import msgspec
 
 from tfserve.engine.token_buffer import AUTO, NAMED_RATES
 from tfserve.errors import NOT_JSON, TfserveError
+from tfserve.misfit import why_not_json
 
 # Plain English words, each one token after a space in the common BPE vocabularies, so that a prompt's length in tokens
 # follows its length in words exactly once the template's share is known.
@@ -69,18 +71,26 @@ class Lengths(msgspec.Struct, frozen=True):
 
 def parse_request_rate(text: str) -> float:
     """Requests per second from "2.5", or infinity from "inf" or "burst". Raises ValueError for anything else."""
-    rate = math.inf if text in {"inf", "burst"} else float(text)
+    rate = math.inf if text in {"inf", "burst"} else _number(text)
     if not rate > 0:
-        raise ValueError(f"a rate must be above 0, got {text}")
+        raise ValueError(f"a rate must be a number above 0, got {text}")
     return rate
 
 
 def parse_positive(text: str, name: str = "number") -> float:
     """A finite number above 0. Raises ValueError, which calls it `name`."""
-    value = float(text)
+    value = _number(text)
     if not 0 < value < math.inf:
-        raise ValueError(f"a {name} must be above 0 and finite, got {text}")
+        raise ValueError(f"a {name} must be a finite number above 0, got {text}")
     return value
+
+
+def _number(text: str) -> float:
+    """The number that a text spells; one that spells none is not a number, and within no bounds."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def parse_rate(text: str) -> float | str:
@@ -93,17 +103,18 @@ def parse_rate_mix(text: str) -> dict[float | str, float]:
     mix: dict[float | str, float] = {}
     for part in text.split(","):
         rate, _, share = part.partition(":")
-        mix[parse_rate(rate)] = float(share)
-    if min(mix.values()) <= 0 or not math.isclose(sum(mix.values()), 1.0, abs_tol=1e-6):
+        mix[parse_rate(rate)] = _number(share)
+    if not min(mix.values()) > 0 or not math.isclose(sum(mix.values()), 1.0, abs_tol=1e-6):
         raise ValueError(f"shares must be above 0 and add up to 1, got {text}")
     return mix
 
 
 def parse_clamp(text: str) -> tuple[int, int]:
     """Bounds from "96:256". Raises ValueError unless 1 <= low <= high."""
-    low, high = (int(part) for part in text.split(":"))
+    bounds = re.fullmatch(r"(\d+):(\d+)", text)
+    low, high = map(int, bounds.groups()) if bounds else (0, 0)
     if not 1 <= low <= high:
-        raise ValueError(f"needs 1 <= low <= high, got {text}")
+        raise ValueError(f"needs two integers LOW:HIGH with 1 <= low <= high, got {text}")
     return low, high
 
 
@@ -165,9 +176,10 @@ def _given(row: PromptRow) -> dict[str, Any]:
 def _row(line: bytes, where: str) -> PromptRow:
     try:
         row = msgspec.json.decode(line, type=PromptRow)
-    except NOT_JSON as error:
+    except NOT_JSON:
+        reason = why_not_json(line, PromptRow)
         raise TfserveError(
-            f'--dataset: {where} must be a JSON object with a non-empty text "prompt": {error}'
+            f'--dataset: {where} must be a JSON object with a non-empty text "prompt": {reason}'
         ) from None
     if not row.prompt or (row.max_tokens is not None and row.max_tokens < 1):
         raise TfserveError(f'--dataset: {where} needs a non-empty text "prompt", and "max_tokens", if any, above 0')

@@ -16,6 +16,7 @@ from tfserve.engine.batch import sample_of
 from tfserve.engine.cost_model import StepSample
 from tfserve.engine.request import Request
 from tfserve.errors import NOT_JSON, TfserveError
+from tfserve.misfit import why_not_json
 from tfserve.plan import StepPlan
 from tfserve.types import ConsumptionRate
 
@@ -169,9 +170,10 @@ def read_trace(path: Path) -> Trace:
     for number, line in enumerate(lines, 1):
         try:
             read.append(decoder.decode(line))
-        except NOT_JSON as error:
+        except NOT_JSON:
             if number < len(lines) or line.endswith(b"\n"):
-                raise TfserveError(f"{path}:{number} is no line of a step trace: {error}") from None
+                reason = why_not_json(line, TraceLine)
+                raise TfserveError(f"{path}:{number} is no line of a step trace: {reason}") from None
     if not read or not isinstance(read[0], TraceHead):
         raise TfserveError(f"{path} does not start with the line that says which engine ran")
     requests = [line for line in read if isinstance(line, TraceRequest)]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import logging
 import re
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from tfserve.errors import RequestError
+from tfserve.errors import NOT_JSON, RequestError
 from tfserve.http.known_fields import Fields
 from tfserve.http.shapes import body_fix
+from tfserve.misfit import NotJsonError, find_misfit, plain_json
 from tfserve.strict_json import mend
 
 log = logging.getLogger(__name__)
@@ -27,56 +29,44 @@ class BodyParser(Generic[Body]):
 
     def __init__(self, struct: type[Body], fields: Fields) -> None:
         self._struct = struct
+        self._raw = msgspec.json.Decoder(dict[str, msgspec.Raw])
         self._fix = body_fix(struct, fields, self._log_unknown)
         self._logged: set[str] = set()
 
     def parse(self, body: bytes) -> Body:
         """The request in `body`. Raises RequestError for bad JSON, bad types and unsupported fields."""
+        value = self._fix(self._decode(mend(body.removeprefix(codecs.BOM_UTF8))), "")
         try:
-            value = msgspec.json.decode(mend(body.removeprefix(codecs.BOM_UTF8)))
-            return msgspec.convert(self._fix(value, ""), self._struct, str_keys=True)
-        except msgspec.ValidationError as error:
-            raise _type_error(str(error)) from None
-        except msgspec.DecodeError as error:
-            raise RequestError(None, f"The body is not valid JSON: {error}", "invalid_json") from None
-        except RecursionError:
-            raise RequestError(None, "The body is nested too deeply", "invalid_json") from None
-        except UnicodeDecodeError as error:
-            raise RequestError(None, f"The body is not valid UTF-8: {error.reason}", "invalid_json") from None
+            return msgspec.convert(value, self._struct, str_keys=True)
+        except msgspec.ValidationError:
+            raise self._refusal(value) from None
+
+    def _decode(self, body: bytes) -> Any:
+        try:
+            return plain_json(body)
+        except NotJsonError as error:
+            name = self._undecodable(body)
+            raise RequestError(name, f"{name or 'The body'} {error}", "invalid_json") from None
+
+    def _undecodable(self, body: bytes) -> str | None:
+        """The first field whose value is no plain JSON; None if the body as a whole is none."""
+        with contextlib.suppress(*NOT_JSON):
+            for name, raw in self._raw.decode(body).items():
+                try:
+                    plain_json(bytes(raw))
+                except NotJsonError:
+                    return name
+        return None
+
+    def _refusal(self, value: Any) -> RequestError:
+        """What is wrong with a body that does not fit, and the name of the field if it is one field."""
+        misfit = find_misfit(value, self._struct)
+        if misfit is None:
+            return RequestError(None, "The body does not have the form of this endpoint's requests; see /openapi.json")
+        return RequestError(misfit.path or None, str(misfit) if misfit.path else f"The body {misfit}")
 
     def _log_unknown(self, name: str) -> None:
         name = re.sub(r"\[\d+\]", "[]", name)
         if name not in self._logged and len(self._logged) < MAX_REMEMBERED:
             self._logged.add(name)
             log.info("Ignoring the unknown request field %.80r (logged once)", name)
-
-
-_WORDS = {
-    "int": "an integer",
-    "float": "a number",
-    "str": "a string",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "an object",
-    "null": "null",
-}
-
-
-def _type_error(message: str) -> RequestError:
-    """msgspec's validation message, in the words and with the field name of the client's JSON."""
-    if missing := re.search(r"missing required field `(\w+)`", message):
-        inside = _path(message)
-        name = f"{inside}.{missing[1]}" if inside else missing[1]
-        return RequestError(name, f"{name} is required")
-    name = _path(message)
-    types = re.match(r"Expected `([^`]+)`, got `([^`]+)`", message)
-    if types is None:
-        return RequestError(name, f"{name}: {message.partition(' - at ')[0]}")
-    expected = " or ".join(_WORDS.get(word, word) for word in types[1].split(" | ") if word != "null")
-    subject = name or "The body"
-    return RequestError(name, f"{subject} must be {expected}, got {_WORDS.get(types[2], types[2])}")
-
-
-def _path(message: str) -> str | None:
-    found = re.search(r"`\$\.?([^`]*)`$", message)
-    return found[1] or None if found else None

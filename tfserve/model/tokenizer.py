@@ -1,6 +1,6 @@
 """Text to token ids and back, and conversations to prompts. Torch-free and quick to load: the HTTP process uses it.
 
-Works on the Rust `tokenizers` library alone; transformers is imported only for a checkpoint without tokenizer.json.
+Works on the Rust `tokenizers` library alone; a checkpoint without tokenizer.json needs the extra `convert-tokenizer`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from tfserve.errors import ModelError, RequestError, failures, panics_as_errors
+from tfserve.install_hint import install_command
 from tfserve.model.added_tokens import add_missing_tokens
 from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.config import ModelConfig
@@ -225,8 +226,11 @@ def _require_vocabulary(backend: Backend, source: Path) -> None:
 
 def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
     """Let transformers build the tokenizer from older files (vocab.json and merges.txt, tokenizer.model)."""
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        how = install_command("convert-tokenizer")
+        raise ModelError(f"{model_dir} has no tokenizer.json, and only transformers can make one: {how}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
         return tokenizer.backend_tokenizer, _special_tokens(Fields(tokenizer.special_tokens_map, model_dir))

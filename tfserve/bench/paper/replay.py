@@ -16,6 +16,7 @@ from tfserve.engine.sim.fitted import FittedProfile, MeasuredCost, fit, fit_erro
 from tfserve.engine.step_trace import Trace, read_trace
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import NOT_JSON, TfserveError
+from tfserve.misfit import why_not_json
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,9 +166,13 @@ def _fit(args: argparse.Namespace) -> int:
 
 def _replay(args: argparse.Namespace) -> int:
     try:
-        profile = msgspec.json.decode(args.profile.read_bytes(), type=FittedProfile)
-    except (OSError, *NOT_JSON) as error:
-        raise TfserveError(f"--profile: {args.profile} is no profile of `tfserve bench fit`: {error}") from None
+        data = args.profile.read_bytes()
+        profile = msgspec.json.decode(data, type=FittedProfile)
+    except OSError as error:
+        raise TfserveError(f"--profile: cannot read {args.profile}: {error.strerror}") from None
+    except NOT_JSON:
+        reason = why_not_json(data, FittedProfile)
+        raise TfserveError(f"--profile: {args.profile} is no profile of `tfserve bench fit`: {reason}") from None
     found: list[Comparison] = []
     for path in args.traces:
         trace = read_trace(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from tfserve.errors import ConfigError
+from tfserve.install_hint import install_command
 from tfserve.model.attention.base import AttentionBackend
 from tfserve.model.attention.paged_backend import PagedBackend
 from tfserve.model.attention.paged_kernels import FlashKernels, VarlenKernels
@@ -15,10 +16,6 @@ log = logging.getLogger(__name__)
 _PAGED: dict[str, type[FlashKernels] | type[VarlenKernels]] = {
     FlashKernels.name: FlashKernels,
     VarlenKernels.name: VarlenKernels,
-}
-_HOW_TO_GET = {
-    FlashKernels.name: "flash-attn is not installed (or only its version 4 is): pip install 'tfserve[cuda]'",
-    VarlenKernels.name: "this torch cannot read paged KV: it takes torch 2.12 or later",
 }
 _MOST_HEAD_DIM, _HEAD_DIM_UNIT = 256, 8
 
@@ -72,5 +69,11 @@ def _paged(name: str, device: str, head_dim: int) -> PagedBackend:
         raise ConfigError("attention_backend", f"{name!r} serves heads of {limits}, and this model's are {head_dim}")
     kernels = _PAGED[name].load()
     if kernels is None:
-        raise ConfigError("attention_backend", f"{name!r}: {_HOW_TO_GET[name]}")
+        raise ConfigError("attention_backend", f"{name!r}: {_how_to_get(name)}")
     return PagedBackend(kernels)
+
+
+def _how_to_get(name: str) -> str:
+    if name == FlashKernels.name:
+        return f"flash-attn is not installed (or only its version 4 is): {install_command('cuda')}"
+    return "this torch cannot read paged KV: it takes torch 2.12 or later"
