@@ -26,7 +26,7 @@ ANSWER = {
     "additionalProperties": False,
 }
 SHOWS_TOOLS = "{% if tools %}Call with <tool_call>{{ tools | tojson }}</tool_call>{% endif %}"
-TOOL: Any = {"type": "function", "function": {"name": "answer", "parameters": ANSWER}}
+TOOL: Any = {"type": "function", "function": {"name": "answer", "strict": True, "parameters": ANSWER}}
 
 
 @pytest.fixture

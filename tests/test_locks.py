@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -91,3 +94,26 @@ def test_the_image_is_built_with_the_lock():
     assert len(installs) == 2
     assert all("/opt/lock.txt" in line for line in installs)
     assert "!locks" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def imported(folder):
+    """Top-level names of all modules that the Python files in a folder import, but for the standard library's."""
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("folder", ["tfserve", "tests"])
+def test_every_package_that_is_imported_is_declared(folder):
+    own = {"tfserve", "tests", "examples", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+    everything = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
+    everything += [each for extra in EXTRAS.values() for each in extra]
+    declared = {canonicalize_name(Requirement(each).name) for each in everything}
+    providers = packages_distributions()
+    for name in imported(folder) - own:
+        assert {canonicalize_name(each) for each in providers.get(name, [name])} & declared, name

@@ -69,7 +69,7 @@ def test_steps_are_launched_without_a_look_at_what_was_computed(tiny_llama3: Pat
     assert recorder.replays == 3
     for flight in flights:
         assert not isinstance(flight, FailedStep), repr(flight)
-        with pytest.raises(Exception, match="meta"):
+        with pytest.raises((RuntimeError, NotImplementedError)):
             flight.result()  # which, in contrast, has to look
 
 
