@@ -101,7 +101,8 @@ class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_field
 class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
 
-    `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate`, and not as fast as it is made.
+    `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate` (but for "auto"), and not as fast as
+    it is made.
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
     Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
     """

@@ -107,7 +107,9 @@ class Replica:
             temperature=body.temperature, max_tokens=body.max_tokens, seed=body.seed, ignore_eos=body.ignore_eos
         )
         try:
-            stream = self._engine.submit(body.prompt, params, rate=body.consumption_rate)
+            # Null is "no reader"; left out, the engine assumes one.
+            rate = body.consumption_rate if "consumption_rate" in body.model_fields_set else msgspec.UNSET
+            stream = self._engine.submit(body.prompt, params, rate=rate)
         except RequestError as error:
             raise HTTPException(400, str(error)) from None
         except QueueFullError as error:

@@ -25,12 +25,17 @@ def test_a_stall_is_known_only_where_the_rate_is():
     tracker = tracker_with(named=10.0, none=None)
     for req in ("assumed", "reported"):
         tracker.add(req, arrival_s=0.0, num_prompt=10, max_tokens=100, rate=10.0, is_rate_assumed=True)
-    tracker.on_tokens(["named", "none", "assumed", "reported"], 10, 0.0)
+    for req in ("auto", "auto_reported"):
+        tracker.add(req, arrival_s=0.0, num_prompt=10, max_tokens=100, rate="auto")
+    tracker.on_tokens(["named", "none", "assumed", "reported", "auto", "auto_reported"], 10, 0.0)
+    tracker.on_played("auto_reported", 5, 0.25)
     tracker.on_played("reported", 5, 0.5)
     assert tracker.stall_s("named", 3.0) == pytest.approx(2.0)
     assert tracker.stall_s("reported", 3.0) == pytest.approx(2.0)
     assert tracker.stall_s("none", 3.0) is None
     assert tracker.stall_s("assumed", 3.0) is None
+    assert tracker.stall_s("auto", 3.0) is None
+    assert tracker.stall_s("auto_reported", 3.0) == pytest.approx(2.5)
     # A policy goes by the assumption all the same.
     assert row_of(tracker, "assumed", 3.0)["stall_s"] == pytest.approx(2.0)
 

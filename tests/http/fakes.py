@@ -142,8 +142,9 @@ class FakeStream:
 
     @property
     def _stall_s(self) -> float | None:
-        """As the real one: a stall is known where a rate is."""
-        return None if self.asked_rate is None or self.asked_rate is msgspec.UNSET else 0.5
+        """As the real one: a stall is known where the request named a rate, or a report came from its reader."""
+        is_known = self.asked_rate not in (None, msgspec.UNSET, "auto") or (self.played and self.asked_rate is not None)
+        return 0.5 if is_known else None
 
     def _notify(self) -> None:
         """As the real one does: once for all that has come by the time the loop comes round."""

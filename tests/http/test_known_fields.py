@@ -23,7 +23,8 @@ ABORT = "/abort_request"
 USER = {"role": "user", "content": "Hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLING = {"role": "assistant", "tool_calls": [CALL]}
-TOOL = {"type": "function", "function": {"name": "f"}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+NAMED = {"type": "function", "function": {"name": "f"}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 NEED: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [USER]},
@@ -71,6 +72,19 @@ async def ask(server: Running, path: str, **body: Any) -> tuple[int, dict[str, A
                 ("request_id", "mine"),
                 ("reasoning", {"effort": "high"}),
                 ("return_token_ids", True),
+                ("guided_json", {}),
+                ("json_schema", {}),
+                ("web_search_options", {}),
+                ("extra_body", {"guided_json": SCHEMA}),
+                ("max_output_tokens", 5),
+                ("system", "Be brief."),
+                ("stop_sequence", ["a"]),
+                ("no_repeat_ngram_size", 2),
+                ("num_beams", 4),
+                ("detokenize", False),
+                ("response_format.value", SCHEMA),
+                ("response_format.value", {}),
+                ("response_format.regex", "a+"),
             )
         ],
         (CHAT, "best_of", 2),
@@ -86,22 +100,29 @@ async def ask(server: Running, path: str, **body: Any) -> tuple[int, dict[str, A
         (PLAIN, "top_logprobs", 3),
         (TOKENS, "chat_template", "x"),
         (TOKENS, "add_special", False),
+        (TOKENS, "parse_special", False),
         (CHAT, "stream_options.include_obfuscation", True),
         (CHAT, "messages[0].audio", {"id": "a"}),
         (CHAT, "messages[0].prefix", True),
         (CHAT, "messages[0].function_call", {"name": "f", "arguments": "{}"}),
         (CHAT, "tools[0].defer_loading", True),
+        (CHAT, "tools[0].function.arguments", SCHEMA),
+        (CHAT, "tools[0].function.input_schema", SCHEMA),
+        (CHAT, "tool_choice.disable_parallel_tool_use", True),
     ],
 )
 async def test_what_cannot_be_had_is_refused_by_name(start: StartServer, path: str, field: str, value: Any) -> None:
     server = await start()
-    outer, _, inner = field.partition(".")
+    outer, _, inner = field.rpartition(".")
     nested: dict[str, Any] = {
         "stream_options": {"stream": True, "stream_options": {inner: value}},
         "messages[0]": {"messages": [{**USER, inner: value}]},
         "tools[0]": {"tools": [{**TOOL, inner: value}]},
+        "tools[0].function": {"tools": [{**TOOL, "function": {**TOOL["function"], inner: value}}]},
+        "tool_choice": {"tools": [TOOL], "tool_choice": {**NAMED, inner: value}},
+        "response_format": {"response_format": {"type": "json_object", inner: value}},
     }
-    status, error = await ask(server, path, **(nested[outer] if inner else {field: value}))
+    status, error = await ask(server, path, **(nested[outer] if outer else {field: value}))
     assert (status, error.get("param"), error.get("code")) == (400, field, "unsupported_parameter")
     assert "remove it" in error["message"]
     assert not server.engine.live
@@ -132,8 +153,8 @@ def test_values_that_ask_for_nothing_pass_and_all_others_do_not(
                 assert parsed("any") == plain
             case Unsupported(harmless):
                 neutral = (*EMPTY, *harmless)
-                for value in (*neutral, False, "any", 17, ["a"], {"a": 1}):
-                    if value in neutral and not (value is False and known.false_asks):
+                for value in (*neutral, "any", 17, ["a"], {"a": 1}):
+                    if value in neutral and not any(value is wish or value == wish == {} for wish in known.wishes):
                         assert parsed(value) == plain
                         continue
                     with pytest.raises(RequestError) as caught:

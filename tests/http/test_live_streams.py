@@ -113,6 +113,21 @@ async def test_reports_that_say_nothing_are_400(start: StartServer, report: Any,
     opened.close()
 
 
+async def test_a_stream_without_a_reader_takes_no_reports(start: StartServer) -> None:
+    server = await start(reply=None)
+    for body in ({"stream": True, "consumption_rate": None}, {"stream": False}):
+        asking = asyncio.ensure_future(server.session.post(server.url + PLAIN, json={"prompt": "x", **body}))
+        await server.engine.submitted.wait()
+        server.engine.submitted.clear()
+        stream = server.engine.live[-1]
+        async with server.post(f"/v1/streams/{stream.request_id}/buffer", {"played_tokens": 0}) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["code"] == "no_reader"
+        assert stream.played == []
+        stream.say("done", FinishReason.STOP)
+        (await asking).close()
+
+
 async def test_streams_that_are_not_there_are_404(start: StartServer) -> None:
     server = await start()
     for path, body in (

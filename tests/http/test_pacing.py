@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +68,18 @@ async def test_a_burst_goes_out_piece_by_piece_and_complete(start: StartServer) 
     assert len(texts) > 3
     assert "".join(texts) == "abcdefghi"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(("rate", "is_paced"), [(None, False), ("auto", False), ("listen", True), (0.01, True)])
+async def test_what_is_paced_is_what_is_read_at_a_known_rate(start: StartServer, rate: Any, is_paced: bool) -> None:
+    server = await start(reply=None, pacing="smooth")
+    body = {"prompt": "x", "stream": True, "consumption_rate": rate}
+    async with server.post("/v1/completions", body) as response:
+        for letter in "ab":
+            server.engine.live[0].say(letter)
+        first = await response.content.readuntil(b"\n\n")
+        response.close()
+    assert json.loads(first.removeprefix(b"data: "))["choices"][0]["text"] == ("a" if is_paced else "ab")
 
 
 async def test_an_abort_does_not_wait_for_the_reader(start: StartServer) -> None:

@@ -50,6 +50,8 @@ async def test_detokenize_is_the_way_back(start: StartServer) -> None:
         ("/tokenize", {"messages": []}, 400, "messages"),
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "model"),
         ("/tokenize", {"prompt": 3}, 400, "prompt"),
+        ("/tokenize", {"prompt": "a", "tool_choice": "required"}, 400, "tool_choice"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, 400, "continue_final_message"),
         ("/detokenize", {}, 400, "tokens"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
         ("/detokenize", {"tokens": [2**62]}, 400, "tokens"),

@@ -74,7 +74,8 @@ class Tracker:
     ) -> None:
         """Take a new request in, as WAITING. `rate` as `consumption_rate`; RequestError if it is none.
 
-        `is_rate_assumed`: the request did not name it. What then counts as a stall is not known, until a report comes.
+        `is_rate_assumed`: the request did not name it; "auto" names none either. What then counts as a stall is not
+        known, until a report comes.
         """
         self._table.add(
             req,
@@ -86,7 +87,7 @@ class Tracker:
             num_prompt=num_prompt,
             max_tokens=max_tokens,
             is_auto=rate == AUTO,
-            is_rate_assumed=is_rate_assumed,
+            is_rate_assumed=is_rate_assumed or rate == AUTO,
         )
         self._num_added += 1
         self._num_events += 1

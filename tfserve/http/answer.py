@@ -13,6 +13,7 @@ from msgspec import UnsetType
 from tfserve.errors import QueueFullError
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
+from tfserve.http.pacing import pacers_for
 from tfserve.http.packing import packing_of, unpacked
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.replies import Usage
@@ -122,7 +123,9 @@ async def answer(
                 if service.config.scheduler.overload == "shed":
                     # A refusal must come as a status, so the headers wait for the policy's word.
                     await exchange.admitted()
-                return await stream_answer(request, exchange, renderer, service.config.server)
+                server = service.config.server
+                pacers = pacers_for(exchange.streams, rate) if server.pacing == "smooth" else None
+                return await stream_answer(request, exchange, renderer, pacers=pacers, keep_alive_s=server.keep_alive_s)
             results = await _collect(exchange, len(prompts) * len(samples))
             return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
         finally:

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+from msgspec import UnsetType
+
+from tfserve.engine.token_buffer import AUTO
+from tfserve.http.ports import StreamPort
+from tfserve.types import ConsumptionRate
 
 
 class Pacer:
@@ -36,3 +43,11 @@ class Pacer:
     def wake_s(self) -> float | None:
         """When the next token that was kept back is due; None if none was."""
         return self._next_s if self._has_kept else None
+
+
+def pacers_for(streams: Sequence[StreamPort], rate: ConsumptionRate | UnsetType) -> list[Pacer] | None:
+    """A pacer for each stream of an answer whose client sent this `rate`; None: the answer is not paced.
+
+    "auto" is not: text kept back would hold its reader, and so the rate that the reports tell, at the default rate.
+    """
+    return None if rate == AUTO else [Pacer(stream.rate) for stream in streams]

@@ -13,7 +13,6 @@ from typing import Protocol
 import msgspec
 from aiohttp import web
 
-from tfserve.config import ServerConfig
 from tfserve.errors import failures
 from tfserve.http.errors import api_error
 from tfserve.http.exchange import Exchange
@@ -65,9 +64,14 @@ def event(json: bytes) -> bytes:
 
 
 async def stream_answer(
-    request: web.Request, exchange: Exchange, renderer: ChunkRenderer, server: ServerConfig
+    request: web.Request,
+    exchange: Exchange,
+    renderer: ChunkRenderer,
+    *,
+    pacers: Sequence[Pacer] | None,
+    keep_alive_s: float,
 ) -> web.StreamResponse:
-    """Answer with a stream: chunks as they come, or as they are read if `server` paces; then [DONE].
+    """Answer with a stream: chunks as they come, or each stream's as its pacer allows; then [DONE].
 
     A comment breaks every `keep_alive_s` of silence (0: never).
 
@@ -76,7 +80,7 @@ async def stream_answer(
     """
     response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
-    writer = EventWriter(request, response, exchange, renderer, server)
+    writer = EventWriter(request, response, exchange, renderer, pacers=pacers, keep_alive_s=keep_alive_s)
     try:
         rest = await writer.run()
     except ConnectionError:
@@ -102,7 +106,9 @@ class EventWriter:
         response: web.StreamResponse,
         exchange: Exchange,
         renderer: ChunkRenderer,
-        server: ServerConfig,
+        *,
+        pacers: Sequence[Pacer] | None,
+        keep_alive_s: float,
     ) -> None:
         transport = request.transport
         if transport is None:
@@ -117,8 +123,8 @@ class EventWriter:
         self._renderer = renderer
         self._templates: dict[int, tuple[bytes, bytes] | None] = {}
         self._encode = msgspec.json.Encoder().encode
-        self._keep_alive_s = server.keep_alive_s
-        self._pacers = [Pacer(stream.rate) for stream in exchange.streams] if server.pacing == "smooth" else None
+        self._keep_alive_s = keep_alive_s
+        self._pacers = pacers
         self._pace_timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._written_s = self._loop.time()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Literal
 
@@ -135,6 +136,9 @@ class StreamEndpoints:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
         report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES))
         _, stream = self._find(request.match_info["id"], "id")
+        if math.isnan(stream.rate):
+            message = "This stream has no reader to report on; send a consumption_rate, such as auto, with its request."
+            raise RequestError("id", message, "no_reader")
         num_tokens = _num_played(report, stream)
         stream.report_played(num_tokens)
         unread = stream.num_output_tokens - num_tokens

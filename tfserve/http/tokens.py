@@ -107,7 +107,7 @@ class TokenEndpoints:
 
 def _plain_text(asked: TokenizeRequest) -> str:
     """The prompt as it is. Raises RequestError for a field that only messages have."""
-    for name in ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
-        if getattr(asked, name):
+    for name in ("tools", "tool_choice", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
+        if getattr(asked, name) not in (None, False, "none", "auto", [], {}):
             raise RequestError(name, f"{name} goes with messages, not with a prompt; remove it")
     return asked.prompt or ""

@@ -237,7 +237,7 @@ class Answer {
     put($("spoken"), this.text);
     const { completion_tokens: tokens, ttft_s: first, stall_s: stall, num_preemptions: pauses } = this.usage ?? {};
     if (first === undefined) { if (!this.text) this.line.remove(); return; }
-    const facts = `${tokens} tokens · first after ${first.toFixed(2)} s · ${stall === undefined ? "no rate named" : stall < 0.05 ? "never waited" : `waited ${stall.toFixed(1)} s on the way`}`;
+    const facts = `${tokens} tokens · first after ${first.toFixed(2)} s${stall === undefined ? "" : stall < 0.05 ? " · never waited" : ` · waited ${stall.toFixed(1)} s on the way`}`;
     this.line.after(Object.assign(document.createElement("p"), { className: "facts note", textContent: facts + (pauses ? ` · paused ${pauses}×` : "") }));
     $("talk").scrollTop = $("talk").scrollHeight;
   }
