@@ -175,7 +175,7 @@ async def test_prompt_logprobs_come_once_and_first(engine):
         ([1], {"temperature": "hot"}, "temperature", "must be a number, got a string"),
         ([1], {"stop": ("",)}, "stop", "non-empty"),
         ([1], {"stop": ("a", 3)}, r"stop[1]", "must be a string, got an integer"),
-        ([1], {"seed": object()}, "params", "must be a SamplingParams of numbers"),
+        ([1], {"seed": object()}, "seed", "seed must be an integer"),
         ([1], {"logit_bias": {600: 1.0}}, "logit_bias", "512"),
         ([True, 4], {}, "prompt", "token id True"),
         ("half \ud800 pair", {}, "prompt", "not valid Unicode"),
