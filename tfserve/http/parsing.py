@@ -72,10 +72,18 @@ def _type_error(message: str) -> RequestError:
     if types is None:
         return RequestError(name, f"{name}: {message.partition(' - at ')[0]}")
     expected = " or ".join(_WORDS.get(word, word) for word in types[1].split(" | ") if word != "null")
-    subject = name or "The body"
+    subject = _part(message) + (name or "The body")
     return RequestError(name, f"{subject} must be {expected}, got {_WORDS.get(types[2], types[2])}")
 
 
 def _path(message: str) -> str | None:
+    """The field, as a client can name it: msgspec writes `[...]` for the values of a mapping."""
     found = re.search(r"`\$\.?([^`]*)`$", message)
-    return found[1] or None if found else None
+    return found[1].replace("[...]", "") or None if found else None
+
+
+def _part(message: str) -> str:
+    """Which part of a mapping's field is wrong; nothing where it is the field itself."""
+    if " - at `key` in `" in message:
+        return "each key of "
+    return "each value of " if message.endswith("[...]`") else ""
