@@ -45,7 +45,9 @@ let before = null, outputs = new Map(), unlocked = () => {};
 
 const scale = (box, share) => { box.firstElementChild.style.transform = `scaleX(${Math.min(Math.max(share, 0), 1)})`; };
 const put = (box, text) => { if (box.textContent !== text) box.textContent = text; };
-const hasText = (stream) => stream.ttft_s !== null && (stream.rate === null || stream.time_to_empty_s >= 0.05);
+// What counts as late or as too early is known only where the request or a report has said how fast the answer is read.
+const isRead = (stream) => stream.rate !== null && !stream.is_rate_assumed;
+const hasText = (stream) => stream.ttft_s !== null && (!isRead(stream) || stream.time_to_empty_s >= 0.05);
 
 function rowOf(id) {
   let row = rows.get(id);
@@ -79,9 +81,6 @@ function drawStream(stream) {
     `read at ${rate === null ? "no rate" : `${rate.toFixed(1)} tokens/s${stream.is_rate_assumed ? ", assumed" : ""}`}\n` +
     `${stream.stall_s === null ? "" : `stalled ${stream.stall_s.toFixed(1)} s, `}${stream.num_preemptions} preemptions`;
 }
-
-// What counts as late or as too early is known only where somebody has said how fast the answer is read.
-const isRead = (stream) => stream.rate !== null && !stream.is_rate_assumed;
 
 // A token counts fully while less than a tenth of the answer is unread, and not at all beyond a fifth.
 function effectiveOf(stream) {
