@@ -207,6 +207,17 @@ def test_without_a_rate_one_never_displaces_another_without_one(comes):
     assert (decision.preempt, decision.admit, decision.resume) == ((), (), ())
 
 
+def test_without_a_rate_newcomers_do_not_take_the_memory_that_one_waits_for_to_return():
+    scene = Scene(num_blocks=42).running("a", rate=None).paused("large", rate=None, output=400, for_s=12.0)
+    scene.waiting("small", rate=None, priority=-1)
+    assert decide(scene).admit == ()
+    assert decide(scene.waiting("reader", for_s=0.1)).admit == ("reader",)
+    scene.num_blocks = 80
+    decision = decide(scene)
+    assert [req for req, _ in decision.resume] == ["large"]
+    assert decision.admit == ("reader", "small")
+
+
 def test_a_reader_passes_those_without_a_rate_who_lack_memory():
     scene = Scene(num_blocks=30).running("a", rate=None).running("b", rate=None)
     scene.waiting("batch", rate=None, for_s=60).waiting("reader", for_s=0.5)

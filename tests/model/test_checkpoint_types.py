@@ -129,6 +129,7 @@ def loads(model_dir: Path, file: str) -> bool:
         text = str(error)
         assert file in text or "the files are of different models" in text, text
         assert "\n" not in text, text
+        assert text.encode(), text
         assert len(text) < 700, text
         return False
     return True
@@ -154,6 +155,19 @@ def test_a_value_of_a_wrong_type_loads_or_is_named_by_file(file: str, model_dir:
                 error.add_note(f"{file}: {path} = {value!r}")
                 raise
     assert refused > 0
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("key", ["", " ", "\ud83d", "a\nb", "\0", "x" * 5000])
+def test_a_key_of_any_text_loads_or_is_named_by_file(file: str, key: str, model_dir: Path) -> None:
+    tree = json.loads((model_dir / file).read_text())
+    for path in [(), *places(tree)]:
+        at = tree
+        for step in path:
+            at = at[step]
+        for value in (437, 438, "text", {"content": "<new>"}) if isinstance(at, dict) else ():
+            (model_dir / file).write_text(json.dumps(replaced(tree, path, {**at, key: value})))
+            loads(model_dir, file)
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -43,6 +43,20 @@ ENDLESS = [
     {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
     {"type": "object", "properties": {"x": N}, "required": ["x"], "$defs": {"n": N}},
     {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"]},
+    about_n({"type": "object", "allOf": [node(required=["next"])]}),
+    about_n({"type": "object", "required": ["next"], "allOf": [{"properties": {"next": N}}]}),
+    about_n({"allOf": [{"type": "object"}, {"properties": {"next": N}}, {"required": ["next"]}]}),
+    about_n({"allOf": [{"$ref": "#/$defs/o"}, {"properties": {"next": N}}]})
+    | {
+        "$defs": {
+            "n": {"allOf": [{"$ref": "#/$defs/o"}, {"properties": {"next": N}}]},
+            "o": {"type": "object", "required": ["next"]},
+        }
+    },
+    about_n({"type": "object", "patternProperties": {"^x": N}, "additionalProperties": N, "required": ["x"]}),
+    {"$schema": "http://json-schema.org/draft-07/schema#", "type": "array", "items": [{"$ref": "#"}], "minItems": 1},
+    {"$ref": "#a", "$defs": {"n": {"$anchor": "a", **node(required=["next"]), "properties": {"next": {"$ref": "#a"}}}}},
+    {"$id": "http://x/y", "type": "object", "properties": {"a": {"$ref": "http://x/y"}}, "required": ["a"]},
     {"$ref": "#/$defs/a~1b%25", "$defs": {"a/b%": {"$ref": "#/$defs/a~1b%25"}}},
 ]
 FINITE = [
@@ -52,6 +66,9 @@ FINITE = [
     about_n(node()),
     about_n({**node(required=["next"]), "properties": {"next": {"anyOf": [N, NULL]}}}),
     about_n({"anyOf": [N, NULL]}),
+    about_n({"allOf": [{"type": "object"}, {"properties": {"next": N}}]}),
+    about_n({"type": "object", "required": ["next"], "allOf": [{"properties": {"next": {"anyOf": [N, NULL]}}}]}),
+    about_n({"type": "object", "patternProperties": {"^x": N}, "required": ["y"]}),
     about_n({"type": "array", "items": N}),
     about_n({"type": "array", "prefixItems": [NULL, N], "minItems": 1}),
     about_n(
@@ -105,3 +122,10 @@ def test_time_is_linear_in_a_chain_of_references() -> None:
     chain: dict[str, Any] = {f"n{i}": {"$ref": f"#/$defs/n{i + 1}"} for i in range(20_000)}
     assert has_finite_text({"$ref": "#/$defs/n0", "$defs": {**chain, "n20000": NULL}})
     assert not has_finite_text({"$ref": "#/$defs/n0", "$defs": {**chain, "n20000": {"$ref": "#/$defs/n0"}}})
+
+
+def test_schemas_that_hold_together_in_a_long_chain_are_looked_at_in_short_time() -> None:
+    """The text of a grammar may be long: its parts are looked at with a few others each."""
+    chain: dict[str, Any] = {f"n{i}": {"allOf": [{"$ref": f"#/$defs/n{i + 1}"}]} for i in range(4000)}
+    assert has_finite_text({"$ref": "#/$defs/n0", "$defs": {**chain, "n4000": NULL}})
+    assert not has_finite_text({"$ref": "#/$defs/n0", "$defs": {**chain, "n4000": {"$ref": "#/$defs/n0"}}})

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from tfserve.errors import ModelError
-from tfserve.model.fields import Fields, read_fields, shown
+from tfserve.model.fields import Fields, is_text, read_fields, shown
 
 
 def add_missing_tokens(backend: Backend, model_dir: Path, config: Fields, special: Collection[str]) -> None:
@@ -58,6 +58,8 @@ def _file_tokens(model_dir: Path, special: Collection[str]) -> Iterator[tuple[in
     """added_tokens.json: ids by text."""
     table = read_fields(model_dir / "added_tokens.json", optional=True)
     for text in table:
+        if not is_text(text):
+            raise table.error(f"{shown(text)} must be text, without half a surrogate pair")
         token_id = table.integer(text, least=0)
         yield token_id, AddedToken(text, normalized=text not in special, special=text in special), str(table.source)
 

@@ -35,8 +35,8 @@ class Fields:
         return iter(self._values)
 
     def error(self, message: str) -> ModelError:
-        """A complaint about this object; `message` begins with the key."""
-        return ModelError(f"{self.source}: {self._parent}{message}")
+        """A complaint about this object; `message` begins with the key, which may be any text too."""
+        return ModelError(f"{self.source}: {one_line(self._parent + message)}")
 
     def wrong(self, key: str, meaning: str) -> ModelError:
         """The complaint about a value that is not what it must be."""
@@ -171,6 +171,6 @@ def shown(value: object) -> str:
 
 
 def one_line(said: BaseException | str) -> str:
-    """Text from elsewhere, such as what another library's exception says: one line, cut short."""
-    text = " ".join(str(said).split()) or type(said).__name__
+    """Text from elsewhere, such as what another library's exception says: one line that can be written, cut short."""
+    text = " ".join(str(said).encode(errors="backslashreplace").decode().split()) or type(said).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."

@@ -14,6 +14,9 @@ from urllib.parse import unquote
 _ANYTHING = True
 """The schema that every text satisfies; stands for what this module does not follow."""
 
+_MOST_TOGETHER = 32
+"""Schemas looked at together with one: what is split among more is not followed, so that the time stays linear."""
+
 
 def has_finite_text(schema: Any) -> bool:
     """False if no finite JSON text can satisfy `schema`; true where that is not certain.
@@ -21,12 +24,13 @@ def has_finite_text(schema: Any) -> bool:
     A least fixed point over the schema's parts: a part has a text once each of its requirements does, and a requirement
     does once one of its alternatives does. Time is linear in the size of the schema.
     """
+    document = _Document(schema)
     parts: list[Any] = [schema]
     places = {id(schema): 0}
     num_open: list[int] = []  # by part: requirements without a text so far
     waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by part: the requirements, by (part, number)
     for place, part in enumerate(parts):  # grows meanwhile
-        requirements = _requirements(part, schema)
+        requirements = _requirements(part, document)
         num_open.append(len(requirements))
         for number, alternatives in enumerate(requirements):
             for alternative in alternatives:
@@ -46,27 +50,48 @@ def has_finite_text(schema: Any) -> bool:
     return num_open[0] == 0
 
 
-def _requirements(part: Any, root: Any) -> list[Sequence[Any]]:
+def _requirements(part: Any, document: _Document) -> list[Sequence[Any]]:
     """What a text needs to satisfy `part`: each is a list of schemas, of which it must satisfy one, in whole or within.
 
     Only what holds for certain: a schema without a type, for one, is also satisfied by a number.
     """
     if part is False:
         return [[]]
-    if not isinstance(part, Mapping) or ("$id" in part and part is not root):
+    if not isinstance(part, Mapping) or document.is_foreign(part):
         return []
     requirements: list[Sequence[Any]] = [[each] for each in _list(part, "allOf")]
     requirements += [_list(part, key) for key in ("anyOf", "oneOf") if _list(part, key)]
     if isinstance(part.get("$ref"), str):
-        requirements.append([_target(root, part["$ref"])])
-    kind = part.get("type")
-    if kind in ("object", ["object"]):
-        requirements += [[_member(part, name)] for name in _list(part, "required")]
-        if _least(part, "minProperties") > len(_mapping(part, "properties")):
-            requirements.append(_more_members(part))
-    elif kind in ("array", ["array"]):
-        requirements += [[item] for item in _first_items(part)]
+        requirements.append([document.target(part["$ref"])])
+    together = _together(part, document)
+    kinds = [each["type"] if isinstance(each["type"], list) else [each["type"]] for each in together if "type" in each]
+    if any(kind and all(name == "object" for name in kind) for kind in kinds):
+        for name in {name for each in together for name in _list(each, "required") if isinstance(name, str)}:
+            requirements += [_member(each, name) for each in together]
+        for each in together:
+            if _least(each, "minProperties") > len(_mapping(each, "properties")):
+                requirements.append(_other_members(each))
+    elif any(kind and all(name == "array" for name in kind) for kind in kinds):
+        least = max(_least(each, "minItems") for each in together)
+        requirements += [[item] for each in together for item in _first_items(each, least)]
     return requirements
+
+
+def _together(part: Mapping[str, Any], document: _Document) -> list[Mapping[str, Any]]:
+    """`part` and the schemas that each text of it satisfies too: `type` may stand in one and `required` in another."""
+    found, known = [part], {id(part)}
+    if "allOf" not in part:
+        # What a reference alone stands for is looked at there.
+        return found
+    for each in found:  # grows meanwhile
+        others = _list(each, "allOf") + ([document.target(each["$ref"])] if isinstance(each.get("$ref"), str) else [])
+        for other in others:
+            if len(found) == _MOST_TOGETHER:
+                return found
+            if isinstance(other, Mapping) and id(other) not in known and not document.is_foreign(other):
+                known.add(id(other))
+                found.append(other)
+    return found
 
 
 def _list(part: Mapping[str, Any], key: str) -> list[Any]:
@@ -79,24 +104,26 @@ def _mapping(part: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _member(part: Mapping[str, Any], name: Any) -> Any:
-    """What the member `name` of an object must satisfy."""
+def _member(part: Mapping[str, Any], name: str) -> list[Any]:
+    """The schemas of which the member `name` of an object must satisfy one."""
     properties = _mapping(part, "properties")
-    if isinstance(name, str) and name in properties:
-        return properties[name]
-    return _ANYTHING if "patternProperties" in part else part.get("additionalProperties", _ANYTHING)
+    return [properties[name]] if name in properties else _other_members(part)
 
 
-def _more_members(part: Mapping[str, Any]) -> list[Any]:
+def _other_members(part: Mapping[str, Any]) -> list[Any]:
     """What the members of an object beyond `properties` may satisfy."""
     return [*_mapping(part, "patternProperties").values(), part.get("additionalProperties", _ANYTHING)]
 
 
-def _first_items(part: Mapping[str, Any]) -> list[Any]:
-    """What the items that an array must have must satisfy; of those beyond `prefixItems`, the first stands for all."""
-    least = _least(part, "minItems")
-    prefix = _list(part, "prefixItems")
-    return prefix[:least] + ([part.get("items", _ANYTHING)] if least > len(prefix) else [])
+def _first_items(part: Mapping[str, Any], least: int) -> list[Any]:
+    """What the first `least` items of an array must satisfy; of those beyond the listed ones, the first stands for all.
+
+    Drafts before 2020-12 list them as `items`, and what comes after as `additionalItems`.
+    """
+    listed, others = _list(part, "prefixItems"), part.get("items", _ANYTHING)
+    if isinstance(others, list):
+        listed, others = others, part.get("additionalItems", _ANYTHING)
+    return listed[:least] + ([others] if least > len(listed) else [])
 
 
 def _least(part: Mapping[str, Any], key: str) -> int:
@@ -104,19 +131,49 @@ def _least(part: Mapping[str, Any], key: str) -> int:
     return max(value, 0) if isinstance(value, int) else 0
 
 
-def _target(root: Any, reference: str) -> Any:
-    """The schema that a reference within the document names."""
-    if reference == "#":
-        return root
-    if not reference.startswith("#/"):
-        return _ANYTHING
-    found = root
-    for step in unquote(reference[2:]).split("/"):
-        key = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, Mapping) and key in found:
-            found = found[key]
-        elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
-            found = found[int(key)]
-        else:
+class _Document:
+    """A whole schema: what the references within it name."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        own = root.get("$id") if isinstance(root, Mapping) else None
+        self._base = own.removesuffix("#") if isinstance(own, str) else ""
+        self._anchors: dict[str, Any] = {}
+        self._found: dict[str, Any] = {}  # by reference
+        rest = [root]
+        while rest:
+            part = rest.pop()
+            if isinstance(part, Mapping):
+                if isinstance(part.get("$anchor"), str):
+                    # Of two with one name, which is meant is not certain.
+                    self._anchors[part["$anchor"]] = _ANYTHING if part["$anchor"] in self._anchors else part
+                rest += part.values()
+            elif isinstance(part, list):
+                rest += part
+
+    def is_foreign(self, part: Mapping[str, Any]) -> bool:
+        """True for a schema within this one that references name in another way."""
+        return "$id" in part and part is not self._root
+
+    def target(self, reference: str) -> Any:
+        """The schema that a reference names."""
+        if reference not in self._found:
+            self._found[reference] = self._look_up(reference)
+        return self._found[reference]
+
+    def _look_up(self, reference: str) -> Any:
+        base, _, fragment = reference.partition("#")
+        if base not in ("", self._base):
             return _ANYTHING
-    return found
+        if fragment and not fragment.startswith("/"):
+            return self._anchors.get(fragment, _ANYTHING)
+        found = self._root
+        for step in unquote(fragment).split("/")[1:]:
+            key = step.replace("~1", "/").replace("~0", "~")
+            if isinstance(found, Mapping) and key in found:
+                found = found[key]
+            elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+                found = found[int(key)]
+            else:
+                return _ANYTHING
+        return found

@@ -64,6 +64,8 @@ class Balance:
         self._free_rows = snapshot.num_free_rows
         self._away = np.flatnonzero(snapshot.is_member & ~self._resident)
         self._is_due = self.headroom <= self._return_s + config.critical_s + 1e-9
+        self._lacks_memory = False
+        """Whether a request without a reader is due to return and finds no memory."""
 
     # What only some passes need is computed when it is asked for.
 
@@ -171,6 +173,9 @@ class Balance:
                 if room > need:
                     self._may_recompute, self.recompute_pays_s = False, self._price_s(row, victims)
                 self._put_on(row, need, victims)
+        came = set(self.coming)
+        has_reader = self._snapshot.columns.has_reader
+        self._lacks_memory = any(not has_reader[row] and row not in came for row in due.tolist())
 
     def let_in(self, newcomers: Rows) -> bool:
         """Admit in this order while there is memory, or victims that survive it; True if one is left for memory.
@@ -186,7 +191,9 @@ class Balance:
         columns = [values[newcomers].tolist() for values in (self._need, self._is_due, self.headroom, uncomputed)]
         for row, need, is_due, headroom, tokens in zip(newcomers.tolist(), *columns, strict=True):
             is_background = not has_reader[row]
-            if is_background and is_left:
+            if is_background and (is_left or self._lacks_memory):
+                # What those without a reader leave is for the first of them, and before that for one that returns.
+                is_left = True
                 continue
             room = need + self._room_to_grow() if is_background else need
             if self._fits(room):
