@@ -2,25 +2,31 @@
 
     python -m tests.suspects LOCK PYTEST_CACHE
 
-Lists what differs from the lock. Then it installs versions of the lock until the tests that failed pass, and names the
-fewest packages for which that is needed. The environment is of no use afterwards.
+Lists what differs from the lock. Then it repeats the tests that failed with one package after another as in the lock,
+and says which tests pass with which. The environment is of no use afterwards.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+NOT_TRIED = re.compile(r"pip|tfserve|torch|triton|(nvidia|cuda)-.*")
+"""Packages that no lock has."""
+
 MOST_TESTS = 20
-"""Failed tests that are repeated: some of them fail for every package that broke any."""
+"""Failed tests that are repeated: one package breaks many tests, seldom many packages one each."""
+
+COLLECTION = "the collection of tests"
 
 
 def read_lock(path: Path) -> dict[str, str]:
@@ -32,81 +38,95 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def installed() -> dict[str, str]:
-    """Versions by package, of this environment."""
-    return {canonicalize_name(each.metadata["Name"]): each.version for each in distributions()}
+    """Versions by package, of this environment, but for those that no lock has."""
+    versions = {canonicalize_name(each.metadata["Name"]): each.version for each in distributions()}
+    return {name: version for name, version in versions.items() if not NOT_TRIED.fullmatch(name)}
 
 
-def culprits(names: Sequence[str], passes: Callable[[Collection[str]], bool]) -> list[str] | None:
-    """The fewest of `names` that must be of the lock for the tests to pass; None if all of them do not suffice.
+def blame(
+    failed: Collection[str], names: Sequence[str], still_failing: Callable[[str | None], Collection[str]]
+) -> Iterator[tuple[str | None, set[str]]]:
+    """Packages with the tests that fail for each, as they are found; None first, for tests that fail for no package.
 
-    `passes` says whether the tests pass with those packages as in the lock and the others as they were. Found by
-    bisection, one after another; a package that was found because a trial parted it from its partner is then dropped.
+    `still_failing` says which tests fail with one package as in the lock, or with none (None). What is left over in
+    the end fails for no single package.
     """
-    if not passes(names):
-        return None
-    needed: list[str] = []
-    while not passes(needed):
-        rest = [name for name in names if name not in needed]
-        low, high = 0, len(rest)  # the tests fail with `rest[:low]` of the lock, and pass with `rest[:high]`
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if passes([*needed, *rest[:middle]]) else (middle, high)
-        needed.append(rest[low])
-    fewer = itertools.chain.from_iterable(itertools.combinations(needed, size) for size in range(1, len(needed)))
-    return next((list(subset) for subset in fewer if passes(subset)), needed)
-
-
-class Trial:
-    """The failed tests, and the environment with some packages as in the lock."""
-
-    def __init__(self, found: Mapping[str, str], lock: Mapping[str, str], tests: Sequence[str]) -> None:
-        self._versions = {True: lock, False: found}
-        self._now = dict(found)
-        self._tests = tests
-        self._seen: dict[frozenset[str], bool] = {}
-
-    def passes(self, locked: Collection[str]) -> bool:
-        """Whether the tests pass with `locked` as in the lock. Each answer is found once."""
-        key = frozenset(locked)
-        if key not in self._seen:
-            self._install(key)
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *self._tests]
-            self._seen[key] = subprocess.run(command, capture_output=True, check=False).returncode == 0
-            print(f"  {len(key)} packages as in the lock: {'pass' if self._seen[key] else 'fail'}", flush=True)
-        return self._seen[key]
-
-    def _install(self, locked: Collection[str]) -> None:
-        wanted = {name: self._versions[name in locked].get(name, version) for name, version in self._now.items()}
-        changed = [f"{name}=={version}" for name, version in wanted.items() if version != self._now[name]]
-        if changed:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-            subprocess.run([*pip, "install", "--no-deps", *changed], check=True, stderr=subprocess.DEVNULL)
-        self._now = wanted
+    left = set(failed)
+    for name in (None, *names):
+        if left and (passed := left - set(still_failing(name))):
+            left -= passed
+            yield name, passed
 
 
 def failed_tests(cache: Path) -> list[str]:
     """What failed in pytest's last run; the collection of all tests if it did not get so far."""
     record = cache / "v" / "cache" / "lastfailed"
-    failed = list(json.loads(record.read_text())) if record.exists() else []
-    return failed[:MOST_TESTS] or ["--collect-only", "tests"]
+    return list(json.loads(record.read_text())) if record.exists() else [COLLECTION]
+
+
+def run_tests(tests: Sequence[str]) -> list[str]:
+    """Those of `tests` that fail now."""
+    words = ["--collect-only", "tests"] if list(tests) == [COLLECTION] else tests
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *words]
+        done = subprocess.run(command, capture_output=True, check=False)
+        failed = failed_tests(Path(cache)) if done.returncode else []
+    return [test for test in tests if test in failed] or (list(tests) if failed else [])
+
+
+def pip(command: str, option: str, *packages: str) -> None:
+    """Run pip on packages, if there are any."""
+    words = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", command, option, *packages]
+    if packages:
+        subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
+
+
+def move(name: str, version: str | None) -> None:
+    """Install a version of a package alone; without a version, remove it."""
+    if version:
+        pip("install", "--no-deps", f"{name}=={version}")
+    else:
+        pip("uninstall", "--yes", name)
 
 
 def main(lock_file: str, cache: str) -> None:
     """Print what differs from the lock, and what of it broke the tests."""
     lock, found = read_lock(Path(lock_file)), installed()
-    differing = sorted(name for name in lock.keys() & found.keys() if lock[name] != found[name])
-    print(f"\n{len(differing)} packages have another version than {lock_file}:")
+    differing = sorted(name for name in found if lock.get(name) != found[name])
+    print(f"\n{len(differing)} packages are not as in {lock_file}:")
     for name in differing:
-        print(f"  {name}: {lock[name]} in the lock, {found[name]} here")
-    print("Trying which of them the tests fail for:", flush=True)
-    trial = Trial(found, lock, failed_tests(Path(cache)))
-    broke = culprits(differing, trial.passes)
-    if broke is None:
-        print("The tests fail with the versions of the lock too: see `make test`.")
-    elif not broke:
-        print("The tests that failed pass when they are repeated: no package is to blame.")
-    else:
-        print("The tests fail for: " + ", ".join(f"{name} {found[name]} (lock: {lock[name]})" for name in broke))
+        print(f"  {name}: {lock.get(name, 'not')} in the lock, {found[name]} here")
+    report(failed_tests(Path(cache)), differing, lock, found)
+
+
+def report(failed: Sequence[str], differing: Sequence[str], lock: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Repeat failed tests with one package after another as in the lock, and print what that changes."""
+    tests = failed[:MOST_TESTS]
+    print(
+        f"Repeating {len(tests)} of {len(failed)} failed tests with one of them at a time as in the lock:", flush=True
+    )
+    # Releases of the lock may need packages that these do not. Being there, they change nothing.
+    pip("install", "--no-deps", *(f"{name}=={version}" for name, version in lock.items() if name not in found))
+
+    def still_failing(name: str | None) -> list[str]:
+        if name is None:
+            return run_tests(tests)
+        move(name, lock.get(name))
+        failing = run_tests(tests)
+        move(name, found[name])
+        return failing
+
+    left = set(tests)
+    for name, passed in blame(tests, differing, still_failing):
+        left -= passed
+        cause = (
+            f"{name} {found[name]} (lock: {lock.get(name, 'without it')})"
+            if name
+            else "no package: passed when repeated"
+        )
+        print(f"  {cause}", *(f"    {test}" for test in sorted(passed)), sep="\n", flush=True)
+    if left:
+        print("  no single package", *(f"    {test}" for test in sorted(left)), sep="\n")
 
 
 if __name__ == "__main__":
