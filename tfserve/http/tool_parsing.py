@@ -7,9 +7,9 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 from tfserve import strict_json
-from tfserve.model.chat_template import ToolFormat
+from tfserve.model.chat_template import TOOL_CALL_TAGS, ToolFormat
 
-_BEGIN, _END = "<tool_call>", "</tool_call>"
+_BEGIN, _END = TOOL_CALL_TAGS
 _TAG = re.compile("</?tool_call>")
 _PYTHON_TAG = "<|python_tag|>"
 _BESIDE_ARGUMENTS = frozenset({"name", "type", "id"})
