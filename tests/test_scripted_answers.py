@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from tests.http.conftest import Running
 from tests.http.tool_templates import LLAMA3, QWEN25
@@ -99,6 +101,22 @@ async def test_hermes_calls_and_what_is_none(hermes: Desk, call: str, calls: lis
     script = f"So:\n<tool_call>\n{call}\n</tool_call>"
     expected = ("So:", calls, "tool_calls") if calls else (script, [], "stop")
     assert await answers(hermes, script, tools=[WEATHER]) == [expected] * 2
+
+
+@pytest.mark.parametrize("stop", [[], ["x"]])
+async def test_calls_of_a_model_whose_tags_are_special_tokens(tmp_path: Path, stop: list[str]) -> None:
+    """As some Hermes models name them; `skip_special_tokens` would leave them out."""
+    write_scripted_model(tmp_path, QWEN25)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    tags = [AddedToken(tag, special=True, normalized=False) for tag in ("<tool_call>", "</tool_call>")]
+    backend.add_special_tokens(tags)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    scripts: dict[str, Script] = {}
+    async with scripted_server(tmp_path, scripts, max_model_len=4096) as server:
+        assert server.engine.tokenizer.token_bytes(backend.token_to_id("<tool_call>")) == b"<tool_call>"
+        script = f"So:\n<tool_call>\n{CALLS[4][0]}\n</tool_call>"
+        found = await answers(Desk(server, scripts), script, tools=[WEATHER], stop=stop)
+    assert found == [("So:", [OSLO], "tool_calls")] * 2
 
 
 @pytest.mark.parametrize(("call", "calls"), CALLS)

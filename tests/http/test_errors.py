@@ -215,6 +215,15 @@ async def test_a_full_queue_is_429_with_retry_after(start: StartServer) -> None:
         assert (await response.json())["error"]["code"] == "queue_full"
 
 
+@pytest.mark.parametrize(("fields", "param"), [({"n": 34}, "n"), ({"prompt": ["a"] * 34}, "prompt")])
+async def test_more_choices_than_ever_fit_are_no_429(start: StartServer, fields: dict[str, Any], param: str) -> None:
+    """A client would send them again and again."""
+    server = await start(max_queued_requests=1)  # and 32 run
+    async with server.post(PLAIN, {"prompt": "a", **fields}) as response:
+        assert (response.status, response.headers["X-Should-Retry"]) == (400, "false")
+        assert (await response.json())["error"]["param"] == param
+
+
 @pytest.mark.parametrize(
     ("header", "status"),
     [(None, 401), ("Bearer wrong", 401), ("Basic key-2", 401), ("Bearer clé", 401), ("Bearer key-2", 200)],

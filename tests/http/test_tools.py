@@ -36,6 +36,8 @@ NO_CALLS = [
         for value in ("null", "3", "[]", '"Rome"', '""', '"{\\"a\\": NaN}"')
     ),
     '{"name": 3, "arguments": {}}',
+    '{"name": "weather", "city": "Rome"}',
+    '{"name": "weather", "args": {"city": "Rome"}}',
 ]
 """JSON objects, nearly, whose arguments are none."""
 
@@ -62,7 +64,15 @@ HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3
             '<tool_call>{"name": "f", "arguments": 3}</tool_call>',
             [],
         ),
-        (HERMES, f"Now: {TAGGED_CALL} ok", "Now:ok", [Call("weather", '{"city": "a</tool_call>b"}')]),
+        (HERMES, f"Now: {TAGGED_CALL} ok", "Now:  ok", [Call("weather", '{"city": "a</tool_call>b"}')]),
+        (HERMES, f"One\n{HERMES_CALL}\n{HERMES_CALL} two.\n", "One\n\n two.\n", [ROME, ROME]),
+        (HERMES, f"<tool_call>{{json}} is a tag.\n{HERMES_CALL}", "<tool_call>{json} is a tag.", [ROME]),
+        (HERMES, f'<tool_call>{{"name": "wea {HERMES_CALL}', '<tool_call>{"name": "wea', [ROME]),
+        (HERMES, f'<tool_call>{{"x": "<tool_call> {HERMES_CALL} "', '<tool_call>{"x": "<tool_call>  "', [ROME]),
+        (HERMES, f"{HERMES_CALL.removesuffix('</tool_call>')}{HERMES_CALL}", "", [ROME, ROME]),
+        *((HERMES, HERMES_CALL[:-cut], "", [ROME]) for cut in range(1, len("</tool_call>"))),
+        (HERMES, '<tool_call>{"name": "a <tool_call> b"}</tool_call>', "", [Call("a <tool_call> b", "{}")]),
+        (HERMES, '<tool_call>{"name": "wea</tool_', '<tool_call>{"name": "wea</tool_', []),
         (HERMES, f"{TAGGED_CALL}\n{HERMES_CALL}", "", [Call("weather", '{"city": "a</tool_call>b"}'), ROME]),
         (HERMES, TAGGED_CALL.removesuffix("</tool_call>"), "", [Call("weather", '{"city": "a</tool_call>b"}')]),
         (HERMES, 'a <tool_call>{"x": "</tool_call>" b', 'a <tool_call>{"x": "</tool_call>" b', []),
@@ -82,6 +92,7 @@ HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3
         (LLAMA, f"{LLAMA_CALL}; {MIXED_UP[1]}", "", [ROME, ROME]),
         (LLAMA, f"{LLAMA_CALL}; {NO_CALLS[0]}", f"{LLAMA_CALL}; {NO_CALLS[0]}", []),
         (LLAMA, '{"name": "weather"}', "", [Call("weather", "{}")]),
+        (LLAMA, '{"type": "function", "name": "weather"}', "", [Call("weather", "{}")]),
         (LLAMA, HALF_A_PAIR.replace("arguments", "parameters"), "", [REPLACED]),
         (HERMES, f"<tool_call>{HALF_A_PAIR}</tool_call>", "", [REPLACED]),
         (HERMES, "", "", []),

@@ -10,7 +10,7 @@ from typing import Protocol
 from aiohttp import http_exceptions, web
 from msgspec import UnsetType
 
-from tfserve.errors import QueueFullError
+from tfserve.errors import QueueFullError, RequestError
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
 from tfserve.http.pacing import pacers_for
@@ -111,6 +111,7 @@ async def answer(
     stream: bool,
 ) -> web.StreamResponse:
     """Submit each prompt once for each of `samples`, or nothing if one is refused, and answer with all the choices."""
+    _check_room(service, len(prompts), len(samples))
     with service.exchange(renderer.id) as exchange:
         try:
             for prompt in prompts:
@@ -130,6 +131,15 @@ async def answer(
             return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
         finally:
             request[USAGE] = exchange.usage
+
+
+def _check_room(service: Service, num_prompts: int, num_samples: int) -> None:
+    """Raise RequestError for more choices than run and wait at most: no retry could help."""
+    limit = service.engine.info.max_num_seqs + service.config.server.max_queued_requests
+    if num_prompts * num_samples > limit:
+        wish = f"{num_prompts} prompts with n={num_samples}"
+        message = f"{wish} are more than the {limit} requests that this server runs and queues at once; send fewer"
+        raise RequestError("n" if num_samples > 1 else "prompt", message)
 
 
 async def _collect(exchange: Exchange, num_choices: int) -> list[Result]:

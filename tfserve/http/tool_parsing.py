@@ -7,10 +7,12 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 from tfserve import strict_json
-from tfserve.model.chat_template import ToolFormat
+from tfserve.model.chat_template import TOOL_CALL_TAGS, ToolFormat
 
-_BEGIN, _END = "<tool_call>", "</tool_call>"
+_BEGIN, _END = TOOL_CALL_TAGS
+_TAG = re.compile("</?tool_call>")
 _PYTHON_TAG = "<|python_tag|>"
+_BESIDE_ARGUMENTS = frozenset({"name", "type", "id"})
 _OUTSIDE_STRING = re.compile(r"[\s\w{}\[\],:.+-]*", re.ASCII)
 _IN_STRING = re.compile(r'(?:[^"\\\x00-\x1f]|\\.)*', re.DOTALL)
 """How far a JSON text goes on without a quote that begins or ends a string."""
@@ -54,14 +56,15 @@ def tool_call_parser(format: ToolFormat, names: Collection[str]) -> ToolCallPars
 class HermesParser:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen2.5 and Hermes write: several, amid text.
 
-    A call is told as soon as its tag closes; a closing tag in one of its strings is part of the string. White space
-    beside calls is no text. What is not a call is text, as it stands.
+    A call is told as soon as its tag closes or another opens; a tag in one of its strings is part of the string. What
+    is not a call is text, as it stands; white space beside calls is text only between two others.
     """
 
     def __init__(self) -> None:
         self._held = ""
         self._block: _Block | None = None  # set behind an opening tag
-        self._after_call = False
+        self._has_shown = False
+        self._gap: str | None = None  # behind a call: the white space around it
 
     def push(self, text: str) -> Found:
         """See ToolCallParser."""
@@ -72,7 +75,7 @@ class HermesParser:
                 before, _, self._held = self._held.partition(_BEGIN)
                 shown = before.rstrip()
                 found = self._shown(found, shown)
-                self._block = _Block(opening=before[len(shown) :] + _BEGIN)
+                self._block = _Block(before[len(shown) :])
             end = self._block.end(self._held)
             if end is None:
                 return found
@@ -83,7 +86,7 @@ class HermesParser:
         return found
 
     def finish(self) -> Found:
-        """See ToolCallParser. A call whose closing tag never came counts if it is complete."""
+        """See ToolCallParser. A call whose closing tag did not come, or not whole, counts if it is complete."""
         found = Found("", [])
         while self._block is not None:
             found = self._close(found, len(self._held)).join(self.push(""))
@@ -91,53 +94,61 @@ class HermesParser:
         return self._shown(found, rest)
 
     def _close(self, found: Found, end: int) -> Found:
-        """The block ends at `end` of what is held, with the closing tag if that is there: as a call or as text."""
+        """The block ends at `end` of what is held, with the closing tag if one is there: as a call or as text."""
         assert self._block is not None
         block, self._block = self._block, None
-        call = _call(self._held[:end], "arguments")
+        is_all = end == len(self._held)
+        call = _call(self._held[: end - _overlap(self._held, _END) if is_all else end], "arguments")
         if call is None and block.first_tag is not None:
             end = block.first_tag  # what follows it may have calls of its own
         inside, rest = self._held[:end], self._held[end:]
         self._held = rest.removeprefix(_END)
         if call is None:
-            return self._shown(found, block.opening + inside + rest[: len(rest) - len(self._held)])
-        self._after_call = True
+            text = block.space + _BEGIN + inside + rest[: len(rest) - len(self._held)]
+            shown = text.rstrip()
+            self._held = text[len(shown) :] + self._held  # a call may follow
+            return self._shown(found, shown)
+        self._gap = (self._gap or "") + block.space
         return found.join(Found("", [call]))
 
     def _shown(self, found: Found, text: str) -> Found:
-        """Add text for the reader, without the white space that separates it from a call before it."""
-        if self._after_call:
+        """Add text for the reader; the white space around calls before it only if there is text before them."""
+        if self._gap is not None:
+            self._gap += text[: len(text) - len(text.lstrip())]
             text = text.lstrip()
-            self._after_call = not text
+            if text:
+                text = self._gap + text if self._has_shown else text
+                self._gap = None
+        self._has_shown = self._has_shown or bool(text)
         return found.join(Found(text, []))
 
 
 class _Block:
-    """What follows an opening tag, while its end is looked for. `opening` is the tag and the white space before it.
+    """What follows an opening tag, while its end is looked for. `space` is the white space before that tag.
 
-    `first_tag` is where the first closing tag is, if that seems to be in a string.
+    `first_tag` is where the first tag is, if that seems to be in a string.
     """
 
-    def __init__(self, opening: str) -> None:
-        self.opening = opening
+    def __init__(self, space: str) -> None:
+        self.space = space
         self.first_tag: int | None = None
         self._is_object = False
         self._in_string = False
         self._read = 0  # characters that `_in_string` takes into account
-        self._searched = 0  # characters in which no further closing tag begins
+        self._searched = 0  # characters in which no further tag begins
 
     def end(self, held: str) -> int | None:
-        """Where the block of which `held` is known ends: at a closing tag, or at 0 if it cannot be a call."""
+        """Where the block of which `held` is known ends: at a tag, or at 0 if it cannot be a call."""
         if not self._is_object and (begin := held.lstrip()):
             self._is_object = begin.startswith("{")
             if not self._is_object:
                 return 0
-        while (place := held.find(_END, self._searched)) >= 0:
-            if not self._is_in_string(held, place):
-                return place
+        while tag := _TAG.search(held, self._searched):
+            if not self._is_in_string(held, tag.start()):
+                return tag.start()
             if self.first_tag is None:
-                self.first_tag = place
-            self._searched = place + len(_END)
+                self.first_tag = tag.start()
+            self._searched = tag.end()
         self._searched = max(self._searched, len(held) - len(_END) + 1)
         return None
 
@@ -213,11 +224,15 @@ def _call_of(value: Any, key: str) -> Call | None:
     """The call that a JSON value stands for, if it does; `key` is what its format calls the arguments.
 
     Models mix the formats up, so the other's name counts too, and so does a string that holds the JSON of an object.
+    An object with neither is a call without arguments only if it holds nothing else that could be meant as some.
     Raises ValueError for a string that holds none.
     """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    given: Any = next((value[name] for name in (key, "arguments", "parameters") if name in value), {})
+    names = [name for name in (key, "arguments", "parameters") if name in value]
+    if not names and not value.keys() <= _BESIDE_ARGUMENTS:
+        return None
+    given: Any = value[names[0]] if names else {}
     if isinstance(given, str):
         given = strict_json.loads(given)
     return Call(value["name"], strict_json.dumps(given)) if isinstance(given, dict) else None

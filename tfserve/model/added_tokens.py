@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def add_missing_tokens(backend: Backend, model_dir: Path, config: Fields, specia
                 f"{origin}: token {shown(token.content)} has id {token_id} there, but tokenizer.json gives it {got}: "
                 "the files are of different models"
             )
+
+
+def with_shown(backend: Backend, texts: Collection[str]) -> Backend:
+    """A tokenizer in which tokens of these texts are not special, so that decoding never skips them.
+
+    `backend` itself if none of them is special; the library cannot change that of a token it has.
+    """
+    added = backend.get_added_tokens_decoder().values()
+    if not any(token.special and token.content in texts for token in added):
+        return backend
+    fields = json.loads(backend.to_str())
+    for token in fields["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in texts
+    return Backend.from_str(json.dumps(fields))
 
 
 def _decoder_tokens(config: Fields) -> Iterator[tuple[int, AddedToken, str]]:

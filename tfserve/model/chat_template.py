@@ -23,6 +23,9 @@ from tfserve import strict_json
 from tfserve.errors import ModelError, RequestError, failures
 from tfserve.model.fields import Fields, is_absent, read_text
 
+TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
+"""Around each call in the Hermes format."""
+
 
 class ToolFormat(enum.Enum):
     """How a model writes tool calls: in <tool_call> tags (Hermes, Qwen2.5), or as bare JSON (Llama 3)."""
@@ -88,7 +91,7 @@ def _tool_format(source: str) -> ToolFormat | None:
     """What the template's own instructions say."""
     if "tools" not in source:
         return None
-    if "<tool_call>" in source:
+    if TOOL_CALL_TAGS[0] in source:
         return ToolFormat.HERMES
     return ToolFormat.LLAMA3 if "ipython" in source else None
 

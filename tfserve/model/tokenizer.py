@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as Backend
 
 from tfserve.errors import ModelError, RequestError, failures, panics_as_errors
 from tfserve.install_hint import install_command
-from tfserve.model.added_tokens import add_missing_tokens
-from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
+from tfserve.model.added_tokens import add_missing_tokens, with_shown
+from tfserve.model.chat_template import TOOL_CALL_TAGS, ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.config import ModelConfig
 from tfserve.model.fields import Fields, is_absent, one_line, read_fields, shown
 from tfserve.model.token_bytes import TokenBytes
@@ -81,6 +81,9 @@ class Tokenizer:
         eos = [*_eos_token(backend, config), *_eos_token(backend, older)]
         eos = eos or _eos_token(backend, Fields(defaults, source))
         template = _chat_template(model_dir, config, special_tokens)
+        if template is not None and template.tool_format is ToolFormat.HERMES:
+            # Some checkpoints call them special, but they are what an answer says.
+            backend = with_shown(backend, TOOL_CALL_TAGS)
         return cls(backend, special_tokens, template, dict.fromkeys(eos))
 
     @cached_property
