@@ -103,7 +103,7 @@ def test_what_a_setting_cannot_be_is_refused_by_its_name(load, line, key):
         ("model: m\nserver:\n\tport: 1\n", 3, ""),
         ("model: m\n---\nmodel: n\n", 2, ""),
         ("model: m\n? [a]\n: 2\n", 2, "a key must be text"),
-        ("model: m\nseed: !!int 22:22\n", 2, "tag of '22:22'"),
+        ("model: m\nseed: !!int 22:22\n", 2, "the tag must go"),
         ("model: m\nseed: !!python/object:os.system x\n", 2, ""),
         ("model: m\nenforce_eager: !!bool maybe\n", 2, ""),
         ("model: m\nserver: !!set {a, b}\n", 2, ""),
@@ -122,6 +122,10 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(load, text, line, say
         *("", "# a comment\n", "words", "[a]", "model:", "model: 12", "model: ~", "[" * 3000, "{a: " * 3000),
         *(b"\xff\xfe\x00", "model: é\n".encode("utf-16-le"), "model: é\n".encode("latin-1")),
         *(b"GGUF\x00\x01", b"x" * 2_000_000),
+        "model: m\nseed: " + "1" * 5000,
+        "model: m\nseed: 0x" + "1" * 5000,
+        'model: "\\U00110000"',
+        'model: "\\UFFFFFFFF"',
     ],
     ids=lambda text: repr(text)[:20],
 )
@@ -140,6 +144,36 @@ def test_merge_keys_work_and_the_mappings_own_keys_win(load):
     text = "model: m\nscheduler: &base\n  <<: {gamma: 2, relief_s: 1}\n  gamma: 3\n"
     scheduler = load(text).scheduler
     assert (scheduler.gamma, scheduler.relief_s) == (3.0, 1.0)
+
+
+def test_of_several_merged_mappings_the_first_wins(load):
+    text = "model: m\n<<: [{dtype: float32, seed: 1}, {dtype: float16, seed: 2, threads: 3}]\nseed: 4\n"
+    config = load(text)
+    assert (config.dtype, config.seed, config.threads) == ("float32", 4, 3)
+
+
+def test_an_error_does_not_write_out_what_aliases_repeat(load):
+    lines = [f"  - &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefghijk", "bcdefghijkl", strict=True)]
+    with pytest.raises(ConfigError, match="model: must be a string") as caught:
+        load("\n".join(["model:", "  - &a [x]", *lines]))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("key", ["server.host", "server.cors_origins", "model", "step_trace", "server.api_keys"])
+def test_text_that_is_no_unicode_is_refused_wherever_it_is(load, key):
+    with pytest.raises(ConfigError, match="valid UTF-8 text") as caught:
+        load("model: m\n", **{key: "a\udc80"})
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize("text", ["model: m\nserver: {api_keys: [!!int sk-1]}", "model: m\nserver: {api_keys: sk-1}"])
+def test_a_key_of_the_api_is_in_no_error(load, text):
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    assert "sk-1" not in str(caught.value)
+    with pytest.raises(ConfigError, match="given twice") as caught:
+        parse_settings(["--server.api-keys=sk-1", "--server.api-keys=sk-2"])
+    assert "sk-" not in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["{{<<: [*a{0}, *a{0}]}}", "[*a{0}, *a{0}, *a{0}]", "{{k: *a{0}, l: *a{0}}}"])

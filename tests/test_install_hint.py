@@ -32,6 +32,25 @@ def test_in_a_checkout_it_installs_the_checkout(extra, monkeypatch, tmp_path):
     assert (python[0], target) == (sys.executable, f"{ROOT}[{extra}]")
 
 
+def test_the_python_that_runs_is_named_wherever_the_reader_is(monkeypatch, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    for here in (Path(sys.executable).parent, gone):
+        monkeypatch.chdir(here)
+        if here == gone:
+            gone.rmdir()
+        # A bare name would be looked for in PATH.
+        assert shlex.split(install_command("gguf"))[0] == sys.executable
+    monkeypatch.chdir(ROOT)
+
+
+def test_without_pip_it_is_a_command_for_uv(monkeypatch, tmp_path):
+    monkeypatch.setattr(install_hint, "find_spec", lambda _: None)
+    monkeypatch.chdir(tmp_path)
+    command = shlex.split(install_command("gguf"))
+    assert command == ["uv", "pip", "install", "-p", sys.executable, "-e", f"{ROOT}[gguf]"]
+
+
 @pytest.mark.parametrize("extra", EXTRAS.keys() - {"dev"})  # which is for checkouts, and names other extras
 def test_elsewhere_it_installs_the_packages_of_the_extra(extra, monkeypatch, tmp_path):
     monkeypatch.setattr(install_hint, "__file__", str(tmp_path / "site-packages" / "tfserve" / "install_hint.py"))

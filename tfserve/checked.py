@@ -60,7 +60,22 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 def to_number(value: Any) -> Any:
     """What Python itself has for a number of another library; lists for arrays and tensors. Raises TypeError."""
     to_list = getattr(value, "tolist", None)
-    return to_list() if callable(to_list) else operator.index(value)
+    if not callable(to_list):
+        return operator.index(value)
+    try:
+        return to_list()
+    except (RuntimeError, ValueError) as error:  # a tensor without storage, a sparse one
+        raise TypeError(f"a {type(value).__name__} whose numbers cannot be read") from error
+
+
+def to_integer(value: Any) -> int | None:
+    """The integer that a number of any library is, as an `int` itself; None for anything else, also True and False."""
+    if isinstance(value, bool):
+        return None
+    with contextlib.suppress(TypeError):
+        number = to_number(value)
+        return number if type(number) is int else None
+    return None
 
 
 @cache

@@ -6,6 +6,7 @@ Unknown keys and bad values are errors that name the key. The names are vLLM's w
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -32,7 +33,13 @@ class _Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ConfigError(self.section + name, f"must be a 64-bit integer, got {value}")
+                raise ConfigError(
+                    self.section + name, f"must be a 64-bit integer, got one of {value.bit_length() + 1} bits"
+                )
+            # A command line's bytes that are no UTF-8 arrive as half surrogate pairs, which no answer can hold.
+            texts = value if isinstance(value, tuple) else (value,)
+            if not all(is_text(text) for text in texts if isinstance(text, str)):
+                raise ConfigError(self.section + name, "must be valid UTF-8 text; give it another name")
 
     def mistake(self, key: str, message: str) -> Exception:
         """See Checked."""
@@ -179,10 +186,6 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
             value = getattr(self, key)
             if value is not None and value < low:
                 raise ConfigError(key, f"must be at least {low}, got {value}")
-        for key in ("model", "served_model_name", "step_trace"):
-            # A command line's bytes that are no UTF-8 arrive as half surrogate pairs, which no answer can hold.
-            if not is_text(getattr(self, key) or ""):
-                raise ConfigError(key, "must be valid UTF-8 text; give it another name")
         if not self.model:
             raise ConfigError("model", "must name a model directory, a hub id, or 'demo'")
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -259,6 +262,9 @@ _NOT_NEGATIVE = (
 )
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
+
 _LISTS = frozenset({"server.api_keys", "server.cors_origins"})
 
 _SECTIONS: dict[str, type[_Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
@@ -302,7 +308,8 @@ def _misfit_error(tree: Mapping[str, Any], source: str) -> ConfigError:
     misfit = find_misfit(tree, EngineConfig, strict=False)
     if misfit is None:
         return ConfigError("", f"a setting has a value of the wrong type{_origin(source)}")
-    shown = "" if misfit.path.startswith("server.api_keys") else f", got {misfit.value!r}"
+    # What aliases repeat in a file, grows beyond the memory when it is written out.
+    shown = "" if misfit.path.startswith("server.api_keys") else f", got {_SHORT.repr(misfit.value)}"
     return ConfigError(misfit.path, f"{misfit.rule}{shown}{_origin(source)}")
 
 

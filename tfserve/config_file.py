@@ -18,6 +18,11 @@ from tfserve.errors import ConfigError
 _MOST_BYTES = 1 << 20
 """A configuration takes a few thousand; a model given by mistake is not read to its end."""
 
+_MOST_DIGITS = 100
+"""Python refuses to write integers of several thousand, also in an error's message."""
+
+_MERGE = "tag:yaml.org,2002:merge"
+
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -56,16 +61,32 @@ class _Loader(yaml.SafeLoader):
         implicit = self.peek_event().implicit  # type: ignore[no-untyped-call]
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
         if not any(implicit) and node.tag != "tag:yaml.org,2002:str":
-            raise _mistake(node, f"the tag of {node.value!r} must go: a setting says what its value is")
+            raise _mistake(node, "the tag must go: a setting says what its value is")  # which may be a key of the API
         return node
 
     def read_bool(self, node: yaml.ScalarNode) -> bool:
         """The words true and false."""
         return self.construct_scalar(node).lower() == "true"
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Add what `<<` names: the mapping's own keys win, then those of the first of several."""
+        merges = [value for key, value in node.value if key.tag == _MERGE]
+        node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
+        has = {(key.tag, key.value) for key, _ in node.value}
+        for source in merges:
+            for each in source.value if isinstance(source, yaml.SequenceNode) else [source]:
+                if not isinstance(each, yaml.MappingNode):
+                    raise _mistake(each, "`<<` takes a mapping, or a list of them")
+                self.flatten_mapping(each)
+                new = [(key, value) for key, value in each.value if (key.tag, key.value) not in has]
+                node.value += new
+                has.update((key.tag, key.value) for key, _ in new)
+
     def read_int(self, node: yaml.ScalarNode) -> int:
         """An integer in decimal, or with 0o or 0x before it."""
         text = self.construct_scalar(node)
+        if len(text) > _MOST_DIGITS:
+            raise _mistake(node, f"an integer of {len(text)} digits is no setting")
         return int(text, 0 if text[:2] in {"0o", "0x"} else 10)
 
     def read_float(self, node: yaml.ScalarNode) -> float:
@@ -111,7 +132,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("", f"{path} is not valid YAML: {where}{error.problem or error.context}") from None
     except RecursionError:
         raise ConfigError("", f"{path} is not valid YAML: it is nested too deep") from None
-    except yaml.YAMLError as error:  # bytes that are no text
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # bytes that are no text, \U of no character
         raise ConfigError("", f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError("", f"{path} must hold `key: value` lines, starting with `model:`")

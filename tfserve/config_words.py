@@ -25,7 +25,8 @@ def parse_settings(words: Sequence[str]) -> dict[str, str]:
             value = queue.pop(0)
         name = key.replace("-", "_")
         if name in settings:
-            raise ConfigError(name, f"is given twice: {settings[name]!r} and {value!r}; keep one of them")
+            given = "" if name == "server.api_keys" else f": {settings[name]!r} and {value!r}"
+            raise ConfigError(name, f"is given twice{given}; keep one of them")
         settings[name] = value
     return settings
 

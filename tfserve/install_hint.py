@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -16,14 +18,23 @@ def install_command(extra: str) -> str:
     Elsewhere, as after an installation from a wheel, it names the extra's packages.
     """
     root = Path(__file__).parents[1]
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it has been removed meanwhile
+        here = Path(os.devnull)
     python = Path(sys.executable)
     if not (root / "pyproject.toml").is_file():
-        return f"{shlex.quote(str(python))} -m pip install {shlex.join(requirements(extra))}"
-    if python.is_relative_to(here):
+        return _pip_install(python, requirements(extra))
+    # Of one part, a shell would look for it in PATH.
+    if python.is_relative_to(here) and python.parent != here:
         python = python.relative_to(here)
-    target = f"{'.' if root == here else root}[{extra}]"
-    return f"{shlex.quote(str(python))} -m pip install -e {shlex.quote(target)}"
+    return _pip_install(python, ["-e", f"{'.' if root == here else root}[{extra}]"])
+
+
+def _pip_install(python: Path, what: list[str]) -> str:
+    """The command for pip, or for uv, whose environments come without pip."""
+    command = [str(python), "-m", "pip", "install"] if find_spec("pip") else ["uv", "pip", "install", "-p", str(python)]
+    return shlex.join([*command, *what])
 
 
 def requirements(extra: str) -> list[str]:

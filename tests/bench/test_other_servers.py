@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 
+import msgspec
 import pytest
 
 from tests.bench.fake_server import DONE, ROLE, event, finish, text, usage
@@ -72,6 +73,17 @@ async def test_without_usage_and_without_done_chunks_are_counted():
     stream = head() + ROLE + text("a") + text("b") + finish("stop")
     (record,) = await ask(RawServer(lambda _: stream))
     assert (record.error, record.num_tokens, record.prompt_tokens) == (None, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "count", "tokens"), [({"type": "stop"}, 2.0, 2), (1, 2, 2), ("stop", 2.5, None), ("stop", True, None)]
+)
+async def test_odd_reasons_and_counts_make_a_record_that_can_be_read_again(reason, count, tokens):
+    last = event({"choices": [{"delta": {}, "finish_reason": reason}]})
+    counted = event({"choices": [], "usage": {"prompt_tokens": count, "completion_tokens": count}})
+    (record,) = await ask(RawServer(lambda _: head() + text("a") + b"data:\n\n" + last + counted + DONE))
+    assert (record.error, record.prompt_tokens, record.output_tokens) == (None, tokens, tokens)
+    assert msgspec.json.decode(msgspec.json.encode(record), type=RequestRecord) == record
 
 
 def strict(*known: str):

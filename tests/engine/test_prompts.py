@@ -14,6 +14,10 @@ from tfserve.errors import RequestError
 IDS = [5, 6, 7]
 
 
+class Token(int):
+    """An integer that no message to another process can hold."""
+
+
 @pytest.mark.parametrize(
     ("prompts", "batch"),
     [
@@ -38,6 +42,7 @@ IDS = [5, 6, 7]
         (torch.tensor([IDS, IDS]), [IDS, IDS]),
         ([np.array(IDS), torch.tensor(IDS), iter(IDS), "a"], [IDS, IDS, IDS, "a"]),
         ([torch.tensor([5]), torch.tensor([6])], [[5], [6]]),
+        (list(map(Token, IDS)), [IDS]),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -52,6 +57,7 @@ def test_text_and_ids_of_every_make_are_told_apart(prompts, batch):
     [
         *(None, 5, 1.5, np.int64(5), torch.tensor(5), object(), {"prompt": "a"}, {"a", "b"}),
         *(b"abc", bytearray(b"abc"), memoryview(b"a"), [None], ["a", 5], ["a", b"b"], [{"prompt": "a"}], [IDS, None]),
+        *(torch.eye(2).to_sparse(), torch.empty(2, device="meta"), [torch.eye(2).to_sparse()]),
     ],
     ids=lambda value: repr(value)[:40],
 )

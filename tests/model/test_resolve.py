@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import huggingface_hub
@@ -44,6 +45,15 @@ def test_gguf_is_not_served_and_the_message_says_what_converts_it(tmp_path, name
     (tmp_path / "MODEL.GGUF").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match=r"`tfserve import-gguf .*(model\.gguf|MODEL\.GGUF) DIRECTORY`"):
         resolve_model(str(tmp_path / name))
+
+
+def test_the_command_that_converts_a_file_can_be_given_to_a_shell(tmp_path):
+    file = tmp_path / "my model; a.gguf"
+    file.touch()
+    for name in (file, tmp_path):
+        with pytest.raises(ModelError) as caught:
+            resolve_model(str(name))
+        assert shlex.split(str(caught.value).split("`")[1])[2] == str(file)
 
 
 def test_a_checkpoint_beside_a_gguf_file_is_served(tmp_path):

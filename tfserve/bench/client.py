@@ -244,6 +244,8 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
     """Add one event's text, usage and finish reason to the record; True for the [DONE] that ends a stream."""
     if payload.strip() == b"[DONE]":
         return True
+    if not payload.strip():  # a sign of life
+        return False
     try:
         event = msgspec.json.decode(mend(payload))
     except NOT_JSON:
@@ -261,7 +263,8 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
             raise _StreamError("malformed", f"a choice must be a JSON object, got {payload[:100]!r}")
         if _has_text(choice):
             record.chunks.append((now, tokens))
-        record.finish_reason = choice.get("finish_reason") or record.finish_reason
+        if reason := choice.get("finish_reason"):
+            record.finish_reason = str(reason)
     return False
 
 
@@ -269,18 +272,26 @@ def _take_usage(usage: object, record: RequestRecord) -> int:
     """Record the usage, if any, and return how many tokens the chunk that carries it is taken to hold."""
     if not isinstance(usage, dict):
         return 1
-    if isinstance(usage.get("prompt_tokens"), int):
-        record.prompt_tokens = usage["prompt_tokens"]
-    if isinstance(usage.get("num_preemptions"), int):
-        record.num_preemptions = usage["num_preemptions"]
-    if not isinstance(usage.get("completion_tokens"), int):
+    if (prompt_tokens := _whole(usage.get("prompt_tokens"))) is not None:
+        record.prompt_tokens = prompt_tokens
+    if (num_preemptions := _whole(usage.get("num_preemptions"))) is not None:
+        record.num_preemptions = num_preemptions
+    output_tokens = _whole(usage.get("completion_tokens"))
+    if output_tokens is None:
         return 1
-    if not 0 <= usage["completion_tokens"] <= _MOST_TOKENS:
-        raise _StreamError("malformed", f"the usage counts {usage['completion_tokens']} completion tokens")
+    if not 0 <= output_tokens <= _MOST_TOKENS:
+        raise _StreamError("malformed", f"the usage counts {output_tokens} completion tokens")
     # Usage that comes only at the end says nothing about its own chunk; a running one does, from the first chunk on.
     running = record.output_tokens is not None or not record.chunks
-    record.output_tokens = usage["completion_tokens"]
+    record.output_tokens = output_tokens
     return max(record.output_tokens - record.placed_tokens, 0) if running else 1
+
+
+def _whole(value: object) -> int | None:
+    """A count, which some servers write as a float; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _has_text(choice: dict[str, Any]) -> bool:

@@ -31,7 +31,7 @@ from tfserve.engine.messages import (
 from tfserve.engine.prompts import Prompt, as_batch, as_prompt
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
-from tfserve.engine.validation import validate
+from tfserve.engine.validation import as_count, as_priority, as_rate, validate
 from tfserve.errors import EngineDeadError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
@@ -184,8 +184,9 @@ class Engine:
         """The reader has read `num_tokens` of the output so far: this replaces the scheduler's estimate.
 
         With rate "auto" the reports also tell how fast the reader is. Unknown and finished ids are ignored.
+        Raises RequestError unless `num_tokens` is an integer.
         """
-        self._tell(request_id, ReportPlayed(request_id, num_tokens))
+        self._tell(request_id, ReportPlayed(request_id, as_count(num_tokens, "num_tokens")))
 
     async def streams(self) -> list[StreamState]:
         """Every live request as the scheduler sees it, after the step under way. Raises EngineDeadError."""
@@ -263,22 +264,17 @@ class Engine:
     ) -> AddRequest:
         prompt = as_prompt(prompt)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if request_id is None:
-            request_id = f"{_OWN_IDS}{next(self._ids)}"
-        else:
-            self._check_id(request_id)
+        request_id = f"{_OWN_IDS}{next(self._ids)}" if request_id is None else self._check_id(request_id)
         default_rate = self.config.scheduler.default_rate
         is_rate_assumed = rate is UNSET
         if rate is UNSET:
             rate = default_rate
-        # Here for its RequestError; the core keeps the name, because "auto" is more than a number.
-        resolve_rate(rate, default_rate)
-        if isinstance(priority, bool) or not isinstance(priority, int) or not -(2**63) <= priority < 2**63:
-            raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
+        rate = as_rate(rate, default_rate)
+        priority = as_priority(priority)
         params = validate(token_ids, SamplingParams() if params is None else params, self.info)
         return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed)
 
-    def _check_id(self, request_id: RequestId) -> None:
+    def _check_id(self, request_id: RequestId) -> RequestId:
         is_id = isinstance(request_id, str) and request_id and is_text(request_id)
         if not is_id or request_id.startswith(_OWN_IDS):
             raise RequestError(
@@ -288,6 +284,7 @@ class Engine:
             )
         if request_id in self._delivery:
             raise _id_in_use(request_id)
+        return str.__str__(request_id)  # of a class of its own, it could not be sent to another process
 
     def _buffer(self, message: AddRequest) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)

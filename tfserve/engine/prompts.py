@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from numbers import Number
 from typing import Any
 
-from tfserve.checked import to_number
+from tfserve.checked import to_integer, to_number
 from tfserve.errors import RequestError
 
 Prompt = str | Sequence[int]
@@ -53,8 +53,9 @@ def _items(value: Any, name: str, wanted: str) -> str | list[Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, _PLAIN):
-        return value
+        # Of a class derived from int, no message to another process can be made.
+        return value if to_integer(value) is None else to_integer(value)
     try:
         return to_number(value)
     except TypeError:
-        return value
+        return None if hasattr(value, "tolist") else value

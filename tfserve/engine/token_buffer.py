@@ -41,7 +41,7 @@ def resolve_rate(rate: float | str | None, default: float) -> float:
             return default
         if rate in NAMED_RATES:
             return NAMED_RATES[rate]
-    elif not isinstance(rate, bool) and SLOWEST_RATE <= rate <= FASTEST_RATE:
+    elif isinstance(rate, int | float) and not isinstance(rate, bool) and SLOWEST_RATE <= rate <= FASTEST_RATE:
         return float(rate)
     names = ", ".join(repr(name) for name in (*NAMED_RATES, AUTO))
     bounds = f"{SLOWEST_RATE} to {FASTEST_RATE:.0f} tokens/s"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
+from tfserve.checked import to_integer, to_number
+from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import RequestError
 from tfserve.model.grammar import check_grammar
-from tfserve.types import EngineInfo, SamplingParams
+from tfserve.types import ConsumptionRate, EngineInfo, SamplingParams
 
 
 def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) -> SamplingParams:
@@ -60,3 +64,30 @@ def check_tokens(prompt: Sequence[int], vocab_size: int, param: str = "prompt") 
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(param, f"token id {token!r} is not in the vocabulary [0, {vocab_size})")
+
+
+def as_rate(rate: Any, default: float) -> ConsumptionRate:
+    """A reader's rate, of Python's own types. Raises RequestError; "auto" stays, which is more than a number."""
+    if isinstance(rate, str):
+        rate = str.__str__(rate)
+    elif rate is not None and type(rate) not in (bool, float):
+        with contextlib.suppress(TypeError):
+            rate = to_number(rate)
+    resolve_rate(rate, default)
+    return float(rate) if isinstance(rate, float) else rate
+
+
+def as_priority(priority: Any) -> int:
+    """A priority as an int. Raises RequestError."""
+    number = to_integer(priority)
+    if number is None or not -(2**63) <= number < 2**63:
+        raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
+    return number
+
+
+def as_count(value: Any, param: str) -> int:
+    """A number of tokens as an int of 64 bits; those beyond are the nearest of them. Raises RequestError."""
+    number = to_integer(value)
+    if number is None:
+        raise RequestError(param, f"{param} must be an integer, got {value!r}")
+    return min(max(number, 0), 2**63 - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from tfserve.errors import DownloadError, ModelError, failures
@@ -47,7 +48,7 @@ def _refuse_gguf(directory: Path) -> None:
 
 
 def _conversion(file: Path) -> str:
-    return f"`tfserve import-gguf {file} DIRECTORY`, and serve the directory"
+    return f"`tfserve import-gguf {shlex.quote(str(file))} DIRECTORY`, and serve the directory"
 
 
 def _looks_like_hub_id(name: str) -> bool:
