@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
 from tests.engine.fakes import FakeEngine, expected_output, next_token
@@ -120,6 +122,7 @@ class BrokenBytes:
     """A tokenizer whose tokens cannot be decoded."""
 
     leading_spaces = 0
+    special_texts: ClassVar[dict[str, int]] = {}
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
