@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,13 @@ def test_no_text_names_the_project_of_that_name_on_the_index_nor_an_extra_that_d
     assert "tfserve" + "[" not in text
     named = {name for names in re.findall(r"\.\[([\w,-]+)\]['\"]", text) for name in names.split(",")}
     assert named <= EXTRAS.keys()
+
+
+def test_where_nothing_is_known_of_the_extra_no_package_of_its_name_is_named(monkeypatch, tmp_path):
+    def unknown(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(install_hint, "__file__", str(tmp_path / "tfserve" / "install_hint.py"))
+    monkeypatch.setattr(install_hint, "requires", unknown)
+    assert requirements("grammar") == []
+    assert "pip install" not in install_command("grammar")

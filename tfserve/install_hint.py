@@ -24,7 +24,9 @@ def install_command(extra: str) -> str:
         here = Path(os.devnull)
     python = Path(sys.executable)
     if not (root / "pyproject.toml").is_file():
-        return _pip_install(python, requirements(extra))
+        needed = requirements(extra)
+        # A package that has an extra's name would be a stranger's.
+        return _pip_install(python, needed) if needed else f"install the packages that pyproject.toml has for {extra!r}"
     # Of one part, a shell would look for it in PATH.
     if python.is_relative_to(here) and python.parent != here:
         python = python.relative_to(here)
@@ -38,10 +40,10 @@ def _pip_install(python: Path, what: list[str]) -> str:
 
 
 def requirements(extra: str) -> list[str]:
-    """The packages of `extra` with their versions. Only the extra's name where tfserve itself is not installed."""
+    """The packages of `extra` with their versions; none are known where tfserve itself is not installed."""
     try:
         declared = [line.partition(";") for line in requires("tfserve") or []]
     except PackageNotFoundError:
-        return [extra]
+        return []
     marked = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
     return [requirement.strip() for requirement, _, marker in declared if marked.search(marker)]

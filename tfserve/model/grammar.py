@@ -83,7 +83,7 @@ def check_grammar(grammar: str, param: str = "grammar") -> None:
 def _require_extra(param: str) -> None:
     if find_spec("llguidance") is None:
         # Clients read this too: no paths of the server's.
-        command = f"pip install {shlex.join(requirements('grammar'))}"
+        command = f"pip install {shlex.join(requirements('grammar') or ['llguidance'])}"
         message = f"{param}: this server has no grammar support; in its environment, run: {command}"
         raise RequestError(param, message, "unsupported_parameter")
 
