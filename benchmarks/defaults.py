@@ -6,7 +6,7 @@ A variant is a checkout with settings of its own, as `NAME=DIR` or `NAME=DIR+sch
 that checkout's `tfserve serve configs/smollm2-cpu.yaml`. A cell is one variant under one load in one repeat, with a
 fresh server each, variants interleaved and rotated. The client is this checkout's, in its own process. Loads:
 
-    burst    48 at once at 6 tokens/s, with KV for a quarter of them
+    burst    48 at once at `--burst-rate` tokens/s, with KV for a quarter of them
     held     40 at once at 6 tokens/s, with the KV there is
     unnamed  32 at once that name no rate (scored at 6 tokens/s)
     single   64 one after the other at `--single-rate` requests/s that name no rate (scored at 6)
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -81,14 +82,17 @@ class Bench:
         words = [word for key, value in settings.items() for word in (f"--{key}", value)]
         command = [sys.executable, "-m", "tfserve.cli", "serve"]
         command += [str(variant.checkout / "configs/smollm2-cpu.yaml"), *words]
-        env = {**os.environ, "PYTHONPATH": str(variant.checkout)}
-        with running(command, url, "/ready", env=env):
+        # Not the package in the current directory, which would come first in the engine's process too.
+        env = {**os.environ, "PYTHONPATH": str(variant.checkout), "PYTHONSAFEPATH": "1"}
+        with running(command, url, "/ready", env=env) as server:
+            policy = get_json(f"{url}/v1/streams")["policy"]
+            _check_origin(server.process.pid, variant.checkout)
             self._client(url, [PromptRow(row.prompt, max_tokens=16) for row in burst_rows(4)], [])
             before = get_json(f"{url}/health")["engine"]
             result = getattr(self, f"_{load}")(url)
             after = get_json(f"{url}/health")["engine"]
         counted = {name: after[name] - before[name] for name in ("num_preemptions", "num_output_tokens")}
-        return {"variant": variant.name, "load": load, "engine": counted, **result}
+        return {"variant": variant.name, "load": load, "policy": policy, "engine": counted, **result}
 
     def _extra(self, load: str) -> dict[str, str]:
         if load != "burst":
@@ -97,7 +101,7 @@ class Bench:
         return {"max_num_seqs": "48", "block_size": str(BLOCK_SIZE), "num_gpu_blocks_override": blocks}
 
     def _burst(self, url: str) -> Cell:
-        return self._client(url, burst_rows(48), ["--rate", str(READ), "--ignore-eos"])
+        return self._client(url, burst_rows(48), ["--rate", str(self._args.burst_rate), "--ignore-eos"])
 
     def _held(self, url: str) -> Cell:
         return self._client(url, burst_rows(40), ["--rate", str(READ), "--ignore-eos"])
@@ -130,6 +134,16 @@ class Bench:
         command = [*CLIENT_NICE, sys.executable, "-m", "tfserve.cli", "bench", "serve", "--base-url", url]
         command += ["--prompts", str(prompts), "--num-prompts", str(len(rows)), "--request-rate", "burst", *more]
         return {"summary": run_json(command, self._work / "result.json")["summary"]}
+
+
+def _check_origin(pid: int, checkout: Path) -> None:
+    """Raise SystemExit unless a server's process imports tfserve from the checkout it is to measure."""
+    code = "import tfserve, pathlib; print(pathlib.Path(tfserve.__file__).parents[1])"
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    env = dict(variable.split("=", 1) for variable in variables if "=" in variable)
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    if Path(found.strip()) != checkout:
+        raise SystemExit(f"the server of {checkout} runs the package of {found.strip()}")
 
 
 def _complete(url: str, prompt: str, seconds: list[float]) -> None:
@@ -193,6 +207,7 @@ def main() -> None:
     add("--variant", dest="variants", type=parse_variant, action="append", required=True, metavar="NAME=CHECKOUT")
     add("--loads", type=lambda text: text.split(","), default=list(LOADS))
     add("--repeats", type=int, default=3)
+    add("--burst-rate", type=float, default=3.0, help="tokens/s of the burst's readers (default: %(default)s)")
     add("--single-rate", type=float, default=1.0, help="requests/s of `single` (default: %(default)s)")
     add("--output", type=Path, default=Path(__file__).with_name("results") / "defaults.json")
     args = parser.parse_args()
@@ -207,7 +222,11 @@ def main() -> None:
             for variant in args.variants[turn:] + args.variants[:turn]:
                 print(f"repeat {repeat}: {load}, {variant.name} ...", file=sys.stderr, flush=True)
                 cells.append({"repeat": repeat, **bench.cell(variant, load)})
-                settings = {"variants": {each.name: each.settings for each in args.variants}}
+                settings = {
+                    "variants": {each.name: each.settings for each in args.variants},
+                    "burst_rate": args.burst_rate,
+                    "single_rate": args.single_rate,
+                }
                 whole = {"settings": settings, "environment": environment(), "cells": cells}
                 args.output.write_text(json.dumps(whole, indent=1) + "\n")
     order = {variant.name: place for place, variant in enumerate(args.variants)}

@@ -13,9 +13,10 @@ BLOCK = 32 * 2**20
 @pytest.mark.parametrize(
     ("pinned", "device_gib", "free_gib", "gib", "why"),
     [
-        (False, 2, 20, 2, "device's KV"),
+        (False, 1, 20, 4, "4 times the device's KV"),
+        (False, 2, 20, 5, "quarter"),
         (False, 2, 4, 1, "quarter"),
-        (True, 10, 100, 20, "twice"),
+        (True, 10, 100, 40, "4 times"),
         (True, 60, 100, 50, "half"),
         (True, 100, 1000, 64, "64 GiB"),
     ],

@@ -22,6 +22,9 @@ from tfserve.plan import Clock, Direction, TransferEngine
 
 logger = logging.getLogger(__name__)
 
+_PER_DEVICE_BLOCK = 4
+"""Host blocks per device block, where memory allows: five times as many readers are under way as the device holds."""
+
 _MOST_PINNED_BYTES = 64 * 2**30
 """Most memory that is pinned unasked: the driver takes about half a second for each GiB (estimated)."""
 
@@ -69,17 +72,14 @@ def default_host_blocks(device_blocks: int, block_bytes: int, available: int, *,
     On a CPU both tiers share the memory with everything else that runs there, and the system gives it as it is used.
     Beside a GPU the memory is pinned at the start.
     """
+    limits = [(_PER_DEVICE_BLOCK * device_blocks, f"{_PER_DEVICE_BLOCK} times the device's KV")]
     if pinned:
-        limits = [
-            (2 * device_blocks, "twice the device's KV"),
+        limits += [
             (available // 2 // block_bytes, "half of the free memory"),
             (_MOST_PINNED_BYTES // block_bytes, f"no more than {_MOST_PINNED_BYTES // 2**30} GiB is pinned unasked"),
         ]
     else:
-        limits = [
-            (device_blocks, "as much as the device's KV"),
-            (available // 4 // block_bytes, "a quarter of the free memory"),
-        ]
+        limits.append((available // 4 // block_bytes, "a quarter of the free memory"))
     num_blocks, limit = min(limits)
     return num_blocks, f"{limit}; host_kv_gib changes it"
 
