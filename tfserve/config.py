@@ -137,10 +137,11 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
     `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
     `host_kv_gib` (where paused requests keep their KV) four times the device's KV, and at most a quarter of the free
-    memory on a CPU, half of it or 64 GiB on a GPU; only policies that pause requests have a host tier. `emulated_bandwidth`, GiB/s in each direction, slows
-    copies between the tiers down to those of a link that this machine does not have: for experiments. `step_trace` is a
-    file to write a JSON line to for every step and finished request (engine/step_trace.py). `enforce_eager` switches
-    CUDA graphs off. A section may be given as a mapping, as a file has it: `scheduler={"policy": "fcfs"}`.
+    memory on a CPU, half of it or 64 GiB on a GPU; only policies that pause requests have a host tier.
+    `emulated_bandwidth`, GiB/s in each direction, slows copies between the tiers down to those of a link that this
+    machine does not have: for experiments. `step_trace` is a file to write a JSON line to for every step and finished
+    request (engine/step_trace.py). `enforce_eager` switches CUDA graphs off. A section may be given as a mapping, as a
+    file has it: `scheduler={"policy": "fcfs"}`.
     """
 
     model: str
