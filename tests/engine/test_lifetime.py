@@ -101,6 +101,9 @@ import os, signal, sys, threading, time
 from tfserve.config import EngineConfig
 from tfserve.engine.engine import Engine
 
+# A shell's background jobs ignore Ctrl-C, and so do their children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def interrupt():
     while "tfserve-core" not in {thread.name for thread in threading.enumerate()}:
         time.sleep(0.001)
