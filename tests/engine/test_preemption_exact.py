@@ -86,8 +86,11 @@ def undisturbed(model_dir):
 def test_preempted_requests_get_the_tokens_of_an_undisturbed_run(model_dir, undisturbed, way, depth):
     tokens, stats = run(model_dir, WAYS[way], 25, pipeline_depth=depth)
     assert stats.num_preemptions > 0
-    if way != "tokenflow":  # which takes the cheaper way
-        assert (stats.bytes_loaded > 0) == (way != "recompute")
+    if way == "recompute":
+        assert stats.bytes_loaded == 0
+    elif way != "tokenflow" and "no write-through" not in way:
+        # Those take the cheaper way, and which one that is depends on how fast the machine is at the moment.
+        assert stats.bytes_loaded > 0
     assert tokens == undisturbed
 
 
