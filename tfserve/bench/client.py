@@ -246,8 +246,9 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
         return True
     if not payload.strip():  # a sign of life
         return False
+    payload = mend(payload)  # once, so that a complaint is about what was read
     try:
-        event = msgspec.json.decode(mend(payload))
+        event = msgspec.json.decode(payload)
     except NOT_JSON:
         raise _StreamError("malformed", f"{why_not_json(payload, dict)} in {payload[:100]!r}") from None
     if not isinstance(event, dict):

@@ -107,7 +107,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """The core cannot start, or cannot go on. `key` names the setting at fault, if one is.
 
-    `exit_code` is that of the error (see TfserveError); 1 for one that nobody expected.
+    `exit_code` is that of the error (see TfserveError); 1 for an unexpected one.
     """
 
     message: str
