@@ -375,6 +375,28 @@ async def test_killed_engine_fails_every_stream(model_dir):
             engine.submit([1], params)
 
 
+async def test_a_reader_who_takes_only_when_told_hears_of_the_end_after_the_last_tokens(model_dir):
+    with Engine(config_for(model_dir, engine_process="on")) as engine:
+        stream = engine.submit([1, 2], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+        ended = asyncio.get_running_loop().create_future()
+        num_taken = 0
+
+        def take() -> None:
+            nonlocal num_taken
+            try:
+                num_taken += len(stream.take().token_ids)
+            except EngineDeadError as error:
+                ended.set_result(error)
+
+        async with asyncio.timeout(10):
+            while not stream.num_waiting:
+                await asyncio.sleep(0.001)
+            stream.on_news = lambda: stream._death and take()  # reads nothing before the end
+            os.kill(engine_pid(engine), signal.SIGKILL)
+            await ended
+        assert num_taken > 0
+
+
 def test_killed_front_leaves_no_engine(model_dir, tmp_path):
     script = tmp_path / "front.py"
     script.write_text(

@@ -105,6 +105,8 @@ class FakeStream:
         )
         self.num_output_tokens += len(output.token_ids)
         self.num_chars += len(output.text)
+        if self._engine.death:
+            self._notify()
         return output
 
     def report_played(self, num_tokens: int) -> None:

@@ -143,6 +143,31 @@ async def test_an_engine_that_dies_mid_stream_ends_every_stream_with_an_error(st
         assert (await response.json())["error"]["code"] == "engine_dead"
 
 
+@pytest.mark.parametrize("pacing", ["off", "smooth"])
+async def test_text_that_came_just_before_the_engine_died_is_given_before_the_error(
+    start: StartServer, pacing: str
+) -> None:
+    server = await start(reply=None, pacing=pacing)
+    response = await open_stream(server, consumption_rate=200.0)
+    server.engine.live[0].say("last", tokens=1)
+    server.engine.die("killed by signal 9")
+    chunks = events(await response.read())
+    assert [chunk["choices"][0]["text"] for chunk in chunks[:-2]] == ["first", "last"]
+    assert chunks[-2]["error"]["code"] == "engine_dead"
+    assert chunks[-1] == "[DONE]"
+
+
+async def test_a_whole_answer_whose_text_came_just_before_the_engine_died_is_a_503(start: StartServer) -> None:
+    server = await start(reply=None)
+    asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": "x"}).__aenter__())
+    await server.engine.submitted.wait()
+    server.engine.live[0].say("some")
+    server.engine.die("killed by signal 9")
+    response = await asking
+    assert response.status == 503
+    assert (await response.json())["error"]["code"] == "engine_dead"
+
+
 async def test_an_engine_that_dies_before_a_whole_answer_is_a_503(start: StartServer) -> None:
     server = await start(reply=None)
     asking = asyncio.ensure_future(server.post(PLAIN, {"prompt": "x"}).__aenter__())

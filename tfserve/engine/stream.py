@@ -187,9 +187,10 @@ class RequestStream:
         """
         output = self._buffer.take(most)
         if self._death is not None:
-            self._news.set()
             if output is None:
                 raise EngineDeadError(self._death)
+            # Its reader has what had come, and must come once more for the news of the end.
+            self.loop.call_soon(self.notify)
         if output is not None and output.finished:
             self._is_over = True
         return output
