@@ -105,7 +105,7 @@ from tfserve.engine.engine import Engine
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def interrupt():
-    while "tfserve-core" not in {thread.name for thread in threading.enumerate()}:
+    while not any(thread.name == "tfserve-core" and thread.is_alive() for thread in threading.enumerate()):
         time.sleep(0.001)
     os.kill(os.getpid(), signal.SIGINT)
 
