@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ async def open_stream(server: Running, **body: Any) -> Any:
 
 async def test_silence_is_filled_with_comments(start: StartServer) -> None:
     server = await start(reply=None, keep_alive_s=0.05)
+    begun = time.monotonic()
     async with server.post(PLAIN, {"prompt": "x", "stream": True}) as response:
         stream = server.engine.live[0]
         for _ in range(3):
@@ -33,14 +36,19 @@ async def test_silence_is_filled_with_comments(start: StartServer) -> None:
             await asyncio.sleep(0.04)
         stream.say("end", FinishReason.STOP)
         raw = await response.read()
-    assert 2 <= raw.count(b": keep-alive\n\n") <= 4
+    assert 1 <= raw.count(b": keep-alive\n\n") <= (time.monotonic() - begun) / 0.05
     assert events(raw)[0]["choices"][0]["text"] == "end"
 
 
 async def test_no_comments_while_tokens_flow(start: StartServer) -> None:
     server = await start(reply="a b c d e f g h", step_s=0.03, keep_alive_s=0.1)
+    begun = time.monotonic()
     async with server.post(PLAIN, {"prompt": "x", "stream": True}) as response:
-        assert b"keep-alive" not in await response.read()
+        raw = await response.read()
+    times = [begun, *server.engine.live[0].token_s]
+    # None, unless the machine itself is silent for so long.
+    silences = sum(int((later - earlier) / 0.1) for earlier, later in itertools.pairwise(times))
+    assert raw.count(b"keep-alive") <= silences
 
 
 @pytest.mark.parametrize("streamed", [True, False])
