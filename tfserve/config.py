@@ -105,11 +105,18 @@ class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_field
     priority_writes: bool = True
 
 
+_BODIES_IN_FLIGHT = 16
+"""Bodies of the largest size that may be on their way at once, where no bound is set."""
+
+
 class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
 
     `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate` (but for "auto"), and not as fast as
     it is made.
+    `max_body_bytes` bounds one request's body, `max_inflight_body_bytes` those of all requests until they are prompts
+    (None: 16 times `max_body_bytes`). A connection that takes nothing of its answer for `unread_timeout_s` is closed
+    (0: never).
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
     Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
     """
@@ -121,11 +128,19 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     api_keys: tuple[str, ...] = ()
     max_queued_requests: int = 1024
     max_body_bytes: int = 4 * 1024 * 1024
+    max_inflight_body_bytes: int | None = None
     keep_alive_s: float = 10.0
+    unread_timeout_s: float = 600.0
     pacing: Literal["off", "smooth"] = "off"
     cors_origins: tuple[str, ...] = ()
     log_interval_s: float = 10.0
     drain_timeout: float = 30.0
+
+    @property
+    def inflight_body_bytes(self) -> int:
+        """`max_inflight_body_bytes`, resolved."""
+        most = self.max_inflight_body_bytes
+        return _BODIES_IN_FLIGHT * self.max_body_bytes if most is None else most
 
 
 class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -214,7 +229,12 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")
         if server.max_body_bytes < 1:
             raise ConfigError("server.max_body_bytes", f"must be at least 1, got {server.max_body_bytes}")
-        for key in ("max_queued_requests", "keep_alive_s", "log_interval_s", "drain_timeout"):
+        if server.inflight_body_bytes < server.max_body_bytes:
+            message = (
+                f"must be at least server.max_body_bytes ({server.max_body_bytes}), got {server.inflight_body_bytes}"
+            )
+            raise ConfigError("server.max_inflight_body_bytes", message)
+        for key in ("max_queued_requests", "keep_alive_s", "unread_timeout_s", "log_interval_s", "drain_timeout"):
             if not 0 <= getattr(server, key) < math.inf:
                 raise ConfigError(f"server.{key}", f"must not be negative, and finite, got {getattr(server, key)}")
 

@@ -76,6 +76,8 @@ def _build(
     threads = _set_threads(config, device)
     backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
     block_size = backend.block_size(config.block_size)
+    if device == "cpu":
+        _check_weights(config, model_config, dtype)
     tokenizer = Tokenizer.from_dir(path)
     eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
     with ThreadPoolExecutor(1) as beside:  # neither needs the other, and both take a while
@@ -216,6 +218,19 @@ def _set_threads(config: EngineConfig, device: str) -> int:
     if device == "cpu":
         torch.set_num_threads(threads)
     return threads
+
+
+def _check_weights(config: EngineConfig, model: ModelConfig, dtype: str) -> None:
+    """Raise ConfigError if the weights alone do not fit into memory: the system would kill this process for them."""
+    kind = config.quantization or dtype
+    item_bytes = 1 if config.quantization else getattr(torch, dtype).itemsize
+    least_bytes, free_bytes = model.num_parameters * item_bytes, available_bytes()
+    if least_bytes > free_bytes:
+        raise ConfigError(
+            "model",
+            f"its weights take at least {least_bytes / 2**30:.2f} GiB as {kind}, and {free_bytes / 2**30:.2f} are free;"
+            " choose a smaller model, a smaller dtype, or quantization int8",
+        )
 
 
 def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_bytes: int | None) -> int:

@@ -283,8 +283,7 @@ class EngineCore:
                     request, FinishReason.ERROR, TokenOutput(request.id, error=failed[request.id], recurs=True)
                 )
                 continue
-            # With the first token, even if it was computed again after a preemption.
-            of_prompt = request.prompt_logprobs if request.num_output_tokens == 0 else None
+            of_prompt = request.take_prompt_logprobs()
             if request.params.max_tokens == 0:
                 self._finish(request, FinishReason.LENGTH, TokenOutput(request.id, prompt_logprobs=of_prompt))
                 continue

@@ -51,11 +51,16 @@ def open_host_tier(
     if config.host_kv_gib == 0 or not config.scheduler.offload or config.scheduler.policy not in OFFLOADING:
         return None
     block_bytes = device.layout.block_bytes
+    # On a CPU both tiers are of the same memory, of which the device's KV has taken nothing yet.
+    promised = device.num_blocks * block_bytes if runner is None else 0
     available = available_bytes()
     if config.host_kv_gib is None:
-        num_blocks, reason = default_host_blocks(device.num_blocks, block_bytes, available, pinned=runner is not None)
+        free = max(0, available - promised)
+        num_blocks, reason = default_host_blocks(device.num_blocks, block_bytes, free, pinned=runner is not None)
     else:
-        num_blocks, reason = host_blocks(config.host_kv_gib, block_bytes, available), "set by host_kv_gib"
+        key = "kv_cache_gib" if config.num_gpu_blocks_override is None else "num_gpu_blocks_override"
+        num_blocks = host_blocks(config.host_kv_gib, block_bytes, available, promised, key)
+        reason = "set by host_kv_gib"
     if num_blocks < 2:
         logger.warning("no memory for a host tier: preempted requests are recomputed")
         return None

@@ -19,6 +19,7 @@ from tfserve.config import EngineConfig
 from tfserve.engine.core import EngineCore, Inbox
 from tfserve.engine.messages import Failed, Ready, ToCore, ToFront
 from tfserve.errors import ConfigError, TfserveError
+from tfserve.heap import trim_heap
 
 
 def main(fd: int) -> int:
@@ -26,6 +27,7 @@ def main(fd: int) -> int:
     # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; the front decides when we end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    trim_heap()
     conn = Connection(fd)
     config = msgspec.msgpack.decode(conn.recv_bytes(), type=EngineConfig)
     inbox_ready: threading.Event = threading.Event()

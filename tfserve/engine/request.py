@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tfserve.engine.packed_logprobs import PackedLogprobs
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.plan import PromptLogprobs, Row
 from tfserve.types import ConsumptionRate, FinishReason, RequestId, RequestTimes, SamplingParams, TokenLogprob
@@ -68,12 +69,12 @@ class Request:
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
-    prompt_logprobs: list[TokenLogprob] | None = field(init=False)
+    prompt_logprobs: PackedLogprobs | None = field(init=False)
     stop_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         """Merge the tokens that end this request; make room for log probabilities of the prompt, if wanted."""
-        self.prompt_logprobs = None if self.params.prompt_logprobs is None else []
+        self.prompt_logprobs = None if self.params.prompt_logprobs is None else PackedLogprobs()
         eos = frozenset() if self.params.ignore_eos else self.eos_token_ids
         self.stop_token_ids = eos | frozenset(self.params.stop_token_ids)
 
@@ -121,7 +122,12 @@ class Request:
         """Keep log probabilities of prompt tokens; those that a recomputation brings again are known already."""
         if self.prompt_logprobs is not None:
             known = 1 + len(self.prompt_logprobs) - scored.start
-            self.prompt_logprobs += scored.entries[max(known, 0) :]
+            self.prompt_logprobs.extend(scored.entries[max(known, 0) :])
+
+    def take_prompt_logprobs(self) -> list[TokenLogprob] | None:
+        """Log probabilities of the prompt, once: they go with the first token, and are not kept."""
+        scored, self.prompt_logprobs = self.prompt_logprobs, None
+        return None if scored is None else list(scored)
 
     def append(self, token: int, now_s: float) -> Finish | None:
         """Take the oldest token in flight; how the request finished with it (and the stop string or token), or None."""

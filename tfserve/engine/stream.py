@@ -8,15 +8,17 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from tfserve.engine.messages import TokenOutput
+from tfserve.engine.packed_logprobs import PackedLogprobs
 from tfserve.errors import EngineDeadError, RequestError
 from tfserve.model.detokenizer import Detokenizer
-from tfserve.types import FinishReason, RequestId, RequestOutput, TokenLogprob
+from tfserve.types import FinishReason, RequestId, RequestOutput
 
 
 class OutputBuffer:
     """Collects a request's TokenOutputs and gives what is new as one RequestOutput.
 
     A slow reader costs no more memory than the tokens themselves, twelve bytes each: text is made when it is taken.
+    Log probabilities wait packed.
     `token_s` is when each token came, by time.monotonic; `num_chars` the text taken so far.
     """
 
@@ -28,8 +30,8 @@ class OutputBuffer:
         self.token_s = array("d")
         self._detokenizer = detokenizer
         self._tokens = array("i")
-        self._logprobs: list[TokenLogprob] = []
-        self._prompt_logprobs: list[TokenLogprob] | None = None
+        self._logprobs = PackedLogprobs()
+        self._prompt_logprobs: PackedLogprobs | None = None
         self._last: TokenOutput | None = None
 
     def add(self, output: TokenOutput, now_s: float) -> None:
@@ -38,9 +40,10 @@ class OutputBuffer:
         for _ in output.token_ids:
             self.token_s.append(now_s)
         if output.logprobs is not None:
-            self._logprobs += output.logprobs
+            self._logprobs.extend(output.logprobs)
         if output.prompt_logprobs is not None:
-            self._prompt_logprobs = output.prompt_logprobs
+            self._prompt_logprobs = PackedLogprobs()
+            self._prompt_logprobs.extend(output.prompt_logprobs)
         if output.finish_reason is not None:
             self._last = output
 
@@ -66,11 +69,7 @@ class OutputBuffer:
         if last is not None:
             self._last = None
         self.num_output_tokens += len(tokens)
-        logprobs = None
-        if self._logprobs:
-            logprobs = self._logprobs[: len(tokens)]
-            del self._logprobs[: len(tokens)]
-        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        of_prompt, self._prompt_logprobs = self._prompt_logprobs, None
         text = self._text(tokens, last)
         self.num_chars += len(text)
         output = RequestOutput(
@@ -79,8 +78,8 @@ class OutputBuffer:
             token_ids=tokens,
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            logprobs=self._logprobs.take(len(tokens)) if self._logprobs else None,
+            prompt_logprobs=None if of_prompt is None else list(of_prompt),
         )
         if last is not None:
             output.finish_reason = last.finish_reason

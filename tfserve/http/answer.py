@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from aiohttp import http_exceptions, web
+from aiohttp import StreamReader, http_exceptions, web
 from msgspec import UnsetType
 
+from tfserve.engine.packed_logprobs import PackedLogprobs
 from tfserve.errors import QueueFullError, RequestError
+from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
 from tfserve.http.pacing import pacers_for
@@ -19,7 +21,7 @@ from tfserve.http.ports import TokenizerPort
 from tfserve.http.replies import Usage
 from tfserve.http.service import Service
 from tfserve.http.sse import ChunkRenderer, stream_answer
-from tfserve.types import ConsumptionRate, RequestOutput, SamplingParams, TokenLogprob
+from tfserve.types import ConsumptionRate, RequestOutput, SamplingParams
 
 USAGE = web.RequestKey("usage", Usage)
 """Where the tokens of an answer are noted on the request, for the access log."""
@@ -36,8 +38,8 @@ class Result:
     """All of one choice."""
 
     text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
+    prompt_logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
     finish_reason: str = ""
 
     def add(self, output: RequestOutput) -> None:
@@ -61,35 +63,50 @@ class Renderer(ChunkRenderer, Protocol):
         ...
 
 
-async def read_body(request: web.Request, max_bytes: int) -> bytes:
-    """The whole body, unpacked. Raises ApiError for one that is too large (413), too slow (408), or broken (400).
+async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> bytes:
+    """The whole body, unpacked, counted in `hold`.
 
-    A body that says it is too large, or is packed in an unknown way (415), is not read at all. One that a web page
-    sends must be called JSON (else 415): any site's page may send text, but before JSON browsers ask whether it may
-    (http/cors.py).
+    Raises ApiError for one that is too large (413), too slow (408), or broken (400), and where too many are being read
+    (503). A body that says it is too large, or is packed in an unknown way (415), is not read at all. One that a web
+    page sends must be called JSON (else 415): any site's page may send text, but before JSON browsers ask whether it
+    may (http/cors.py).
     """
     if "Origin" in request.headers and request.content_type != JSON:
         message = f"A web page's request must have the Content-Type {JSON}."
         raise ApiError(415, message, code="unsupported_media_type")
     packing = packing_of(request.headers.get("Content-Encoding", ""))
+    body: bytes | None = None
     try:
         if (request.content_length or 0) <= max_bytes:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                body: bytes | None = await request.read()
-            if body is not None and packing is not None:
-                body = unpacked(body, packing, max_bytes)
-            if body is not None:
-                return body
-    except web.HTTPRequestEntityTooLarge:
-        pass
+            async with hold.reading(BODY_TIMEOUT_S):
+                body = await _all_bytes(request.content, max_bytes, hold)
     except TimeoutError:
         message = f"The body did not come within {BODY_TIMEOUT_S:.0f} s."
         raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
     except (web.RequestPayloadError, http_exceptions.PayloadEncodingError):
         message = "The body cannot be read; it does not come as its headers say."
         raise ApiError(400, message, code="invalid_body", headers={"Connection": "close"}) from None
-    message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
-    raise ApiError(413, message, code="body_too_large") from None
+    if body is not None and packing is not None:
+        body = unpacked(body, packing, max_bytes)
+    if body is None:
+        message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
+        raise ApiError(413, message, code="body_too_large")
+    hold.resize(len(body))
+    return body
+
+
+async def _all_bytes(content: StreamReader, max_bytes: int, hold: BodyHold) -> bytes | None:
+    """What comes until the end; None if it is more than `max_bytes`.
+
+    aiohttp's own `Request.read` would keep the bytes for as long as the answer takes.
+    """
+    body = bytearray()
+    while chunk := await content.readany():
+        body += chunk
+        if len(body) > max_bytes:
+            return None
+        hold.resize(len(body))
+    return bytes(body)
 
 
 async def encode(tokenizer: TokenizerPort, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -119,6 +136,8 @@ async def answer(
         except QueueFullError:
             service.metrics.on_refusal("queue_full")
             raise
+        num_choices = len(prompts) * len(samples)
+        del prompts, samples  # the engine has them
         try:
             if stream:
                 if service.config.scheduler.overload == "shed":
@@ -127,7 +146,7 @@ async def answer(
                 server = service.config.server
                 pacers = pacers_for(exchange.streams, rate) if server.pacing == "smooth" else None
                 return await stream_answer(request, exchange, renderer, pacers=pacers, keep_alive_s=server.keep_alive_s)
-            results = await _collect(exchange, len(prompts) * len(samples))
+            results = await _collect(exchange, num_choices)
             return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
         finally:
             request[USAGE] = exchange.usage

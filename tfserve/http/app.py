@@ -29,6 +29,7 @@ from tfserve.http.replies import ModelCard, ModelList, Status, Version
 from tfserve.http.service import Phase, Service
 from tfserve.http.streams import StreamEndpoints
 from tfserve.http.tokens import TokenEndpoints
+from tfserve.http.unread import close_unread
 from tfserve.types import StreamState
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def create_app(service: Service) -> web.Application:
     app.router.add_get("/version", about.version)
     app.router.add_get("/openapi.json", about.openapi)
     app.on_response_prepare.append(_echo_request_id)
+    close_unread(app, server.unread_timeout_s, service.metrics.on_unread)
     if server.cors_origins:
         allow_origins(app, server.cors_origins)
     return app

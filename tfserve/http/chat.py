@@ -111,7 +111,7 @@ class ChatRenderer:
                 call.index = UNSET
             message.tool_calls = calls
         reason = choice.reason(result.finish_reason) or ""
-        return ChatChoice(index, message, self._logprobs(result.logprobs), reason)
+        return ChatChoice(index, message, self._logprobs(list(result.logprobs)), reason)
 
     def _begin(self) -> _Choice:
         return _Choice(self._parser() if self._parser else None, self._parallel_calls)

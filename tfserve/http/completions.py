@@ -94,7 +94,9 @@ class CompletionRenderer:
         """The JSON body of an answer that is not streamed."""
         head = self._head
         choices = [
-            self._choice(index, "".join(result.text), result.prompt_logprobs, result.logprobs, result.finish_reason)
+            self._choice(
+                index, "".join(result.text), list(result.prompt_logprobs), list(result.logprobs), result.finish_reason
+            )
             for index, result in enumerate(results)
         ]
         return head.encode(Completion(head.id, head.created, head.model, choices, usage))

@@ -40,22 +40,30 @@ class GenerationEndpoint(ABC, Generic[Asked]):
         """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
         service = self._service
         tokenizer = service.engine.tokenizer
-        asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
-        service.check_model(asked.model)
+        with service.bodies.hold() as hold:
+            asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes, hold))
+            service.check_model(asked.model)
+            names = asked.names
+            try:
+                job = await self.prepare(asked, service.model_name, tokenizer)
+            except RequestError as error:
+                raise error.renamed(names) from None
+        answering = answer(
+            request,
+            service,
+            job.prompts,
+            job.samples,
+            job.renderer,
+            rate=asked.reading_rate,
+            priority=asked.priority or 0,
+            stream=bool(asked.stream),
+        )
+        # The answer may take long, and what was sent need not stay for it.
+        del asked, job
         try:
-            job = await self.prepare(asked, service.model_name, tokenizer)
-            return await answer(
-                request,
-                service,
-                job.prompts,
-                job.samples,
-                job.renderer,
-                rate=asked.reading_rate,
-                priority=asked.priority or 0,
-                stream=bool(asked.stream),
-            )
+            return await answering
         except RequestError as error:
-            raise error.renamed(asked.names) from None
+            raise error.renamed(names) from None
 
     @abstractmethod
     async def prepare(self, asked: Asked, model: str, tokenizer: TokenizerPort) -> Job:

@@ -90,6 +90,7 @@ class Metrics:
         )
         self._ended = counter("request_success", "Requests that ended, by how.", ["finished_reason"])
         self._refused = counter("requests_refused", "Requests refused before they started.", ["reason"])
+        self._unread = counter("unread_closed", "Connections closed because their client read nothing for too long.")
         self._effective = counter(
             "effective_tokens",
             "Tokens of ended requests that said how fast they are read, weighed by how full the reader's buffer was.",
@@ -117,8 +118,12 @@ class Metrics:
         self._ended.labels(str(FinishReason.ABORT)).inc(num_requests)
 
     def on_refusal(self, reason: str) -> None:
-        """A request was refused: `reason` is queue_full or overloaded."""
+        """A request was refused: `reason` is queue_full, overloaded or body_memory."""
         self._refused.labels(reason).inc()
+
+    def on_unread(self) -> None:
+        """A connection is closed because its client reads nothing."""
+        self._unread.inc()
 
     def render(self, streams: Sequence[StreamState]) -> bytes:
         """The text that Prometheus reads; `streams` are the live requests now."""

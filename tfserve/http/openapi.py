@@ -26,7 +26,7 @@ _MEANINGS = {
     415: "The Content-Encoding is neither gzip nor deflate; or a web page's request is not called application/json.",
     429: "Too many requests wait; Retry-After says for how long to stay away.",
     500: "The engine failed on this request.",
-    503: "The server is loading, draining or dead, or the answer was aborted.",
+    503: "The server is loading, draining or dead, has no memory for the body now, or the answer was aborted.",
 }
 
 

@@ -23,6 +23,9 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 MAX_REMEMBERED = 256
 """Unknown field names remembered so as to log each once; clients choose them, so there is an end."""
 
+_LONGEST_NAME = 80
+"""Characters of such a name that are remembered and logged: a client may send one as long as a body."""
+
 
 class BodyParser(Generic[Body]):
     """Decodes one endpoint's bodies; remembers the unknown fields it has logged. `fields` are those of others."""
@@ -66,7 +69,7 @@ class BodyParser(Generic[Body]):
         return RequestError(misfit.path or None, str(misfit) if misfit.path else f"The body {misfit}")
 
     def _log_unknown(self, name: str) -> None:
-        name = re.sub(r"\[\d+\]", "[]", name)
+        name = re.sub(r"\[\d+\]", "[]", name[:_LONGEST_NAME])
         if name not in self._logged and len(self._logged) < MAX_REMEMBERED:
             self._logged.add(name)
             log.info("Ignoring the unknown request field %.80r (logged once)", name)

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from tfserve.config import EngineConfig
 from tfserve.errors import ConfigError, TfserveError
+from tfserve.heap import trim_heap
 from tfserve.http.app import create_app
 from tfserve.http.banner import banner
 from tfserve.http.connections import create_runner
@@ -57,6 +58,7 @@ def serve(config: EngineConfig, engine_factory: EngineFactory | None = None) -> 
     """
     if config.engine_process == "auto":
         config = msgspec.structs.replace(config, engine_process="on")
+    trim_heap()
     try:
         return asyncio.run(_Server(config, engine_factory or _load_engine).run())
     except TfserveError as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import functools
 import os
 import time
 from collections.abc import Iterator
 
 from tfserve.config import EngineConfig
 from tfserve.errors import EngineDeadError
+from tfserve.http.bodies import BodyBudget
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.exchange import Exchange
 from tfserve.http.metrics import Metrics
@@ -41,6 +43,9 @@ class Service:
         self._death = ""
         self._loaded: EnginePort | None = None
         self.metrics = Metrics()
+        self.bodies = BodyBudget(
+            config.server.inflight_body_bytes, functools.partial(self.metrics.on_refusal, "body_memory")
+        )
         self._open: dict[str, Exchange] = {}
 
     def ready(self, engine: EnginePort) -> None:

@@ -134,7 +134,8 @@ class StreamEndpoints:
 
     async def buffer(self, request: web.Request) -> web.Response:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
-        report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES))
+        with self._service.bodies.hold() as hold:
+            report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES, hold))
         _, stream = self._find(request.match_info["id"], "id")
         if math.isnan(stream.rate):
             message = "This stream has no reader to report on; send a consumption_rate, such as auto, with its request."
@@ -147,7 +148,8 @@ class StreamEndpoints:
 
     async def abort(self, request: web.Request) -> web.Response:
         """POST /abort_request: end a request, wherever it is; its client is told."""
-        wanted = self._aborts.parse(await read_body(request, _MAX_BODY_BYTES)).request_id
+        with self._service.bodies.hold() as hold:
+            wanted = self._aborts.parse(await read_body(request, _MAX_BODY_BYTES, hold)).request_id
         exchange, _ = self._find(wanted, "request_id")
         exchange.abort("The request was aborted by POST /abort_request.", for_good=True)
         return web.Response(body=msgspec.json.encode(AbortReply(request_id=wanted)), content_type=JSON)

@@ -10,6 +10,7 @@ from aiohttp import web
 from tfserve.engine.validation import check_tokens
 from tfserve.errors import RequestError
 from tfserve.http.answer import encode, read_body
+from tfserve.http.bodies import BodyHold
 from tfserve.http.chat_prompt import chat_prompt
 from tfserve.http.errors import JSON
 from tfserve.http.known_fields import TOKENIZE_FIELDS
@@ -73,8 +74,11 @@ class TokenEndpoints:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         """POST /tokenize. Raises ApiError, RequestError."""
+        with self._service.bodies.hold() as hold:
+            return await self._tokens(self._tokenize.parse(await self._body(request, hold)))
+
+    async def _tokens(self, asked: TokenizeRequest) -> web.Response:
         engine = self._service.engine
-        asked = self._tokenize.parse(await self._body(request))
         self._service.check_model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("prompt", "send either a prompt or messages")
@@ -93,7 +97,8 @@ class TokenEndpoints:
     async def detokenize(self, request: web.Request) -> web.Response:
         """POST /detokenize. Raises ApiError, RequestError."""
         engine = self._service.engine
-        asked = self._detokenize.parse(await self._body(request))
+        with self._service.bodies.hold() as hold:
+            asked = self._detokenize.parse(await self._body(request, hold))
         self._service.check_model(asked.model)
         if asked.tokens:
             check_tokens(asked.tokens, engine.info.vocab_size, "tokens")
@@ -101,8 +106,8 @@ class TokenEndpoints:
         reply = DetokenizeReply(text)
         return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
 
-    async def _body(self, request: web.Request) -> bytes:
-        return await read_body(request, self._service.config.server.max_body_bytes)
+    async def _body(self, request: web.Request, hold: BodyHold) -> bytes:
+        return await read_body(request, self._service.config.server.max_body_bytes, hold)
 
 
 def _plain_text(asked: TokenizeRequest) -> str:

@@ -27,20 +27,27 @@ def available_bytes(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> int
     return min(limits)
 
 
-def host_blocks(host_kv_gib: float, block_bytes: int, available: int) -> int:
+def host_blocks(
+    host_kv_gib: float, block_bytes: int, available: int, promised: int = 0, promised_by: str = "kv_cache_gib"
+) -> int:
     """How many blocks of `block_bytes` (all layers, keys and values) fit in `host_kv_gib`, the reserved one included.
 
-    0 when `host_kv_gib` is 0: no host tier. Raises ConfigError if it is too small for a block or more than `available`
-    bytes (see available_bytes) leave.
+    `promised` of the `available` bytes (see available_bytes) are for the device's KV, by the setting `promised_by`: the
+    system gives memory as it is first written, so they look free.
+    0 when `host_kv_gib` is 0: no host tier. Raises ConfigError if it is too small for a block or more than there is.
     """
     if host_kv_gib == 0:
         return 0
-    wanted, most = int(host_kv_gib * _GIB), int(available * (1 - _KEEP_FREE))
+    wanted, most = int(host_kv_gib * _GIB), int(max(0, available - promised) * (1 - _KEEP_FREE))
     if wanted > most:
+        spare, wish = f"{most / _GIB:.2f}", "a smaller value"
+        if promised:
+            spare += f" beside the {promised / _GIB:.2f} of the device's KV ({promised_by})"
+            wish += f" for host_kv_gib or {promised_by}"
         raise ConfigError(
             "host_kv_gib",
-            f"{host_kv_gib:g} GiB were asked for, but this machine (or its control group) can spare {most / _GIB:.2f}; "
-            "set a smaller value, or 0 for no host tier",
+            f"{host_kv_gib:g} GiB were asked for, but this machine (or its control group) can spare {spare}; "
+            f"set {wish}, or host_kv_gib to 0 for no host tier",
         )
     blocks = wanted // block_bytes
     if blocks < 2:
