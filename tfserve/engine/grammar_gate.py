@@ -82,7 +82,8 @@ class GrammarGate:
         if grammar is None:
             return True
         self._users[grammar] += 1
-        if grammar in self._held or (len(self._held) < self._max_held and self._grammars.hold(grammar)):
+        has_room = grammar in self._held or len(self._held) < self._max_held
+        if has_room and self._grammars.hold(grammar):
             self._held.add(grammar)
             return True
         self._waiting.setdefault(grammar, {})[request.id] = request
@@ -156,9 +157,11 @@ class GrammarGate:
             self._stuck.remove(job)
             if job.grammar not in self._held:
                 self._grammars.let_go(job.grammar)
-        if not self._waiting or len(self._held) >= self._max_held:
+        has_room = len(self._held) < self._max_held
+        # One that is held is compiled anew: an answer has broken it.
+        grammar = next((grammar for grammar in self._waiting if has_room or grammar in self._held), None)
+        if grammar is None:
             return
-        grammar = next(iter(self._waiting))
         if len(self._stuck) >= _MAX_STUCK or any(job.grammar == grammar for job in self._stuck):
             problem = _words("the server is busy with others that never end")
             failed += ((request, problem) for request in self._waiting[grammar].values())

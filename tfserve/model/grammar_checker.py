@@ -76,8 +76,22 @@ class GrammarChecker:
         """The process; None while there is none."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def num_waiting(self) -> int:
+        """Grammars that wait to be checked, without the one that is."""
+        return self._jobs.qsize()
+
+    def close(self) -> None:
+        """End the process and the thread; what waits is checked first."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._jobs.put(None)
+        if thread is not None:
+            thread.join()
+
     def _begin(self) -> None:
-        self._jobs: SimpleQueue[tuple[str, Future[str]]] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[str, Future[str]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
@@ -100,8 +114,8 @@ class GrammarChecker:
             return self._results[key]
 
     def _work(self) -> None:
-        while True:
-            grammar, future = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
+            grammar, future = job
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -109,6 +123,8 @@ class GrammarChecker:
                 future.set_result(self._check(grammar) if known is None else known)
             except BaseException as error:
                 future.set_exception(error)
+        with contextlib.suppress(QueueFullError):
+            self._end()
 
     def _check(self, grammar: str) -> str:
         """Ask the process. Raises QueueFullError where the grammar may not be what ended it, OSError if none starts."""

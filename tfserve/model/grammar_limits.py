@@ -12,7 +12,7 @@ _MAX_ITEMS_IN_ROW = 10_000
 default of 2,000 lets answers fail by a schema of 500."""
 
 _MAX_LEXER_STATES = 50_000
-"""States of the automaton that reads an answer, about 2 kB each; every answer has one of its own."""
+"""States of the automaton that reads answers, about 2 kB each; all answers by one grammar share it."""
 
 
 def parser_limits() -> LLParserLimits:

@@ -62,7 +62,7 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
     except (TypeError, ValueError, OverflowError):  # what is no JSON; its place is looked for below
         size = 0
     if size > MAX_SCHEMA_CHARS:
-        raise _refusal(param, f"it is {size} bytes long, and the limit is {MAX_SCHEMA_CHARS}; shorten it")
+        raise _refusal(param, f"there are {size} bytes, which is too long; the limit is {MAX_SCHEMA_CHARS}")
     # The library fails on integers beyond 64 bits, and rounds a const to a double.
     if problem := strict_json.unreadable(schema, exact=("const", "enum")):
         raise _refusal(param, f"{problem}; change or remove it")

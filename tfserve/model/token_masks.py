@@ -48,6 +48,7 @@ class GrammarCompiler:
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
         self._lock = threading.Lock()
         self._held: dict[str, LLMatcher] = {}
+        self._spent: set[str] = set()  # held ones that are to be compiled anew for the next request
         self._idle: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def hold(self, grammar: str) -> bool:
@@ -55,7 +56,7 @@ class GrammarCompiler:
         with self._lock:
             if grammar in self._idle:
                 self._held[grammar] = self._idle.pop(grammar)
-            return grammar in self._held
+            return grammar in self._held and grammar not in self._spent
 
     def compile(self, grammar: str) -> str:
         """See plan.Grammars."""
@@ -71,13 +72,16 @@ class GrammarCompiler:
             return f"{type(error).__name__}: {error}"
         with self._lock:
             self._held[grammar] = matcher
+            self._spent.discard(grammar)
         return ""
 
     def let_go(self, grammar: str) -> None:
         """See plan.Grammars."""
         with self._lock:
             matcher = self._held.pop(grammar, None)
-            if matcher is not None:
+            if grammar in self._spent:
+                self._spent.discard(grammar)
+            elif matcher is not None:
                 self._idle[grammar] = matcher
                 if len(self._idle) > _IDLE:
                     self._idle.popitem(last=False)
@@ -94,10 +98,14 @@ class GrammarCompiler:
         return compiled.deep_copy()
 
     def forget(self, grammar: str) -> None:
-        """Compile a grammar anew when it is next wanted: what llguidance broke down on may be left in any state."""
+        """Compile a grammar anew for the next request.
+
+        Copies of a matcher share its lexer: one that has reached a limit, or broken down, is of no use to any of them.
+        """
         with self._lock:
-            self._held.pop(grammar, None)
             self._idle.pop(grammar, None)
+            if grammar in self._held:
+                self._spent.add(grammar)
 
     def _compile(self, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
@@ -149,8 +157,8 @@ class _Text:
                 problem = self._matcher.get_error().partition("\n")[0]
         except failures() as error:
             problem = f"{type(error).__name__}: {error}"
-            self._compiler.forget(self._grammar)
         if problem:
+            self._compiler.forget(self._grammar)
             self.lost = (
                 f"the output cannot go on by its grammar or JSON schema ({problem}): nothing satisfies it from here on,"
                 " or it is too complex for this server. Other requests are not affected; correct or simplify it"
