@@ -179,7 +179,8 @@ class GrammarGate:
 
     def _compile(self, job: _Job) -> None:
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            thread = threading.get_native_id()  # to Linux, a thread has a niceness of its own
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
         job.problem = self._grammars.compile(job.grammar)
         self._clock.notify()
 
