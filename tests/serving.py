@@ -15,6 +15,7 @@ from typing import Self
 import psutil
 
 from tests.http.test_server import free_port
+from tfserve.engine.link import CORE_MODULE
 
 
 class Server:
@@ -66,7 +67,8 @@ class Server:
         return Path(self.log.name).read_text()
 
     def engine(self) -> psutil.Process:
-        (child,) = psutil.Process(self.process.pid).children()
+        children = psutil.Process(self.process.pid).children()
+        (child,) = [child for child in children if CORE_MODULE in child.cmdline()]
         return child
 
     async def exit_code(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from tests.scripted import scripted_engine, scripted_server, write_scripted_mode
 from tests.tokenizers import long_token_json
 from tfserve.engine.engine import Engine
 from tfserve.errors import RequestError
+from tfserve.model import token_masks
 from tfserve.model.grammar import json_schema_grammar
 from tfserve.model.token_masks import GrammarCompiler
 from tfserve.types import FinishReason, SamplingParams
@@ -79,6 +82,72 @@ def test_a_limit_of_the_library_is_an_error(engine: Engine, monkeypatch: pytest.
     (output,) = engine.generate("Well?", greedy(grammar=json_schema_grammar({"type": "object"})))
     assert output.finish_reason is FinishReason.ERROR
     assert "limit 5" in (output.error or "")
+
+
+def test_a_grammar_that_reached_a_limit_is_good_for_the_next_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grammar = json_schema_grammar({"type": "array", "items": {"type": "integer"}, "minItems": 20, "maxItems": 20})
+    with monkeypatch.context() as patched:
+        patched.setattr(token_masks, "parser_limits", lambda: LLParserLimits(step_lexer_fuel=1, max_lexer_states=40))
+        (broken,) = engine.generate("Well?", greedy(grammar=grammar))
+    assert broken.finish_reason is FinishReason.ERROR
+    (whole,) = engine.generate("Well?", greedy(grammar=grammar))
+    assert (len(json.loads(whole.text)), whole.finish_reason) == (20, FinishReason.STOP)
+
+
+class SlowCompiler:
+    """Holds up the compiling of grammars until the test lets it go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        compile = GrammarCompiler.compile
+
+        def slow(compiler: GrammarCompiler, grammar: str) -> str:
+            self.begun.set()
+            self.go.wait(60)
+            return compile(compiler, grammar)
+
+        monkeypatch.setattr(GrammarCompiler, "compile", slow)
+
+
+async def test_others_go_on_while_a_grammar_is_compiled(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowCompiler(monkeypatch)
+    free_blocks = engine.stats().num_free_blocks
+    bound = engine.submit("Well?", greedy(grammar=json_schema_grammar({"enum": ["slow", "other"]})))
+    given_up = engine.submit("Well?", greedy(grammar=json_schema_grammar({"enum": ["slow", "third"]})))
+    assert [output.finish_reason async for output in engine.stream("Well?", greedy(20))][-1] is FinishReason.LENGTH
+    assert slow.begun.is_set()
+    assert not bound.started
+    given_up.abort()
+    while not (ended := await given_up.next()):
+        pass
+    assert ended.finish_reason is FinishReason.ABORT
+    slow.go.set()
+    text = ""
+    is_finished = False
+    while not is_finished:
+        output = await bound.next()
+        text += output.text if output else ""
+        is_finished = output is not None and output.finished
+    assert json.loads(text) in ("slow", "other")
+    assert (engine.stats().num_waiting, engine.stats().num_running) == (0, 0)
+    assert engine.stats().num_free_blocks == free_blocks
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_shutdown_while_compiling_ends_the_stream(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    slow = SlowCompiler(monkeypatch)
+    with scripted_engine(model_dir, "yes", pipeline_depth=depth) as engine:
+        stream = engine.submit("Well?", greedy(grammar=json_schema_grammar({"enum": ["slow", "other"]})))
+        await asyncio.to_thread(slow.begun.wait, 30)
+        threading.Timer(0.2, slow.go.set).start()
+        await asyncio.to_thread(engine.shutdown)
+        while not (output := await stream.next()):
+            pass
+    assert output.finish_reason is FinishReason.ABORT
 
 
 def test_max_tokens_cuts_json_and_says_so(engine: Engine) -> None:

@@ -113,7 +113,7 @@ _Loader.yaml_constructors = {None: _Loader.construct_undefined}
 for _tag, _reader in _READERS.items():
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _reader)
 for _tag, _pattern, _first in _SCALARS:
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first)
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -179,6 +179,28 @@ class Runner(Protocol):
         ...
 
 
+class Grammars(Protocol):
+    """The grammars that a runner's rows follow, compiled before their requests are scheduled.
+
+    A grammar that is held stays compiled. Who holds one for several requests counts them.
+    """
+
+    def hold(self, grammar: str) -> bool:
+        """Hold a grammar if it is compiled; whether it is."""
+        ...
+
+    def compile(self, grammar: str) -> str:
+        """Compile a grammar and hold it; what is wrong with it, or empty. May take seconds, and raises nothing.
+
+        May be called on any thread; other threads go on meanwhile.
+        """
+        ...
+
+    def let_go(self, grammar: str) -> None:
+        """Hold a grammar no longer; one that is not held is fine."""
+        ...
+
+
 class TransferEngine(Protocol):
     """Moves bytes between the tiers; owns no cache state.
 

@@ -74,6 +74,20 @@ def well_formed(text: str) -> str:
     return _HALF.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def deepest(value: Any) -> str | None:
+    """The key of an object whose value is nested deepest; None for what is no object, or has no members."""
+    name = None
+    level = [(key, each) for key, each in value.items()] if isinstance(value, Mapping) else []
+    while level:
+        name = level[0][0]
+        inner: list[tuple[str, Any]] = []
+        for key, each in level:
+            parts = each.values() if isinstance(each, Mapping) else each if isinstance(each, list) else ()
+            inner += ((key, part) for part in parts)
+        level = inner
+    return name
+
+
 def unreadable(value: Any, exact: Collection[str] = ()) -> str | None:
     """What in `value` many readers of JSON cannot take, with its place as `$.properties.id.maximum`; None: nothing.
 

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.copy_queues import CopyQueues
 from tfserve.config import SchedulerConfig
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
+from tfserve.engine.grammar_gate import GrammarGate
 from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
-from tfserve.plan import NULL_BLOCK, Ack, Copy, Direction, Fence, RowInit, StepPlan, StepResult
+from tfserve.plan import NULL_BLOCK, Ack, Clock, Copy, Direction, Fence, RowInit, StepPlan, StepResult
 from tfserve.types import SamplingParams
 
 VOCAB = 1000
@@ -240,9 +241,11 @@ class FakeEngine:
         fail_copies: set[int] = frozenset(),
         bps: float = 1e6,
         policy: str = "fcfs-chunked",
+        gate: Callable[[Clock], GrammarGate] | None = None,
         **scheduler,
     ) -> None:
         config = SchedulerConfig(policy=policy, **scheduler)
+        self.clock = FakeClock()
         host = BlockPool(num_host_blocks) if num_host_blocks else None
         options = OffloadOptions(config.write_through, config.load_evict_overlap)
         self.kv = KVCacheManager(BlockPool(num_blocks), block_size, 8 * block_size, host, options)
@@ -257,8 +260,8 @@ class FakeEngine:
             config=config,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            gate=None if gate is None else gate(self.clock),
         )
-        self.clock = FakeClock()
         self.messages: list[StepOutputs | StreamStates] = []
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}

@@ -281,7 +281,7 @@ async def test_a_panic_of_a_library_fails_its_request_and_no_other(
 
     server = await start()
     monkeypatch.setattr(server.engine.tokenizer, "encode", panic, raising=False)
-    monkeypatch.setattr("tfserve.http.structured.check_grammar", panic)
+    monkeypatch.setattr("tfserve.http.structured.check_grammar_beside", panic)
     bodies = ({"messages": ASK}, {"messages": [{"role": "user", "content": "a" * 40_000}]})
     for body in (*bodies, {"messages": ASK, "response_format": {"type": "json_object"}}):
         async with server.post(CHAT, body) as response:

@@ -17,6 +17,7 @@ from tfserve.engine.clock import RealClock
 from tfserve.engine.core import EngineCore
 from tfserve.engine.cost_model import CostModel
 from tfserve.engine.cuda_device import cuda_runner, measure_kv_bytes
+from tfserve.engine.grammar_gate import GrammarGate
 from tfserve.engine.host_memory import open_host_tier
 from tfserve.engine.messages import StepOutputs, StreamStates
 from tfserve.engine.offload_manager import OffloadManager
@@ -138,6 +139,7 @@ def _build(
         config=sched,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        gate=None if masks is None else GrammarGate(masks.compiler, clock, max_held=max(32, config.max_num_seqs)),
     )
     if worker is not None:
         worker.serve(runner)

@@ -140,7 +140,7 @@ class EngineCore:
         with ExitStack() as closing:  # from the last to the first, each even if one fails
             if self._trace is not None:
                 closing.callback(self._trace.close)
-            closing.callback(self._scheduler.offload.close)
+            closing.callback(self._scheduler.close)
             closing.callback(self._runner.close)
 
     def step(self) -> bool:
@@ -155,6 +155,8 @@ class EngineCore:
         plan = self._scheduler.schedule(Fence(self._step), self._clock.now())
         for request, wait_s in self._scheduler.rejected:
             self._reject(request, wait_s)
+        for request, problem in self._scheduler.unservable:
+            self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=problem, recurs=True))
         self._scheduler.offload.submit(plan)
         most = 0
         if plan.seqs:
@@ -180,7 +182,7 @@ class EngineCore:
         return EngineStats(
             now_s=self._clock.now(),
             step=self._step,
-            num_waiting=len(self._scheduler.waiting),
+            num_waiting=self._scheduler.num_waiting,
             num_running=len(self._scheduler.running),
             num_blocks=kv.num_blocks,
             num_free_blocks=kv.num_free_blocks,

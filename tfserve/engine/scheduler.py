@@ -8,6 +8,7 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.batch import BatchBuilder, sample_of
 from tfserve.engine.columns import Columns, Phase
 from tfserve.engine.cost_model import CostModel
+from tfserve.engine.grammar_gate import GrammarGate
 from tfserve.engine.offload_manager import OffloadManager
 from tfserve.engine.policy import (
     Decision,
@@ -19,7 +20,7 @@ from tfserve.engine.policy import (
 from tfserve.engine.request import Request, RequestState
 from tfserve.engine.rows import Rows
 from tfserve.engine.snapshots import Snapshots
-from tfserve.engine.stream_states import stream_states
+from tfserve.engine.stream_states import state_before_queue, stream_states
 from tfserve.engine.tracker import Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import PAUSED, RESUMING, KVState
@@ -38,7 +39,9 @@ class Scheduler:
     back no sooner than the host knows it. `ended` says that a planned step is over.
 
     After `schedule`, `rejected` are requests that the policy refuses, each with the seconds after which to try again:
-    the caller finishes them. `wake_s` is when to call again, if nothing happens before; None: something will.
+    the caller finishes them, and the `unservable` ones, each with the reason why its grammar could not be compiled.
+    `wake_s` is when to call again, if nothing happens before; None: something will. With a `gate`, requests wait there,
+    unseen by the policy, until their grammar is compiled.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Scheduler:
         config: SchedulerConfig,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        gate: GrammarGate | None = None,
     ) -> None:
         self.waiting: dict[RequestId, Request] = {}
         self.running: dict[RequestId, Request] = {}
@@ -61,7 +65,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_dropped = 0
         self.rejected: tuple[tuple[Request, float], ...] = ()
+        self.unservable: Sequence[tuple[Request, str]] = ()
         self.wake_s: float | None = None
+        self._gate = gate
         self._policy = policy
         self._cost = cost
         self._config = config
@@ -83,15 +89,24 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """True while any request is unfinished."""
-        return bool(self.running or self.waiting or self.paused or self.loading)
+        return bool(self.running or self.num_waiting or self.paused or self.loading)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many requests wait, in the queue or for their grammar."""
+        return len(self.waiting) + (0 if self._gate is None else len(self._gate.waiting))
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """How many requests wait, run, and are off the device with KV kept."""
-        return len(self.waiting), len(self.running), len(self.paused) + len(self.loading)
+        return self.num_waiting, len(self.running), len(self.paused) + len(self.loading)
 
     def add(self, request: Request) -> None:
-        """Put a new request at the end of the queue."""
+        """Put a new request at the end of the queue, or first to where its grammar is compiled."""
+        if self._gate is None or self._gate.enter(request):
+            self._queue(request)
+
+    def _queue(self, request: Request) -> None:
         self.waiting[request.id] = request
         self._tracker.add(
             request.id,
@@ -105,6 +120,9 @@ class Scheduler:
 
     def finish(self, request: Request, *, completed: bool) -> None:
         """Take a request out, wherever it is, and free its row and blocks; `completed`: it ended as it should."""
+        if self._gate is not None and self._gate.leave(request):
+            request.state = RequestState.FINISHED
+            return
         if request.row is not None:
             self._rows.leave(request)
         self.kv.release(request.id)
@@ -120,15 +138,19 @@ class Scheduler:
 
     def on_played(self, request: Request, num_tokens: int, now_s: float) -> None:
         """The reader of a live request reports how much of it has been read."""
-        self._tracker.on_played(request.id, num_tokens, now_s)
+        if not self._is_gated(request):
+            self._tracker.on_played(request.id, num_tokens, now_s)
 
     def stall_s(self, request: Request, now_s: float) -> float | None:
         """How long the reader of a live request has had nothing to read since its first token; None if not known."""
-        return self._tracker.stall_s(request.id, now_s)
+        return None if self._is_gated(request) else self._tracker.stall_s(request.id, now_s)
 
     def streams(self, now_s: float) -> list[StreamState]:
         """Every live request, in order of arrival."""
-        return stream_states(self._tracker.columns(now_s), self._tracker.is_rate_assumed, now_s)
+        queued = stream_states(self._tracker.columns(now_s), self._tracker.is_rate_assumed, now_s)
+        gated = () if self._gate is None else self._gate.waiting
+        states = [state_before_queue(request, self._config.default_rate, now_s) for request in gated]
+        return sorted([*queued, *states], key=lambda state: -state.age_s) if states else queued
 
     def take_acks(self, now_s: float) -> None:
         """Let requests whose KV has come back run, and queue those again that lost it to a failed copy."""
@@ -141,6 +163,7 @@ class Scheduler:
 
     def schedule(self, step: Fence, now_s: float) -> StepPlan:
         """Ask the policy and plan the coming step; a plan without `seqs` has only copies to make."""
+        self._pass_gate()
         self.offload.cancel_withdrawn()
         self.kv.begin_step(step)
         snapshot = self._snapshots.take(now_s)
@@ -160,6 +183,7 @@ class Scheduler:
         # Whoever has been let in once was promised an answer.
         self.rejected = tuple((r, wait_s) for r, wait_s in refused if r is not None and r.first_scheduled_s is None)
         moments = [decision.wake_s, None if release_s is None else release_s + _AFTER_RELEASE_S]
+        moments.append(None if self._gate is None else self._gate.wake_s)
         self.wake_s = min((moment for moment in moments if moment is not None), default=None)
         self._steps_under_way += bool(seqs)
         self._tracker.on_planned([seq.req for seq in seqs if seq.sample])
@@ -196,6 +220,22 @@ class Scheduler:
                     raise AssertionError(
                         f"{request.id} is {request.state.name} with KV {state.name}, row {request.row}"
                     )
+
+    def close(self) -> None:
+        """Let go of threads and memory; nothing may be scheduled after."""
+        if self._gate is not None:
+            self._gate.close()
+        self.offload.close()
+
+    def _is_gated(self, request: Request) -> bool:
+        return self._gate is not None and self._gate.holds_back(request)
+
+    def _pass_gate(self) -> None:
+        """Queue the requests whose grammar has been compiled meanwhile."""
+        if self._gate is not None:
+            ready, self.unservable = self._gate.poll()
+            for request in ready:
+                self._queue(request)
 
     def _write_order(self, columns: Columns) -> Sequence[RequestId]:
         return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 
 from tfserve.engine.columns import Columns, Mask, Phase
+from tfserve.engine.request import Request
+from tfserve.engine.token_buffer import AUTO, resolve_rate
 from tfserve.types import StreamState
 
 _NAMES: dict[int, Literal["waiting", "running", "paused", "loading"]] = {
@@ -73,6 +75,25 @@ def stream_states(columns: Columns, is_rate_assumed: Mask, now_s: float) -> list
             preemptions,
         ) in table
     ]
+
+
+def state_before_queue(request: Request, default_rate: float, now_s: float) -> StreamState:
+    """The state of a request that no tracker knows yet."""
+    return StreamState(
+        id=request.id,
+        phase="waiting",
+        age_s=now_s - request.arrival_s,
+        num_prompt_tokens=request.num_prompt_tokens,
+        num_output_tokens=0,
+        max_tokens=request.max_tokens,
+        rate=_known(resolve_rate(request.rate, default_rate)),
+        is_rate_assumed=request.is_rate_assumed or request.rate == AUTO,
+        num_unread=0.0,
+        time_to_empty_s=None,
+        stall_s=None,
+        ttft_s=None,
+        num_preemptions=0,
+    )
 
 
 def _known(value: float) -> float | None:

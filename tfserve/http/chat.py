@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import uuid
 from collections.abc import Callable, Sequence
@@ -168,17 +167,16 @@ class _Choice:
 
 
 async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo) -> str | None:
-    """What the answer must follow, checked: a forced call or the response format. Raises RequestError."""
+    """What the answer must follow, checked: a forced call or the response format. Raises TfserveError."""
     wanted = await response_grammar(asked.response_format, info)
     if wanted is not None and tools.format is not None:
         message = "response_format: JSON cannot be had together with tools; send tool_choice 'none' or leave one out"
         raise RequestError("response_format", message)
-    if tools.grammar is None:
+    forced = await tools.grammar()
+    if forced is None:
         return wanted
-    # In a thread: a complex one takes long, and the streams go on.
-    await asyncio.to_thread(tools.check)
     require_grammars(info, "tool_choice")
-    return tools.grammar
+    return forced
 
 
 class ChatEndpoint(GenerationEndpoint[ChatRequest]):
@@ -191,6 +189,7 @@ class ChatEndpoint(GenerationEndpoint[ChatRequest]):
         """The conversation as one prompt, by the model's template."""
         parallel = asked.parallel_tool_calls is not False
         tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
+        await tools.measure()
         grammar = await _grammar(asked, tools, self._service.engine.info)
         samples = asked.samples(msgspec.structs.replace(asked.sampling_params(), grammar=grammar))
         parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)

@@ -14,7 +14,7 @@ from tfserve.errors import NOT_JSON, RequestError
 from tfserve.http.known_fields import Fields
 from tfserve.http.shapes import body_fix
 from tfserve.misfit import NotJsonError, find_misfit, plain_json
-from tfserve.strict_json import mend
+from tfserve.strict_json import deepest, mend
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,16 @@ class BodyParser(Generic[Body]):
 
     def parse(self, body: bytes) -> Body:
         """The request in `body`. Raises RequestError for bad JSON, bad types and unsupported fields."""
-        value = self._fix(self._decode(mend(body.removeprefix(codecs.BOM_UTF8))), "")
+        value = self._decode(mend(body.removeprefix(codecs.BOM_UTF8)))
         try:
-            return msgspec.convert(value, self._struct, str_keys=True)
-        except msgspec.ValidationError:
-            raise self._refusal(value) from None
+            value = self._fix(value, "")
+            try:
+                return msgspec.convert(value, self._struct, str_keys=True)
+            except msgspec.ValidationError:
+                raise self._refusal(value) from None
+        except RecursionError:  # decoded with few levels of the stack to spare
+            name = deepest(value)
+            raise RequestError(name, f"{name or 'The body'} is nested too deeply", "invalid_json") from None
 
     def _decode(self, body: bytes) -> Any:
         try:

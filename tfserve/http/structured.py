@@ -9,7 +9,7 @@ import msgspec
 
 from tfserve.engine.validation import require_grammars
 from tfserve.errors import RequestError
-from tfserve.model.grammar import check_grammar, json_schema_grammar
+from tfserve.model.grammar import check_grammar_beside, json_schema_grammar
 from tfserve.types import EngineInfo
 
 
@@ -52,10 +52,12 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
 
 
 async def response_grammar(asked: ResponseFormat | None, info: EngineInfo) -> str | None:
-    """The grammar of a request's format, checked; None for text. Raises RequestError."""
-    grammar = None if asked is None else asked.grammar()
+    """The grammar of a request's format, checked; None for text. Raises RequestError, QueueFullError."""
+    if asked is None:
+        return None
+    # In a thread: a large schema is walked through, and the streams go on.
+    grammar = await asyncio.to_thread(asked.grammar)
     if grammar is not None:
-        # In a thread: a complex one takes long, and the streams go on.
-        await asyncio.to_thread(check_grammar, grammar, "response_format")
+        await check_grammar_beside(grammar, "response_format")
         require_grammars(info, "response_format")
     return grammar

@@ -86,6 +86,7 @@ class TokenEndpoints:
             text, special = _plain_text(asked), asked.add_special_tokens is not False
         else:
             tools = ToolPlan(asked.tools, asked.tool_choice, True, engine.tokenizer.tool_format)
+            await tools.measure()
             text = chat_prompt(engine.tokenizer, asked.messages, asked, tools.for_template)
             special = bool(asked.add_special_tokens)
         tokens = await encode(engine.tokenizer, text, add_special_tokens=special)

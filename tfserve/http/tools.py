@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -10,7 +11,8 @@ import msgspec
 
 from tfserve.errors import RequestError
 from tfserve.model.chat_template import ToolFormat
-from tfserve.model.grammar import check_grammar, json_schema_grammar, lark_json
+from tfserve.model.grammar import check_grammar_beside, json_schema_grammar, lark_json
+from tfserve.model.schema_limits import check_schema
 
 MAX_TOOLS = 128
 """Most tools of one request (OpenAI's limit)."""
@@ -19,7 +21,8 @@ MAX_TOOLS = 128
 class FunctionDefinition(msgspec.Struct, kw_only=True):
     """A function that the model may call; `parameters` is a JSON schema."""
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    # msgspec searches, and "$" is also before a newline at the end.
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]{1,64}$(?!\n)")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -89,11 +92,39 @@ class ToolPlan:
         """What the chat template shows the model; None where it is not to call any."""
         return None if self.format is None else [tool.for_template() for tool in self._tools]
 
-    @property
-    def grammar(self) -> str | None:
-        """A Lark grammar (llguidance's dialect) of the calls that must come; None where the model is free."""
+    async def grammar(self) -> str | None:
+        """A Lark grammar (llguidance's dialect) of the calls that must come, checked; None where the model is free.
+
+        Raises RequestError, about the parameters at fault where they are one tool's, unless calls can be forced, and
+        QueueFullError.
+        """
         if not self.forced or self.format is None:
             return None
+        # In a thread: large schemas are walked through, and the streams go on.
+        grammars = await asyncio.to_thread(self._grammars)
+        for grammar, param in grammars:
+            await check_grammar_beside(grammar, param)
+        return grammars[-1][0]
+
+    async def measure(self) -> None:
+        """Raise RequestError for parameters that are no schema of ordinary size, whether they are forced or shown."""
+        if self._tools:
+            await asyncio.to_thread(self._measure)
+
+    def _measure(self) -> None:
+        for place, tool in enumerate(self._tools):
+            check_schema(tool.function.parameters or {}, _name_parameters(place))
+
+    def _grammars(self) -> list[tuple[str, str]]:
+        """What is to be checked, with the field that is at fault: each forced function by itself, then the whole."""
+        parts = []
+        for place, function in self.forced:
+            name = _name_parameters(place)
+            parts.append((json_schema_grammar(_arguments(function), name), name))
+        return [*parts, (self._whole(), "tools")]
+
+    def _whole(self) -> str:
+        """The grammar of all calls that must come."""
         lines = []
         for number, (place, function) in enumerate(self.forced):
             begin = f'{{"name": {json.dumps(function.name)}, "{_ARGUMENTS[self.format]}": '
@@ -109,19 +140,8 @@ class ToolPlan:
                 start += r' ("\n<tool_call>\n" call "\n</tool_call>")*'
         return "\n".join([start, f"call: {call}", *lines])
 
-    def check(self) -> None:
-        """Raise RequestError, about the parameters at fault where they are one tool's, unless calls can be forced.
 
-        May take as long as `check_grammar` for each tool.
-        """
-        for place, function in self.forced:
-            name = _name_parameters(place)
-            check_grammar(json_schema_grammar(_arguments(function), name), name)
-        if self.grammar is not None:
-            check_grammar(self.grammar, "tools")
-
-
-_ARGUMENTS = {ToolFormat.HERMES: "arguments", ToolFormat.LLAMA3: "parameters"}
+_ARGUMENTS: dict[ToolFormat | None, str] = {ToolFormat.HERMES: "arguments", ToolFormat.LLAMA3: "parameters"}
 """What each format calls a call's arguments."""
 
 
@@ -134,7 +154,8 @@ def _check_parameters(parameters: dict[str, Any] | None, name: str) -> None:
     """Raise RequestError about the field `name` for the schema of anything but an object."""
     kind = (parameters or {}).get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        message = f"{name} must be the schema of an object, as a call's arguments are; its type is {kind!r}"
+        shown = f"{kind:.64}" if isinstance(kind, str) else "another"
+        message = f"{name} must be the schema of an object, as a call's arguments are; its type is {shown}"
         raise RequestError(name, message, "invalid_function_parameters")
 
 

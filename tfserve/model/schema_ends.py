@@ -24,7 +24,7 @@ def has_finite_text(schema: Any) -> bool:
     A least fixed point over the schema's parts: a part has a text once each of its requirements does, and a requirement
     does once one of its alternatives does. Time is linear in the size of the schema.
     """
-    document = _Document(schema)
+    document = SchemaDocument(schema)
     parts: list[Any] = [schema]
     places = {id(schema): 0}
     num_open: list[int] = []  # by part: requirements without a text so far
@@ -50,7 +50,7 @@ def has_finite_text(schema: Any) -> bool:
     return num_open[0] == 0
 
 
-def _requirements(part: Any, document: _Document) -> list[Sequence[Any]]:
+def _requirements(part: Any, document: SchemaDocument) -> list[Sequence[Any]]:
     """What a text needs to satisfy `part`: each is a list of schemas, of which it must satisfy one, in whole or within.
 
     Only what holds for certain: a schema without a type, for one, is also satisfied by a number.
@@ -77,7 +77,7 @@ def _requirements(part: Any, document: _Document) -> list[Sequence[Any]]:
     return requirements
 
 
-def _together(part: Mapping[str, Any], document: _Document) -> list[Mapping[str, Any]]:
+def _together(part: Mapping[str, Any], document: SchemaDocument) -> list[Mapping[str, Any]]:
     """`part` and the schemas that each text of it satisfies too: `type` may stand in one and `required` in another."""
     found, known = [part], {id(part)}
     if "allOf" not in part:
@@ -131,7 +131,7 @@ def _least(part: Mapping[str, Any], key: str) -> int:
     return max(value, 0) if isinstance(value, int) else 0
 
 
-class _Document:
+class SchemaDocument:
     """A whole schema: what the references within it name."""
 
     def __init__(self, root: Any) -> None:
@@ -172,7 +172,7 @@ class _Document:
             key = step.replace("~1", "/").replace("~0", "~")
             if isinstance(found, Mapping) and key in found:
                 found = found[key]
-            elif isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+            elif isinstance(found, list) and key.isdecimal() and len(key) < 10 and int(key) < len(found):
                 found = found[int(key)]
             else:
                 return _ANYTHING

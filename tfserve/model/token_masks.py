@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tfserve.errors import failures
 from tfserve.install_hint import install_command
+from tfserve.model.grammar_limits import parser_limits
 from tfserve.model.staging import Download, upload
 from tfserve.plan import Row, RowInit
 
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_COMPILED = 32
-"""Grammars kept compiled, the most recently used ones."""
+_IDLE = 32
+"""Grammars kept compiled that no request has any more, the most recently used ones."""
 
 
 class GrammarCompiler:
     """Compiles grammars for one model: its tokenizer as JSON, its vocabulary, the tokens that end its texts.
+
+    `compile` and `hold` keep a grammar until `let_go`; see plan.Grammars. Safe to use from several threads.
 
     Reads the vocabulary at once (a second for 128k tokens), so that the first grammar holds nobody up. Raises
     ImportError without llguidance, ValueError where no token ends a text, and whatever llguidance says to a tokenizer
@@ -42,22 +46,71 @@ class GrammarCompiler:
             # llguidance would guess one, which nothing else here takes for the end.
             raise ValueError("the checkpoint names no end-of-sequence token (eos_token_id), so no text could end")
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._held: dict[str, LLMatcher] = {}
+        self._spent: set[str] = set()  # held ones that are to be compiled anew for the next request
+        self._idle: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def hold(self, grammar: str) -> bool:
+        """See plan.Grammars."""
+        with self._lock:
+            if grammar in self._idle:
+                self._held[grammar] = self._idle.pop(grammar)
+            return grammar in self._held and grammar not in self._spent
+
+    def compile(self, grammar: str) -> str:
+        """See plan.Grammars."""
+        if self.hold(grammar):
+            return ""
+        try:
+            matcher = self._compile(grammar)
+            # What the first mask needs is made here, and copied with the matcher.
+            matcher.compute_bitmask()
+            if matcher.is_error():
+                return matcher.get_error().partition("\n")[0]
+        except failures() as error:
+            return f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._held[grammar] = matcher
+            self._spent.discard(grammar)
+        return ""
+
+    def let_go(self, grammar: str) -> None:
+        """See plan.Grammars."""
+        with self._lock:
+            matcher = self._held.pop(grammar, None)
+            if grammar in self._spent:
+                self._spent.discard(grammar)
+            elif matcher is not None:
+                self._idle[grammar] = matcher
+                if len(self._idle) > _IDLE:
+                    self._idle.popitem(last=False)
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """A matcher at the grammar's beginning."""
-        from llguidance import LLMatcher
-
-        if grammar not in self._compiled:
-            self._compiled[grammar] = LLMatcher(self._tokenizer, grammar, log_level=0)
-            if len(self._compiled) > _COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return self._compiled[grammar].deep_copy()
+        """A matcher at the grammar's beginning. Compiles, which may take long, what is not held."""
+        with self._lock:
+            compiled = self._held.get(grammar) or self._idle.get(grammar)
+        if compiled is None:
+            compiled = self._compile(grammar)
+            with self._lock:
+                self._held[grammar] = compiled
+            self.let_go(grammar)
+        return compiled.deep_copy()
 
     def forget(self, grammar: str) -> None:
-        """Compile a grammar anew when it is next wanted: what llguidance broke down on may be left in any state."""
-        self._compiled.pop(grammar, None)
+        """Compile a grammar anew for the next request.
+
+        Copies of a matcher share its lexer: one that has reached a limit, or broken down, is of no use to any of them.
+        """
+        with self._lock:
+            self._idle.pop(grammar, None)
+            if grammar in self._held:
+                self._spent.add(grammar)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        return LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
 
 
 class _Text:
@@ -104,8 +157,8 @@ class _Text:
                 problem = self._matcher.get_error().partition("\n")[0]
         except failures() as error:
             problem = f"{type(error).__name__}: {error}"
-            self._compiler.forget(self._grammar)
         if problem:
+            self._compiler.forget(self._grammar)
             self.lost = (
                 f"the output cannot go on by its grammar or JSON schema ({problem}): nothing satisfies it from here on,"
                 " or it is too complex for this server. Other requests are not affected; correct or simplify it"
@@ -125,7 +178,7 @@ class TokenMasks:
     """
 
     def __init__(self, compiler: GrammarCompiler) -> None:
-        self._compiler = compiler
+        self.compiler = compiler
         self._texts: dict[Row, _Text] = {}
         self._unread: tuple[Download, list[tuple[int, _Text]]] | None = None  # with their places in it
 
@@ -133,7 +186,7 @@ class TokenMasks:
         """A request takes a row."""
         self.release(row.row)
         if row.params.grammar is not None:
-            self._texts[row.row] = _Text(self._compiler, row)
+            self._texts[row.row] = _Text(self.compiler, row)
 
     def release(self, row: Row) -> None:
         """Forget a row; one that is empty stays so."""

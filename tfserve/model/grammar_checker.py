@@ -1,0 +1,187 @@
+"""GrammarChecker: has grammars checked in a process of its own, so that one which breaks the library ends only that."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections import OrderedDict
+from concurrent.futures import Future
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+from tfserve.errors import QueueFullError
+
+logger = logging.getLogger(__name__)
+
+PROCESS_MODULE = "tfserve.model.grammar_process"
+"""What the process runs; its only argument is the file descriptor of its end of the socket pair."""
+
+WALL_LIMIT_S = 20.0
+"""How long a grammar may take on a busy machine; its processor time has a limit of its own, in the process."""
+
+MAX_WAITING = 256
+"""Most grammars that wait to be checked; each may be as long as MAX_SCHEMA_CHARS."""
+
+_REMEMBERED = 4096
+"""How many results are remembered: clients send the same grammars again and again, and the engine asks too."""
+
+_RETRY_AFTER_S = 5.0
+
+
+class GrammarChecker:
+    """Checks grammars one after the other; a result is remembered. Safe to use from several threads, and after a fork.
+
+    The process is started with the first grammar, and again after it has ended: by a grammar that the library breaks
+    down on, or that takes too long. `module` is what it runs, `wall_limit_s` how long it may take for one.
+    """
+
+    def __init__(self, module: str = PROCESS_MODULE, wall_limit_s: float = WALL_LIMIT_S) -> None:
+        self._module = module
+        self._wall_limit_s = wall_limit_s
+        self._results: OrderedDict[bytes, str] = OrderedDict()  # by digest
+        self._lock = threading.Lock()
+        self._begin()
+        reference = weakref.WeakMethod(self._disown)
+        os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
+
+    def submit(self, grammar: str) -> Future[str]:
+        """What is wrong with `grammar`, which is valid Unicode; the result is empty if nothing is.
+
+        The result may raise QueueFullError: the check did not get its time on a busy machine, or its process was ended
+        from outside. Raises QueueFullError if too many wait already.
+        """
+        future: Future[str] = Future()
+        if (known := self._known(grammar)) is not None:
+            future.set_result(known)
+            return future
+        with self._lock:
+            if self._jobs.qsize() >= MAX_WAITING:
+                raise QueueFullError("too many grammars wait to be checked; try again later", _RETRY_AFTER_S)
+            self._jobs.put((grammar, future))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="tfserve-grammar-checks", daemon=True)
+                self._thread.start()
+        return future
+
+    @property
+    def pid(self) -> int | None:
+        """The process; None while there is none."""
+        return None if self._process is None else self._process.pid
+
+    @property
+    def num_waiting(self) -> int:
+        """Grammars that wait to be checked, without the one that is."""
+        return self._jobs.qsize()
+
+    def close(self) -> None:
+        """End the process and the thread; what waits is checked first."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._jobs.put(None)
+        if thread is not None:
+            thread.join()
+
+    def _begin(self) -> None:
+        self._jobs: SimpleQueue[tuple[str, Future[str]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._conn: Connection | None = None
+
+    def _disown(self) -> None:
+        """Begin anew, in a fork: thread and process belong to the process that was forked."""
+        if self._process is not None:
+            self._process.returncode = 0  # no child of this one: there is nothing to wait for
+        if self._conn is not None:
+            self._conn.close()
+        self._lock = threading.Lock()  # another thread may have held the old one
+        self._begin()
+
+    def _known(self, grammar: str) -> str | None:
+        key = _digest(grammar)
+        with self._lock:
+            if key not in self._results:
+                return None
+            self._results.move_to_end(key)
+            return self._results[key]
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            grammar, future = job
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                known = self._known(grammar)  # of two alike, the second waited for the first
+                future.set_result(self._check(grammar) if known is None else known)
+            except BaseException as error:
+                future.set_exception(error)
+        with contextlib.suppress(QueueFullError):
+            self._end()
+
+    def _check(self, grammar: str) -> str:
+        """Ask the process. Raises QueueFullError where the grammar may not be what ended it, OSError if none starts."""
+        conn = self._conn or self._start()
+        try:
+            conn.send_bytes(grammar.encode())
+            is_timely = conn.poll(self._wall_limit_s)
+            problem = conn.recv_bytes().decode() if is_timely else ""
+        except (EOFError, OSError):
+            problem = self._end()
+            logger.warning("the process that checks grammars has ended at one: %s", problem)
+        else:
+            if not is_timely:
+                self._end()
+                raise QueueFullError(f"a grammar was not checked within {self._wall_limit_s:g} s", _RETRY_AFTER_S)
+        with self._lock:
+            self._results[_digest(grammar)] = problem
+            if len(self._results) > _REMEMBERED:
+                self._results.popitem(last=False)
+        return problem
+
+    def _start(self) -> Connection:
+        conn, child_end = Pipe()
+        with child_end:
+            command = [sys.executable, "-m", self._module, str(child_end.fileno())]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(child_end.fileno(),))
+        self._conn = conn
+        try:
+            if not conn.poll(self._wall_limit_s):
+                raise QueueFullError("the process that checks grammars does not start; try again", _RETRY_AFTER_S)
+            conn.recv_bytes()
+        except BaseException:
+            self._end()
+            raise
+        return conn
+
+    def _end(self) -> str:
+        """End the process; in the words of an error what ended it before. Raises QueueFullError: it was killed."""
+        process, conn = self._process, self._conn
+        self._process = self._conn = None
+        if conn is not None:
+            conn.close()
+        if process is None:
+            return ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.5)  # it has closed its end, and is about to have a status
+        has_ended = process.poll() is not None
+        process.kill()
+        status = process.wait()
+        if not has_ended:
+            return ""
+        if status == -signal.SIGPROF:
+            return "it takes too long to compile; simplify it"
+        if status == -signal.SIGKILL:
+            raise QueueFullError("the process that checks grammars was killed; try again", _RETRY_AFTER_S)
+        return "the grammar library breaks down on it, or needs too much memory; simplify it"
+
+
+def _digest(grammar: str) -> bytes:
+    return hashlib.blake2b(grammar.encode(), digest_size=20).digest()
