@@ -172,10 +172,11 @@ def cell(name: str, policy: str, args: argparse.Namespace) -> Outcome:
 
 def row(name: str, policy: str, outcome: Outcome, alone: Outcome | None, readers: int) -> str:
     times = f"{outcome.ttft_p99_s / alone.ttft_p99_s:5.1f}x" if alone else "     -"
+    ttft = f"{outcome.ttft_p50_s:8.2f} {outcome.ttft_p99_s:8.2f} {times}"
     errors = ", ".join(f"{count} {kind}" for kind, count in outcome.errors.items())
     return (
-        f"{name:16} {policy:10} {outcome.answered:3d} of {readers:<3d} {outcome.ttft_p50_s:8.2f} {outcome.ttft_p99_s:8.2f}"
-        f" {times} {outcome.stall_s:8.2f} {outcome.seconds:7.0f}  {errors}"
+        f"{name:16} {policy:10} {outcome.answered:3d} of {readers:<3d} {ttft}"
+        f" {outcome.stall_s:8.2f} {outcome.seconds:7.0f}  {errors}"
     )
 
 
@@ -200,14 +201,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    print(
-        f"{'attack':16} {'policy':10} {'answered':>10} {'TTFT p50':>8} {'p99':>8} {'alone':>6} {'stall s':>8} {'took':>7}"
-    )
+    heads = (("attack", "<16"), ("policy", "<10"), ("answered", ">10"), ("TTFT p50", ">8"), ("p99", ">8"))
+    heads += (("/alone", ">6"), ("stall s", ">8"), ("took s", ">7"))
+    print(" ".join(format(head, width) for head, width in heads))
     for policy in args.policies:
+        # Each attack is held against its own server's settings without it.
         alone: dict[tuple[tuple[str, str], ...], Outcome] = {}
         for name in args.attacks:
             outcome = cell(name, policy, args)
-            # Each attack is held against its own server's settings without it.
             settings = tuple(sorted(ATTACKS[name].settings.items()))
             print(row(name, policy, outcome, alone.get(settings), args.readers), flush=True)
             if not ATTACKS[name].count:
