@@ -65,7 +65,7 @@ class Scheduler:
         self._policy = policy
         self._cost = cost
         self._config = config
-        self._tracker = Tracker(config.default_rate)
+        self._tracker = Tracker(config.default_rate, config.max_rate)
         self._snapshots = Snapshots(
             kv, self._tracker, cost, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
