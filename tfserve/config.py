@@ -61,7 +61,8 @@ class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_field
     unread seconds a request without a rate counts as; `min_prefill_share` of the time goes to prompts even while
     readers run dry; a reader may stall for prompts by `stall_per_wait` of the longest wait for a first token, in
     all, `critical_s` at most; `watermark` is the share of device blocks kept free. `default_rate` is for streamed
-    answers that name none. `overload` says what a new request meets when the rates add up to more than the capacity.
+    answers that name none; `max_rate` is the highest rate of a request over HTTP, and the highest that reports can show
+    under "auto". `overload` says what a new request meets when the rates add up to more than the capacity.
     `generate_ahead_s` stops decoding, under every policy, whoever has more than that unread (None: never). The last
     four switch parts off, for ablations.
     """
@@ -97,6 +98,7 @@ class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_field
     stall_per_wait: float = 0.05
     watermark: float = 0.02
     default_rate: float = 6.0
+    max_rate: float = 50.0
     overload: Literal["queue", "share", "shed"] = "queue"
     generate_ahead_s: float | None = None
     offload: bool = True
@@ -221,6 +223,7 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ConfigError("server.port", f"must be between 0 and 65535, got {self.server.port}")
         self._check_server()
         self._check_scheduler()
+        self._check_rates()
 
     def _check_server(self) -> None:
         server = self.server
@@ -254,9 +257,6 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
         for key in ("schedule_interval_s", "buffer_scale_s"):
             if not 0 < getattr(sched, key) < math.inf:
                 raise ConfigError(f"scheduler.{key}", f"must be above 0 and finite, got {getattr(sched, key)}")
-        if not SLOWEST_RATE <= sched.default_rate <= FASTEST_RATE:
-            message = f"must be {SLOWEST_RATE} to {FASTEST_RATE:.0f} tokens/s, got {sched.default_rate}"
-            raise ConfigError("scheduler.default_rate", message)
         for key in _NOT_NEGATIVE:
             value = getattr(sched, key)
             if value is not None and not 0 <= value < math.inf:
@@ -267,6 +267,13 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
         for key in ("working_set_step", "watermark"):
             if not 0 <= getattr(sched, key) < 1:
                 raise ConfigError(f"scheduler.{key}", f"must be at least 0 and below 1, got {getattr(sched, key)}")
+
+    def _check_rates(self) -> None:
+        sched = self.scheduler
+        for key, low, name in (("default_rate", SLOWEST_RATE, ""), ("max_rate", sched.default_rate, " (default_rate)")):
+            if not low <= getattr(sched, key) <= FASTEST_RATE:
+                message = f"must be {low:g}{name} to {FASTEST_RATE:.0f} tokens/s, got {getattr(sched, key)}"
+                raise ConfigError(f"scheduler.{key}", message)
 
 
 _NOT_NEGATIVE = (

@@ -145,6 +145,12 @@ class Driver:
         for req, wait in decision.reject:
             self.rejected[req] = wait
             self.tracker.remove(req, completed=False)
+        for req in decision.drop:
+            assert c.phase[row[req]] == Phase.PAUSED
+            _, blocks, _ = self.evictions.pop(req, (0.0, 0, 0))
+            self.free += blocks
+            self.tracker.update([req], num_computed=0, device_blocks=0, host_tokens=0)
+            self.tracker.set_phase(req, Phase.WAITING, self.now)
         for req, by in decision.preempt:
             i = row[req]
             assert c.phase[i] == Phase.RUNNING

@@ -162,3 +162,19 @@ def test_in_a_burst_tokenflow_brings_first_tokens_sooner_than_fcfs_and_nobody_st
     assert flow.on_time_goodput > fcfs.on_time_goodput
     assert 0 < engine.scheduler.num_preemptions < 5 * 24
     assert engine.scheduler.offload.bytes_moved[Direction.LOAD] > 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_readers_far_ahead_give_their_kv_up_for_others_and_lose_no_token(depth):
+    # Device and host together hold six of the sixteen that hardly read.
+    engine = SimEngine(41, 31, depth=depth, policy="tokenflow")
+    for i in range(16):
+        engine.arrive(0.0, f"slow {i}", 30, 150, 0.01)
+    for i in range(4):
+        engine.arrive(1.0 + i, f"reader {i}", 30, 40, 6.0)
+    engine.run()
+    for req, num_tokens in [*((f"slow {i}", 150) for i in range(16)), *((f"reader {i}", 40) for i in range(4))]:
+        assert engine.outputs[req] == [sim_token(req, 30 + k, VOCAB) for k in range(num_tokens)]
+    assert max(engine.times[f"reader {i}"].first_token_s - 1.0 - i for i in range(4)) < 1.0
+    slow = [engine.times[f"slow {i}"].finished_s for i in range(16)]
+    assert sum(at < engine.times["reader 3"].finished_s for at in slow) < 16

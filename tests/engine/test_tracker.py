@@ -227,3 +227,36 @@ def test_an_answer_cut_at_its_max_tokens_only_says_that_answers_can_be_that_long
     tracker.on_tokens(["long"], 100, 0.0)
     tracker.remove("long", completed=True)
     assert 20.0 < tracker.columns(0.0).expected_output[0] < 30.0
+
+
+@pytest.mark.parametrize("at_s", [1.0, 3.0])
+def test_a_report_claims_no_more_than_the_highest_rate_can_have_read(at_s):
+    tracker = Tracker(default_rate=6.0, max_rate=50.0)
+    for req, rate in (("read", "read"), ("auto", "auto"), ("fast", 200.0)):
+        tracker.add(req, arrival_s=0.0, num_prompt=10, max_tokens=1000, rate=rate)
+        tracker.on_tokens([req], 900, 0.0)
+        tracker.on_played(req, 900, at_s)
+    assert row_of(tracker, "read", at_s)["consumed"] == 50 * at_s
+    assert row_of(tracker, "auto", at_s)["consumed"] == 50 * at_s
+    # A rate that was named above it, as only an embedded engine takes it, is believed.
+    assert row_of(tracker, "fast", at_s)["consumed"] == 200 * at_s
+
+
+@given(
+    steps=st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(0, 60), st.integers(0, 2000)), min_size=1, max_size=40),
+    max_rate=st.floats(6.0, 100.0),
+)
+def test_no_reports_raise_auto_above_what_was_delivered_or_the_highest_rate(steps, max_rate):
+    tracker = Tracker(default_rate=6.0, max_rate=max_rate)
+    tracker.add("a", arrival_s=0.0, num_prompt=10, max_tokens=10_000, rate="auto")
+    tracker.on_tokens(["a"], 1, 0.0)
+    now, delivered, fastest = 0.0, 1, 0.0
+    for pause, tokens, played in steps:
+        now += pause
+        tracker.on_tokens(["a"], tokens, now)
+        delivered += tokens
+        tracker.on_played("a", played, now)
+        if now:
+            fastest = max(fastest, delivered / now)
+        assert row_of(tracker, "a", now)["rate"] <= max(6.0, min(max_rate, fastest)) + 1e-9
+        assert row_of(tracker, "a", now)["consumed"] <= min(delivered, max_rate * now) + 1e-9

@@ -125,10 +125,11 @@ class Snapshot:
 
 
 class Decision(msgspec.Struct, frozen=True):
-    """What to do before the coming step, in this order: preempt, resume, admit.
+    """What to do before the coming step, in this order: drop, preempt, resume, admit.
 
     `preempt` takes running requests off the device: LOAD keeps their KV on the host (PAUSED), RECOMPUTE gives it up
     (WAITING). `resume` brings paused ones back. `admit` gives waiting ones a row, those preempted before included.
+    `drop` are paused requests that give their KV up: they wait, to be computed again.
     `order` names who gets prompt tokens first; whoever is not named comes after, in order of admission. `decode` says
     whether requests that only lack their newest token run in a step with prompt tokens, `prefill_tokens` caps those.
     `reject` are waiting requests to refuse, each with the seconds after which to try again. `wake_s` is when the policy
@@ -138,6 +139,7 @@ class Decision(msgspec.Struct, frozen=True):
     admit: tuple[RequestId, ...] = ()
     preempt: tuple[tuple[RequestId, ResumeBy], ...] = ()
     resume: tuple[tuple[RequestId, ResumeBy], ...] = ()
+    drop: tuple[RequestId, ...] = ()
     reject: tuple[tuple[RequestId, float], ...] = ()
     order: tuple[RequestId, ...] = ()
     decode: bool = True

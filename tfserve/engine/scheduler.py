@@ -71,7 +71,7 @@ class Scheduler:
         self._policy = policy
         self._cost = cost
         self._config = config
-        self._tracker = Tracker(config.default_rate)
+        self._tracker = Tracker(config.default_rate, config.max_rate)
         self._snapshots = Snapshots(
             kv, self._tracker, cost, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
@@ -241,10 +241,13 @@ class Scheduler:
         return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))
 
     def _carry_out(self, decision: Decision, reserved: int, now_s: float) -> None:
-        """Preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step.
+        """Drop, preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step.
 
         Whoever has a token in flight cannot come back yet: it would compute that token a second time.
         """
+        for req in decision.drop:
+            self.kv.release(req)
+            self._move(self.paused[req], RequestState.WAITING, now_s)
         for req, by in decision.preempt:
             self._preempt(self.running[req], by, now_s)
         for request in list(self.loading.values()):

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import UnsetType
 
 from tfserve.errors import RequestError
-from tfserve.types import FASTEST_RATE, SLOWEST_RATE
+from tfserve.types import FASTEST_RATE, SLOWEST_RATE, ConsumptionRate
 
 Floats = npt.NDArray[np.float64]
 
@@ -25,8 +26,8 @@ NAMED_RATES = {"listen": 4.0, "read": 6.0, "fast": 12.0}
 
 AUTO = "auto"
 
-_SLOWEST, _FASTEST = 0.5, 200.0
-"""Bounds of an estimated rate, tokens/s: a reader who put the page away is not a reader without end."""
+_SLOWEST = 0.5
+"""Least estimated rate, tokens/s: a reader who put the page away is not a reader without end."""
 
 _NEWS_WEIGHT = 0.5
 """How far one report moves the estimated rate."""
@@ -46,6 +47,12 @@ def resolve_rate(rate: float | str | None, default: float) -> float:
     names = ", ".join(repr(name) for name in (*NAMED_RATES, AUTO))
     bounds = f"{SLOWEST_RATE} to {FASTEST_RATE:.0f} tokens/s"
     raise RequestError("consumption_rate", f"consumption_rate must be {bounds}, or {names}, got {rate!r}")
+
+
+def exceeds(rate: ConsumptionRate | UnsetType, most: float) -> bool:
+    """True if a request with this `consumption_rate` asks for more than `most` tokens/s, and for a rate at all."""
+    asked = NAMED_RATES.get(rate) if isinstance(rate, str) else rate
+    return isinstance(asked, int | float) and most < asked <= FASTEST_RATE
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def play(
     return Playback(consumed + read, dry_s, (consumed, stall_s, read_area), elapsed, read, reading_s)
 
 
-def estimated_rate(rate: float, tokens: float, seconds: float) -> float:
-    """A reader's rate after a report of `tokens` read in `seconds` without a stall."""
-    measured = min(max(tokens / seconds, _SLOWEST), _FASTEST)
+def estimated_rate(rate: float, tokens: float, seconds: float, most: float) -> float:
+    """A reader's rate after a report of `tokens` read in `seconds` without a stall; `most` is what can be believed."""
+    measured = max(min(tokens / seconds, most), _SLOWEST)
     return rate + _NEWS_WEIGHT * (measured - rate)

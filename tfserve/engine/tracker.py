@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tfserve.engine.columns import Columns, Ints, Mask, Phase, Reading
 from tfserve.engine.table import Rows, Table
 from tfserve.engine.token_buffer import AUTO, Playback, estimated_rate, play, resolve_rate
-from tfserve.types import RequestId
+from tfserve.types import FASTEST_RATE, RequestId
 
 _DEFAULTS: dict[str, tuple[type, float]] = {
     "seq": (np.int64, 0),
@@ -47,10 +47,14 @@ _LENGTH_WEIGHT = 0.05
 
 
 class Tracker:
-    """Owns the reader state of live requests, and the columns that the Scheduler keeps up to date for its policies."""
+    """Owns the reader state of live requests, and the columns that the Scheduler keeps up to date for its policies.
 
-    def __init__(self, default_rate: float) -> None:
+    Reports are believed up to `max_rate` tokens/s.
+    """
+
+    def __init__(self, default_rate: float, max_rate: float = FASTEST_RATE) -> None:
         self._default_rate = default_rate
+        self._max_rate = max_rate
         self._table = Table(_DEFAULTS)
         self._num_added = 0
         self._num_events = 0
@@ -159,18 +163,26 @@ class Tracker:
 
         With rate "auto", successive reports without a stall in between also give the rate. Before the first token there
         is nothing to play and a report means nothing.
+
+        A report is believed as far as it can be true: no more is played than was delivered, nor faster since the first
+        token than `max_rate`, or the rate that the request named above that. An estimated rate is at most what was
+        delivered over time.
         """
         table, row = self._table, self._table.row(req)
-        if np.isnan(table["first_token_s"][row]):
+        reading_s = now_s - table["first_token_s"][row]
+        if np.isnan(reading_s):
             return
         self._num_readings += 1
         self._advance(np.array([row]), now_s)
-        played = min(max(num_tokens, 0), int(table["num_output"][row]))
+        rate, delivered = float(table["rate"][row]), int(table["num_output"][row])
+        fastest = max(self._max_rate, 0.0 if np.isnan(rate) else rate)
+        played = min(max(num_tokens, 0), delivered, int(fastest * reading_s))
         since, stall = table["report_s"][row], table["stall_s"][row]
         # A reader who ran dry shows how fast we generate, not how fast it reads.
         if table["is_auto"][row] and now_s > since and stall == table["report_stall_s"][row]:
             read = played - table["report_tokens"][row]
-            table["rate"][row] = estimated_rate(table["rate"][row], read, now_s - since)
+            most = min(self._max_rate, delivered / reading_s)
+            table["rate"][row] = estimated_rate(rate, read, now_s - since, most)
         for name, value in (
             ("consumed", played),
             ("report_tokens", played),

@@ -21,6 +21,7 @@ from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
 from tfserve.http.cors import allow_origins
+from tfserve.http.endpoint import LOWERED_RATE
 from tfserve.http.errors import JSON, ApiError, api_error
 from tfserve.http.metrics import CONTENT_TYPE
 from tfserve.http.openapi import OPEN_PATHS, document
@@ -38,6 +39,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = web.RequestKey("request_id", str)
 REQUEST_ID_HEADER = "X-Request-Id"
+RATE_HEADER = "X-Consumption-Rate"
 
 SCRAPE_PATIENCE_S = 1.0
 """How long a scrape waits for the engine, which answers between two steps."""
@@ -75,7 +77,7 @@ def create_app(service: Service) -> web.Application:
     app.router.add_get("/ready", about.ready)
     app.router.add_get("/version", about.version)
     app.router.add_get("/openapi.json", about.openapi)
-    app.on_response_prepare.append(_echo_request_id)
+    app.on_response_prepare.append(_tell_client)
     close_unread(app, server.unread_timeout_s, service.metrics.on_unread)
     if server.cors_origins:
         allow_origins(app, server.cors_origins)
@@ -199,6 +201,9 @@ def key_check(api_keys: Sequence[str]) -> Middleware:
     return check
 
 
-async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _tell_client(request: web.Request, response: web.StreamResponse) -> None:
+    """The request's id, and the reading rate that counts where that is not the one asked for."""
     if request_id := request.get(REQUEST_ID):
         response.headers[REQUEST_ID_HEADER] = request_id
+    if (rate := request.get(LOWERED_RATE)) is not None:
+        response.headers[RATE_HEADER] = f"{rate:g}"

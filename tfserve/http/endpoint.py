@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from aiohttp import web
 
+from tfserve.engine.token_buffer import exceeds
 from tfserve.errors import RequestError
 from tfserve.http.answer import Renderer, answer, read_body
 from tfserve.http.parsing import BodyParser
@@ -16,6 +17,9 @@ from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import GenerationRequest
 from tfserve.http.service import Service
 from tfserve.types import SamplingParams
+
+LOWERED_RATE = web.RequestKey("lowered_rate", float)
+"""The rate that the request is served at, noted on the HTTP request where it is less than was asked for."""
 
 Asked = TypeVar("Asked", bound=GenerationRequest)
 
@@ -44,6 +48,9 @@ class GenerationEndpoint(ABC, Generic[Asked]):
             asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes, hold))
             service.check_model(asked.model)
             names = asked.names
+            rate, max_rate = asked.reading_rate, service.config.scheduler.max_rate
+            if exceeds(rate, max_rate):
+                rate = request[LOWERED_RATE] = max_rate
             try:
                 job = await self.prepare(asked, service.model_name, tokenizer)
             except RequestError as error:
@@ -54,7 +61,7 @@ class GenerationEndpoint(ABC, Generic[Asked]):
             job.prompts,
             job.samples,
             job.renderer,
-            rate=asked.reading_rate,
+            rate=rate,
             priority=asked.priority or 0,
             stream=bool(asked.stream),
         )

@@ -190,7 +190,8 @@ _REPLACED: Mapping[str, Mapping[str, Any]] = {
         ]
     },
     "consumption_rate": {
-        "description": "How fast the reader reads: tokens/s, or by name; null: nobody reads along.",
+        "description": "How fast the reader reads: tokens/s, or by name; null: nobody reads along. What is above the"
+        " server's highest rate is lowered to it, and the answer's header X-Consumption-Rate says what counts.",
         "anyOf": [
             {"type": "number", "minimum": SLOWEST_RATE, "maximum": FASTEST_RATE},
             {"enum": ["listen", "read", "fast", "auto"]},

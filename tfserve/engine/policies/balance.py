@@ -9,6 +9,7 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.columns import Mask
+from tfserve.engine.policies.far_ahead import is_far_ahead
 from tfserve.engine.policies.headroom import gain, headroom_s, loss_order
 from tfserve.engine.policies.prefill import pending_tokens
 from tfserve.engine.policies.sharing import (
@@ -220,13 +221,30 @@ class Balance:
         is_empty = not self._num_residents and not self.coming
         if not len(self._away) or not (self._spare > least or is_empty):
             return
-        away, gains = self._by_gain(self._away)
+        away, gains = self._by_gain(self._worth_returning())
+        if not len(away):
+            return
         if self._spare > least:
             self._fill_up_with(self._in_priority(away, gains), least)
         if not self._num_residents and not self.coming:
             # Alone, anything fits that was validated, watermark or not.
             row = int(away[0])
             self._put_on(row, int(self._need[row]), [])
+
+    def _worth_returning(self) -> Rows:
+        """Those off the device but for readers far ahead that have given their KV up, while others are served.
+
+        Computed again, they would be in the way of the next newcomer, with nothing gained for their readers.
+        """
+        snapshot = self._snapshot
+        c = snapshot.columns
+        dropped = c.is_waiting[self._away]
+        if not snapshot.memory.num_host_blocks or not dropped.any():
+            return self._away
+        far = is_far_ahead(snapshot)
+        if not (self._resident & ~far).any() and far[self.coming].all():
+            return self._away
+        return self._away[~(dropped & far[self._away])]
 
     def _fill_up_with(self, rows: Rows, least: float) -> None:
         came = set(self.coming)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfserve.config import SchedulerConfig
+from tfserve.engine.policies.far_ahead import is_far_ahead
 from tfserve.engine.policy import Snapshot
 from tfserve.engine.table import Rows
 from tfserve.plan import Direction
@@ -28,7 +29,8 @@ class Load:
 def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     """Capacity, demand and the most requests that both rates and memory allow.
 
-    Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead.
+    Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead, and so are
+    readers far ahead where the host is full.
     Capacity is Gamma over batches of requests of average length at half of their output, less the share of their
     prompts, and of recomputing what is preempted where nothing is offloaded.
     """
@@ -45,6 +47,8 @@ def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     bound = float("inf")
     if config.offload and memory.num_host_blocks:
         bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / (prompt + output / 2)
+        # Their KV can be given up: they take memory from nobody.
+        bound += int(np.count_nonzero(member & is_far_ahead(snapshot)))
     if reads.any() and config.overload != "share":
         bound = min(bound, capacity / float(c.rate[reads].mean()))
     return Load(capacity, demand, bound, int(np.count_nonzero(member)))

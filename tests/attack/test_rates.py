@@ -1,0 +1,154 @@
+"""Clients that name a rate to get more than their share: the others are served, and what counts is told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.http.conftest import Running, StartServer
+from tests.scripted import scripted_server, write_scripted_model
+
+PLAIN, CHAT = "/v1/completions", "/v1/chat/completions"
+HONEST = {"prompt": "hello there", "stream": True, "max_tokens": 40, "ignore_eos": True, "consumption_rate": 6}
+HOSTILE = {"prompt": "hello there", "stream": True, "max_tokens": 3000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scripted_model(tmp_path_factory.mktemp("scripted"))
+
+
+@contextlib.asynccontextmanager
+async def attacked(server: Running, count: int, **body: Any) -> AsyncIterator[list[asyncio.Task[int]]]:
+    """Hostile streams that are read to their end; each task gives its status. They are closed at the end."""
+
+    async def one() -> int:
+        async with server.post(PLAIN, {**HOSTILE, **body}) as response:
+            await response.read()
+            return int(response.status)
+
+    tasks = [asyncio.ensure_future(one()) for _ in range(count)]
+    try:
+        while len(await live(server)) < count and not all(task.done() for task in tasks):
+            await asyncio.sleep(0.01)
+        yield tasks
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def live(server: Running) -> list[dict[str, Any]]:
+    async with server.get("/v1/streams") as response:
+        return list((await response.json())["data"])
+
+
+async def blocks_are_back(server: Running) -> None:
+    while True:
+        stats = server.engine.stats()
+        if stats.num_free_blocks == stats.num_blocks - 1 and not await live(server):
+            return
+        await asyncio.sleep(0.01)
+
+
+# -- the highest rate
+
+
+@pytest.mark.parametrize("path", [PLAIN, CHAT])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "served", "told"),
+    [(1e6, 50.0, "50"), (50.001, 50.0, "50"), (50, 50, None), (0.01, 0.01, None), ("fast", "fast", None)],
+)
+async def test_a_rate_above_the_highest_is_lowered_and_told(
+    start: StartServer, path: str, stream: bool, asked: Any, served: Any, told: str | None
+) -> None:
+    server = await start()
+    what = {"prompt": "x"} if path == PLAIN else {"messages": [{"role": "user", "content": "x"}]}
+    async with server.post(path, {**what, "stream": stream, "consumption_rate": asked}) as response:
+        assert response.status == 200
+        assert response.headers.get("X-Consumption-Rate") == told
+        await response.read()
+    assert server.engine.live[-1].asked_rate == served
+
+
+async def test_a_named_rate_above_the_highest_is_lowered(model_dir: Path) -> None:
+    settings = {"scheduler": {"max_rate": 8.0}}
+    body = {"prompt": "x", "stream": True, "consumption_rate": "fast"}
+    async with scripted_server(model_dir, "a b c", **settings) as server, server.post(PLAIN, body) as response:
+        assert response.headers["X-Consumption-Rate"] == "8"
+        await response.read()
+
+
+async def test_live_streams_show_the_rate_that_counts(model_dir: Path) -> None:
+    async with scripted_server(model_dir, "a b c ", ends=False) as server:
+        async with attacked(server, 2, consumption_rate=1e6):
+            assert {stream["rate"] for stream in await live(server)} <= {50.0}
+        await asyncio.wait_for(blocks_are_back(server), 30)
+
+
+# -- others are served
+
+
+@pytest.mark.parametrize("overload", ["queue", "share", "shed"])
+@pytest.mark.parametrize(("count", "rate"), [(1, 1e6), (20, 1e6), (40, 0.01)])
+async def test_honest_readers_are_served_beside_rates_of_all_kinds(
+    model_dir: Path, overload: str, count: int, rate: float
+) -> None:
+    settings: dict[str, Any] = {"num_gpu_blocks_override": 260, "host_kv_gib": 0.01}
+    settings["scheduler"] = {"overload": overload}
+
+    async def honest(server: Running) -> int:
+        async with server.post(PLAIN, HONEST) as response:
+            await response.read()
+            return int(response.status)
+
+    async with scripted_server(model_dir, "a b c ", ends=False, **settings) as server:
+        async with attacked(server, count, consumption_rate=rate) as hostile:
+            statuses = await asyncio.wait_for(asyncio.gather(*(honest(server) for _ in range(8))), 60)
+            assert statuses == [200] * 8
+            if count > 1:
+                assert not all(task.done() for task in hostile), "honest readers waited for all of the others"
+        await asyncio.wait_for(blocks_are_back(server), 30)
+
+
+# -- reports
+
+
+def events(data: bytes) -> Iterator[Any]:
+    for line in data.splitlines():
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+
+
+@pytest.mark.parametrize("rate", ["auto", 6.0])
+async def test_reports_that_all_is_played_claim_no_more_than_the_highest_rate(model_dir: Path, rate: Any) -> None:
+    async with scripted_server(model_dir, "a b c ", ends=False) as server:
+        body = {**HOSTILE, "max_tokens": 2000, "consumption_rate": rate}
+        async with server.post(PLAIN, body) as response:
+            await claim_everything(server, response)
+        await asyncio.wait_for(blocks_are_back(server), 30)
+
+
+async def claim_everything(server: Running, response: aiohttp.ClientResponse) -> None:
+    """Report nothing, then everything, in turn: a great leap in no time."""
+    name, seen, reports = "", 0, 0
+    async for line in response.content:
+        for event in events(line):
+            name, seen = event["id"], seen + 1
+        if seen and seen % 50 == 0:
+            reports += 1
+            played = 0 if reports % 2 else seen
+            async with server.post(f"/v1/streams/{name}/buffer", {"played_tokens": played}) as answer:
+                assert answer.status in (200, 404)
+            for stream in await live(server):
+                assert stream["rate"] <= 50.0
+                # No more is played than the highest rate can have read of it.
+                assert stream["num_output_tokens"] - stream["num_unread"] <= 50.0 * stream["age_s"] + 1
