@@ -10,6 +10,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _ALLOWED = {"Access-Control-Allow-Methods": "GET, POST, OPTIONS", "Access-Control-Max-Age": "600"}
 
+_LIMITS = (f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset"))
+_EXPOSED = ", ".join(("Retry-After", "X-Request-Id", "X-Should-Retry", *_LIMITS))
+
 
 def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
     """Let pages of these origins ("*": any) call `app`, and answer the browsers' questions before they do."""
@@ -22,7 +25,7 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
     async def mark(request: web.Request, response: web.StreamResponse) -> None:
         if (origin := origin_of(request)) is not None:
             response.headers["Access-Control-Allow-Origin"] = origin
-            response.headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-Id, X-Should-Retry"
+            response.headers["Access-Control-Expose-Headers"] = _EXPOSED
         response.headers.add("Vary", "Origin")
 
     @web.middleware

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from tfserve.errors import RequestError
 from tfserve.http.answer import Renderer, answer, read_body
+from tfserve.http.keys import CALLER
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import GenerationRequest
@@ -40,6 +41,7 @@ class GenerationEndpoint(ABC, Generic[Asked]):
         """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
         service = self._service
         tokenizer = service.engine.tokenizer
+        request[CALLER].limits.on_request()
         asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
         service.check_model(asked.model)
         try:
