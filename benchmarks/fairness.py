@@ -58,6 +58,12 @@ SMALL_KV = {"num_gpu_blocks_override": "101", "block_size": "32"}
 
 SHED = {"scheduler.overload": "shed"}
 
+KEYS = {"server.api_keys": "hostile,honest"}
+"""With these a tenant floods, and the honest readers are another one."""
+
+LONG = {"prompt": [5000 + number % 1000 for number in range(7700)], "consumption_rate": None}
+"""A prompt as long as the demo model's context allows beside an answer."""
+
 ATTACKS: dict[str, Attack] = {
     ALONE: Attack(0, {}),
     "named 6": Attack(20, {"consumption_rate": 6.0}),
@@ -71,6 +77,12 @@ ATTACKS: dict[str, Attack] = {
     "alone, shed": Attack(0, {}, settings=SHED),
     "one fast, shed": Attack(1, {"consumption_rate": 1e6}, settings=SHED),
     "fast, shed": Attack(20, {"consumption_rate": 1e6}, settings=SHED),
+    "many": Attack(1000, {}),
+    "alone, keys": Attack(0, {}, settings=KEYS, honest_key="honest"),
+    "fast, keys": Attack(20, {"consumption_rate": 1e6}, settings=KEYS, key="hostile", honest_key="honest"),
+    "slow, keys": Attack(100, {"consumption_rate": 0.01}, settings=KEYS, key="hostile", honest_key="honest"),
+    "many, keys": Attack(1000, {}, settings=KEYS, key="hostile", honest_key="honest"),
+    "prompts, keys": Attack(1, {**LONG, "n": 128}, settings=KEYS, key="hostile", honest_key="honest"),
 }
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from tfserve.config import SchedulerConfig
 from tfserve.engine.columns import Columns, Phase
 from tfserve.engine.cost_model import CostModel, StepCoefficients
+from tfserve.engine.policies.tenants import Tenants
 from tfserve.engine.policies.tokenflow import TokenFlow
 from tfserve.engine.policy import Decision, ResumeBy, Snapshot
 from tfserve.engine.snapshots import Snapshots
@@ -28,7 +29,7 @@ from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import KVState
 from tfserve.plan import Ack, Copy, Fence
-from tfserve.types import RequestId
+from tfserve.types import RequestId, Tenant
 
 BLOCK = 256
 RATE = 20.0
@@ -40,13 +41,15 @@ SETTINGS = SchedulerConfig(policy="tokenflow", overload="share")
 class Bench:
     """A steady state of n requests; copies end at once."""
 
-    def __init__(self, n: int, waiting: float, seed: int = 0) -> None:
+    def __init__(self, n: int, waiting: float, num_tenants: int = 1, seed: int = 0) -> None:
         self.rng = np.random.default_rng(seed)
         # A device that gives each of n / 2 running requests 50 tokens/s, a little more than n readers need.
         step = StepCoefficients(0.01, 0.01 / (n / 2), 0.0, 1e-6, 0.0)
         self.cost = CostModel(kv_bytes_per_token=131072, max_num_seqs=n, prior=step, load_bps=5e10, store_bps=5e10)
         self.tracker = Tracker(RATE)
         self.policy = TokenFlow(SETTINGS)
+        self.tenants = Tenants(SETTINGS)
+        self.num_tenants = num_tenants
         self.now_s = 100.0
         self.step = 0
         self.num_added = 0
@@ -64,7 +67,8 @@ class Bench:
     def _arrive(self) -> RequestId:
         req = f"request-{self.num_added}"
         self.num_added += 1
-        self.tracker.add(req, arrival_s=self.now_s, num_prompt=PROMPT, max_tokens=2000, rate=RATE)
+        tenant = Tenant(str(self.num_added % self.num_tenants))
+        self.tracker.add(req, arrival_s=self.now_s, num_prompt=PROMPT, max_tokens=2000, rate=RATE, tenant=tenant)
         return req
 
     def _started(self, output: int, *, is_running: bool) -> None:
@@ -82,7 +86,7 @@ class Bench:
         passes = self.policy.num_passes
         start = time.thread_time()
         snapshot = self.snapshots.take(self.now_s)
-        decision = self.policy.decide(snapshot)
+        decision = self.tenants.decide(self.policy, snapshot)
         seconds = time.thread_time() - start
         self._carry_out(decision, snapshot)
         self._run_step()
@@ -142,9 +146,9 @@ class Bench:
             self.kv.ack(Ack(copy.id, True, copy.ntok, 0.0, 1e-6))
 
 
-def measure(n: int, waiting: float, seconds: float) -> dict[str, float]:
+def measure(n: int, waiting: float, seconds: float, num_tenants: int) -> dict[str, float]:
     """Run for so many seconds of virtual time, after a quarter as many that do not count."""
-    bench = Bench(n, waiting)
+    bench = Bench(n, waiting, num_tenants)
     steps = int(seconds / STEP_S)
     for _ in range(0 if waiting else steps // 4):
         bench.one()
@@ -181,11 +185,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="of virtual time")
     parser.add_argument("--burst", type=float, default=0.3, help="share of requests that wait, in the second run")
+    parser.add_argument("--tenants", type=int, default=1, help="whose requests they are, in turn")
     parser.add_argument("--live", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     args = parser.parse_args()
     found = {
-        f"{n} live, {waiting:.0%} just arrived": measure(n, waiting, args.seconds)
+        f"{n} live, {waiting:.0%} just arrived": measure(n, waiting, args.seconds, args.tenants)
         for n in args.live
         for waiting in (0.0, args.burst)
     }

@@ -108,7 +108,7 @@ def settings_of(struct, prefix=""):
 @pytest.mark.parametrize("key", list(settings_of(EngineConfig)))
 def test_a_value_of_the_wrong_kind_is_named_with_its_key_and_its_file(key):
     *section, name = key.split(".")
-    wrong = {name: [{"key": "secret"}]}
+    wrong = {name: [["secret"]]}
     tree = {"model": "m"} | ({section[0]: wrong} if section else wrong)
     with pytest.raises(ConfigError, match=r"must be .*\(in serve\.yaml\)") as caught:
         config_from(tree, source="serve.yaml")

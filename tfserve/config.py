@@ -6,6 +6,7 @@ Unknown keys and bad values are errors that name the key. The names are vLLM's w
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -111,6 +112,47 @@ _BODIES_IN_FLIGHT = 16
 """Bodies of the largest size that may be on their way at once, where no bound is set."""
 
 
+class ApiKey(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of `server.api_keys`: a tenant, known in logs and metrics by its `name`.
+
+    What is short is shared between tenants by `weight`. `admin` sees and ends the streams of all. None: no limit;
+    `max_streams` counts choices under way, `tokens_per_minute` those of prompts and answers.
+    """
+
+    section: ClassVar[str] = "server.api_keys: "
+
+    name: str
+    key: str
+    weight: float = 1.0
+    admin: bool = False
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_streams: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError, which never quotes the key, for a value that cannot be meant."""
+        super().__post_init__()
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name):
+            raise self.mistake("name", "must be 1 to 64 letters, digits, '.', '_' or '-'")
+        check_key(self.key)
+        if not 2.0**-10 <= self.weight <= 2.0**10:
+            raise self.mistake("weight", f"must be 1/1024 to 1024, got {self.weight} (of {self.name!r})")
+        for limit in ("requests_per_minute", "tokens_per_minute", "max_streams"):
+            value = getattr(self, limit)
+            if value is not None and value < 1:
+                raise self.mistake(limit, f"must be at least 1, got {value} (of {self.name!r})")
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.name!r})"
+
+
+def check_key(key: str) -> None:
+    """Raise ConfigError unless `key` can be sent in a header."""
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        # An empty one would open the server to everybody: `--server.api_keys "$KEY"` with KEY unset.
+        raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")
+
+
 class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
 
@@ -119,6 +161,7 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     `max_body_bytes` bounds one request's body, `max_inflight_body_bytes` those of all requests until they are prompts
     (None: 16 times `max_body_bytes`). A connection that takes nothing of its answer for `unread_timeout_s` is closed
     (0: never).
+    `api_keys` are plain keys, or entries with a name; `api_keys_file` is a YAML file with a list of such.
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
     Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
     """
@@ -127,7 +170,8 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str | ApiKey, ...] = ()
+    api_keys_file: str | None = None
     max_queued_requests: int = 1024
     max_body_bytes: int = 4 * 1024 * 1024
     max_inflight_body_bytes: int | None = None
@@ -227,9 +271,9 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def _check_server(self) -> None:
         server = self.server
-        if not all(key and key.isascii() and key.isprintable() and " " not in key for key in server.api_keys):
-            # An empty one would open the server to everybody: `--server.api_keys "$KEY"` with KEY unset.
-            raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")
+        for key in server.api_keys:
+            if isinstance(key, str):
+                check_key(key)
         if server.max_body_bytes < 1:
             raise ConfigError("server.max_body_bytes", f"must be at least 1, got {server.max_body_bytes}")
         if server.inflight_body_bytes < server.max_body_bytes:
@@ -336,7 +380,7 @@ def _misfit_error(tree: Mapping[str, Any], source: str) -> ConfigError:
     if misfit is None:
         return ConfigError("", f"a setting has a value of the wrong type{_origin(source)}")
     # What aliases repeat in a file, grows beyond the memory when it is written out.
-    shown = "" if misfit.path.startswith("server.api_keys") else f", got {_SHORT.repr(misfit.value)}"
+    shown = "" if misfit.path.partition("[")[0] == "server.api_keys" else f", got {_SHORT.repr(misfit.value)}"
     return ConfigError(misfit.path, f"{misfit.rule}{shown}{_origin(source)}")
 
 

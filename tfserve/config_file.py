@@ -116,8 +116,19 @@ for _tag, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises ConfigError naming the file, and the line where there is one."""
+def read_secrets(raw: bytes, source: str) -> Any:
+    """What YAML text holds whose errors must not quote it. Raises ConfigError naming `source` and the line."""
+    try:
+        return yaml.load(raw, _Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError("", f"{source} is not valid YAML{where}") from None
+    except (RecursionError, yaml.YAMLError, ValueError, OverflowError):
+        raise ConfigError("", f"{source} is not valid YAML") from None
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a configuration file. Raises ConfigError naming it."""
     try:
         with path.open("rb") as file:
             raw = file.read(_MOST_BYTES + 1)
@@ -125,6 +136,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("", f"cannot read {path}: {error.strerror}") from None
     if len(raw) > _MOST_BYTES:
         raise ConfigError("", f"{path} is larger than 1 MiB: that is no configuration")
+    return raw
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError naming the file, and the line where there is one."""
+    raw = read_file(path)
     try:
         tree = yaml.load(raw, _Loader)
     except yaml.MarkedYAMLError as error:

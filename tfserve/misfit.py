@@ -137,6 +137,9 @@ class _Search:
                     return misfit
             elif field.required:
                 return Misfit(f"{inside}{name}", "is required")
+        known = {field.encode_name for field in msgspec.structs.fields(struct)}
+        if struct.__struct_config__.forbid_unknown_fields and not known.issuperset(value):
+            return Misfit(path, f"has a field that it cannot have; known: {', '.join(sorted(known))}", right_kind=True)
         return None
 
     def _look_in_dict(self, value: Mapping[Any, Any], expected: Any, path: str) -> Misfit | None:

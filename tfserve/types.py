@@ -113,6 +113,17 @@ def _require(ok: bool, param: str, value: object, meaning: str) -> None:
         raise RequestError(param, f"{param} must be {meaning}, got {value!r}")
 
 
+class Tenant(msgspec.Struct, frozen=True, array_like=True):
+    """For whom a request is served. What is short is shared between tenants by weight; `weight` is above 0."""
+
+    name: str = ""
+    weight: float = 1.0
+
+
+ONE_TENANT = Tenant()
+"""The tenant of requests that name none."""
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log probability (natural log) of one token and of the most likely alternatives in its place, best first."""
 

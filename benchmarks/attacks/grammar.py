@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from attacks import Attack, Target, post
-
 from tests.attack.schemas import LINKS, chain, wide
 
 CHAT = "/v1/chat/completions"

@@ -54,30 +54,32 @@ class Scene:
         self.tracker = Tracker(default_rate=20.0)
         self.held = 0
 
-    def waiting(self, req, prompt=32, max_tokens=100, rate=20.0, for_s=0.5, priority=0) -> Scene:
+    def waiting(self, req, prompt=32, max_tokens=100, rate=20.0, for_s=0.5, **more) -> Scene:
         arrival = self.now_s - for_s
-        self.tracker.add(req, arrival_s=arrival, num_prompt=prompt, max_tokens=max_tokens, rate=rate, priority=priority)
+        self.tracker.add(req, arrival_s=arrival, num_prompt=prompt, max_tokens=max_tokens, rate=rate, **more)
         return self
 
-    def running(self, req, unread_s=5.0, prompt=32, output=200, max_tokens=1000, rate=20.0, for_s=50.0, clean=True):
+    def running(
+        self, req, unread_s=5.0, prompt=32, output=200, max_tokens=1000, rate=20.0, for_s=50.0, clean=True, **more
+    ):
         computed = prompt + output - 1
-        self._started(req, unread_s, prompt, output, max_tokens, rate)
+        self._started(req, unread_s, prompt, output, max_tokens, rate, **more)
         self.tracker.set_phase(req, Phase.RUNNING, self.now_s - for_s)
         blocks = math.ceil(computed / self.block_size)
         self.held += blocks
         self.tracker.update([req], num_computed=computed, device_blocks=blocks, host_tokens=computed if clean else 0)
         return self
 
-    def prefilling(self, req, prompt=320, computed=0, rate=20.0, for_s=0.2) -> Scene:
-        self.tracker.add(req, arrival_s=self.now_s - for_s, num_prompt=prompt, max_tokens=100, rate=rate)
+    def prefilling(self, req, prompt=320, computed=0, rate=20.0, for_s=0.2, **more) -> Scene:
+        self.tracker.add(req, arrival_s=self.now_s - for_s, num_prompt=prompt, max_tokens=100, rate=rate, **more)
         self.tracker.set_phase(req, Phase.RUNNING, self.now_s - for_s)
         blocks = math.ceil(computed / self.block_size)
         self.held += blocks
         self.tracker.update([req], num_computed=computed, device_blocks=blocks)
         return self
 
-    def paused(self, req, unread_s=5.0, prompt=32, output=200, max_tokens=1000, rate=20.0, for_s=3.0, priority=0):
-        self._started(req, unread_s, prompt, output, max_tokens, rate, priority)
+    def paused(self, req, unread_s=5.0, prompt=32, output=200, max_tokens=1000, rate=20.0, for_s=3.0, **more):
+        self._started(req, unread_s, prompt, output, max_tokens, rate, **more)
         self.tracker.set_phase(req, Phase.PAUSED, self.now_s - for_s)
         computed = prompt + output - 1
         self.tracker.update([req], num_computed=computed, host_tokens=computed)
@@ -92,9 +94,9 @@ class Scene:
         self.held += blocks
         return self
 
-    def _started(self, req, unread_s, prompt, output, max_tokens, rate, priority=0) -> None:
+    def _started(self, req, unread_s, prompt, output, max_tokens, rate, **more) -> None:
         first = self.now_s - 60.0
-        self.tracker.add(req, arrival_s=first, num_prompt=prompt, max_tokens=max_tokens, rate=rate, priority=priority)
+        self.tracker.add(req, arrival_s=first, num_prompt=prompt, max_tokens=max_tokens, rate=rate, **more)
         self.tracker.on_tokens([req], output, first)
         if rate is not None:
             # Negative: dry for that long.

@@ -16,6 +16,7 @@ from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
 from tfserve.model.chat_template import ToolFormat
 from tfserve.types import (
+    ONE_TENANT,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -23,6 +24,7 @@ from tfserve.types import (
     RequestTimes,
     SamplingParams,
     StreamState,
+    Tenant,
     TokenLogprob,
 )
 
@@ -230,6 +232,7 @@ class FakeEngine:
         request_id: str | None = None,
         rate=msgspec.UNSET,
         priority: int = 0,
+        tenant: Tenant = ONE_TENANT,
     ) -> FakeStream:
         assert request_id is not None
         assert request_id not in {stream.request_id for stream in self.live}
@@ -250,6 +253,7 @@ class FakeEngine:
         stream.rate = resolve_rate(20.0 if rate is msgspec.UNSET else rate, 20.0)
         stream.asked_rate = rate
         stream.asked_priority = priority
+        stream.tenant = tenant
         self.live.append(stream)
         self.submitted.set()
         if self.reply is not None:

@@ -42,8 +42,9 @@ class BatchBuilder:
         if decision.prefill_tokens is not None and (decodes or decision.prefill_tokens > 0):
             budget = min(budget, decision.prefill_tokens)
         chunks: list[SeqStep] = []
+        most = dict(zip(decision.order, decision.chunks, strict=False))
         for request in prompts:
-            n = min(request.num_tokens - request.num_computed_tokens, budget)
+            n = min(request.num_tokens - request.num_computed_tokens, budget, most.get(request.id, budget))
             if n > 0 and self._append(chunks, request, n):
                 budget -= n
         if not chunks and not decodes:

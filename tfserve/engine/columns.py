@@ -50,7 +50,8 @@ class Columns:
     """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
 
     `num_output` counts the tokens that steps under way will sample: they come, whatever is decided now. `rate` is NaN
-    for a request without a reader. `host_tokens` are on the host and acknowledged. `mean_output` is the average
+    for a request without a reader. `tenant` numbers the tenants from 0 (`num_tenants` are live, there may be gaps), and
+    `weight` is the tenant's. `host_tokens` are on the host and acknowledged. `mean_output` is the average
     output of those that ended by themselves, or were cut beyond it. `num_events` counts arrivals, departures and
     completed loads ever, `num_readings` first tokens and clients' reports; `num_added` and `total_preemptions` are
     over the tracker's life.
@@ -63,6 +64,8 @@ class Columns:
     arrival_s: Floats
     rate: Floats
     priority: Ints
+    tenant: Ints
+    weight: Floats
     phase: npt.NDArray[np.int8]
     phase_since_s: Floats
     num_prompt: Ints
@@ -76,6 +79,7 @@ class Columns:
     mean_output: float | None
     num_events: int
     num_readings: int
+    num_tenants: int
     num_added: int
     total_preemptions: int
     reading: Reading

@@ -234,6 +234,7 @@ class EngineCore:
             rate=message.rate,
             is_rate_assumed=message.is_rate_assumed,
             priority=message.priority,
+            tenant=message.tenant,
             detokenizer=self._detokenizer(params) if params.stop else None,
         )
         self._requests[request.id] = request

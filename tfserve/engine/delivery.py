@@ -10,13 +10,13 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from tfserve.engine.messages import StepOutputs, StreamStates, TokenOutput
 from tfserve.engine.stream import Collector, RequestStream
 from tfserve.errors import EngineDeadError, failures
-from tfserve.types import RequestId, StreamState
+from tfserve.types import ONE_TENANT, RequestId, StreamState, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Delivery:
 
     def __init__(self) -> None:
         self._sinks: dict[RequestId, Sink] = {}
+        self._tenants: dict[RequestId, Tenant] = {}
         self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
 
     def __len__(self) -> int:
@@ -78,16 +79,24 @@ class Delivery:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._sinks
 
-    def add(self, request_id: RequestId, sink: Sink) -> None:
+    def add(self, request_id: RequestId, sink: Sink, tenant: Tenant = ONE_TENANT) -> None:
         """Deliver what comes for this request to `sink`, until it ends."""
         if sink.loop is not None and sink.loop not in self._mailboxes:
             open_ones = {loop: box for loop, box in self._mailboxes.items() if not box.is_closed}
             self._mailboxes = {**open_ones, sink.loop: Mailbox(sink.loop)}
+        self._tenants[request_id] = tenant
         self._sinks[request_id] = sink
 
     def discard(self, request_id: RequestId) -> None:
         """Forget a request that was never sent."""
         self._sinks.pop(request_id, None)
+        self._tenants.pop(request_id, None)
+
+    def has_share(self, tenant: Tenant, room: int) -> bool:
+        """True if a tenant has its share of `room` live requests already, beside those that have any."""
+        live = Counter(self._tenants.copy().values())
+        weight = sum(each.weight for each in live.keys() | {tenant})
+        return live[tenant] + 1 > room * tenant.weight / weight
 
     def hand_out(self, message: StepOutputs, now_s: float) -> list[RequestId]:
         """Leave a step's outputs for their readers; the live requests whose readers are gone."""
@@ -101,6 +110,7 @@ class Delivery:
                 sink = self._sinks.get(output.request_id)
             else:
                 sink = self._sinks.pop(output.request_id, None)
+                self._tenants.pop(output.request_id, None)
             if isinstance(sink, Collector):
                 sink.put(output, now_s)
             elif sink is not None:
@@ -116,7 +126,8 @@ class Delivery:
     def release_all(self, reason: str) -> None:
         """End every open stream with the news of the engine's end."""
         while self._sinks:
-            _, sink = self._sinks.popitem()
+            request_id, sink = self._sinks.popitem()
+            self._tenants.pop(request_id, None)
             if sink.loop is None:
                 sink.die(reason)
             else:

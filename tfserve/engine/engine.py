@@ -39,6 +39,7 @@ from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.strict_json import is_text
 from tfserve.types import (
+    ONE_TENANT,
     ConsumptionRate,
     EngineInfo,
     EngineStats,
@@ -46,6 +47,7 @@ from tfserve.types import (
     RequestOutput,
     SamplingParams,
     StreamState,
+    Tenant,
 )
 
 logger = logging.getLogger(__name__)
@@ -159,18 +161,20 @@ class Engine:
         request_id: RequestId | None = None,
         rate: ConsumptionRate | UnsetType = UNSET,
         priority: int = 0,
+        tenant: Tenant = ONE_TENANT,
     ) -> RequestStream:
         """Start a request; must be called on a running event loop.
 
         `request_id` names it; None for one of the engine's own, which begin with "tfserve-".
         `rate` is how fast its reader reads (default: `scheduler.default_rate`); policies that share the device by
         buffers use it, and of requests with rate None they serve the smallest `priority` (64 bits) first.
+        What is short is shared between tenants by their weights.
         A request that the policy refuses ends with `finish_reason` ERROR and a `retry_after_s`.
         Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
         wait already, EngineDeadError.
         """
-        self._check_queue()
-        message = self._prepare(prompt, params, rate, request_id, priority)
+        self._check_queue(tenant)
+        message = self._prepare(prompt, params, rate, request_id, priority=priority, tenant=tenant)
         tokens_per_s = resolve_rate(message.rate, self.config.scheduler.default_rate)
         stream = RequestStream(self._buffer(message), tokens_per_s, self.abort, self.report_played)
         self._send(message, stream)
@@ -260,7 +264,9 @@ class Engine:
         params: SamplingParams | None,
         rate: ConsumptionRate | UnsetType,
         request_id: RequestId | None,
+        *,
         priority: int = 0,
+        tenant: Tenant = ONE_TENANT,
     ) -> AddRequest:
         prompt = as_prompt(prompt)
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -272,7 +278,7 @@ class Engine:
         rate = as_rate(rate, default_rate)
         priority = as_priority(priority)
         params = validate(token_ids, SamplingParams() if params is None else params, self.info)
-        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed)
+        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed, tenant)
 
     def _check_id(self, request_id: RequestId) -> RequestId:
         is_id = isinstance(request_id, str) and request_id and is_text(request_id)
@@ -300,7 +306,7 @@ class Engine:
             # Again, under the lock: another thread may have taken it since.
             if message.request_id in self._delivery:
                 raise _id_in_use(message.request_id)
-            self._delivery.add(message.request_id, sink)
+            self._delivery.add(message.request_id, sink, message.tenant)
         try:
             self._link.send(message)
         except BaseException:
@@ -315,12 +321,14 @@ class Engine:
             except EngineDeadError:
                 logger.debug("%s: the engine is gone", message)
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, tenant: Tenant) -> None:
+        """Raise QueueFullError if too many wait and the tenant has its share of them."""
         limit = self.config.server.max_queued_requests
         stats = self.stats()
         waiting = len(self._delivery) - stats.num_running - stats.num_paused - stats.num_loading
         # A burst that has not been scheduled yet counts as waiting, but has room to run.
-        if waiting >= limit and len(self._delivery) >= self.info.max_num_seqs + limit:
+        room = self.info.max_num_seqs + limit
+        if waiting >= limit and len(self._delivery) >= room and self._delivery.has_share(tenant, room):
             retry_after_s = self._finish_pace.wait_s(waiting - limit + 1)
             raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from tfserve.types import (
+    ONE_TENANT,
     ConsumptionRate,
     EngineInfo,
     EngineStats,
@@ -13,6 +14,7 @@ from tfserve.types import (
     RequestTimes,
     SamplingParams,
     StreamState,
+    Tenant,
     TokenLogprob,
 )
 
@@ -21,7 +23,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front.
 
     `rate` is resolved as far as the default goes (`is_rate_assumed`: it is the default, since the request named none);
-    of requests without one, the smallest `priority` is served first.
+    of requests without one, the smallest `priority` is served first. `tenant` is for whom it is served.
     """
 
     request_id: RequestId
@@ -31,6 +33,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rate: ConsumptionRate = None
     priority: int = 0
     is_rate_assumed: bool = False
+    tenant: Tenant = ONE_TENANT
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -9,7 +9,16 @@ from typing import Literal
 from tfserve.engine.packed_logprobs import PackedLogprobs
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.plan import PromptLogprobs, Row
-from tfserve.types import ConsumptionRate, FinishReason, RequestId, RequestTimes, SamplingParams, TokenLogprob
+from tfserve.types import (
+    ONE_TENANT,
+    ConsumptionRate,
+    FinishReason,
+    RequestId,
+    RequestTimes,
+    SamplingParams,
+    Tenant,
+    TokenLogprob,
+)
 
 ResumePath = Literal["load", "recompute"]
 """How a preempted request gets its KV back."""
@@ -42,6 +51,7 @@ class Request:
     dropped. `detokenizer` exists only where stop strings must be looked for.
     `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader; then `priority`
     counts, smaller first. `is_rate_assumed`: the request named none. `stall_s` is None where no rate is known.
+    `tenant` is for whom it is served.
     `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
     `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
     """
@@ -57,6 +67,7 @@ class Request:
     rate: ConsumptionRate = None
     is_rate_assumed: bool = False
     priority: int = 0
+    tenant: Tenant = ONE_TENANT
     detokenizer: Detokenizer | None = None
     state: RequestState = RequestState.WAITING
     row: Row | None = None

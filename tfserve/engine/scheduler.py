@@ -10,6 +10,7 @@ from tfserve.engine.columns import Columns, Phase
 from tfserve.engine.cost_model import CostModel
 from tfserve.engine.grammar_gate import GrammarGate
 from tfserve.engine.offload_manager import OffloadManager
+from tfserve.engine.policies.tenants import Tenants
 from tfserve.engine.policy import (
     Decision,
     Policy,
@@ -69,6 +70,7 @@ class Scheduler:
         self.wake_s: float | None = None
         self._gate = gate
         self._policy = policy
+        self._tenants = Tenants(config)
         self._cost = cost
         self._config = config
         self._tracker = Tracker(config.default_rate, config.max_rate)
@@ -116,6 +118,7 @@ class Scheduler:
             rate=request.rate,
             is_rate_assumed=request.is_rate_assumed,
             priority=request.priority,
+            tenant=request.tenant,
         )
 
     def finish(self, request: Request, *, completed: bool) -> None:
@@ -170,7 +173,7 @@ class Scheduler:
         columns = snapshot.columns
         held_rows, release_s = held_on_device(columns, self._config.generate_ahead_s)
         held = frozenset(columns.ids_of(held_rows))
-        decision = self._policy.decide(snapshot)
+        decision = self._tenants.decide(self._policy, snapshot)
         self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
         seqs, n_decode = self._batch.build(self.running, decision, held)
         while not seqs and self._unblock(held, now_s):

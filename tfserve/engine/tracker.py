@@ -10,14 +10,17 @@ import numpy.typing as npt
 
 from tfserve.engine.columns import Columns, Ints, Mask, Phase, Reading
 from tfserve.engine.table import Rows, Table
+from tfserve.engine.tenant_numbers import TenantNumbers
 from tfserve.engine.token_buffer import AUTO, Playback, estimated_rate, play, resolve_rate
-from tfserve.types import FASTEST_RATE, RequestId
+from tfserve.types import FASTEST_RATE, ONE_TENANT, RequestId, Tenant
 
 _DEFAULTS: dict[str, tuple[type, float]] = {
     "seq": (np.int64, 0),
     "arrival_s": (np.float64, 0.0),
     "rate": (np.float64, np.nan),
     "priority": (np.int64, 0),
+    "tenant": (np.int64, 0),
+    "weight": (np.float64, 1.0),
     "phase": (np.int8, Phase.WAITING),
     "phase_since_s": (np.float64, 0.0),
     "num_prompt": (np.int64, 0),
@@ -56,6 +59,7 @@ class Tracker:
         self._default_rate = default_rate
         self._max_rate = max_rate
         self._table = Table(_DEFAULTS)
+        self._tenants = TenantNumbers()
         self._num_added = 0
         self._num_events = 0
         self._num_readings = 0
@@ -75,6 +79,7 @@ class Tracker:
         rate: float | str | None,
         is_rate_assumed: bool = False,
         priority: int = 0,
+        tenant: Tenant = ONE_TENANT,
     ) -> None:
         """Take a new request in, as WAITING. `rate` as `consumption_rate`; RequestError if it is none.
 
@@ -87,6 +92,8 @@ class Tracker:
             arrival_s=arrival_s,
             rate=resolve_rate(rate, self._default_rate),
             priority=priority,
+            tenant=self._tenants.enter(tenant.name),
+            weight=tenant.weight,
             phase_since_s=arrival_s,
             num_prompt=num_prompt,
             max_tokens=max_tokens,
@@ -108,6 +115,7 @@ class Tracker:
             if not is_cut or (self._mean_output is not None and length > self._mean_output):
                 mean = length if self._mean_output is None else self._mean_output
                 self._mean_output = mean + _LENGTH_WEIGHT * (length - mean)
+        self._tenants.leave(int(self._table["tenant"][self._table.row(req)]))
         self._table.remove(req)
         self._num_events += 1
 
@@ -235,6 +243,7 @@ class Tracker:
             mean_output=self._mean_output,
             num_events=self._num_events,
             num_readings=self._num_readings,
+            num_tenants=len(self._tenants),
             num_added=self._num_added,
             total_preemptions=self._num_preemptions,
             reading=Reading(
@@ -268,6 +277,8 @@ _SNAPSHOT = (
     "arrival_s",
     "rate",
     "priority",
+    "tenant",
+    "weight",
     "phase",
     "phase_since_s",
     "num_prompt",

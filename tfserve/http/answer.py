@@ -15,6 +15,7 @@ from tfserve.errors import QueueFullError, RequestError
 from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
+from tfserve.http.keys import CALLER
 from tfserve.http.pacing import pacers_for
 from tfserve.http.packing import packing_of, unpacked
 from tfserve.http.ports import TokenizerPort
@@ -119,7 +120,7 @@ async def encode(tokenizer: TokenizerPort, text: str, *, add_special_tokens: boo
 async def answer(
     request: web.Request,
     service: Service,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     samples: Sequence[SamplingParams],
     renderer: Renderer,
     *,
@@ -129,7 +130,12 @@ async def answer(
 ) -> web.StreamResponse:
     """Submit each prompt once for each of `samples`, or nothing if one is refused, and answer with all the choices."""
     _check_room(service, len(prompts), len(samples))
-    with service.exchange(renderer.id) as exchange:
+    caller = request[CALLER]
+    num_prompt_tokens = sum(map(len, prompts))
+    with (
+        caller.limits.streams(len(prompts) * len(samples), num_prompt_tokens),
+        service.exchange(renderer.id, caller) as exchange,
+    ):
         try:
             for prompt in prompts:
                 exchange.submit(prompt, samples, renderer.id, rate, priority)
@@ -149,7 +155,9 @@ async def answer(
             results = await _collect(exchange, num_choices)
             return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
         finally:
-            request[USAGE] = exchange.usage
+            usage = request[USAGE] = exchange.usage
+            caller.limits.on_tokens(usage.completion_tokens)
+            service.metrics.on_answer(caller.key_name, usage)
 
 
 def _check_room(service: Service, num_prompts: int, num_samples: int) -> None:

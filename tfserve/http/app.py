@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
@@ -23,7 +22,8 @@ from tfserve.http.completions import CompletionEndpoint
 from tfserve.http.cors import allow_origins
 from tfserve.http.endpoint import LOWERED_RATE
 from tfserve.http.errors import JSON, ApiError, api_error
-from tfserve.http.metrics import CONTENT_TYPE
+from tfserve.http.keys import CALLER, peer
+from tfserve.http.metrics import CONTENT_TYPE, OTHER
 from tfserve.http.openapi import OPEN_PATHS, document
 from tfserve.http.page import Page
 from tfserve.http.replies import ModelCard, ModelList, Status, Version
@@ -55,7 +55,7 @@ def create_app(service: Service) -> web.Application:
     """
     server = service.config.server
     app = web.Application(
-        middlewares=[log_requests, report_errors, key_check(server.api_keys)],
+        middlewares=[log_requests, report_errors, identify(service)],
         client_max_size=server.max_body_bytes,
     )
     about = AboutEndpoints(service)
@@ -133,7 +133,7 @@ class AboutEndpoints:
     async def openapi(self, _request: web.Request) -> web.Response:
         """GET /openapi.json."""
         service = self._service
-        return _json(document(service.model_name, with_keys=bool(service.config.server.api_keys)))
+        return _json(document(service.model_name, with_keys=bool(service.keys)))
 
     def _card(self) -> ModelCard:
         service = self._service
@@ -164,8 +164,10 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         return web.Response(status=CLIENT_GONE)
     finally:
         usage = request.get(USAGE)
-        tokens = f", {usage.prompt_tokens} + {usage.completion_tokens} tokens" if usage else ""
-        line = (request[REQUEST_ID], request.method, request.rel_url.raw_path, status, time.monotonic() - begun, tokens)
+        more = f", {usage.prompt_tokens} + {usage.completion_tokens} tokens" if usage else ""
+        if (caller := request.get(CALLER)) and caller.key_name:
+            more += f", key {caller.key_name}"
+        line = (request[REQUEST_ID], request.method, request.rel_url.raw_path, status, time.monotonic() - begun, more)
         # Probes come every few seconds for as long as the server lives.
         level = logging.DEBUG if request.path in OPEN_PATHS else logging.INFO
         log.log(level, "%s %s %.200s %d in %.3f s%s", *line)
@@ -182,28 +184,36 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return api_error(error).response()
 
 
-def key_check(api_keys: Sequence[str]) -> Middleware:
-    """Middleware that lets only requests with one of `api_keys` pass; no keys, no check."""
-    expected = [key.encode() for key in api_keys]
+def identify(service: Service) -> Middleware:
+    """Middleware that notes the caller, and lets only those with a key pass where there are keys."""
+    keys = service.keys
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if expected and request.path not in OPEN_PATHS:
-            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            # All are compared, each in constant time: the time taken tells nothing about any key.
-            matches = [hmac.compare_digest(given.encode(errors="surrogateescape"), key) for key in expected]
-            if scheme.lower() != "bearer" or not any(matches):
+        if request.path not in OPEN_PATHS:
+            caller = keys.find(request.headers.get("Authorization", "")) if keys else peer(request.remote)
+            if caller is None:
+                service.metrics.on_key_refusal(OTHER, "unauthorized")
                 message = "Missing or wrong API key; send it as 'Authorization: Bearer KEY'."
                 headers = {"WWW-Authenticate": "Bearer"}
                 raise ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers)
+            request[CALLER] = caller
+            try:
+                return await handler(request)
+            except ApiError as error:
+                if caller.key_name and error.status == 429:
+                    service.metrics.on_key_refusal(caller.key_name, error.info.code or "")
+                raise
         return await handler(request)
 
     return check
 
 
 async def _tell_client(request: web.Request, response: web.StreamResponse) -> None:
-    """The request's id, and the reading rate that counts where that is not the one asked for."""
+    """The request's id, what is left of its key's limits, and the rate that counts if another was asked for."""
     if request_id := request.get(REQUEST_ID):
         response.headers[REQUEST_ID_HEADER] = request_id
+    if caller := request.get(CALLER):
+        response.headers.update(caller.limits.headers)
     if (rate := request.get(LOWERED_RATE)) is not None:
         response.headers[RATE_HEADER] = f"{rate:g}"

@@ -58,6 +58,6 @@ def _curl(service: Service, url: str) -> str:
         "stream": True,
         "messages": [{"role": "user", "content": "Why is the sky blue?"}],
     }
-    key = ' -H "Authorization: Bearer $API_KEY"' if service.config.server.api_keys else ""
+    key = ' -H "Authorization: Bearer $API_KEY"' if service.keys else ""
     data = shlex.quote(json.dumps(body))
     return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"

@@ -10,7 +10,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _ALLOWED = {"Access-Control-Allow-Methods": "GET, POST, OPTIONS", "Access-Control-Max-Age": "600"}
 
-_READABLE = "Retry-After, X-Consumption-Rate, X-Request-Id, X-Should-Retry"
+_LIMITS = (f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset"))
+_READABLE = ", ".join(("Retry-After", "X-Consumption-Rate", "X-Request-Id", "X-Should-Retry", *_LIMITS))
 """Headers of ours that a page's script may read."""
 
 

@@ -12,6 +12,7 @@ from aiohttp import web
 from tfserve.engine.token_buffer import exceeds
 from tfserve.errors import RequestError
 from tfserve.http.answer import Renderer, answer, read_body
+from tfserve.http.keys import CALLER
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import GenerationRequest
@@ -44,6 +45,7 @@ class GenerationEndpoint(ABC, Generic[Asked]):
         """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
         service = self._service
         tokenizer = service.engine.tokenizer
+        request[CALLER].limits.on_request()
         with service.bodies.hold() as hold:
             asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes, hold))
             service.check_model(asked.model)

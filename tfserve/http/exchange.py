@@ -11,17 +11,27 @@ from msgspec import UNSET, UnsetType
 from tfserve.http.errors import ApiError, too_many, unavailable
 from tfserve.http.ports import EnginePort, StreamPort
 from tfserve.http.replies import Usage
-from tfserve.types import ConsumptionRate, FinishReason, RequestOutput, RequestTimes, SamplingParams
+from tfserve.types import (
+    ONE_TENANT,
+    ConsumptionRate,
+    FinishReason,
+    RequestOutput,
+    RequestTimes,
+    SamplingParams,
+    Tenant,
+)
 
 
 class Exchange:
-    """The streams of one API request, numbered in the order of `submit`.
-
+    """The streams of one API request of `tenant`, numbered in the order of `submit`.
 
     Read it by `next`, or `listen` and `take`. `on_end` gets every stream that has ended, with its last output.
     """
 
-    def __init__(self, engine: EnginePort, on_end: Callable[[StreamPort, RequestOutput], None]) -> None:
+    def __init__(
+        self, engine: EnginePort, on_end: Callable[[StreamPort, RequestOutput], None], tenant: Tenant = ONE_TENANT
+    ) -> None:
+        self.tenant = tenant
         self._engine = engine
         self._on_end = on_end
         self._streams: list[StreamPort] = []
@@ -47,7 +57,9 @@ class Exchange:
         for params in samples:
             number = len(self._streams)
             name = f"{request_id}-{number}"
-            stream = self._engine.submit(prompt, params, request_id=name, rate=rate, priority=priority)
+            stream = self._engine.submit(
+                prompt, params, request_id=name, rate=rate, priority=priority, tenant=self.tenant
+            )
             stream.on_news = functools.partial(self._note, number)
             self._unfinished.add(number)
             self._streams.append(stream)

@@ -22,11 +22,15 @@ from prometheus_client.registry import Collector
 from tfserve.engine.messages import StepOutputs
 from tfserve.engine.qos import Served, effective_tokens
 from tfserve.http.ports import EnginePort, StreamPort
+from tfserve.http.replies import Usage
 from tfserve.types import EngineStats, FinishReason, RequestOutput, RequestTimes, StreamState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 PREFIX = "tfserve:"
+
+OTHER = "other"
+"""The label of requests whose key is none of the server's."""
 
 _GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _SHORT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
@@ -95,6 +99,10 @@ class Metrics:
             "effective_tokens",
             "Tokens of ended requests that said how fast they are read, weighed by how full the reader's buffer was.",
         )
+        self._key_answers = counter("key_requests", "Answers given, whole or in part, by the key's name.", ["key"])
+        self._key_prompt = counter("key_prompt_tokens", "Prompt tokens of these answers.", ["key"])
+        self._key_output = counter("key_generation_tokens", "Tokens generated for these answers.", ["key"])
+        self._key_refused = counter("key_requests_refused", "Requests refused for their key.", ["key", "reason"])
 
     def attach(self, engine: EnginePort) -> None:
         """Show this engine."""
@@ -124,6 +132,17 @@ class Metrics:
     def on_unread(self) -> None:
         """A connection is closed because its client reads nothing."""
         self._unread.inc()
+
+    def on_answer(self, key_name: str | None, usage: Usage) -> None:
+        """An API request has been answered; None: no keys are asked for."""
+        if key_name is not None:
+            self._key_answers.labels(key_name).inc()
+            self._key_prompt.labels(key_name).inc(usage.prompt_tokens)
+            self._key_output.labels(key_name).inc(usage.completion_tokens)
+
+    def on_key_refusal(self, key_name: str, reason: str) -> None:
+        """A request was refused for what its key may not, or is not: rate_limit_exceeded or unauthorized."""
+        self._key_refused.labels(key_name, reason).inc()
 
     def render(self, streams: Sequence[StreamState]) -> bytes:
         """The text that Prometheus reads; `streams` are the live requests now."""

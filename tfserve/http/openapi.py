@@ -24,7 +24,7 @@ _MEANINGS = {
     408: "The body did not come in time.",
     413: "The body is larger than server.max_body_bytes.",
     415: "The Content-Encoding is neither gzip nor deflate; or a web page's request is not called application/json.",
-    429: "Too many requests wait; Retry-After says for how long to stay away.",
+    429: "Too many requests wait, or a limit of the key is reached; Retry-After says for how long to stay away.",
     500: "The engine failed on this request.",
     503: "The server is loading, draining or dead, has no memory for the body now, or the answer was aborted.",
 }
@@ -76,7 +76,7 @@ OPERATIONS = (
         "The token ids of a text or a conversation",
         tokens.TokenizeReply,
         tokens.TokenizeRequest,
-        errors=(400, 404, 413, 503),
+        errors=(400, 404, 413, 429, 503),
     ),
     Operation(
         "post",
@@ -84,7 +84,7 @@ OPERATIONS = (
         "The text of token ids",
         tokens.DetokenizeReply,
         tokens.DetokenizeRequest,
-        errors=(400, 404, 413, 503),
+        errors=(400, 404, 413, 429, 503),
     ),
     Operation("get", "/v1/models", "The model that is served", replies.ModelList, errors=(503,)),
     Operation("get", "/v1/models/{id}", "One model", replies.ModelCard, errors=(404, 503)),

@@ -10,7 +10,16 @@ from msgspec import UNSET, UnsetType
 from tfserve.config import EngineConfig
 from tfserve.engine.messages import StepOutputs
 from tfserve.model.chat_template import ToolFormat
-from tfserve.types import ConsumptionRate, EngineInfo, EngineStats, RequestOutput, SamplingParams, StreamState
+from tfserve.types import (
+    ONE_TENANT,
+    ConsumptionRate,
+    EngineInfo,
+    EngineStats,
+    RequestOutput,
+    SamplingParams,
+    StreamState,
+    Tenant,
+)
 
 
 class TokenizerPort(Protocol):
@@ -142,6 +151,7 @@ class EnginePort(Protocol):
         request_id: str | None = None,
         rate: ConsumptionRate | UnsetType = UNSET,
         priority: int = 0,
+        tenant: Tenant = ONE_TENANT,
     ) -> StreamPort:
         """Queue a request. Raises RequestError, QueueFullError, EngineDeadError."""
         ...

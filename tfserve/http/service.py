@@ -15,6 +15,7 @@ from tfserve.errors import EngineDeadError
 from tfserve.http.bodies import BodyBudget
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.exchange import Exchange
+from tfserve.http.keys import Caller, Keyring
 from tfserve.http.metrics import Metrics
 from tfserve.http.ports import EnginePort
 from tfserve.types import EngineStats
@@ -34,6 +35,7 @@ class Service:
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.keys = Keyring(config)
         self.model_name = config.served_model_name or os.path.basename(os.path.abspath(config.model))
         self.created = int(time.time())
         self.phase = Phase.LOADING
@@ -114,12 +116,12 @@ class Service:
         return len(self._open)
 
     @contextlib.contextmanager
-    def exchange(self, name: str) -> Iterator[Exchange]:
+    def exchange(self, name: str, caller: Caller) -> Iterator[Exchange]:
         """A place for one API request's streams; what is unfinished on the way out, however it comes, is aborted.
 
         `name` is the answer's id, unique, by which `find` finds it.
         """
-        exchange = Exchange(self.engine, self.metrics.on_end)
+        exchange = Exchange(self.engine, self.metrics.on_end, caller.tenant)
         self._open[name] = exchange
         self.idle.clear()
         try:
@@ -131,9 +133,10 @@ class Service:
             if not self._open:
                 self.idle.set()
 
-    def find(self, name: str) -> Exchange | None:
-        """The open request whose answer has this id."""
-        return self._open.get(name)
+    def find(self, name: str, caller: Caller) -> Exchange | None:
+        """The open request whose answer has this id, if the caller may see it."""
+        exchange = self._open.get(name)
+        return exchange if exchange is not None and caller.may_see(exchange.tenant) else None
 
     def abort_open(self, reason: str) -> None:
         """Abort every open request; their clients are told `reason`."""

@@ -15,12 +15,13 @@ from tfserve.errors import RequestError
 from tfserve.http.answer import read_body
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
+from tfserve.http.keys import CALLER, Caller
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import StreamPort
 from tfserve.http.protocol import Int
 from tfserve.http.service import Service
 from tfserve.http.sse import HEADERS, event
-from tfserve.types import EngineStats, StreamState
+from tfserve.types import EngineStats, StreamState, Tenant
 
 _MAX_BODY_BYTES = 4096
 _LEAST_INTERVAL_S = 0.1
@@ -80,31 +81,38 @@ class AbortReply(msgspec.Struct, kw_only=True):
 
 
 class StreamFeed:
-    """Pictures of all streams. Viewers share them: the engine is asked once, however many look."""
+    """Pictures of the streams that a caller may see. The engine is asked once, however many look."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._taken_s = float("-inf")
-        self._picture = b""
+        self._listed: StreamList | None = None
+        self._pictures: dict[Tenant | None, bytes] = {}
         self._asking = asyncio.Lock()
 
-    async def picture(self, max_age_s: float) -> bytes:
+    async def picture(self, max_age_s: float, caller: Caller) -> bytes:
         """JSON of a StreamList that is no older than `max_age_s`. Raises ApiError, EngineDeadError."""
         async with self._asking:
-            if time.monotonic() - self._taken_s > max_age_s:
+            if self._listed is None or time.monotonic() - self._taken_s > max_age_s:
                 engine = self._service.engine_alive
                 streams = await engine.streams()
                 policy = engine.info.policy
-                listed = StreamList(
+                self._listed = StreamList(
                     created=time.time(),
                     policy=policy,
                     policy_ignores=IGNORES.get(policy, ()),
                     stats=engine.stats(),
                     data=streams,
                 )
-                self._picture = msgspec.json.encode(listed)
+                self._pictures.clear()
                 self._taken_s = time.monotonic()
-            return self._picture
+            viewer = None if caller.sees_all else caller.tenant
+            if viewer not in self._pictures:
+                data = self._listed.data
+                if viewer is not None:
+                    data = [each for each in data if self._service.find(each.id.rpartition("-")[0], caller)]
+                self._pictures[viewer] = msgspec.json.encode(msgspec.structs.replace(self._listed, data=data))
+            return self._pictures[viewer]
 
 
 class StreamEndpoints:
@@ -118,16 +126,16 @@ class StreamEndpoints:
 
     async def list(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/streams: once, or as events every `?interval=` seconds (0.5) for who accepts text/event-stream."""
-        interval_s = _interval_s(request)
+        interval_s, caller = _interval_s(request), request[CALLER]
         if "text/event-stream" not in request.headers.get("Accept", ""):
-            return web.Response(body=await self._feed.picture(0.0), content_type=JSON)
-        first = await self._feed.picture(interval_s / 2)
+            return web.Response(body=await self._feed.picture(0.0, caller), content_type=JSON)
+        first = await self._feed.picture(interval_s / 2, caller)
         response = web.StreamResponse(headers=HEADERS)
         await response.prepare(request)
         await response.write(event(first))
         while not self._service.is_ending:
             await asyncio.sleep(interval_s)
-            await response.write(event(await self._feed.picture(interval_s / 2)))
+            await response.write(event(await self._feed.picture(interval_s / 2, caller)))
             # A viewer who does not look gets fewer pictures, not a backlog of them.
             await request.writer.drain()
         return response
@@ -136,7 +144,7 @@ class StreamEndpoints:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
         with self._service.bodies.hold() as hold:
             report = self._reports.parse(await read_body(request, _MAX_BODY_BYTES, hold))
-        _, stream = self._find(request.match_info["id"], "id")
+        _, stream = self._find(request.match_info["id"], "id", request[CALLER])
         if math.isnan(stream.rate):
             message = "This stream has no reader to report on; send a consumption_rate, such as auto, with its request."
             raise RequestError("id", message, "no_reader")
@@ -150,19 +158,19 @@ class StreamEndpoints:
         """POST /abort_request: end a request, wherever it is; its client is told."""
         with self._service.bodies.hold() as hold:
             wanted = self._aborts.parse(await read_body(request, _MAX_BODY_BYTES, hold)).request_id
-        exchange, _ = self._find(wanted, "request_id")
+        exchange, _ = self._find(wanted, "request_id", request[CALLER])
         exchange.abort("The request was aborted by POST /abort_request.", for_good=True)
         return web.Response(body=msgspec.json.encode(AbortReply(request_id=wanted)), content_type=JSON)
 
-    def _find(self, name: str, param: str) -> tuple[Exchange, StreamPort]:
+    def _find(self, name: str, param: str, caller: Caller) -> tuple[Exchange, StreamPort]:
         """The stream of this id and its request; an answer's id means its first choice.
 
-        Raises ApiError (404) about `param`.
+        Raises ApiError (404) about `param`, also where the stream is not for this caller to see.
         """
-        exchange = self._service.find(name)
+        exchange = self._service.find(name, caller)
         if exchange is not None:
             return exchange, exchange.streams[0]
-        exchange = self._service.find(name.rpartition("-")[0])
+        exchange = self._service.find(name.rpartition("-")[0], caller)
         if exchange is not None:
             for stream in exchange.streams:
                 if stream.request_id == name:

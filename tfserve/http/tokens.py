@@ -13,6 +13,7 @@ from tfserve.http.answer import encode, read_body
 from tfserve.http.bodies import BodyHold
 from tfserve.http.chat_prompt import chat_prompt
 from tfserve.http.errors import JSON
+from tfserve.http.keys import CALLER
 from tfserve.http.known_fields import TOKENIZE_FIELDS
 from tfserve.http.messages import ChatMessage
 from tfserve.http.parsing import BodyParser
@@ -108,6 +109,7 @@ class TokenEndpoints:
         return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
 
     async def _body(self, request: web.Request, hold: BodyHold) -> bytes:
+        request[CALLER].limits.on_request()
         return await read_body(request, self._service.config.server.max_body_bytes, hold)
 
 

@@ -1,0 +1,103 @@
+"""Kind: one key takes the server from the others, or touches their streams."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.http.conftest import Running
+from tests.http.test_keys import by
+from tests.scripted import scripted_server, write_scripted_model
+
+PLAIN = "/v1/completions"
+KEYS = [{"name": name, "key": f"sk-{name}"} for name in ("honest", "hostile")]
+HONEST = {"prompt": "Tell me", "stream": True, "max_tokens": 20}
+
+
+@pytest.fixture(params=["tokenflow", "fcfs", "fcfs-chunked"])
+async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Running]:
+    settings: Any = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "scheduler": {"policy": request.param}}
+    keys: Any = {"api_keys": KEYS, "max_queued_requests": 300}
+    async with scripted_server(
+        write_scripted_model(tmp_path), "word and ", ends=False, server=keys, **settings
+    ) as server:
+        yield server
+        await asyncio.wait_for(server.service.idle.wait(), 10)
+        for _ in range(100):
+            if server.engine.stats().num_free_blocks == server.engine.stats().num_blocks - 1:
+                break
+            await asyncio.sleep(0.05)
+        assert server.engine.stats().num_free_blocks == server.engine.stats().num_blocks - 1
+
+
+async def flood(server: Running, bodies: list[dict[str, Any]]) -> list[asyncio.Task[int]]:
+    """Requests of the hostile key, once the engine is full of them."""
+
+    async def one(body: dict[str, Any]) -> int:
+        async with server.post(PLAIN, body, headers=by("hostile")) as response:
+            await response.read()
+            return int(response.status)
+
+    tasks = [asyncio.ensure_future(one(body)) for body in bodies]
+    async with asyncio.timeout(10):
+        while (stats := server.engine.stats()).num_running < 2 or stats.num_waiting + stats.num_paused < 4:
+            await asyncio.sleep(0.02)
+    return tasks
+
+
+async def end(tasks: list[asyncio.Task[int]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+HOSTILE = {
+    "many": [{"prompt": "x", "stream": True, "max_tokens": 3000} for _ in range(90)],
+    "fast": [{"prompt": "x", "stream": True, "max_tokens": 3000, "consumption_rate": 50} for _ in range(90)],
+    "slow": [{"prompt": "x", "stream": True, "max_tokens": 3000, "consumption_rate": 0.01} for _ in range(90)],
+    "unread": [{"prompt": "x", "max_tokens": 3000, "priority": -(2**63)} for _ in range(90)],
+    "prompts": [{"prompt": [5] * 3000, "n": 64, "max_tokens": 500}],
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+async def test_a_second_key_is_served_while_the_first_floods(server: Running, hostile: str) -> None:
+    tasks = await flood(server, HOSTILE[hostile])
+    for body in (HONEST, {**HONEST, "stream": False}):
+        async with asyncio.timeout(20), server.post(PLAIN, body, headers=by("honest")) as response:
+            assert response.status == 200
+            await response.read()
+    assert not all(task.done() for task in tasks)
+    await end(tasks)
+
+
+async def test_a_queue_full_of_one_key_takes_requests_of_another(server: Running) -> None:
+    tasks = await flood(server, [{"prompt": "x", "n": 76, "max_tokens": 3000} for _ in range(4)])
+    async with server.post(PLAIN, {"prompt": "x", "max_tokens": 3000}, headers=by("hostile")) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (429, "queue_full")
+    async with asyncio.timeout(20), server.post(PLAIN, HONEST, headers=by("honest")) as response:
+        assert response.status == 200
+        await response.read()
+    await end(tasks)
+
+
+async def test_another_keys_streams_cannot_be_found_or_ended(server: Running) -> None:
+    tasks = await flood(server, HOSTILE["many"])
+    async with server.get("/v1/streams", headers=by("hostile")) as response:
+        names = [row["id"] for row in (await response.json())["data"]]
+    assert len(names) == 90
+    async with server.get("/v1/streams", headers=by("honest")) as response:
+        assert (await response.json())["data"] == []
+    for name in names[:5]:
+        for path, body in (
+            ("/abort_request", {"request_id": name}),
+            (f"/v1/streams/{name}/buffer", {"played_tokens": 9}),
+        ):
+            async with server.post(path, body, headers=by("honest")) as response:
+                assert response.status == 404
+    assert not any(task.done() for task in tasks)
+    await end(tasks)

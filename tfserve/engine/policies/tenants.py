@@ -1,0 +1,325 @@
+"""Tenants: what is short is shared between tenants by weight, whatever the policy. Torch-free.
+
+The measure is max-min fairness of what a tenant holds on the device now: its share of the seats or of the blocks,
+whichever is larger, by its weight (Ghodsi et al., Dominant Resource Fairness, NSDI 2011). Nothing is remembered of what
+a tenant had before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import msgspec
+import numpy as np
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.columns import Columns, Ints
+from tfserve.engine.policies import OFFLOADING
+from tfserve.engine.policies.headroom import headroom_s
+from tfserve.engine.policies.sharing import exchange, resident_blocks, return_s, round_trip_s, usable_blocks
+from tfserve.engine.policy import Decision, Policy, ResumeBy, Snapshot
+from tfserve.engine.table import Rows
+from tfserve.engine.token_buffer import Floats
+
+_LEAST_CHUNK = 64
+"""Prompt tokens of each tenant in a step of several tenants' prompts, at least: a shorter step saves little."""
+
+_MOST_WANTING = 64
+"""Requests considered in one pass for what other tenants hold."""
+
+
+class Tenants:
+    """Decides for several tenants with a policy. While only one has requests, the decisions are the policy's own.
+
+    With several, the policy sees waiting requests in fair order. What a tenant holds beyond others is taken back for
+    their requests, whatever the policy says of these. Prompts of several tenants share each step.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._has_taken = False
+
+    def decide(self, policy: Policy, snapshot: Snapshot) -> Decision:
+        """The policy's decision, in turn with exchanges between tenants."""
+        if snapshot.columns.num_tenants < 2:
+            return policy.decide(snapshot)
+        holdings = Holdings.of(snapshot, self._config)
+        turn = fair_turn(snapshot.columns, holdings)
+        taken = take_back(snapshot, self._config, holdings, turn)
+        # The policy is asked in every second step at least: it has more to look after.
+        self._has_taken = taken is not None and not self._has_taken
+        if taken is not None and self._has_taken:
+            return share_prompts(snapshot, taken)
+        decision = policy.decide(replace(snapshot, columns=in_fair_order(snapshot.columns, turn)))
+        if taken is not None and decision.reject:
+            reject = tuple((req, wait_s) for req, wait_s in decision.reject if req not in taken.admit)
+            decision = msgspec.structs.replace(decision, reject=reject)
+        return share_prompts(snapshot, decision)
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What each tenant holds on the device, by its number. `need` is what each request needs there, in blocks.
+
+    `spare` are blocks that residents will not need soon; `num_seats` and `num_blocks` are all there are.
+    """
+
+    need: Ints
+    seats: Ints
+    blocks: Ints
+    weight: Floats
+    spare: int
+    num_seats: int
+    num_blocks: int
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, config: SchedulerConfig) -> Holdings:
+        """The holdings at the moment of a snapshot."""
+        c = snapshot.columns
+        need, usable = _need(snapshot, config), usable_blocks(snapshot, config.watermark)
+        resident = c.is_running | c.is_loading
+        tenant, count = c.tenant[resident], int(c.tenant.max()) + 1
+        weight = np.ones(count)
+        weight[c.tenant] = c.weight
+        blocks = np.bincount(tenant, weights=need[resident], minlength=count).astype(np.int64)
+        return cls(
+            need=need,
+            seats=np.bincount(tenant, minlength=count),
+            blocks=blocks,
+            weight=weight,
+            spare=usable - int(blocks.sum()),
+            num_seats=snapshot.max_num_seqs,
+            num_blocks=max(usable, 1),
+        )
+
+    def level(self, tenant: int, seats: int = 0, blocks: int = 0) -> float:
+        """How much a tenant would hold with so much more, by its weight: 1 is the whole device at weight 1."""
+        return float(self.levels(np.array([tenant]), np.array([seats]), np.array([blocks]))[0])
+
+    def levels(self, tenant: Ints, seats: Ints, blocks: Ints) -> Floats:
+        """As `level`, elementwise."""
+        share = np.maximum(
+            (self.seats[tenant] + seats) / self.num_seats, (self.blocks[tenant] + blocks) / self.num_blocks
+        )
+        levels: Floats = share / self.weight[tenant]
+        return levels
+
+    def worse_off(self, columns: Columns, rows: Rows) -> Rows:
+        """Those of `rows` whose tenant would hold no more with them than another one holds now, the poorest first."""
+        all_tenants = np.arange(len(self.seats))
+        now = self.levels(all_tenants, np.zeros_like(all_tenants), np.zeros_like(all_tenants))
+        richest = int(now.argmax())
+        others = np.full(len(now), now[richest])
+        others[richest] = np.delete(now, richest).max(initial=0.0)
+        tenant = columns.tenant[rows]
+        rows = rows[self.levels(tenant, np.ones_like(tenant), self.need[rows]) <= others[tenant]]
+        return rows[np.argsort(now[columns.tenant[rows]], kind="stable")]
+
+
+def fair_turn(columns: Columns, holdings: Holdings) -> Rows:
+    """Waiting rows in the order in which tenants' levels rise least; within a tenant in order of arrival."""
+    c = columns
+    rows = np.flatnonzero(c.is_waiting)
+    if not len(rows):
+        return rows
+    rows = rows[np.lexsort((c.seq[rows], c.tenant[rows]))]
+    tenant, need = c.tenant[rows], holdings.need[rows]
+    first = np.flatnonzero(np.diff(tenant, prepend=-1))
+    sizes = np.diff(first, append=len(rows))
+    seats = np.arange(len(rows)) - np.repeat(first, sizes) + 1
+    blocks = np.cumsum(need)
+    blocks = blocks - np.repeat(blocks[first] - need[first], sizes)
+    return rows[np.lexsort((c.seq[rows], holdings.levels(tenant, seats, blocks)))]
+
+
+def in_fair_order(columns: Columns, turn: Rows) -> Columns:
+    """The columns with waiting requests as if they had come in the order of `turn`.
+
+    None comes earlier than it did. Priorities count within a tenant only: the best one of each tenant is 0.
+    """
+    c = columns
+    if not len(turn):
+        return c
+    seq, arrival_s, since_s, priority = (a.copy() for a in (c.seq, c.arrival_s, c.phase_since_s, c.priority))
+    seq[turn] = np.sort(c.seq[turn])
+    arrival_s[turn] = np.maximum.accumulate(c.arrival_s[turn])
+    since_s[turn] = np.maximum.accumulate(c.phase_since_s[turn])
+    rows = turn[np.lexsort((c.priority[turn], c.tenant[turn]))]
+    is_first = np.diff(c.tenant[rows], prepend=-1) != 0
+    rank = np.cumsum(is_first | (np.append(False, c.priority[rows][1:] != c.priority[rows][:-1])))
+    priority[rows] = rank - np.repeat(rank[is_first], np.diff(np.flatnonzero(is_first), append=len(rows)))
+    return replace(c, seq=seq, arrival_s=arrival_s, phase_since_s=since_s, priority=priority)
+
+
+def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, turn: Rows) -> Decision | None:
+    """Exchanges that make the holdings of tenants more even; None if there are none to make.
+
+    A request that waits, or whose reader is about to run dry, comes in the place of requests of a tenant that still
+    holds no less than its own without them. It comes into free memory, too, where another tenant could be reduced for
+    it: the policy may hold it up for what the other tenant was promised.
+    """
+    c = snapshot.columns
+    headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
+    seconds, loads = return_s(snapshot)
+    is_due = headroom <= seconds + config.critical_s
+    away = np.flatnonzero(c.is_paused & is_due)
+    wanting = holdings.worse_off(c, np.concatenate([away[np.argsort(headroom[away])], turn]))
+    if not len(wanting):
+        return None
+    exchanges = _Exchanges(snapshot, holdings, may_crowd=config.overload == "shed")
+    for row in wanting[:_MOST_WANTING].tolist():
+        exchanges.consider(row, from_readers=bool(is_due[row]))
+    if not exchanges.coming:
+        return None
+    offload = config.offload and config.policy in OFFLOADING
+    _, by_host = round_trip_s(snapshot, offload=offload)
+    decision = exchange(snapshot, exchanges.leaving, exchanges.coming, by_host=by_host, loads=loads)
+    return msgspec.structs.replace(decision, wake_s=snapshot.now_s)
+
+
+class _Exchanges:
+    """Builds up exchanges one by one, and follows what tenants hold after each."""
+
+    def __init__(self, snapshot: Snapshot, holdings: Holdings, *, may_crowd: bool) -> None:
+        c = snapshot.columns
+        self._may_crowd = may_crowd
+        """Whether a prompt may come though its turn is not in the next step."""
+        self.leaving: list[int] = []
+        self.coming: list[int] = []
+        self._snapshot = snapshot
+        self._holdings = replace(holdings, seats=holdings.seats.copy(), blocks=holdings.blocks.copy())
+        self._spare = holdings.spare
+        self._free_seats = snapshot.num_free_rows
+        running = np.flatnonzero(c.is_running)
+        # The next to leave is the last: it has most to read; of requests without a token, least is computed of it.
+        order = np.lexsort((c.seq[running], -c.num_computed[running], c.time_to_empty_s[running]))
+        self._residents: dict[int, list[int]] = {}
+        for row, tenant in zip(running[order].tolist(), c.tenant[running[order]].tolist(), strict=True):
+            self._residents.setdefault(tenant, []).append(row)
+        pending = np.where(snapshot.is_decoding, 0, c.num_uncomputed)[running]
+        self._pending = np.bincount(c.tenant[running], weights=pending, minlength=len(holdings.seats))
+
+    def consider(self, row: int, *, from_readers: bool) -> None:
+        """Let a request come if it may, in exchange for as few as make room for it."""
+        c, holdings = self._snapshot.columns, self._holdings
+        tenant, need = int(c.tenant[row]), int(holdings.need[row])
+        if self._pending[tenant] >= self._snapshot.max_num_batched_tokens and not self._may_crowd:
+            return
+        level = holdings.level(tenant, 1, need)
+        victims: list[int] = []
+        for victim in self._victims(tenant, level, from_readers=from_readers):
+            if self._has_room(need, victims):
+                # The first one beyond shows that there is a tenant to be reduced for this request.
+                self._put_on(row, victims)
+                return
+            victims.append(victim)
+        if victims and self._has_room(need, victims):
+            self._put_on(row, victims)
+
+    def _victims(self, tenant: int, level: float, *, from_readers: bool) -> Iterator[int]:
+        """Residents that may leave for one that raises `tenant` to `level`, of the fullest tenant first."""
+        c, holdings = self._snapshot.columns, self._holdings
+        left = {other: list(rows) for other, rows in self._residents.items() if other != tenant}
+        seats, blocks = dict.fromkeys(left, 0), dict.fromkeys(left, 0)
+        while left:
+            other = max(left, key=lambda each: holdings.level(each, -seats[each], -blocks[each]))
+            if not left[other]:
+                del left[other]
+                continue
+            row = left[other].pop()
+            if not from_readers and c.has_reader[row]:
+                continue
+            seats[other] += 1
+            blocks[other] += int(holdings.need[row])
+            if holdings.level(other, -seats[other], -blocks[other]) < level - 1e-9:
+                return
+            yield row
+
+    def _has_room(self, need: int, victims: list[int]) -> bool:
+        freed = int(self._holdings.need[victims].sum())
+        return need <= self._spare + freed and self._free_seats + len(victims) > 0
+
+    def _put_on(self, row: int, victims: list[int]) -> None:
+        for victim in victims:
+            self.leaving.append(victim)
+            self._residents[int(self._snapshot.columns.tenant[victim])].remove(victim)
+            self._count(victim, -1)
+        self.coming.append(row)
+        self._count(row, 1)
+        c = self._snapshot.columns
+        self._pending[c.tenant[row]] += 0 if c.is_paused[row] else c.num_tokens[row]
+
+    def _count(self, row: int, seats: int) -> None:
+        tenant, blocks = self._snapshot.columns.tenant[row], seats * int(self._holdings.need[row])
+        self._holdings.seats[tenant] += seats
+        self._holdings.blocks[tenant] += blocks
+        self._spare -= blocks
+        self._free_seats -= seats
+
+
+def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
+    """The decision with the prompt tokens of the coming step shared between tenants by weight.
+
+    The step takes no more of any tenant than finishes the prompts of another: it is as long for these as if both had
+    run in turn, token by token. Prompts of one tenant do not keep the others from decoding.
+    """
+    c = snapshot.columns
+    rows = _with_prompts(snapshot, decision)
+    if not rows:
+        return decision
+    tenant = c.tenant[rows]
+    if not decision.decode:
+        waits = snapshot.is_decoding & ~np.isin(c.tenant, tenant)
+        decision = msgspec.structs.replace(decision, decode=bool(waits.any()))
+    if (tenant == tenant[0]).all():
+        return decision
+    place = {req: index for index, req in enumerate(decision.order)}
+    rows.sort(key=lambda row: (place.get(c.ids[row], len(place)), c.seq[row]))
+    tenant = c.tenant[rows]
+    pending = np.where(c.is_running[rows], c.num_uncomputed[rows], c.num_tokens[rows])
+    num_decodes = int(np.count_nonzero(snapshot.is_decoding)) if decision.decode else 0
+    budget = snapshot.max_num_batched_tokens - num_decodes
+    if decision.prefill_tokens is not None:
+        budget = min(budget, decision.prefill_tokens)
+    left = _quotas(pending, tenant, c.weight[rows], budget)
+    chunks: list[int] = []
+    for each, tokens in zip(tenant.tolist(), pending.tolist(), strict=True):
+        chunks.append(min(tokens, left[each]))
+        left[each] -= chunks[-1]
+    return msgspec.structs.replace(decision, order=c.ids_of(rows), chunks=tuple(chunks))
+
+
+def _with_prompts(snapshot: Snapshot, decision: Decision) -> list[int]:
+    """Requests that have prompt tokens to compute once the decision is carried out."""
+    c = snapshot.columns
+    leaving = {req for req, _ in decision.preempt}
+    rows = [row for row in np.flatnonzero(c.is_running & ~snapshot.is_decoding).tolist() if c.ids[row] not in leaving]
+    coming = {*decision.admit, *(req for req, by in decision.resume if by is ResumeBy.RECOMPUTE)}
+    if coming:
+        rows += [row for row in np.flatnonzero(c.is_waiting | c.is_paused).tolist() if c.ids[row] in coming]
+    return rows
+
+
+def _quotas(pending: Ints, tenant: Ints, weight: Floats, budget: int) -> dict[int, int]:
+    """Prompt tokens for each tenant in the coming step, out of `budget`."""
+    totals: dict[int, int] = {}
+    weights: dict[int, float] = {}
+    for each, tokens, of in zip(tenant.tolist(), pending.tolist(), weight.tolist(), strict=True):
+        totals[each] = totals.get(each, 0) + tokens
+        weights[each] = of
+    least = min(max(total, _LEAST_CHUNK) / weights[each] for each, total in totals.items())
+    per_weight = min(least, max(budget, 0) / sum(weights.values()))
+    return {each: min(total, int(np.ceil(per_weight * weights[each]))) for each, total in totals.items()}
+
+
+def _need(snapshot: Snapshot, config: SchedulerConfig) -> Ints:
+    """Device blocks that each request needs: now, where requests are paused; else with what a policy reserves."""
+    if not config.policy.startswith("fcfs"):
+        return resident_blocks(snapshot)
+    c = snapshot.columns
+    ratio = {"fcfs-reserve": 1.0, "fcfs-greedy": 0.0}.get(config.policy, config.reserve_min_ratio)
+    clip = {"fcfs-reserve": None, "fcfs-greedy": 0}.get(config.policy, config.reserve_clip_tokens)
+    remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)
+    growth = np.where(c.is_waiting, remaining, np.ceil(ratio * remaining).astype(np.int64))
+    return np.maximum(snapshot.blocks_for(c.num_tokens + np.maximum(growth, 1)), c.device_blocks)
