@@ -111,6 +111,9 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate` (but for "auto"), and not as fast as
     it is made.
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
+    `allowed_hosts` are the names, without port, that clients may call this server by, beside addresses and localhost
+    ("*": all). Without any, names are checked on a loopback address and without keys only (http/hosts.py).
+    `max_connections` may have a request under way; None: 4096, or what may run and wait and a quarter more.
     Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
     """
 
@@ -124,6 +127,8 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     keep_alive_s: float = 10.0
     pacing: Literal["off", "smooth"] = "off"
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_connections: int | None = None
     log_interval_s: float = 10.0
     drain_timeout: float = 30.0
 
@@ -212,6 +217,14 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
         if not all(key and key.isascii() and key.isprintable() and " " not in key for key in server.api_keys):
             # An empty one would open the server to everybody: `--server.api_keys "$KEY"` with KEY unset.
             raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")
+        for name in server.allowed_hosts:
+            if name != "*" and (not name or any(letter in name for letter in "/:*, ")):
+                message = (
+                    f"must be names as in models.example.org, without scheme, port or wildcard, or '*'; got {name!r}"
+                )
+                raise ConfigError("server.allowed_hosts", message)
+        if server.max_connections is not None and server.max_connections < 1:
+            raise ConfigError("server.max_connections", f"must be at least 1, got {server.max_connections}")
         if server.max_body_bytes < 1:
             raise ConfigError("server.max_body_bytes", f"must be at least 1, got {server.max_body_bytes}")
         for key in ("max_queued_requests", "keep_alive_s", "log_interval_s", "drain_timeout"):
@@ -265,7 +278,7 @@ _NOT_NEGATIVE = (
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
-_LISTS = frozenset({"server.api_keys", "server.cors_origins"})
+_LISTS = frozenset({"server.api_keys", "server.cors_origins", "server.allowed_hosts"})
 
 _SECTIONS: dict[str, type[_Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
 

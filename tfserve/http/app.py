@@ -20,8 +20,10 @@ from tfserve.errors import TfserveError, failures
 from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
+from tfserve.http.connections import COMMON_HEADERS
 from tfserve.http.cors import allow_origins
 from tfserve.http.errors import JSON, ApiError, api_error
+from tfserve.http.hosts import host_check
 from tfserve.http.metrics import CONTENT_TYPE
 from tfserve.http.openapi import OPEN_PATHS, document
 from tfserve.http.page import Page
@@ -39,7 +41,7 @@ REQUEST_ID = web.RequestKey("request_id", str)
 REQUEST_ID_HEADER = "X-Request-Id"
 
 SCRAPE_PATIENCE_S = 1.0
-"""How long a scrape waits for the engine, which answers between two steps."""
+"""How long a scrape waits for the engine, which answers between two steps; and for how long its answer does for all."""
 
 CLIENT_GONE = 499
 """nginx's status, in the log only, for a client that went away before its answer was complete."""
@@ -52,7 +54,7 @@ def create_app(service: Service) -> web.Application:
     """
     server = service.config.server
     app = web.Application(
-        middlewares=[log_requests, report_errors, key_check(server.api_keys)],
+        middlewares=[log_requests, report_errors, host_check(server), key_check(server.api_keys)],
         client_max_size=server.max_body_bytes,
     )
     about = AboutEndpoints(service)
@@ -74,7 +76,7 @@ def create_app(service: Service) -> web.Application:
     app.router.add_get("/ready", about.ready)
     app.router.add_get("/version", about.version)
     app.router.add_get("/openapi.json", about.openapi)
-    app.on_response_prepare.append(_echo_request_id)
+    app.on_response_prepare.append(_add_headers)
     if server.cors_origins:
         allow_origins(app, server.cors_origins)
     return app
@@ -85,14 +87,20 @@ class MetricsEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._streams: list[StreamState] = []
+        self._taken_s = float("-inf")
+        self._asking = asyncio.Lock()
 
     async def get(self, _request: web.Request) -> web.Response:
         """GET /metrics, in Prometheus's text format; without the streams' buffers if the engine is slow to tell."""
-        streams: list[StreamState] = []
         with contextlib.suppress(TimeoutError, TfserveError):
-            async with asyncio.timeout(SCRAPE_PATIENCE_S):
-                streams = await self._service.engine_alive.streams()
-        body = self._service.metrics.render(streams)
+            async with asyncio.timeout(SCRAPE_PATIENCE_S), self._asking:
+                # Anybody may scrape: the engine is asked as often as one scraper would, however many there are.
+                if time.monotonic() - self._taken_s > SCRAPE_PATIENCE_S:
+                    self._streams = []
+                    self._streams = await self._service.engine_alive.streams()
+                    self._taken_s = time.monotonic()
+        body = self._service.metrics.render(self._streams)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -118,9 +126,9 @@ class AboutEndpoints:
         return _json(Status(status), 503) if stats is None else _json(Status(status, stats))
 
     async def ready(self, _request: web.Request) -> web.Response:
-        """GET /ready: 503 unless new requests are admitted."""
-        phase = self._service.phase
-        return _json(Status(phase), 200 if phase is Phase.READY else 503)
+        """GET /ready: 503 unless new requests are admitted by an engine that makes progress."""
+        status, _ = self._service.health()
+        return _json(Status(status), 200 if status == Phase.READY else 503)
 
     async def version(self, _request: web.Request) -> web.Response:
         """GET /version."""
@@ -197,6 +205,7 @@ def key_check(api_keys: Sequence[str]) -> Middleware:
     return check
 
 
-async def _echo_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.update(COMMON_HEADERS)
     if request_id := request.get(REQUEST_ID):
         response.headers[REQUEST_ID_HEADER] = request_id
