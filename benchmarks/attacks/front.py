@@ -10,7 +10,7 @@ import urllib.parse
 
 import psutil
 
-from attacks import Attack, Run, Target, at_once, get, open_socket, post, send
+from attacks import Attack, Run, Target, at_once, get, open_socket, send
 
 HELD_S = 5.0
 """How long an engine is stopped, or connections are held."""
@@ -82,5 +82,4 @@ ATTACKS = {
     "front-framing": _framing(500),
     "front-metrics": get("/metrics", copies=500),
     "front-streams": get("/v1/streams", copies=500),
-    "front-gzip": post("/v1/completions", lambda _: b"no gzip", copies=200),
 }

@@ -63,11 +63,10 @@ async def test_requests_to_a_stopped_engine_do_not_stop_the_http_side_and_are_an
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
         server.engine().suspend()
         asking = [asyncio.ensure_future(ask(session, server)) for _ in range(NUM_LARGE)]
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 1
         while time.monotonic() < deadline:
             for path in ("/health", "/ready", "/metrics", "/v1/models"):
                 assert await asyncio.wait_for(status_of(session, server.url + path), 5) == 200
-        assert await status_of(session, server.url + "/v1/streams") == 503
         assert not any(each.done() for each in asking)
         # Those that leave while nothing moves are gone when it does.
         for each in asking[:10]:
