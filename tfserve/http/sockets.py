@@ -25,6 +25,9 @@ ACCEPTED_AT_ONCE = 64
 OTHER_DESCRIPTORS = 512
 """Descriptors beside those of connections with requests: spare connections, two rounds of accepting, files, pipes."""
 
+_NO_FAMILY = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+"""What a name's IPv6 address meets where that is switched off; its IPv4 address will do."""
+
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -88,13 +91,18 @@ def _open(host: str, port: int) -> list[socket.socket]:
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     addresses = {(family, address) for family, _, _, _, address in found}
     opened: list[socket.socket] = []
-    try:
-        for family, address in sorted(addresses, key=str):
-            opened.append(socket.create_server(address[:2], family=family))  # an IPv6 one takes that family only
-    except OSError:
+    failure = OSError(errno.EADDRNOTAVAIL, "it has no address")
+    for family, address in sorted(addresses, key=lambda one: one[0]):
+        try:
+            opened.append(socket.create_server(address, family=family))  # an IPv6 one takes that family only
+        except OSError as error:
+            failure = error
+            if error.errno not in _NO_FAMILY:
+                break
+    if not opened or failure.errno not in _NO_FAMILY:
         for each in opened:
             each.close()
-        raise
+        raise failure
     if host == "::":
         log.warning("Listening on IPv6 only: this machine cannot serve both families on one socket")
     return opened
