@@ -11,12 +11,14 @@ from pathlib import Path
 from tfserve import __version__
 from tfserve.config_words import config_from_args
 from tfserve.errors import TfserveError
+from tfserve.std_streams import drop_output, open_closed
 
 _SETTINGS_HELP = "any setting as --key value, e.g. --max-num-seqs 16, --server.port 9000, --scheduler.policy fcfs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for what may succeed later, 2 for what the user must change."""
+    open_closed()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(is_bench=words[:1] == ["bench"])
     args, rest = parser.parse_known_args(words)
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # what reads our output has what it wanted, as `head` does
+        drop_output()
+        return 1
     return code
 
 

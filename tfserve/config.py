@@ -163,6 +163,9 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     (0: never).
     `api_keys` are plain keys, or entries with a name; `api_keys_file` is a YAML file with a list of such.
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
+    `allowed_hosts` are the names, without port, that clients may call this server by, beside addresses and localhost
+    ("*": all). Without any, names are checked on a loopback address and without keys only (http/hosts.py).
+    `max_connections` may have a request under way; None: 4096, or what may run and wait and a quarter more.
     Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
     """
 
@@ -179,6 +182,8 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     unread_timeout_s: float = 600.0
     pacing: Literal["off", "smooth"] = "off"
     cors_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_connections: int | None = None
     log_interval_s: float = 10.0
     drain_timeout: float = 30.0
 
@@ -274,6 +279,14 @@ class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
         for key in server.api_keys:
             if isinstance(key, str):
                 check_key(key)
+        for name in server.allowed_hosts:
+            if name != "*" and (not name or any(letter in name for letter in "/:*, ")):
+                message = (
+                    f"must be names as in models.example.org, without scheme, port or wildcard, or '*'; got {name!r}"
+                )
+                raise ConfigError("server.allowed_hosts", message)
+        if server.max_connections is not None and server.max_connections < 1:
+            raise ConfigError("server.max_connections", f"must be at least 1, got {server.max_connections}")
         if server.max_body_bytes < 1:
             raise ConfigError("server.max_body_bytes", f"must be at least 1, got {server.max_body_bytes}")
         if server.inflight_body_bytes < server.max_body_bytes:
@@ -336,7 +349,7 @@ _NOT_NEGATIVE = (
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
-_LISTS = frozenset({"server.api_keys", "server.cors_origins"})
+_LISTS = frozenset({"server.api_keys", "server.cors_origins", "server.allowed_hosts"})
 
 _SECTIONS: dict[str, type[_Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
 

@@ -70,9 +70,19 @@ class QueueFullError(TfserveError):
 
 
 class EngineDeadError(TfserveError):
-    """The engine has stopped and cannot serve: it was shut down, it was killed, or a step failed beyond repair."""
+    """The engine has stopped and cannot serve: it was shut down, it was killed, or a step failed beyond repair.
+
+    `code` is what the API calls it.
+    """
 
     exit_code = 1
+    code: ClassVar[str] = "engine_dead"
+
+
+class EngineStalledError(EngineDeadError):
+    """The engine is there and does nothing: it takes no messages, or its steps do not end. It may go on."""
+
+    code = "engine_stalled"
 
 
 class LibraryPanicError(TfserveError):

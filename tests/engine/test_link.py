@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.engine.broken_core import ERRORS
@@ -16,11 +19,11 @@ from tests.scripted import scripted_engine, write_scripted_model
 from tfserve.config import EngineConfig
 from tfserve.engine import build
 from tfserve.engine.engine import Engine
-from tfserve.engine.link import ProcessLink
-from tfserve.engine.messages import AbortRequest
+from tfserve.engine.link import ProcessLink, ThreadLink
+from tfserve.engine.messages import AbortRequest, AddRequest
 from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.stream import RequestStream
-from tfserve.errors import EngineDeadError, LibraryPanicError, TfserveError
+from tfserve.errors import EngineDeadError, EngineStalledError, LibraryPanicError, TfserveError
 from tfserve.model.runner import ModelRunner
 from tfserve.types import FinishReason, SamplingParams
 
@@ -196,3 +199,69 @@ def test_an_engine_process_that_nobody_hears_is_ended(error: BaseException) -> N
     assert "broken" in front.reason
     assert link._process.wait(PATIENCE_S) != 0
     link.close(PATIENCE_S)
+
+
+def fill(link: ProcessLink) -> None:
+    """Send a stopped core requests until it has no room for more."""
+    prompt = list(range(2**16))
+    for number in range(10_000):
+        try:
+            link.send(AddRequest(f"{number}", prompt, SamplingParams(), 0.0))
+        except EngineStalledError:
+            return
+    raise AssertionError("a queue without end")
+
+
+def test_a_stopped_engine_process_blocks_nobody_and_is_ended_in_time() -> None:
+    front = Front()
+    link = front.start("running bug")
+    os.kill(link.pid, signal.SIGSTOP)
+    fill(link)
+    assert link.is_full
+    link.send(AbortRequest("0"))
+    link.close(0.1)
+    with pytest.raises(EngineDeadError):
+        link.send(AbortRequest("0"))
+    assert not psutil.pid_exists(link.pid)
+
+
+def test_what_a_stopped_engine_process_was_sent_arrives_once_it_goes_on() -> None:
+    front = Front()
+    link = front.start("running bug")
+    os.kill(link.pid, signal.SIGSTOP)
+    fill(link)
+    os.kill(link.pid, signal.SIGCONT)
+    assert front.died.wait(PATIENCE_S)  # of its second step, which only messages cause
+    assert "ValueError" in front.reason
+    link.close(PATIENCE_S)
+
+
+async def test_an_engine_that_takes_no_messages_is_not_healthy_and_refuses_without_losing_ends(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scripted_engine(model_dir, "a b ", ends=False) as engine:
+        stream = engine.submit("Why?", LONG)
+        await stream.next()
+
+        def refuse(link: ThreadLink, message: object, patience_s: float | None = 0.0) -> None:
+            if not isinstance(message, AbortRequest):
+                raise EngineStalledError("full")
+            send(link, message, patience_s)
+
+        with monkeypatch.context() as patched:
+            send = ThreadLink.send
+            patched.setattr(ThreadLink, "send", refuse)
+            patched.setattr(ThreadLink, "is_full", True)
+            with pytest.raises(EngineStalledError):
+                engine.check_health()
+            with pytest.raises(EngineStalledError):
+                engine.submit("Why?", LONG)
+            with pytest.raises(EngineStalledError):
+                stream.report_played(1)
+            with pytest.raises(EngineStalledError):
+                await engine.streams()
+            stream.abort()
+        while (output := await asyncio.wait_for(stream.next(), PATIENCE_S)) is None or not output.finished:
+            pass
+        assert output.finish_reason is FinishReason.ABORT
+        engine.check_health()

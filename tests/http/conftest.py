@@ -13,7 +13,7 @@ from aiohttp import web
 from tests.http.fakes import FakeEngine
 from tfserve.config import EngineConfig, config_from
 from tfserve.http.app import create_app
-from tfserve.http.connections import IDLE_TIMEOUT_S, create_runner
+from tfserve.http.connections import IDLE_TIMEOUT_S, MAX_CONNECTIONS, create_runner
 from tfserve.http.service import Service
 
 
@@ -58,7 +58,12 @@ async def start() -> AsyncIterator[StartServer]:
         engine = engine_class(config, reply, step_s)
         if loaded:
             service.ready(engine)
-        runner = create_runner(create_app(service), shutdown_timeout_s=1.0, idle_timeout_s=idle_timeout_s)
+        runner = create_runner(
+            create_app(service),
+            shutdown_timeout_s=1.0,
+            idle_timeout_s=idle_timeout_s,
+            max_connections=config.server.max_connections or MAX_CONNECTIONS,
+        )
         runners.append(runner)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -13,7 +13,7 @@ import msgspec
 from tfserve.config import EngineConfig
 from tfserve.engine.messages import StepOutputs
 from tfserve.engine.token_buffer import resolve_rate
-from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
+from tfserve.errors import ConfigError, EngineDeadError, EngineStalledError, ModelError, QueueFullError, RequestError
 from tfserve.model.chat_template import ToolFormat
 from tfserve.types import (
     ONE_TENANT,
@@ -313,7 +313,7 @@ class FakeEngine:
 
     def check_health(self) -> None:
         if self.stuck:
-            raise EngineDeadError("no progress for 120 s")
+            raise EngineStalledError("no progress for 120 s")
 
     def on_step(self, callback: Callable[[StepOutputs], None]) -> None:
         self.step_callbacks.append(callback)

@@ -253,10 +253,11 @@ async def test_nothing_is_served_while_loading(start: StartServer) -> None:
         assert response.status == 200
 
 
-async def test_an_engine_without_progress_is_unhealthy(start: StartServer) -> None:
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+async def test_an_engine_without_progress_is_unhealthy(start: StartServer, path: str) -> None:
     server = await start()
     server.engine.stuck = True
-    async with server.get("/health") as response:
+    async with server.get(path) as response:
         assert response.status == 503
         assert "no progress" in (await response.json())["status"]
 

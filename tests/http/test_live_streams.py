@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from tests.http.conftest import Running, StartServer
+from tests.http.fakes import FakeEngine
 from tests.http.test_answers import events
-from tfserve.types import FinishReason
+from tfserve.http import streams
+from tfserve.types import FinishReason, StreamState
 
 PLAIN = "/v1/completions"
 
@@ -193,3 +195,57 @@ async def test_the_page_is_served_whole_and_loads_nothing_from_elsewhere(start: 
     assert page.startswith("<!doctype html>")
     assert "http://" not in page
     assert "https://" not in page
+
+
+class SilentEngine(FakeEngine):
+    """Does not tell of its streams while `silent`, as an engine in a long step; counts how often it is asked."""
+
+    silent = True
+    num_asked = 0
+
+    async def streams(self) -> list[StreamState]:
+        self.num_asked += 1
+        if self.silent:
+            await asyncio.Event().wait()
+        return await super().streams()
+
+
+async def test_an_engine_that_does_not_tell_of_its_streams_holds_up_nobody(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "PATIENCE_S", 0.1)
+    server = await start(engine_class=SilentEngine)
+
+    async def ask() -> tuple[int, str]:
+        async with server.get("/v1/streams") as response:
+            return response.status, (await response.json())["error"]["code"]
+
+    assert await asyncio.gather(*(ask() for _ in range(20))) == [(503, "engine_stalled")] * 20
+    server.engine.silent = False
+    async with server.get("/v1/streams") as response:
+        assert response.status == 200
+
+
+async def test_a_picture_that_does_not_come_is_told_in_the_stream_of_pictures(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "PATIENCE_S", 0.1)
+    server = await start(engine_class=SilentEngine)
+    server.engine.silent = False
+    async with server.get("/v1/streams?interval=0.1", headers={"Accept": "text/event-stream"}) as response:
+        await response.content.readuntil(b"\n\n")
+        server.engine.silent = True
+        *_, last = (await response.read()).strip().split(b"\n\n")
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "engine_stalled"
+
+
+async def test_the_engine_is_asked_once_for_all_who_scrape(start: StartServer) -> None:
+    server = await start(engine_class=SilentEngine)
+    server.engine.silent = False
+
+    async def scrape() -> int:
+        async with server.get("/metrics") as response:
+            return response.status
+
+    assert await asyncio.gather(*(scrape() for _ in range(20))) == [200] * 20
+    assert server.engine.num_asked == 1

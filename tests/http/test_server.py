@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -23,10 +23,11 @@ Launch = Callable[..., "ServerProcess"]
 class ServerProcess:
     """`serve` in a process; `lines` are what it has printed so far."""
 
-    def __init__(self, loader: str, *settings: str, port: int | None = None) -> None:
+    def __init__(self, loader: str, *settings: str, port: int | None = None, launcher: Sequence[str] = ()) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        args = [sys.executable, "-m", "tests.http.serve_fake", loader, f"server.port={self.port}", *settings]
+        program = [*launcher, sys.executable, "-m", "tests.http.serve_fake"]
+        args = [*program, loader, f"server.port={self.port}", *settings]
         self.process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
 
@@ -59,8 +60,8 @@ class ServerProcess:
 def launch() -> Iterator[Launch]:
     servers: list[ServerProcess] = []
 
-    def begin(loader: str, *settings: str, port: int | None = None) -> ServerProcess:
-        servers.append(ServerProcess(loader, *settings, port=port))
+    def begin(loader: str, *settings: str, **options: Any) -> ServerProcess:
+        servers.append(ServerProcess(loader, *settings, **options))
         return servers[-1]
 
     yield begin
@@ -74,6 +75,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def wait_for_answer(server: ServerProcess, path: str) -> None:
+    """Until `path` is answered with 200."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            if server.get(path)[0] == 200:
+                return
+        except urllib.error.URLError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def last_events(stream: Any) -> list[str]:
@@ -130,7 +144,7 @@ def test_a_model_that_cannot_be_loaded_is_an_exit_code(launch: Launch, loader: s
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_drains_open_streams_to_their_end(launch: Launch, number: signal.Signals) -> None:
     server = launch("load_chatty")
     server.wait_until_ready()
@@ -144,6 +158,37 @@ def test_a_signal_drains_open_streams_to_their_end(launch: Launch, number: signa
     code, out, _ = server.end()
     assert code == 0
     assert "fake engine: shutdown" in out
+
+
+def test_a_server_that_is_to_outlive_its_terminal_does(launch: Launch) -> None:
+    server = launch("FakeEngine", launcher=["nohup"])
+    server.wait_until_ready()
+    server.process.send_signal(signal.SIGHUP)
+    server.process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert server.get("/ready")[0] == 200
+    server.process.terminate()
+    assert server.end()[0] == 0
+
+
+def test_a_server_goes_on_when_nobody_reads_what_it_prints(launch: Launch) -> None:
+    server = launch("load_slowly")
+    assert server.process.stdout is not None
+    server.process.stdout.close()
+    wait_for_answer(server, "/ready")
+    server.process.terminate()
+    assert server.process.wait(10) == 0
+    assert server.process.stderr is not None
+    assert "Traceback" not in server.process.stderr.read()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_all_addresses_are_those_of_both_families(launch: Launch) -> None:
+    server = launch("FakeEngine", "server.host=::")
+    server.wait_until_ready()
+    for host in ("127.0.0.1", "[::1]"):
+        with urllib.request.urlopen(f"http://{host}:{server.port}/ready", timeout=5) as response:
+            assert response.status == 200
 
 
 @pytest.mark.parametrize("how", ["timeout", "second signal"])

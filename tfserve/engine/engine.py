@@ -32,7 +32,7 @@ from tfserve.engine.prompts import Prompt, as_batch, as_prompt
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.engine.validation import as_count, as_priority, as_rate, validate
-from tfserve.errors import EngineDeadError, QueueFullError, RequestError, failures
+from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.resolve import resolve_model
@@ -171,7 +171,7 @@ class Engine:
         What is short is shared between tenants by their weights.
         A request that the policy refuses ends with `finish_reason` ERROR and a `retry_after_s`.
         Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
-        wait already, EngineDeadError.
+        wait already, EngineDeadError (EngineStalledError while the engine takes no messages; this never waits for it).
         """
         self._check_queue(tenant)
         message = self._prepare(prompt, params, rate, request_id, priority=priority, tenant=tenant)
@@ -188,12 +188,15 @@ class Engine:
         """The reader has read `num_tokens` of the output so far: this replaces the scheduler's estimate.
 
         With rate "auto" the reports also tell how fast the reader is. Unknown and finished ids are ignored.
-        Raises RequestError unless `num_tokens` is an integer.
+        Raises RequestError unless `num_tokens` is an integer, EngineStalledError if the engine takes no more reports.
         """
         self._tell(request_id, ReportPlayed(request_id, as_count(num_tokens, "num_tokens")))
 
     async def streams(self) -> list[StreamState]:
-        """Every live request as the scheduler sees it, after the step under way. Raises EngineDeadError."""
+        """Every live request as the scheduler sees it, after the step under way, however long that takes.
+
+        Raises EngineDeadError, EngineStalledError.
+        """
         query, answer = self._questions.ask()
         try:
             # Only now: an end that comes later releases the question.
@@ -224,12 +227,21 @@ class Engine:
         )
 
     def check_health(self) -> None:
-        """Raise EngineDeadError when the engine has ended, or when requests wait and no step ends."""
+        """Raise EngineDeadError when the engine has ended.
+
+        EngineStalledError when it takes no messages, or when requests wait and no step ends.
+        """
         if self._death is not None:
             raise EngineDeadError(self._death)
         silent_s = time.monotonic() - self._last_news_s
+        if self._link.is_full:
+            raise EngineStalledError(
+                f"no progress: the engine takes no messages, the last step was {silent_s:.0f} s ago"
+            )
         if self._delivery and silent_s > _NO_PROGRESS_S:
-            raise EngineDeadError(f"no progress for {silent_s:.0f} s with {len(self._delivery)} requests outstanding")
+            raise EngineStalledError(
+                f"no progress for {silent_s:.0f} s with {len(self._delivery)} requests outstanding"
+            )
 
     def on_step(self, callback: Callable[[StepOutputs], None]) -> None:
         """Have `callback` called with every step's message, from the link's thread: for metrics. It must not block."""
@@ -308,16 +320,19 @@ class Engine:
                 raise _id_in_use(message.request_id)
             self._delivery.add(message.request_id, sink, message.tenant)
         try:
-            self._link.send(message)
+            # A blocking caller may wait for room; an event loop has others to serve.
+            self._link.send(message, None if sink.loop is None else 0.0)
         except BaseException:
             self._delivery.discard(message.request_id)
             raise
 
     def _tell(self, request_id: RequestId, message: ToCore) -> None:
-        """Send a message about a live request; nobody is left to hear one about another."""
+        """Send a message about a live request; nobody is left to hear one about another. Raises EngineStalledError."""
         if request_id in self._delivery and self._death is None:
             try:
                 self._link.send(message)
+            except EngineStalledError:
+                raise
             except EngineDeadError:
                 logger.debug("%s: the engine is gone", message)
 

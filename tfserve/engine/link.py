@@ -19,7 +19,8 @@ import msgspec
 from tfserve.config import EngineConfig
 from tfserve.engine.core import Inbox
 from tfserve.engine.lifetime import close_at_exit, disown_in_fork
-from tfserve.engine.messages import Failed, Ready, Shutdown, StepOutputs, StreamStates, ToCore, ToFront
+from tfserve.engine.messages import AbortRequest, Failed, Ready, Shutdown, StepOutputs, StreamStates, ToCore, ToFront
+from tfserve.engine.outbox import Outbox
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError, panics_as_errors
 from tfserve.types import EngineInfo
 
@@ -52,8 +53,17 @@ class CoreLink(Protocol):
 
     info: EngineInfo
 
-    def send(self, message: ToCore) -> None:
-        """Hand a message over; raises EngineDeadError if nobody is there to take it."""
+    @property
+    def is_full(self) -> bool:
+        """True while so much waits for the core that it takes nothing more but ends of requests."""
+        ...
+
+    def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:
+        """Hand a message over, in order; the core need not be taking any for that.
+
+        A message that begins or asks something may have to wait for room, for `patience_s` (None: for ever).
+        Raises EngineStalledError if there is none by then, EngineDeadError if nobody is there to take it.
+        """
         ...
 
     def close(self, timeout_s: float) -> None:
@@ -90,7 +100,12 @@ class ThreadLink:
             self._ask_to_end()
             raise
 
-    def send(self, message: ToCore) -> None:
+    @property
+    def is_full(self) -> bool:
+        """See CoreLink. Never: what waits is objects of this process that its caller has made."""
+        return False
+
+    def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:  # noqa: ARG002 - there is always room
         """See CoreLink."""
         if self._inbox is None or not self._thread.is_alive():
             raise EngineDeadError("the engine thread has ended")
@@ -144,7 +159,6 @@ class ProcessLink:
         self._deliver = deliver
         self._on_death = on_death
         self._closing = False
-        self._lock = threading.Lock()
         self._conn, child_end = Pipe()
         environment = {**_ENVIRONMENT, **os.environ}
         if config.threads is not None:
@@ -164,6 +178,7 @@ class ProcessLink:
             self._process.wait()
             self._conn.close()
             raise
+        self._outbox = Outbox(self._conn)
         self._reader = threading.Thread(target=self._read, name="tfserve-engine-reader", daemon=True)
         self._reader.start()
         disown_in_fork(self)
@@ -173,14 +188,19 @@ class ProcessLink:
         """The core's process id."""
         return self._process.pid
 
-    def send(self, message: ToCore) -> None:
+    @property
+    def is_full(self) -> bool:
+        """See CoreLink."""
+        return self._outbox.is_full
+
+    def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:
         """See CoreLink."""
         frame = msgspec.msgpack.encode(message)
-        try:
-            with self._lock:
-                self._conn.send_bytes(frame)
-        except OSError:
-            raise EngineDeadError("the engine process is gone") from None
+        if isinstance(message, AbortRequest | Shutdown):
+            # A request ends a few times at most, so these need no limit; and they make room.
+            self._outbox.put(frame)
+        else:
+            self._outbox.put_in_turn(frame, patience_s)
 
     def close(self, timeout_s: float) -> None:
         """See CoreLink. A process that does not end in time is killed."""
@@ -191,6 +211,7 @@ class ProcessLink:
         except (EngineDeadError, subprocess.TimeoutExpired):
             self._process.kill()
         self._process.wait()
+        self._outbox.close(timeout_s)
         if threading.current_thread() is not self._reader:  # the interpreter may drop an Engine in any thread
             self._reader.join(timeout_s)
         self._conn.close()

@@ -24,9 +24,9 @@ from tfserve.heap import trim_heap
 
 def main(fd: int) -> int:
     """Run the core until the front says Shutdown (returns 0) or something fails (returns 1)."""
-    # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; the front decides when we end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A terminal's Ctrl-C, its end, and a supervisor's SIGTERM reach the whole group; the front decides when we end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     trim_heap()
     conn = Connection(fd)
     config = msgspec.msgpack.decode(conn.recv_bytes(), type=EngineConfig)

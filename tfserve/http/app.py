@@ -19,9 +19,11 @@ from tfserve.errors import TfserveError, failures
 from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
+from tfserve.http.connections import COMMON_HEADERS
 from tfserve.http.cors import allow_origins
 from tfserve.http.endpoint import LOWERED_RATE
 from tfserve.http.errors import JSON, ApiError, api_error
+from tfserve.http.hosts import host_check
 from tfserve.http.keys import CALLER, peer
 from tfserve.http.metrics import CONTENT_TYPE, OTHER
 from tfserve.http.openapi import OPEN_PATHS, document
@@ -42,7 +44,7 @@ REQUEST_ID_HEADER = "X-Request-Id"
 RATE_HEADER = "X-Consumption-Rate"
 
 SCRAPE_PATIENCE_S = 1.0
-"""How long a scrape waits for the engine, which answers between two steps."""
+"""How long a scrape waits for the engine, which answers between two steps; and for how long its answer does for all."""
 
 CLIENT_GONE = 499
 """nginx's status, in the log only, for a client that went away before its answer was complete."""
@@ -55,7 +57,7 @@ def create_app(service: Service) -> web.Application:
     """
     server = service.config.server
     app = web.Application(
-        middlewares=[log_requests, report_errors, identify(service)],
+        middlewares=[log_requests, report_errors, host_check(server, has_keys=bool(service.keys)), identify(service)],
         client_max_size=server.max_body_bytes,
     )
     about = AboutEndpoints(service)
@@ -89,14 +91,20 @@ class MetricsEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._streams: list[StreamState] = []
+        self._taken_s = float("-inf")
+        self._asking = asyncio.Lock()
 
     async def get(self, _request: web.Request) -> web.Response:
         """GET /metrics, in Prometheus's text format; without the streams' buffers if the engine is slow to tell."""
-        streams: list[StreamState] = []
         with contextlib.suppress(TimeoutError, TfserveError):
-            async with asyncio.timeout(SCRAPE_PATIENCE_S):
-                streams = await self._service.engine_alive.streams()
-        body = self._service.metrics.render(streams)
+            async with asyncio.timeout(SCRAPE_PATIENCE_S), self._asking:
+                # Anybody may scrape: the engine is asked as often as one scraper would, however many there are.
+                if time.monotonic() - self._taken_s > SCRAPE_PATIENCE_S:
+                    self._streams = []
+                    self._streams = await self._service.engine_alive.streams()
+                    self._taken_s = time.monotonic()
+        body = self._service.metrics.render(self._streams)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -122,9 +130,9 @@ class AboutEndpoints:
         return _json(Status(status), 503) if stats is None else _json(Status(status, stats))
 
     async def ready(self, _request: web.Request) -> web.Response:
-        """GET /ready: 503 unless new requests are admitted."""
-        phase = self._service.phase
-        return _json(Status(phase), 200 if phase is Phase.READY else 503)
+        """GET /ready: 503 unless new requests are admitted by an engine that makes progress."""
+        status, _ = self._service.health()
+        return _json(Status(status), 200 if status == Phase.READY else 503)
 
     async def version(self, _request: web.Request) -> web.Response:
         """GET /version."""
@@ -211,6 +219,7 @@ def identify(service: Service) -> Middleware:
 
 async def _tell_client(request: web.Request, response: web.StreamResponse) -> None:
     """The request's id, what is left of its key's limits, and the rate that counts if another was asked for."""
+    response.headers.update(COMMON_HEADERS)
     if request_id := request.get(REQUEST_ID):
         response.headers[REQUEST_ID_HEADER] = request_id
     if caller := request.get(CALLER):

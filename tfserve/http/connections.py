@@ -1,10 +1,17 @@
-"""The connections of a server, which aiohttp reads: how long they may idle, and what of them is logged."""
+"""The connections of a server, which aiohttp reads: how many there are, how long they idle, what of them is logged."""
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from aiohttp import http_exceptions, web
+
+from tfserve.http.errors import ApiError, unavailable
+from tfserve.http.openapi import OPEN_PATHS
+from tfserve.http.seldom import SeldomLog
+
+log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 75.0
 """How long a connection may take to begin, to send a request's head, or to come with the next one.
@@ -12,23 +19,163 @@ IDLE_TIMEOUT_S = 75.0
 Longer than the 60 s after which common proxies leave connections; aiohttp's own is an hour.
 """
 
+MAX_CONNECTIONS = 4096
+"""How many connections may have a request under way, where no setting says it."""
+
+SPARE_CONNECTIONS = 64
+"""Connections beyond those, for probes."""
+
+COMMON_HEADERS = {
+    "Server": "tfserve",
+    "X-Content-Type-Options": "nosniff",  # no browser takes for a page what is not called one
+}
+"""What every answer has. The library's own `Server` names versions."""
+
 
 def create_runner(
-    app: web.Application, *, shutdown_timeout_s: float, idle_timeout_s: float = IDLE_TIMEOUT_S
+    app: web.Application,
+    *,
+    shutdown_timeout_s: float,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+    max_connections: int = MAX_CONNECTIONS,
 ) -> web.AppRunner:
-    """A runner for `app` whose lost clients end their requests, and whose log quotes nobody."""
-    logger = logging.getLogger(__name__)
-    logger.addFilter(_without_quotes)
-    return web.AppRunner(
+    """A runner for `app` whose lost clients end their requests, and whose log quotes nobody.
+
+    A request beyond `max_connections` of them is answered 503 unless it is a probe's. For a connection beyond that,
+    the one closes that has been idle for longest.
+    """
+    log.addFilter(_without_quotes)
+    return _Runner(
         app,
+        max_connections,
         handler_cancellation=True,
         access_log=None,
         shutdown_timeout=shutdown_timeout_s,
         keepalive_timeout=idle_timeout_s,
-        logger=logger,
+        logger=log,
         # aiohttp answers an encoding that it does not know itself, not in the API's words (http/packing.py).
         auto_decompress=False,
     )
+
+
+class _Runner(web.AppRunner):
+    """Serves an application by Connections."""
+
+    def __init__(self, app: web.Application, max_connections: int, **options: Any) -> None:
+        super().__init__(app, **options)
+        self._max_connections = max_connections
+
+    async def _make_server(self) -> web.Server:
+        return Connections(await super()._make_server(), self._max_connections, self._kwargs)
+
+
+class Connections(web.Server):
+    """All connections: those with a request under way, and the idle ones, which wait for a request's head."""
+
+    def __init__(self, server: web.Server, most: int, options: dict[str, Any]) -> None:
+        """As many as `most` serve requests; the rest is as in `server`, and `options` are those of RequestHandler."""
+        super().__init__(
+            self._serve, request_factory=server.request_factory, handler_cancellation=server.handler_cancellation
+        )
+        self._app_handler = server.request_handler
+        self._options = {name: value for name, value in options.items() if name != "handler_cancellation"}
+        self._most = most
+        self._idle: dict[web.RequestHandler, None] = {}  # the one that has been idle for longest is first
+        self._busy: set[web.RequestHandler] = set()
+        self._refusals = SeldomLog(log)
+
+    def __call__(self) -> web.RequestHandler:
+        """The protocol of a new connection."""
+        return _Connection(self, loop=self._loop, **self._options)
+
+    def connection_made(self, handler: web.RequestHandler, transport: Any) -> None:
+        """A connection has come; if there are too many, an idle one goes, at the worst this one."""
+        super().connection_made(handler, transport)
+        self._idle[handler] = None
+        if len(self._idle) + len(self._busy) > self._most + SPARE_CONNECTIONS:
+            oldest = next(iter(self._idle))
+            del self._idle[oldest]
+            oldest.force_close()
+
+    def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
+        """A connection has gone."""
+        super().connection_lost(handler, exc)
+        self._idle.pop(handler, None)
+        self._busy.discard(handler)
+
+    def rest(self, handler: web.RequestHandler) -> None:
+        """An answer is complete; the connection waits for the next request."""
+        if handler in self._busy:
+            self._busy.discard(handler)
+            self._idle[handler] = None
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        self._idle.pop(request.protocol, None)
+        self._busy.add(request.protocol)
+        if len(self._busy) > self._most and request.path not in OPEN_PATHS:
+            self._refusals.warning("Refusing requests: %d are under way (server.max_connections)", self._most)
+            message = "This server has as many connections as it can serve; try again soon."
+            return _refusal(unavailable(message, "too_many_connections", retry_after_s=1))
+        # The library would answer this itself, in its own words, before any middleware runs.
+        expected = request.headers.get("Expect", "")
+        if expected and expected.lower() != "100-continue" and request.version >= (1, 1):
+            message = "The only expectation that can be met is 'Expect: 100-continue'."
+            return _refusal(ApiError(417, message, code="expectation_failed"))
+        return await self._app_handler(request)
+
+
+class _Connection(web.RequestHandler):
+    """One connection. What cannot be read as HTTP is answered as every other error is."""
+
+    __slots__ = ("_connections",)
+
+    def __init__(self, connections: Connections, **options: Any) -> None:
+        super().__init__(connections, **options)
+        self._connections = connections
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer, or the rest of it."""
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self._connections.rest(self)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002 - the library's words, which quote
+    ) -> web.StreamResponse:
+        """The answer to bytes that are no HTTP (400), or to a request on which something outside the app failed."""
+        self.log_exception("Error handling request from %s", request.remote, exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun, there is no place for an error")
+        if isinstance(exc, http_exceptions.HttpProcessingError):
+            return _refusal(ApiError(status, _reason(exc), code="invalid_http"))
+        return _refusal(
+            ApiError(status, "Internal server error; the server's log has the details.", kind="server_error")
+        )
+
+
+def _refusal(error: ApiError) -> web.Response:
+    """The last answer on a connection that the application has no part in."""
+    response = error.response()
+    response.headers.update(COMMON_HEADERS)
+    response.force_close()
+    return response
+
+
+def _reason(error: http_exceptions.HttpProcessingError) -> str:
+    """What is wrong with a request's framing, without the bytes that the library quotes."""
+    if isinstance(error, http_exceptions.LineTooLong):
+        return "A line of the request's head is too long; addresses and headers may have 8190 bytes each."
+    if isinstance(error, http_exceptions.InvalidURLError):
+        return "The request's address is no valid URL."
+    words = error.message.partition("\n\n")[0].replace("\n", " ").strip(" :")
+    return f"The request is not valid HTTP: {words}."
 
 
 def _without_quotes(record: logging.LogRecord) -> bool:

@@ -92,7 +92,7 @@ def api_error(error: BaseException) -> ApiError:
         case QueueFullError():
             return too_many(str(error), "queue_full", error.retry_after_s)
         case EngineDeadError():
-            return unavailable(str(error), "engine_dead")
+            return unavailable(str(error), error.code)
         case web.HTTPException():
             return _routing_error(error)
         case _:

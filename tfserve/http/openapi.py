@@ -26,7 +26,7 @@ _MEANINGS = {
     415: "The Content-Encoding is neither gzip nor deflate; or a web page's request is not called application/json.",
     429: "Too many requests wait, or a limit of the key is reached; Retry-After says for how long to stay away.",
     500: "The engine failed on this request.",
-    503: "The server is loading, draining or dead, has no memory for the body now, or the answer was aborted.",
+    503: "The server is loading, draining, dead, stuck or full, or the answer was aborted.",
 }
 
 
@@ -100,7 +100,7 @@ OPERATIONS = (
         "/ready",
         "Whether new requests are admitted",
         replies.Status,
-        also={503: "Loading, draining or dead."},
+        also={503: "Loading, draining, dead or stuck."},
     ),
     Operation("get", "/version", "The server's version", replies.Version),
     Operation(
@@ -118,7 +118,7 @@ OPERATIONS = (
         "Report how much of an answer its reader has read",
         streams.PlayedReply,
         streams.PlayedReport,
-        errors=(400, 404, 413),
+        errors=(400, 404, 413, 503),
     ),
     Operation(
         "post",

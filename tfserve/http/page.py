@@ -24,7 +24,6 @@ class Page:
             f" style-src '{_digest(css)}'; script-src '{_digest(js)}';"
             " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
             "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
             "Cache-Control": "no-cache",
         }
 

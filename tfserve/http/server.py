@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -17,14 +16,16 @@ import msgspec
 from aiohttp import web
 
 from tfserve.config import EngineConfig
-from tfserve.errors import ConfigError, TfserveError
+from tfserve.errors import TfserveError
 from tfserve.heap import trim_heap
 from tfserve.http.app import create_app
 from tfserve.http.banner import banner
-from tfserve.http.connections import create_runner
+from tfserve.http.connections import MAX_CONNECTIONS, create_runner
 from tfserve.http.interval_log import log_intervals
 from tfserve.http.ports import EngineFactory, EnginePort
 from tfserve.http.service import Phase, Service
+from tfserve.http.sockets import allow_connections, listen, quiet_exhaustion
+from tfserve.std_streams import say
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +46,13 @@ ABANDON_LOAD_S = 5.0
 ENGINE_SHUTDOWN_S = 10.0
 """How long the engine has to end."""
 
-BACKLOG = 1024
-"""Connections the kernel may hold for us while the event loop is busy."""
-
 
 def serve(config: EngineConfig, engine_factory: EngineFactory | None = None) -> int:
     """Serve `config.model` until a signal or the engine's death; return the process's exit code.
 
-    0: stopped by SIGTERM or SIGINT. 1: the engine died, or the model could not be downloaded now. 2: a setting cannot
-    be honoured, a port in use among them, or the model cannot be loaded. `engine_process: auto` means a process of its
-    own here. `engine_factory` makes the engine; tests give their own.
+    0: stopped by SIGTERM, SIGINT or SIGHUP. 1: the engine died, or the model could not be downloaded now. 2: a setting
+    cannot be honoured, a port in use among them, or the model cannot be loaded. `engine_process: auto` means a process
+    of its own here. `engine_factory` makes the engine; tests give their own.
     """
     if config.engine_process == "auto":
         config = msgspec.structs.replace(config, engine_process="on")
@@ -87,11 +85,16 @@ class _Server:
     async def run(self) -> int:
         """Bind first (a taken port costs no load), answer while loading, serve, drain. Raises TfserveError."""
         loop = asyncio.get_running_loop()
-        runner = create_runner(create_app(self._service), shutdown_timeout_s=GOODBYE_S)
+        quiet_exhaustion(loop)
+        most = allow_connections(_wanted_connections(self._config))
+        runner = create_runner(create_app(self._service), shutdown_timeout_s=GOODBYE_S, max_connections=most)
         await runner.setup()
         try:
             url = await self._bind(runner)
-            for number in (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 loop.add_signal_handler(number, self._on_signal)
             await self._load_engine()
             if self._engine is not None and not self._stop.is_set():
@@ -108,14 +111,7 @@ class _Server:
     async def _bind(self, runner: web.AppRunner) -> str:
         """Listen; return the URL to reach the server at. Raises ConfigError."""
         server = self._config.server
-        try:
-            await web.TCPSite(runner, server.host, server.port, backlog=BACKLOG).start()
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                wish = "is in use; stop the program that uses it or choose another port"
-                raise ConfigError("server.port", f"port {server.port} on {server.host} {wish}") from None
-            reason = error.strerror or str(error)
-            raise ConfigError("server.host", f"cannot listen on {server.host} port {server.port}: {reason}") from None
+        await listen(runner, server.host, server.port)
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
         port = runner.addresses[0][1]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -136,7 +132,7 @@ class _Server:
             with contextlib.suppress(RuntimeError):  # the loop has ended: we left without the model
                 loop.call_soon_threadsafe(settle)
 
-        print(f"Loading {self._config.model} ...", flush=True)
+        say(f"Loading {self._config.model} ...")
         threading.Thread(target=load, name="tfserve-load", daemon=True).start()
         await _first(loading, self._stop.wait())
         if self._stop.is_set():
@@ -154,7 +150,7 @@ class _Server:
         if self._config.engine_process != "off":
             os.nice(NICENESS)  # only now: the engine's process would have inherited it
         self._service.ready(engine)
-        print(banner(engine.info, self._service, url), flush=True)
+        say(banner(engine.info, self._service, url))
 
     async def _log_intervals(self, engine: EnginePort) -> None:
         if self._config.server.log_interval_s > 0:
@@ -174,6 +170,12 @@ class _Server:
         if service.died.is_set():
             log.error("The engine has died; leaving")
             await asyncio.sleep(DEATH_GRACE_S)
+
+
+def _wanted_connections(config: EngineConfig) -> int:
+    if config.server.max_connections is not None:
+        return config.server.max_connections
+    return max(MAX_CONNECTIONS, (config.max_num_seqs + config.server.max_queued_requests) * 5 // 4)
 
 
 async def _first(*waits: Awaitable[object], timeout_s: float | None = None) -> None:

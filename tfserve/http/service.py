@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 from tfserve.config import EngineConfig
-from tfserve.errors import EngineDeadError
+from tfserve.errors import EngineDeadError, EngineStalledError
 from tfserve.http.bodies import BodyBudget
 from tfserve.http.errors import ApiError, unavailable
 from tfserve.http.exchange import Exchange
@@ -106,6 +106,8 @@ class Service:
             return self.phase, None
         try:
             self._loaded.check_health()
+        except EngineStalledError as error:
+            return f"stalled: {error}", None
         except EngineDeadError as error:
             return f"dead: {error}", None
         return self.phase, self._loaded.stats()

@@ -11,9 +11,9 @@ import msgspec
 from aiohttp import web
 
 from tfserve.engine.policies import IGNORES
-from tfserve.errors import RequestError
+from tfserve.errors import EngineStalledError, RequestError, TfserveError
 from tfserve.http.answer import read_body
-from tfserve.http.errors import JSON, ApiError
+from tfserve.http.errors import JSON, ApiError, api_error
 from tfserve.http.exchange import Exchange
 from tfserve.http.keys import CALLER, Caller
 from tfserve.http.parsing import BodyParser
@@ -27,6 +27,9 @@ _MAX_BODY_BYTES = 4096
 _LEAST_INTERVAL_S = 0.1
 _DEFAULT_INTERVAL_S = 0.5
 _MOST_INTERVAL_S = 60.0
+
+PATIENCE_S = 10.0
+"""How long the engine, which answers between two steps, may take to tell of its streams."""
 
 INTERVAL = {
     "type": "number",
@@ -92,27 +95,34 @@ class StreamFeed:
 
     async def picture(self, max_age_s: float, caller: Caller) -> bytes:
         """JSON of a StreamList that is no older than `max_age_s`. Raises ApiError, EngineDeadError."""
-        async with self._asking:
-            if self._listed is None or time.monotonic() - self._taken_s > max_age_s:
-                engine = self._service.engine_alive
-                streams = await engine.streams()
-                policy = engine.info.policy
-                self._listed = StreamList(
-                    created=time.time(),
-                    policy=policy,
-                    policy_ignores=IGNORES.get(policy, ()),
-                    stats=engine.stats(),
-                    data=streams,
-                )
-                self._pictures.clear()
-                self._taken_s = time.monotonic()
-            viewer = None if caller.sees_all else caller.tenant
-            if viewer not in self._pictures:
-                data = self._listed.data
-                if viewer is not None:
-                    data = [each for each in data if self._service.find(each.id.rpartition("-")[0], caller)]
-                self._pictures[viewer] = msgspec.json.encode(msgspec.structs.replace(self._listed, data=data))
-            return self._pictures[viewer]
+        try:
+            async with asyncio.timeout(PATIENCE_S), self._asking:
+                return await self._newer(max_age_s, caller)
+        except TimeoutError:
+            message = f"The engine has not told of its streams within {PATIENCE_S:g} s; see /health."
+            raise EngineStalledError(message) from None
+
+    async def _newer(self, max_age_s: float, caller: Caller) -> bytes:
+        if self._listed is None or time.monotonic() - self._taken_s > max_age_s:
+            engine = self._service.engine_alive
+            streams = await engine.streams()
+            policy = engine.info.policy
+            self._listed = StreamList(
+                created=time.time(),
+                policy=policy,
+                policy_ignores=IGNORES.get(policy, ()),
+                stats=engine.stats(),
+                data=streams,
+            )
+            self._pictures.clear()
+            self._taken_s = time.monotonic()
+        viewer = None if caller.sees_all else caller.tenant
+        if viewer not in self._pictures:
+            data = self._listed.data
+            if viewer is not None:
+                data = [each for each in data if self._service.find(each.id.rpartition("-")[0], caller)]
+            self._pictures[viewer] = msgspec.json.encode(msgspec.structs.replace(self._listed, data=data))
+        return self._pictures[viewer]
 
 
 class StreamEndpoints:
@@ -135,7 +145,12 @@ class StreamEndpoints:
         await response.write(event(first))
         while not self._service.is_ending:
             await asyncio.sleep(interval_s)
-            await response.write(event(await self._feed.picture(interval_s / 2, caller)))
+            try:
+                picture = await self._feed.picture(interval_s / 2, caller)
+            except TfserveError as error:  # the headers are out: the stream itself must tell
+                await response.write(event(api_error(error).body()))
+                break
+            await response.write(event(picture))
             # A viewer who does not look gets fewer pictures, not a backlog of them.
             await request.writer.drain()
         return response

@@ -158,7 +158,12 @@ async function watch() {
     try {
       const response = await ask(`v1/streams?interval=${PICTURE_S}`, { headers: headers({ Accept: "text/event-stream" }) });
       put($("model"), (await (await ask("v1/models", { headers: headers() })).json()).data[0].id);
-      for await (const data of eventsOf(response, "The server has ended the connection.")) { show(JSON.parse(data)); tell("live", "live"); }
+      for await (const data of eventsOf(response, "The server has ended the connection.")) {
+        const picture = JSON.parse(data);
+        if (picture.error) throw new Error(picture.error.message);
+        show(picture);
+        tell("live", "live");
+      }
     } catch (error) {
       tell(error.message, "broken");
       before = null;

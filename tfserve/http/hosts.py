@@ -1,0 +1,63 @@
+"""Which names a server answers to: a web page whose name is made to point here (DNS rebinding) may not call it."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from tfserve.config import ServerConfig
+from tfserve.http.errors import ApiError
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_NO_PUBLIC_NAMES = ("localhost", "internal")
+"""Names, and ends of names, that the public DNS never has: no page comes from them (RFC 6761; ICANN, 2024)."""
+
+
+def host_check(server: ServerConfig, *, has_keys: bool) -> Middleware:
+    """Middleware that refuses requests to names which are not this server's (421).
+
+    It does so where `allowed_hosts` names some, and, without keys, on a loopback address: only there does being local
+    stand for being allowed. An address instead of a name is always right: no page's name is one.
+    """
+    is_local = not has_keys and _is_loopback(server.host)
+    names = {_bare(name) for name in (server.host, *server.allowed_hosts)}
+    is_checked = bool(server.allowed_hosts or is_local) and "*" not in names
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if is_checked:
+            host = request.headers.get("Host", "")
+            name = _bare(_without_port(host))
+            if name and name not in names and not _is_address(name) and name.split(".")[-1] not in _NO_PUBLIC_NAMES:
+                message = f"This server is not called {host[:100]!r}; add the name to server.allowed_hosts."
+                raise ApiError(421, message, code="host_not_allowed")
+        return await handler(request)
+
+    return check
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _bare(name: str) -> str:
+    """A name as it is compared: DNS knows no case, and a last dot only ends it."""
+    return name.strip().lower().removesuffix(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    return _bare(host) == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
