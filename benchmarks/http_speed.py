@@ -217,7 +217,7 @@ class Reader:
         self.done = False
         self.slow_rate = slow_rate
         self._rest = b""
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         self.sock.sendall(head + body)
         self.sock.setblocking(False)
 

@@ -157,7 +157,7 @@ class Visitors:
             _, writer = await asyncio.open_connection(host, int(port))
         except OSError as error:
             raise aiohttp.ClientError(str(error)) from None
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
         await asyncio.sleep(self._rng.random() * 0.1)
         writer.close()
         return "left"

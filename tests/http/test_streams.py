@@ -235,7 +235,7 @@ async def test_events_are_framed_as_the_clients_protocol_wants_them(
     server = await start(reply="one two three", step_s=0.01)
     reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
     body = b'{"prompt": "x", "stream": true}'
-    head = f"POST {PLAIN} HTTP/{version}\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST {PLAIN} HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     writer.write(head.encode() + body)
     raw = await asyncio.wait_for(reader.read(), 5)
     writer.close()
