@@ -13,12 +13,14 @@ import tracemalloc
 import weakref
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.http.conftest import Running, StartServer
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.errors import ConfigError
 from tfserve.http import bodies
+from tfserve.http.parsing import BodyParser
 from tfserve.http.unread import _Watch
 from tfserve.types import FinishReason
 
@@ -241,6 +243,19 @@ async def test_what_was_sent_is_not_kept_while_the_answer_lasts(start: StartServ
     assert held < MIB / 2
     assert server.service.bodies.num_bytes == 0
     writer.close()
+
+
+def test_unknown_field_names_are_not_kept_whole() -> None:
+    class Body(msgspec.Struct):
+        x: int = 0
+
+    parser = BodyParser(Body, {})
+    tracemalloc.start()
+    for number in range(20):
+        parser.parse(json.dumps({str(number) + "n" * MIB: 1}).encode())
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < MIB
 
 
 def test_the_budget_holds_at_least_one_body() -> None:
