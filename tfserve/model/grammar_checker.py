@@ -48,7 +48,10 @@ class GrammarChecker:
         self._wall_limit_s = wall_limit_s
         self._results: OrderedDict[bytes, str] = OrderedDict()  # by digest
         self._lock = threading.Lock()
-        self._begin()
+        self._jobs: SimpleQueue[tuple[str, Future[str]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._conn: Connection | None = None
         reference = weakref.WeakMethod(self._disown)
         os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
 
@@ -90,12 +93,6 @@ class GrammarChecker:
         if thread is not None:
             thread.join()
 
-    def _begin(self) -> None:
-        self._jobs: SimpleQueue[tuple[str, Future[str]] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._conn: Connection | None = None
-
     def _disown(self) -> None:
         """Begin anew, in a fork: thread and process belong to the process that was forked."""
         if self._process is not None:
@@ -103,7 +100,8 @@ class GrammarChecker:
         if self._conn is not None:
             self._conn.close()
         self._lock = threading.Lock()  # another thread may have held the old one
-        self._begin()
+        self._jobs = SimpleQueue()
+        self._thread = self._process = self._conn = None
 
     def _known(self, grammar: str) -> str | None:
         key = _digest(grammar)
