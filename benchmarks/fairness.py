@@ -40,12 +40,12 @@ REPORT_EVERY = 8
 
 
 class Attack(NamedTuple):
-    """`count` streams at once with `body` over that of an ordinary one; `reports`: each says it has played everything.
+    """`streams` at once with `body` over that of an ordinary one; `reports`: each says it has played everything.
 
     `settings` are the server's, `key` and `honest_key` what the two sides authenticate with.
     """
 
-    count: int
+    streams: int
     body: Mapping[str, Any]
     reports: bool = False
     settings: Mapping[str, str] = {}
@@ -139,7 +139,7 @@ async def measure(url: str, attack: Attack, args: argparse.Namespace) -> Outcome
         warm = StreamClient(ours, target)
         await asyncio.gather(*(honest(warm, RequestRecord(index=0, arrival_s=0.0), 500 + k) for k in range(2)))
         hostile = [
-            asyncio.create_task(attacker(theirs, url, k, attack, args.attack_tokens)) for k in range(attack.count)
+            asyncio.create_task(attacker(theirs, url, k, attack, args.attack_tokens)) for k in range(attack.streams)
         ]
         client = StreamClient(ours, target)
         records = [
@@ -213,9 +213,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    heads = (("attack", "<16"), ("policy", "<10"), ("answered", ">10"), ("TTFT p50", ">8"), ("p99", ">8"))
-    heads += (("/alone", ">6"), ("stall s", ">8"), ("took s", ">7"))
-    print(" ".join(format(head, width) for head, width in heads))
+    heads = {"attack": "<16", "policy": "<10", "answered": ">10", "TTFT p50": ">8", "p99": ">8"}
+    heads |= {"/alone": ">6", "stall s": ">8", "took s": ">7"}
+    print(" ".join(format(head, width) for head, width in heads.items()))
     for policy in args.policies:
         # Each attack is held against its own server's settings without it.
         alone: dict[tuple[tuple[str, str], ...], Outcome] = {}
@@ -223,7 +223,7 @@ def main() -> None:
             outcome = cell(name, policy, args)
             settings = tuple(sorted(ATTACKS[name].settings.items()))
             print(row(name, policy, outcome, alone.get(settings), args.readers), flush=True)
-            if not ATTACKS[name].count:
+            if not ATTACKS[name].streams:
                 alone[settings] = outcome
 
 

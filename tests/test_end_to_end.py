@@ -158,7 +158,9 @@ async def test_sigterm_drains_then_aborts_what_is_left(server: Server) -> None:
 async def test_whom_an_overloaded_server_cannot_promise_their_rate_it_refuses_before_the_stream_begins(
     model_dir: Path, tmp_path: Path
 ) -> None:
+    # A rate beyond the device counts as the speed of a stream: two of them take all there is.
     policy = ["--scheduler.policy", "tokenflow", "--scheduler.overload", "shed"]
+    policy += ["--scheduler.max_rate", "1000000", "--max-num-seqs", "2"]
     body = {"prompt": [5, 6, 7], "stream": True, "max_tokens": 60, "ignore_eos": True, "consumption_rate": 1e6}
 
     async def one(server: Server, session: aiohttp.ClientSession) -> int:

@@ -310,6 +310,23 @@ async def test_the_readers_rate_reaches_the_engine_from_both_endpoints(start: St
             assert server.engine.live[-1].asked_rate == rate
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "served", "told"),
+    [(1e6, 50.0, "50"), (50.001, 50.0, "50"), (50, 50, None), (0.01, 0.01, None), ("fast", "fast", None)],
+)
+async def test_a_rate_above_the_highest_is_lowered_and_told(
+    start: StartServer, stream: bool, asked: object, served: object, told: str | None
+) -> None:
+    server = await start()
+    for path, ask in (("/v1/chat/completions", {"messages": ASK}), ("/v1/completions", {"prompt": "Hi"})):
+        async with server.post(path, {**ask, "stream": stream, "consumption_rate": asked}) as response:
+            assert response.status == 200
+            assert response.headers.get("X-Consumption-Rate") == told
+            await response.read()
+        assert server.engine.live[-1].asked_rate == served
+
+
 async def test_the_priority_reaches_the_engine(start: StartServer) -> None:
     server = await start()
     for body, priority in (({"priority": -7}, -7), ({"priority": None}, 0), ({}, 0)):

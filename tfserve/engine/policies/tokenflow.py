@@ -7,7 +7,7 @@ import numpy as np
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.policies.balance import Balance
-from tfserve.engine.policies.counted import as_counted, most_counted
+from tfserve.engine.policies.counted import as_counted, stream_share
 from tfserve.engine.policies.far_ahead import to_drop
 from tfserve.engine.policies.fcfs import admissible
 from tfserve.engine.policies.headroom import headroom_s
@@ -26,9 +26,9 @@ _ROUNDING_S = 1e-6
 class TokenFlow:
     """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
 
-    It remembers when it last looked, the highest rate that counted then, whether a newcomer then lacked memory, until
-    when no buffer can be low, how large the working set is, whether admission has fallen back, and what share of the
-    time prompts are owed; everything else is a function of the snapshot.
+    It remembers when it last looked, what one stream then got of a full device, whether a newcomer then lacked memory,
+    until when no buffer can be low, how large the working set is, whether admission has fallen back, and what share of
+    the time prompts are owed; everything else is a function of the snapshot.
     `num_passes` counts full passes.
     """
 
@@ -41,7 +41,7 @@ class TokenFlow:
         self._calm_since = (-1, -1)
         self._hurry_s = np.inf
         self._recompute_s = -np.inf
-        self._most_counted = np.inf
+        self._stream_share = np.inf
         self.num_passes = 0
 
     @property
@@ -53,7 +53,7 @@ class TokenFlow:
         """A full pass under stress when one is due, or when blocks run out; the share of prompts in every step."""
         if not len(snapshot.columns):
             return Decision()
-        taken, snapshot = snapshot, as_counted(snapshot, self._most_counted)
+        taken, snapshot = snapshot, as_counted(snapshot, self._stream_share)
         c = snapshot.columns
         stressed = self._is_stressed(snapshot)
         is_due = stressed and self._ticker.due(snapshot.now_s, c.num_events, is_urgent=self._wants_prompts(snapshot))
@@ -61,8 +61,8 @@ class TokenFlow:
             return self._go_on(snapshot, Decision(wake_s=self._ticker.next_s if stressed else None))
         self._ticker.ran(snapshot.now_s, c.num_events)
         self.num_passes += 1
-        self._most_counted = most_counted(taken, self._config.default_rate)
-        snapshot = as_counted(taken, self._most_counted)
+        self._stream_share = stream_share(taken, self._config.default_rate)
+        snapshot = as_counted(taken, self._stream_share)
         return self._go_on(snapshot, self._pass(snapshot))
 
     def _is_stressed(self, snapshot: Snapshot) -> bool:
