@@ -93,28 +93,28 @@ class Holdings:
             num_blocks=max(usable, 1),
         )
 
-    def level(self, tenant: int, seats: int = 0, blocks: int = 0) -> float:
-        """How much a tenant would hold with so much more, by its weight: 1 is the whole device at weight 1."""
-        return float(self.levels(np.array([tenant]), np.array([seats]), np.array([blocks]))[0])
-
     def levels(self, tenant: Ints, seats: Ints, blocks: Ints) -> Floats:
-        """As `level`, elementwise."""
+        """How much each tenant would hold with so much more, by its weight: 1 is the whole device at weight 1."""
         share = np.maximum(
             (self.seats[tenant] + seats) / self.num_seats, (self.blocks[tenant] + blocks) / self.num_blocks
         )
         levels: Floats = share / self.weight[tenant]
         return levels
 
+    @property
+    def now(self) -> Floats:
+        """What each tenant holds, by its number."""
+        numbers = np.arange(len(self.seats))
+        return self.levels(numbers, np.zeros_like(numbers), np.zeros_like(numbers))
+
     def worse_off(self, columns: Columns, rows: Rows) -> Rows:
-        """Those of `rows` whose tenant would hold no more with them than another one holds now, the poorest first."""
-        all_tenants = np.arange(len(self.seats))
-        now = self.levels(all_tenants, np.zeros_like(all_tenants), np.zeros_like(all_tenants))
+        """Those of `rows` whose tenant would hold no more with them than another one holds now."""
+        now = self.now
         richest = int(now.argmax())
         others = np.full(len(now), now[richest])
         others[richest] = np.delete(now, richest).max(initial=0.0)
         tenant = columns.tenant[rows]
-        rows = rows[self.levels(tenant, np.ones_like(tenant), self.need[rows]) <= others[tenant]]
-        return rows[np.argsort(now[columns.tenant[rows]], kind="stable")]
+        return rows[self.levels(tenant, np.ones_like(tenant), self.need[rows]) <= others[tenant]]
 
 
 def fair_turn(columns: Columns, holdings: Holdings) -> Rows:
@@ -160,13 +160,17 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
     it: the policy may hold it up for what the other tenant was promised.
     """
     c = snapshot.columns
+    rows = holdings.worse_off(c, np.concatenate([np.flatnonzero(c.is_paused), turn]))
+    if not len(rows):
+        return None
     headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
     seconds, loads = return_s(snapshot)
     is_due = headroom <= seconds + config.critical_s
-    away = np.flatnonzero(c.is_paused & is_due)
-    wanting = holdings.worse_off(c, np.concatenate([away[np.argsort(headroom[away])], turn]))
-    if not len(wanting):
-        return None
+    rows = rows[c.is_waiting[rows] | is_due[rows]]
+    waits = c.is_waiting[rows]
+    # The poorest tenant first; of a tenant, readers about to run dry, then waiting requests in their turn.
+    urgency = np.where(waits, np.arange(len(rows)), headroom[rows])
+    wanting = rows[np.lexsort((urgency, waits, holdings.now[c.tenant[rows]]))]
     exchanges = _Exchanges(snapshot, holdings, may_crowd=config.overload == "shed")
     for row in wanting[:_MOST_WANTING].tolist():
         exchanges.consider(row, from_readers=bool(is_due[row]))
@@ -188,7 +192,10 @@ class _Exchanges:
         self.leaving: list[int] = []
         self.coming: list[int] = []
         self._snapshot = snapshot
-        self._holdings = replace(holdings, seats=holdings.seats.copy(), blocks=holdings.blocks.copy())
+        # Lists: what follows looks at them one by one.
+        self._seats, self._blocks = holdings.seats.tolist(), holdings.blocks.tolist()
+        self._weight, self._need = holdings.weight.tolist(), holdings.need
+        self._num_seats, self._num_blocks = holdings.num_seats, holdings.num_blocks
         self._spare = holdings.spare
         self._free_seats = snapshot.num_free_rows
         running = np.flatnonzero(c.is_running)
@@ -202,11 +209,10 @@ class _Exchanges:
 
     def consider(self, row: int, *, from_readers: bool) -> None:
         """Let a request come if it may, in exchange for as few as make room for it."""
-        c, holdings = self._snapshot.columns, self._holdings
-        tenant, need = int(c.tenant[row]), int(holdings.need[row])
+        tenant, need = int(self._snapshot.columns.tenant[row]), int(self._need[row])
         if self._pending[tenant] >= self._snapshot.max_num_batched_tokens and not self._may_crowd:
             return
-        level = holdings.level(tenant, 1, need)
+        level = self._level(tenant, 1, need)
         victims: list[int] = []
         for victim in self._victims(tenant, level, from_readers=from_readers):
             if self._has_room(need, victims):
@@ -219,25 +225,32 @@ class _Exchanges:
 
     def _victims(self, tenant: int, level: float, *, from_readers: bool) -> Iterator[int]:
         """Residents that may leave for one that raises `tenant` to `level`, of the fullest tenant first."""
-        c, holdings = self._snapshot.columns, self._holdings
-        left = {other: list(rows) for other, rows in self._residents.items() if other != tenant}
-        seats, blocks = dict.fromkeys(left, 0), dict.fromkeys(left, 0)
+        has_reader = self._snapshot.columns.has_reader
+        left = {other: len(rows) for other, rows in self._residents.items() if other != tenant}
+        gone = dict.fromkeys(left, (0, 0))
         while left:
-            other = max(left, key=lambda each: holdings.level(each, -seats[each], -blocks[each]))
+            other = max(left, key=lambda each: self._level(each, *gone[each]))
             if not left[other]:
                 del left[other]
                 continue
-            row = left[other].pop()
-            if not from_readers and c.has_reader[row]:
+            left[other] -= 1
+            row = self._residents[other][left[other]]
+            if not from_readers and has_reader[row]:
                 continue
-            seats[other] += 1
-            blocks[other] += int(holdings.need[row])
-            if holdings.level(other, -seats[other], -blocks[other]) < level - 1e-9:
+            seats, blocks = gone[other]
+            gone[other] = seats - 1, blocks - int(self._need[row])
+            if self._level(other, *gone[other]) < level - 1e-9:
                 return
             yield row
 
+    def _level(self, tenant: int, seats: int, blocks: int) -> float:
+        """What a tenant would hold with so much more, by its weight."""
+        seats, blocks = self._seats[tenant] + seats, self._blocks[tenant] + blocks
+        level: float = max(seats / self._num_seats, blocks / self._num_blocks) / self._weight[tenant]
+        return level
+
     def _has_room(self, need: int, victims: list[int]) -> bool:
-        freed = int(self._holdings.need[victims].sum())
+        freed = sum(int(self._need[victim]) for victim in victims)
         return need <= self._spare + freed and self._free_seats + len(victims) > 0
 
     def _put_on(self, row: int, victims: list[int]) -> None:
@@ -251,9 +264,9 @@ class _Exchanges:
         self._pending[c.tenant[row]] += 0 if c.is_paused[row] else c.num_tokens[row]
 
     def _count(self, row: int, seats: int) -> None:
-        tenant, blocks = self._snapshot.columns.tenant[row], seats * int(self._holdings.need[row])
-        self._holdings.seats[tenant] += seats
-        self._holdings.blocks[tenant] += blocks
+        tenant, blocks = int(self._snapshot.columns.tenant[row]), seats * int(self._need[row])
+        self._seats[tenant] += seats
+        self._blocks[tenant] += blocks
         self._spare -= blocks
         self._free_seats -= seats
 
