@@ -25,6 +25,9 @@ from tfserve.engine.token_buffer import Floats
 _LEAST_CHUNK = 64
 """Prompt tokens of each tenant in a step of several tenants' prompts, at least: a shorter step saves little."""
 
+_MOST_CREDIT_S = 1.0
+"""How long tenants that hold little may run alone at a stretch."""
+
 _MOST_WANTING = 64
 """Requests considered in one pass for what other tenants hold."""
 
@@ -39,10 +42,12 @@ class Tenants:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._has_taken = False
+        self._own_time = OwnTime()
 
     def decide(self, policy: Policy, snapshot: Snapshot) -> Decision:
         """The policy's decision, in turn with exchanges between tenants."""
         if snapshot.columns.num_tenants < 2:
+            self._own_time = OwnTime()
             return policy.decide(snapshot)
         holdings = Holdings.of(snapshot, self._config)
         turn = fair_turn(snapshot.columns, holdings)
@@ -50,12 +55,62 @@ class Tenants:
         # The policy is asked in every second step at least: it has more to look after.
         self._has_taken = taken is not None and not self._has_taken
         if taken is not None and self._has_taken:
-            return share_prompts(snapshot, taken)
+            return self._own_time.give(snapshot, share_prompts(snapshot, taken), holdings, self._config)
         decision = policy.decide(replace(snapshot, columns=in_fair_order(snapshot.columns, turn)))
         if taken is not None and decision.reject:
             reject = tuple((req, wait_s) for req, wait_s in decision.reject if req not in taken.admit)
             decision = msgspec.structs.replace(decision, reject=reject)
-        return share_prompts(snapshot, decision)
+        return self._own_time.give(snapshot, share_prompts(snapshot, decision), holdings, self._config)
+
+
+class OwnTime:
+    """Steps without the requests of tenants that hold much, for those of tenants that hold little.
+
+    In a step all wait for the whole batch, and for its prompts. A reader that is about to run dry, or a first token, of
+    a tenant that holds no more than half of what another does, gets steps without that other, as long as these take no
+    more of the time than the weights of those that run.
+    """
+
+    def __init__(self) -> None:
+        self._credit_s = 0.0
+        self._last_s: float | None = None
+        self._share = 0.0
+        self._was_own = False
+
+    def give(self, snapshot: Snapshot, decision: Decision, holdings: Holdings, config: SchedulerConfig) -> Decision:
+        """The decision for a step without some tenants if it is to be one, else the decision itself."""
+        c = snapshot.columns
+        self._account(snapshot.now_s)
+        computing = c.is_running & ~snapshot.is_decoding
+        reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.critical_s)
+        needy = np.unique(c.tenant[reads | (computing & ~c.has_started)])
+        levels = holdings.now
+        rich = np.flatnonzero(levels > 2 * levels[needy].min()) if len(needy) else needy
+        self._was_own = len(rich) > 0 and self._credit_s > 0
+        weights = np.zeros(len(levels))
+        weights[c.tenant] = c.weight
+        self._share = 1 - float(weights[rich].sum() / weights.sum())
+        if not self._was_own:
+            return decision
+        out = np.isin(c.tenant, rich)
+        most = dict.fromkeys(decision.order, snapshot.max_num_batched_tokens)
+        most |= dict(zip(decision.order, decision.chunks, strict=False))
+        most |= {c.ids[row]: 0 for row in _with_prompts(snapshot, decision) if out[row]}
+        return msgspec.structs.replace(
+            decision,
+            order=tuple(most),
+            chunks=tuple(most.values()),
+            hold=frozenset(c.ids_of(np.flatnonzero(out & snapshot.is_decoding))),
+            # The limit is for the readers of all.
+            prefill_tokens=None,
+        )
+
+    def _account(self, now_s: float) -> None:
+        """Count the time since the step before, for or against such steps."""
+        took_s = 0.0 if self._last_s is None else min(now_s - self._last_s, _MOST_CREDIT_S)
+        self._last_s = now_s
+        gained_s = -took_s * (1 - self._share) if self._was_own else took_s * self._share
+        self._credit_s = min(self._credit_s + gained_s, _MOST_CREDIT_S)
 
 
 @dataclass(frozen=True)
