@@ -104,6 +104,24 @@ def test_readers_beyond_the_capacity_are_those_of_the_tenant_that_has_more(overl
         assert (came_s - read_s).max() < 0.5
 
 
+@pytest.mark.parametrize("policy", ["tokenflow", "fcfs", "fcfs-chunked", "round-robin"])
+def test_a_batch_too_wide_to_read_along_does_not_stall_a_tenant_that_holds_little(policy):
+    shared = engine(policy, max_num_seqs=32, num_blocks=600)
+    # A step of 32 takes longer than a reader needs for a token.
+    shared.core._runner._step_s = lambda n, _, prompt, __: 0.010 + 0.005 * n + 0.0008 * prompt
+    for index in range(100):
+        shared.ask(0.0, f"a{index}", 40, 200)
+    for index in range(3):
+        shared.ask(2.0 * index + 2.0, f"h{index}", 40, 30, tenant=HONEST)
+    shared.run_until(11.0)
+    for index in range(3):
+        came_s = np.array(shared.came_s[f"h{index}"])
+        assert len(came_s) == 30
+        assert (came_s - (came_s[0] + np.arange(30) / 6.0)).max() < 0.05
+    # The others have nearly all of the time, since three readers need little.
+    assert sum(len(came_s) for req, came_s in shared.came_s.items() if req[0] == "a") > 1000
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_is_short_is_shared_by_weight(policy):
     shared = engine(policy, max_num_seqs=8)

@@ -131,7 +131,8 @@ class Decision(msgspec.Struct, frozen=True):
     (WAITING). `resume` brings paused ones back. `admit` gives waiting ones a row, those preempted before included.
     `drop` are paused requests that give their KV up: they wait, to be computed again.
     `order` names who gets prompt tokens first; whoever is not named comes after, in order of admission.
-    `chunks`, if there are any, are the most prompt tokens for each of `order`. `decode` says
+    `chunks`, if there are any, are the most prompt tokens for each of `order`; those of `hold` do not decode in the
+    coming step. `decode` says
     whether requests that only lack their newest token run in a step with prompt tokens, `prefill_tokens` caps those.
     `reject` are waiting requests to refuse, each with the seconds after which to try again. `wake_s` is when the policy
     wants to be asked again even if nothing happens.
@@ -144,6 +145,7 @@ class Decision(msgspec.Struct, frozen=True):
     reject: tuple[tuple[RequestId, float], ...] = ()
     order: tuple[RequestId, ...] = ()
     chunks: tuple[int, ...] = ()
+    hold: frozenset[RequestId] = frozenset()
     decode: bool = True
     prefill_tokens: int | None = None
     wake_s: float | None = None

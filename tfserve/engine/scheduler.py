@@ -174,6 +174,7 @@ class Scheduler:
         held_rows, release_s = held_on_device(columns, self._config.generate_ahead_s)
         held = frozenset(columns.ids_of(held_rows))
         decision = self._tenants.decide(self._policy, snapshot)
+        held |= decision.hold
         self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
         seqs, n_decode = self._batch.build(self.running, decision, held)
         while not seqs and self._unblock(held, now_s):

@@ -25,6 +25,9 @@ from tfserve.engine.token_buffer import Floats
 _LEAST_CHUNK = 64
 """Prompt tokens of each tenant in a step of several tenants' prompts, at least: a shorter step saves little."""
 
+_MOST_CREDIT_S = 1.0
+"""How long tenants that hold little may run alone at a stretch."""
+
 _MOST_WANTING = 64
 """Requests considered in one pass for what other tenants hold."""
 
@@ -39,10 +42,12 @@ class Tenants:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._has_taken = False
+        self._own_time = OwnTime()
 
     def decide(self, policy: Policy, snapshot: Snapshot) -> Decision:
         """The policy's decision, in turn with exchanges between tenants."""
         if snapshot.columns.num_tenants < 2:
+            self._own_time = OwnTime()
             return policy.decide(snapshot)
         holdings = Holdings.of(snapshot, self._config)
         turn = fair_turn(snapshot.columns, holdings)
@@ -50,12 +55,62 @@ class Tenants:
         # The policy is asked in every second step at least: it has more to look after.
         self._has_taken = taken is not None and not self._has_taken
         if taken is not None and self._has_taken:
-            return share_prompts(snapshot, taken)
+            return self._own_time.give(snapshot, share_prompts(snapshot, taken), holdings, self._config)
         decision = policy.decide(replace(snapshot, columns=in_fair_order(snapshot.columns, turn)))
         if taken is not None and decision.reject:
             reject = tuple((req, wait_s) for req, wait_s in decision.reject if req not in taken.admit)
             decision = msgspec.structs.replace(decision, reject=reject)
-        return share_prompts(snapshot, decision)
+        return self._own_time.give(snapshot, share_prompts(snapshot, decision), holdings, self._config)
+
+
+class OwnTime:
+    """Steps without the requests of tenants that hold much, for those of tenants that hold little.
+
+    In a step all wait for the whole batch, and for its prompts. A reader that is about to run dry, or a first token, of
+    a tenant that holds no more than half of what another does, gets steps without that other, as long as these take no
+    more of the time than the weights of those that run.
+    """
+
+    def __init__(self) -> None:
+        self._credit_s = 0.0
+        self._last_s: float | None = None
+        self._share = 0.0
+        self._was_own = False
+
+    def give(self, snapshot: Snapshot, decision: Decision, holdings: Holdings, config: SchedulerConfig) -> Decision:
+        """The decision for a step without some tenants if it is to be one, else the decision itself."""
+        c = snapshot.columns
+        self._account(snapshot.now_s)
+        computing = c.is_running & ~snapshot.is_decoding
+        reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.critical_s)
+        needy = np.unique(c.tenant[reads | (computing & ~c.has_started)])
+        levels = holdings.now
+        rich = np.flatnonzero(levels > 2 * levels[needy].min()) if len(needy) else needy
+        self._was_own = len(rich) > 0 and self._credit_s > 0
+        weights = np.zeros(len(levels))
+        weights[c.tenant] = c.weight
+        self._share = 1 - float(weights[rich].sum() / weights.sum())
+        if not self._was_own:
+            return decision
+        out = np.isin(c.tenant, rich)
+        most = dict.fromkeys(decision.order, snapshot.max_num_batched_tokens)
+        most |= dict(zip(decision.order, decision.chunks, strict=False))
+        most |= {c.ids[row]: 0 for row in _with_prompts(snapshot, decision) if out[row]}
+        return msgspec.structs.replace(
+            decision,
+            order=tuple(most),
+            chunks=tuple(most.values()),
+            hold=frozenset(c.ids_of(np.flatnonzero(out & snapshot.is_decoding))),
+            # The limit is for the readers of all.
+            prefill_tokens=None,
+        )
+
+    def _account(self, now_s: float) -> None:
+        """Count the time since the step before, for or against such steps."""
+        took_s = 0.0 if self._last_s is None else min(now_s - self._last_s, _MOST_CREDIT_S)
+        self._last_s = now_s
+        gained_s = -took_s * (1 - self._share) if self._was_own else took_s * self._share
+        self._credit_s = min(self._credit_s + gained_s, _MOST_CREDIT_S)
 
 
 @dataclass(frozen=True)
@@ -93,28 +148,28 @@ class Holdings:
             num_blocks=max(usable, 1),
         )
 
-    def level(self, tenant: int, seats: int = 0, blocks: int = 0) -> float:
-        """How much a tenant would hold with so much more, by its weight: 1 is the whole device at weight 1."""
-        return float(self.levels(np.array([tenant]), np.array([seats]), np.array([blocks]))[0])
-
     def levels(self, tenant: Ints, seats: Ints, blocks: Ints) -> Floats:
-        """As `level`, elementwise."""
+        """How much each tenant would hold with so much more, by its weight: 1 is the whole device at weight 1."""
         share = np.maximum(
             (self.seats[tenant] + seats) / self.num_seats, (self.blocks[tenant] + blocks) / self.num_blocks
         )
         levels: Floats = share / self.weight[tenant]
         return levels
 
+    @property
+    def now(self) -> Floats:
+        """What each tenant holds, by its number."""
+        numbers = np.arange(len(self.seats))
+        return self.levels(numbers, np.zeros_like(numbers), np.zeros_like(numbers))
+
     def worse_off(self, columns: Columns, rows: Rows) -> Rows:
-        """Those of `rows` whose tenant would hold no more with them than another one holds now, the poorest first."""
-        all_tenants = np.arange(len(self.seats))
-        now = self.levels(all_tenants, np.zeros_like(all_tenants), np.zeros_like(all_tenants))
+        """Those of `rows` whose tenant would hold no more with them than another one holds now."""
+        now = self.now
         richest = int(now.argmax())
         others = np.full(len(now), now[richest])
         others[richest] = np.delete(now, richest).max(initial=0.0)
         tenant = columns.tenant[rows]
-        rows = rows[self.levels(tenant, np.ones_like(tenant), self.need[rows]) <= others[tenant]]
-        return rows[np.argsort(now[columns.tenant[rows]], kind="stable")]
+        return rows[self.levels(tenant, np.ones_like(tenant), self.need[rows]) <= others[tenant]]
 
 
 def fair_turn(columns: Columns, holdings: Holdings) -> Rows:
@@ -160,13 +215,17 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
     it: the policy may hold it up for what the other tenant was promised.
     """
     c = snapshot.columns
+    rows = holdings.worse_off(c, np.concatenate([np.flatnonzero(c.is_paused), turn]))
+    if not len(rows):
+        return None
     headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
     seconds, loads = return_s(snapshot)
     is_due = headroom <= seconds + config.critical_s
-    away = np.flatnonzero(c.is_paused & is_due)
-    wanting = holdings.worse_off(c, np.concatenate([away[np.argsort(headroom[away])], turn]))
-    if not len(wanting):
-        return None
+    rows = rows[c.is_waiting[rows] | is_due[rows]]
+    waits = c.is_waiting[rows]
+    # The poorest tenant first; of a tenant, readers about to run dry, then waiting requests in their turn.
+    urgency = np.where(waits, np.arange(len(rows)), headroom[rows])
+    wanting = rows[np.lexsort((urgency, waits, holdings.now[c.tenant[rows]]))]
     exchanges = _Exchanges(snapshot, holdings, may_crowd=config.overload == "shed")
     for row in wanting[:_MOST_WANTING].tolist():
         exchanges.consider(row, from_readers=bool(is_due[row]))
@@ -188,7 +247,10 @@ class _Exchanges:
         self.leaving: list[int] = []
         self.coming: list[int] = []
         self._snapshot = snapshot
-        self._holdings = replace(holdings, seats=holdings.seats.copy(), blocks=holdings.blocks.copy())
+        # Lists: what follows looks at them one by one.
+        self._seats, self._blocks = holdings.seats.tolist(), holdings.blocks.tolist()
+        self._weight, self._need = holdings.weight.tolist(), holdings.need
+        self._num_seats, self._num_blocks = holdings.num_seats, holdings.num_blocks
         self._spare = holdings.spare
         self._free_seats = snapshot.num_free_rows
         running = np.flatnonzero(c.is_running)
@@ -202,11 +264,10 @@ class _Exchanges:
 
     def consider(self, row: int, *, from_readers: bool) -> None:
         """Let a request come if it may, in exchange for as few as make room for it."""
-        c, holdings = self._snapshot.columns, self._holdings
-        tenant, need = int(c.tenant[row]), int(holdings.need[row])
+        tenant, need = int(self._snapshot.columns.tenant[row]), int(self._need[row])
         if self._pending[tenant] >= self._snapshot.max_num_batched_tokens and not self._may_crowd:
             return
-        level = holdings.level(tenant, 1, need)
+        level = self._level(tenant, 1, need)
         victims: list[int] = []
         for victim in self._victims(tenant, level, from_readers=from_readers):
             if self._has_room(need, victims):
@@ -219,25 +280,32 @@ class _Exchanges:
 
     def _victims(self, tenant: int, level: float, *, from_readers: bool) -> Iterator[int]:
         """Residents that may leave for one that raises `tenant` to `level`, of the fullest tenant first."""
-        c, holdings = self._snapshot.columns, self._holdings
-        left = {other: list(rows) for other, rows in self._residents.items() if other != tenant}
-        seats, blocks = dict.fromkeys(left, 0), dict.fromkeys(left, 0)
+        has_reader = self._snapshot.columns.has_reader
+        left = {other: len(rows) for other, rows in self._residents.items() if other != tenant}
+        gone = dict.fromkeys(left, (0, 0))
         while left:
-            other = max(left, key=lambda each: holdings.level(each, -seats[each], -blocks[each]))
+            other = max(left, key=lambda each: self._level(each, *gone[each]))
             if not left[other]:
                 del left[other]
                 continue
-            row = left[other].pop()
-            if not from_readers and c.has_reader[row]:
+            left[other] -= 1
+            row = self._residents[other][left[other]]
+            if not from_readers and has_reader[row]:
                 continue
-            seats[other] += 1
-            blocks[other] += int(holdings.need[row])
-            if holdings.level(other, -seats[other], -blocks[other]) < level - 1e-9:
+            seats, blocks = gone[other]
+            gone[other] = seats - 1, blocks - int(self._need[row])
+            if self._level(other, *gone[other]) < level - 1e-9:
                 return
             yield row
 
+    def _level(self, tenant: int, seats: int, blocks: int) -> float:
+        """What a tenant would hold with so much more, by its weight."""
+        seats, blocks = self._seats[tenant] + seats, self._blocks[tenant] + blocks
+        level: float = max(seats / self._num_seats, blocks / self._num_blocks) / self._weight[tenant]
+        return level
+
     def _has_room(self, need: int, victims: list[int]) -> bool:
-        freed = int(self._holdings.need[victims].sum())
+        freed = sum(int(self._need[victim]) for victim in victims)
         return need <= self._spare + freed and self._free_seats + len(victims) > 0
 
     def _put_on(self, row: int, victims: list[int]) -> None:
@@ -251,9 +319,9 @@ class _Exchanges:
         self._pending[c.tenant[row]] += 0 if c.is_paused[row] else c.num_tokens[row]
 
     def _count(self, row: int, seats: int) -> None:
-        tenant, blocks = self._snapshot.columns.tenant[row], seats * int(self._holdings.need[row])
-        self._holdings.seats[tenant] += seats
-        self._holdings.blocks[tenant] += blocks
+        tenant, blocks = int(self._snapshot.columns.tenant[row]), seats * int(self._need[row])
+        self._seats[tenant] += seats
+        self._blocks[tenant] += blocks
         self._spare -= blocks
         self._free_seats -= seats
 
