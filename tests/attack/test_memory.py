@@ -41,7 +41,7 @@ async def ask(server: Running, body: dict[str, Any]) -> socket.socket:
 
 
 def request_head(data: bytes, length: int, *more: str) -> bytes:
-    lines = ["POST /v1/completions HTTP/1.1", "Host: x", f"Content-Length: {length}", *more]
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", f"Content-Length: {length}", *more]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
