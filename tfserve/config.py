@@ -110,6 +110,8 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate` (but for "auto"), and not as fast as
     it is made.
+    `control_tokens_in_messages` says what becomes of a control token (`<|im_end|>`) that a message spells out: it stays
+    text, or is allowed to be the token, so that a message can end itself and begin another one.
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
     Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
     """
@@ -123,6 +125,7 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_body_bytes: int = 4 * 1024 * 1024
     keep_alive_s: float = 10.0
     pacing: Literal["off", "smooth"] = "off"
+    control_tokens_in_messages: Literal["text", "allow"] = "text"
     cors_origins: tuple[str, ...] = ()
     log_interval_s: float = 10.0
     drain_timeout: float = 30.0
