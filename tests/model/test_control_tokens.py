@@ -120,3 +120,12 @@ def test_marks_are_characters_that_nothing_else_holds() -> None:
     prompt = kept(content)
     assert prompt == f"<|im_start|>{content}<|im_end|>"
     assert len(prompt.cuts) == 1
+
+
+@pytest.mark.parametrize("before", [65_525, 65_526, 65_530, 65_535, 65_536, 65_537, 131_065])
+def test_a_long_text_is_cut_wherever_a_token_stands(before: int) -> None:
+    content = "x" * (before - len("<|im_start|>")) + "<|im_end|><|im_end|>"
+    for template in (None, lambda text: text + str(len(text))):  # the second sees the marks
+        prompt = kept(content, template)
+        assert "".join(prompt.pieces()) == prompt
+        assert [piece.count("<|im_end|>") for piece in prompt.pieces()] == [0, 0, 1]

@@ -23,6 +23,9 @@ _ANSWER_TAGS = frozenset(
 _PIPED = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 """How models write control tokens. Not all of them are called special: DeepSeek's <\uff5cUser\uff5c> is not."""
 
+_WINDOW = 65_536
+"""Characters that are searched at once: a search holds the interpreter lock, and others' streams, until it ends."""
+
 _MARKS = range(0xF8FF, 0xDFFF, -1)
 """Private characters, one of which no request and no template holds."""
 
@@ -71,6 +74,7 @@ class ControlTokens:
         self._firsts = _one_of("".join(text[0] for text in self._texts))
         inside, last = "".join(text[1:-1] for text in self._texts), "".join(text[-1] for text in self._texts)
         longest = max(map(len, self._texts), default=2)
+        self._longest = longest
         # Any text that could be the rest of a control token, and some that cannot.
         self._rest = re.compile(f"(?:{_one_of(inside).pattern}){{0,{longest - 2}}}{_one_of(last).pattern}")
 
@@ -82,15 +86,15 @@ class ControlTokens:
         plain = render(request)
         if not self._texts or not any(self._is_suspect(text) for text in _texts_in(request)):
             return PromptText(plain)
-        mark = _unused({*"".join(_texts_in(request)), *template})
+        mark = _unused([*_texts_in(request), template])
         everywhere = render(_mapped(request, lambda text: self._marked(text, mark)))
         if everywhere.replace(mark, "") == plain:
             return self._cut(everywhere, mark)
         # The template looks for something in the messages that is marked now: mark no more than whole tokens.
-        sparsely = render(_mapped(request, lambda text: self._pattern.sub(lambda found: _split(found, mark), text)))
+        sparsely = render(_mapped(request, lambda text: self._marked_within(text, mark)))
         # With other control tokens in it than the fully marked one has, a text was put together of what messages hold.
-        is_safe = self._pattern.findall(sparsely) == self._pattern.findall(everywhere)
-        return self._cut(sparsely if is_safe else everywhere, mark)
+        written = ([found[0] for found in self._search(self._pattern, text)] for text in (sparsely, everywhere))
+        return self._cut(sparsely if next(written) == next(written) else everywhere, mark)
 
     def _is_suspect(self, text: str) -> bool:
         return self._firsts.search(text) is not None or self._rest.match(text.lstrip()) is not None
@@ -106,10 +110,29 @@ class ControlTokens:
         place = len(text) - len(text.lstrip())
         return marked[:place] + mark + marked[place:] if self._rest.match(text, place) else marked
 
+    def _marked_within(self, text: str, mark: str) -> str:
+        """`text` with a mark in each whole control token."""
+        pieces, start = [], 0
+        for found in self._search(self._pattern, text):
+            pieces += [text[start : found.start() + 1], mark]
+            start = found.start() + 1
+        return "".join([*pieces, text[start:]])
+
+    def _search(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+        """As `pattern.finditer(text)`, a window at a time."""
+        end = 0
+        for start in range(0, len(text), _WINDOW):
+            stop = start + _WINDOW
+            for found in pattern.finditer(text, max(start, end), stop + self._longest):
+                if found.start() >= stop:
+                    break
+                end = found.end()
+                yield found
+
     def _cut(self, marked: str, mark: str) -> PromptText:
         """The text without its marks, cut where one stood within a control token."""
         text = marked.replace(mark, "")
-        spans = ((found.start(1), found.end(1)) for found in self._each.finditer(text))
+        spans = ((found.start(1), found.end(1)) for found in self._search(self._each, text))
         places = (found.start() - number for number, found in enumerate(re.finditer(mark, marked)))
         cuts = []
         place = next(places, None)
@@ -122,13 +145,9 @@ class ControlTokens:
         return PromptText(text, cuts)
 
 
-def _split(found: re.Match[str], mark: str) -> str:
-    return found[0][0] + mark + found[0][1:]
-
-
-def _unused(used: Collection[str]) -> str:
+def _unused(texts: Collection[str]) -> str:
     for code in _MARKS:
-        if chr(code) not in used:
+        if not any(chr(code) in text for text in texts):
             return chr(code)
     raise RequestError("messages", "the messages hold every private character of Unicode; leave some out")
 

@@ -25,6 +25,8 @@ from tfserve.model.token_bytes import TokenBytes
 ControlTokensInMessages = Literal["text", "allow"]
 """See ServerConfig."""
 
+_PIECES_AT_ONCE = 1000
+
 _LONG_TEXT_CHARS = 16_384
 
 _MOST_BYTES = 128 * 2**20
@@ -144,12 +146,22 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         if isinstance(text, PromptText) and text.cuts:
-            parts = self._backend.encode_batch(list(text.pieces()), add_special_tokens=False)
-            return self._backend.post_process(Encoding.merge(parts), add_special_tokens=add_special_tokens).ids
+            return self._encode_pieces(list(text.pieces()), add_special_tokens)
         if len(text) < _LONG_TEXT_CHARS:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _encode_pieces(self, pieces: Sequence[str], add_special_tokens: bool) -> list[int]:
+        """Ids of texts that are one text, some at a time: what the library makes of each takes a kilobyte."""
+        if add_special_tokens:
+            parts = self._backend.encode_batch(pieces, add_special_tokens=False)
+            return self._backend.post_process(Encoding.merge(parts), add_special_tokens=True).ids
+        ids: list[int] = []
+        for start in range(0, len(pieces), _PIECES_AT_ONCE):
+            for part in self._backend.encode_batch(pieces[start : start + _PIECES_AT_ONCE], add_special_tokens=False):
+                ids += part.ids
+        return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
