@@ -282,9 +282,9 @@ def load_directory(model_dir: Path) -> str:
     with Engine(config) as engine:
         try:
             prompt = engine.tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+            engine.generate([prompt[:100] or "x"], SamplingParams(max_tokens=2))
         except RequestError as error:
             return f"loaded; {error}"
-        engine.generate([prompt[:100] or "x"], SamplingParams(max_tokens=2))
     return "loaded"
 
 
