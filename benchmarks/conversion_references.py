@@ -68,7 +68,9 @@ def transformers_logits(gguf_file: str, ids: Sequence[int]) -> list[list[float]]
     from transformers import AutoModelForCausalLM
 
     path = Path(gguf_file)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
     with torch.no_grad():
         logits: list[list[float]] = model(torch.tensor([ids])).logits[0].tolist()
     return logits

@@ -35,7 +35,7 @@ Product = Callable[[Tensor], Tensor]
 
 def read_token_ids(model_dir: Path, prompts: Path | None, count: int, length: int) -> list[list[int]]:
     """`count` prompts of exactly `length` token ids, from a JSON-lines file with "prompt" or from random words."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     rng = random.Random(0)
     if prompts is None:
         texts = [random_prompt(length * 2, rng) for _ in range(count)]
@@ -150,7 +150,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     token_ids = read_token_ids(args.model, args.prompts, max(args.batches), args.input_len)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
     model.generation_config.eos_token_id = None
     generate_rate(model, token_ids[:1], 4)
     result: dict[str, Any] = {

@@ -36,7 +36,7 @@ class Reference:
 
 def read_prompts(model_dir: Path, path: Path, count: int) -> list[list[int]]:
     """Token ids of the first `count` prompts as a user's turn in the model's chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
     texts = [json.loads(row)["prompt"] for row in path.read_text().splitlines()[:count]]
     turns = [[{"role": "user", "content": text}] for text in texts]
     encoded = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for turn in turns]
@@ -94,7 +94,7 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     prompts = read_prompts(args.model, args.prompts, args.count)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
     # End-of-sequence must stop neither side: every position is compared.
     model.generation_config.eos_token_id = None
     references = [reference(model, prompt, args.tokens) for prompt in tqdm(prompts, "Hugging Face")]

@@ -162,6 +162,8 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     (None: 16 times `max_body_bytes`). A connection that takes nothing of its answer for `unread_timeout_s` is closed
     (0: never).
     `api_keys` are plain keys, or entries with a name; `api_keys_file` is a YAML file with a list of such.
+    `control_tokens_in_messages` says what becomes of a control token (`<|im_end|>`) that a message spells out: it stays
+    text, or is allowed to be the token, so that a message can end itself and begin another one.
     `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
     `allowed_hosts` are the names, without port, that clients may call this server by, beside addresses and localhost
     ("*": all). Without any, names are checked on a loopback address and without keys only (http/hosts.py).
@@ -181,6 +183,7 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
     keep_alive_s: float = 10.0
     unread_timeout_s: float = 600.0
     pacing: Literal["off", "smooth"] = "off"
+    control_tokens_in_messages: Literal["text", "allow"] = "text"
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_connections: int | None = None

@@ -58,20 +58,51 @@ def test_the_second_load_gives_the_same_bits(
     assert len(list((tmp_path / "int8").iterdir())) == 1
 
 
-def test_a_changed_checkpoint_is_quantised_again(llama: Path, tmp_path: Path, smoothed: list[int]) -> None:
+def rewrite(file: Path, data: bytes) -> None:
+    """Other contents of the same size, with the times of those before."""
+    before = file.stat()
+    assert len(data) == before.st_size
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_other_weights_of_the_same_size_and_time_are_quantised_again(
+    llama: Path, tmp_path: Path, smoothed: list[int]
+) -> None:
     load(llama, tmp_path / "int8")
     smoothed.clear()
-    stat = (llama / "model.safetensors").stat()
-    os.utime(llama / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    weights = llama / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # one bit of a float
+    rewrite(weights, bytes(data))
     load(llama, tmp_path / "int8")
     assert smoothed
 
 
-def damage(file: Path) -> None:
+def test_a_checkpoint_that_was_only_touched_is_not(llama: Path, tmp_path: Path, smoothed: list[int]) -> None:
+    load(llama, tmp_path / "int8")
+    smoothed.clear()
+    os.utime(llama / "model.safetensors")
+    load(llama, tmp_path / "int8")
+    assert not smoothed
+
+
+def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("harm", [damage, lambda file: file.write_bytes(b"")])
+def zero_the_end(file: Path) -> None:
+    data = file.read_bytes()
+    rewrite(file, data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    rewrite(file, bytes(data))
+
+
+@pytest.mark.parametrize("harm", [truncate, zero_the_end, flip_a_bit, lambda file: file.write_bytes(b"")])
 def test_a_damaged_cache_is_said_and_made_again(
     harm: Callable[[Path], None], llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, smoothed: list[int]
 ) -> None:

@@ -35,6 +35,7 @@ from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import ModelConfig, load_model_config
+from tfserve.model.fields import loading
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
@@ -71,7 +72,8 @@ def _build(
     """Everything, on the thread that is to run the steps; with a worker, the calling thread is the worker's."""
     started_s = time.monotonic()
     path = Path(config.model)
-    model_config = load_model_config(path)
+    with loading(path):
+        model_config = load_model_config(path)
     device = _device(config)
     dtype = _dtype(config, model_config, device)
     threads = _set_threads(config, device)
@@ -79,9 +81,10 @@ def _build(
     block_size = backend.block_size(config.block_size)
     if device == "cpu":
         _check_weights(config, model_config, dtype)
-    tokenizer = Tokenizer.from_dir(path)
-    eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
-    with ThreadPoolExecutor(1) as beside:  # neither needs the other, and both take a while
+    with loading(path), ThreadPoolExecutor(1) as beside:
+        tokenizer = Tokenizer.from_dir(path)
+        eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
+        # Neither masks nor weights need the other, and both take a while.
         opening = beside.submit(open_masks, tokenizer.to_json(), model_config.vocab_size, eos_token_ids)
         model = load_model(
             path,
@@ -106,8 +109,8 @@ def _build(
     if stream is not None and config.num_gpu_blocks_override is None:
         measured_bytes = measure_kv_bytes(model, layout, backend, config, stream)
     num_blocks = _num_blocks(config, layout, device, measured_bytes)
-    _check_rows(config, model_config, block_size)
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
+    _check_rows(config, max_model_len, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
     runner: ModelRunner | StreamRunner
@@ -266,10 +269,9 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_by
     return int(num_blocks)
 
 
-def _check_rows(config: EngineConfig, model: ModelConfig, block_size: int) -> None:
+def _check_rows(config: EngineConfig, max_model_len: int, block_size: int) -> None:
     """Raise ConfigError if there is no memory for the tables of `max_num_seqs` rows."""
-    longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    row_bytes = _ROW_BYTES + 4 * -(-longest // block_size)
+    row_bytes = _ROW_BYTES + 4 * -(-max_model_len // block_size)
     most = int(available_bytes() * _MOST_FOR_ROWS / row_bytes)
     if config.max_num_seqs > most:
         raise ConfigError(

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -35,6 +36,7 @@ from tfserve.engine.validation import as_count, as_priority, as_rate, validate
 from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
+from tfserve.model.fields import loading
 from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.strict_json import is_text
@@ -72,15 +74,17 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, link: Connect = connect) -> None:
-        path = resolve_model(config.model)
+        with loading(Path(config.model)):
+            path = resolve_model(config.model)
         self.config = msgspec.structs.replace(
             config,
             model=str(path),
             served_model_name=config.served_model_name or config.model.rstrip("/").split("/")[-1],
         )
         # Read here too, so that a directory that is no checkpoint is called that before anything slow happens.
-        load_model_config(path)
-        self.tokenizer = Tokenizer.from_dir(path)
+        with loading(path):
+            load_model_config(path)
+            self.tokenizer = Tokenizer.from_dir(path, self.config.server.control_tokens_in_messages)
         self._delivery = Delivery()
         self._ids = itertools.count()
         self._questions = Questions()

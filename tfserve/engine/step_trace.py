@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -19,6 +21,8 @@ from tfserve.errors import NOT_JSON, TfserveError
 from tfserve.misfit import why_not_json
 from tfserve.plan import StepPlan
 from tfserve.types import ConsumptionRate
+
+logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 1 << 16
 
@@ -103,13 +107,17 @@ class Trace(msgspec.Struct, frozen=True):
 
 
 class StepTrace:
-    """Writes a trace file. Raises TfserveError if the file cannot be opened."""
+    """Writes a trace file; one that can no longer be written ends, is said once, and costs the engine nothing else.
+
+    Raises TfserveError if the file cannot be opened.
+    """
 
     def __init__(self, path: Path, head: TraceHead) -> None:
         try:
-            self._file: BinaryIO = path.open("wb", buffering=_BUFFER_BYTES)
+            self._file: BinaryIO | None = path.open("wb", buffering=_BUFFER_BYTES)
         except OSError as error:
             raise TfserveError(f"step_trace: cannot write {path}: {error.strerror}") from None
+        self._path = path
         self._encoder = msgspec.json.Encoder()
         self._write(head)
 
@@ -153,10 +161,27 @@ class StepTrace:
 
     def close(self) -> None:
         """Write out what is buffered."""
-        self._file.close()
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._give_up(error)
 
     def _write(self, line: TraceLine) -> None:
-        self._file.write(self._encoder.encode(line) + b"\n")
+        if self._file is None:
+            return
+        try:
+            self._file.write(self._encoder.encode(line) + b"\n")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Trace no more: what is buffered is lost."""
+        logger.warning("step_trace: %s cannot be written (%s); this trace ends here", self._path, error.strerror)
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
 
 
 def read_trace(path: Path) -> Trace:

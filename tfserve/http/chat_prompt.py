@@ -74,4 +74,6 @@ def _open_ended(tokenizer: TokenizerPort, turns: Sequence[dict[str, Any]], varia
         message = "continue_final_message: this model's chat template does not show the final message as it is"
         raise RequestError("continue_final_message", message)
     is_trimmed = not text.startswith(_OPEN_END, end) and bool(content.strip())
-    return text[:end].removesuffix(content[len(content.rstrip()) :]) if is_trimmed else text[:end]
+    space = content[len(content.rstrip()) :]
+    # Slices from its beginning: what the template's text knows of itself stays with them.
+    return text[: end - len(space)] if is_trimmed and text.endswith(space, 0, end) else text[:end]

@@ -17,11 +17,11 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.ext import Extension, loopcontrols
 from jinja2.meta import find_undeclared_variables
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tfserve import strict_json
 from tfserve.errors import ModelError, RequestError, failures
 from tfserve.model.fields import Fields, is_absent, read_text
+from tfserve.model.template_limits import LimitedEnvironment
 
 TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
 """Around each call in the Hermes format."""
@@ -37,30 +37,33 @@ class ToolFormat(enum.Enum):
 class ChatTemplate:
     """One compiled template, with the model's special tokens (`bos_token`, ...) in its scope.
 
-    `tool_format` is how the template tells the model to call tools; None if it shows no tools. `variables` are the
-    names that it reads. Raises ModelError if `source` is not a template.
+    `source` is its text. `tool_format` is how the template tells the model to call tools; None if it shows no tools.
+    `variables` are the names that it reads. Raises ModelError if `source` is no template, or takes long to compile.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         try:
-            environment = _environment()
-            self._template = environment.from_string(source)
-            self.variables = frozenset(find_undeclared_variables(environment.parse(source)))
+            self._environment = _environment()
+            self._template = self._environment.from_string(source)
+            self.variables = frozenset(find_undeclared_variables(self._environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"chat template, line {error.lineno}: {error.message}; correct it or remove it") from None
         except failures() as error:  # jinja2 makes Python of a template, and Python has limits of its own
             raise ModelError(f"chat template: cannot be compiled ({error}); correct it or remove it") from None
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self.tool_format = _tool_format(source)
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any) -> str:
         """The prompt text. Content given as text parts is joined by newlines.
 
-        Raises RequestError for other content parts and for conversations that the template rejects.
+        Raises RequestError for other content parts, for conversations that the template rejects, and for those that
+        take it beyond the limits of template_limits.py.
         """
         scope = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
         chat = [_flatten(message, index) for index, message in enumerate(messages)]
         try:
+            self._environment.restart()
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **scope)
         except failures() as error:  # a template is a program: a conversation it was not written for may raise anything
             raise RequestError("messages", f"the model's chat template rejected the messages: {error}") from None
@@ -107,14 +110,12 @@ def _flatten(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {**message, "content": "\n".join(part["text"] for part in content)}
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment([_GenerationTag, loopcontrols])
     # JSON as models saw it in training; jinja2's own filter escapes HTML.
-    environment.filters["tojson"] = strict_json.dumps
+    environment.add_filter("tojson", strict_json.dumps)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
@@ -133,5 +134,6 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(layout: str) -> str:
+def strftime_now(layout: str) -> str:
+    """The time now, as Python's strftime writes it: templates put it into system messages."""
     return datetime.now().strftime(layout)

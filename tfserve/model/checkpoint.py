@@ -13,10 +13,13 @@ from torch import Tensor
 
 from tfserve.errors import ModelError, failures
 from tfserve.model.config import ModelConfig
-from tfserve.model.fields import one_line, read_fields
+from tfserve.model.fields import one_line, read_fields, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_MOST_HEADER_BYTES = 16 * 2**20
+"""Largest header of a file, which names its tensors; those of the largest models have some hundred thousand bytes."""
 
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
 _INV_FREQ = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old transformers saved; computed here
@@ -84,6 +87,10 @@ class Checkpoint:
 
     def _open(self, path: Path) -> Any:
         try:
+            with path.open("rb") as raw:
+                header_bytes = int.from_bytes(raw.read(8), "little")
+            if header_bytes > _MOST_HEADER_BYTES:
+                raise ValueError(f"its header has {header_bytes} bytes, and may have {_MOST_HEADER_BYTES}")
             return self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
         except failures() as error:
             size = path.stat().st_size
@@ -149,4 +156,8 @@ def _shard_names(index: Path) -> list[str]:
     if not fields.value("weight_map") or not isinstance(fields.value("weight_map"), dict):
         raise fields.error("weight_map must map tensor names to files; download it again")
     weight_map = fields.section("weight_map")
-    return sorted({weight_map.text(tensor) for tensor in weight_map})
+    names = {weight_map.text(tensor) for tensor in weight_map}
+    for name in sorted(names):
+        if name in ("", "..") or name != Path(name).name or not name.isprintable() or "\\" in name:
+            raise weight_map.error(f"{shown(name)} must be the name of a file in this directory; download it again")
+    return sorted(names)

@@ -16,6 +16,19 @@ SUPPORTED_ROPE_TYPES = ("default", "llama3")
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """What GPTQ, AWQ and ModelOpt tools write beside weights of theirs; not all of them write it into config.json too."""
 
+MOST = {
+    "vocab_size": 2**22,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2048,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 8192,
+    "max_position_embeddings": 2**30,
+}
+"""Largest sizes of a model: some ten times those of the largest there are, so that none costs memory before the weights
+have been held against it."""
+
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -94,13 +107,13 @@ def load_model_config(model_dir: Path) -> ModelConfig:
     architecture = _architecture(fields)
     is_qwen2 = architecture == "Qwen2ForCausalLM"
     attention_bias = fields.flag("attention_bias") and not is_qwen2
-    vocab_size = fields.integer("vocab_size")
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", default=num_heads)
+    vocab_size = _size(fields, "vocab_size")
+    hidden_size = _size(fields, "hidden_size")
+    num_heads = _size(fields, "num_attention_heads")
+    num_kv_heads = _size(fields, "num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise fields.error(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-    head_dim = fields.integer("head_dim", default=hidden_size // num_heads)
+    head_dim = _size(fields, "head_dim", default=hidden_size // num_heads)
     if head_dim % 2:
         raise fields.error(f"head_dim must be even for rotary embeddings, got {head_dim}")
     theta, scaling = _rope(fields)
@@ -109,12 +122,12 @@ def load_model_config(model_dir: Path) -> ModelConfig:
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=fields.integer("intermediate_size"),
-        num_hidden_layers=fields.integer("num_hidden_layers"),
+        intermediate_size=_size(fields, "intermediate_size"),
+        num_hidden_layers=_size(fields, "num_hidden_layers"),
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=fields.integer("max_position_embeddings"),
+        max_position_embeddings=_size(fields, "max_position_embeddings"),
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -125,6 +138,10 @@ def load_model_config(model_dir: Path) -> ModelConfig:
         eos_token_ids=tuple(dict.fromkeys(eos)),
         dtype=_dtype(fields),
     )
+
+
+def _size(fields: Fields, key: str, default: int | None = None) -> int:
+    return fields.integer(key, default, most=MOST[key])
 
 
 def _architecture(fields: Fields) -> str:

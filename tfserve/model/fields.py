@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import reprlib
+import stat
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tfserve.errors import ModelError
+from tfserve.errors import ModelError, TfserveError, failures
+
+logger = logging.getLogger(__name__)
+
+_MOST_BYTES = 8 * 2**20
+"""Largest JSON file or chat template that is read. As Python objects it may take fifty times as much."""
 
 _MOST = 2**31 - 1
 """Largest size that a checkpoint may name."""
@@ -50,7 +58,7 @@ class Fields:
         """An integer in [least, most]; 2.0 and true are none. The default is checked too."""
         value = self._required(key, default)
         if not is_integer(value, least, most):
-            if least == 1 and most == _MOST:
+            if least == 1 and not is_integer(value, 1, _MOST):
                 raise self.error(f"{key} must be a positive integer, got {shown(value)}")
             raise self.error(f"{key} must be an integer in [{least}, {most}], got {shown(value)}")
         return int(value)
@@ -135,13 +143,46 @@ def read_fields(path: Path, *, optional: bool = False) -> Fields:
 
 
 def read_text(path: Path) -> str:
-    """The text in the file `path`. Raises ModelError if it cannot be read or is not UTF-8."""
+    """The text in the file `path`. Raises ModelError if it cannot be read, is too large or is not UTF-8."""
+    require_file(path, _MOST_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} is not UTF-8 text ({error}); download it again") from None
+
+
+def require_file(path: Path, most_bytes: int) -> None:
+    """Raise ModelError unless `path` is a file, or a link to one, of at most `most_bytes`.
+
+    A pipe, a socket or a device would be waited for, or read without an end.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise ModelError(f"{path} is not a regular file; download it again")
+    if found.st_size > most_bytes:
+        raise ModelError(
+            f"{path} has {found.st_size} bytes; a file of this name has at most {most_bytes}: download it again"
+        )
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """The edge of everything that reads a model in `path`: whatever else fails there becomes a ModelError too."""
+    try:
+        yield
+    except TfserveError:
+        raise
+    except failures() as error:
+        logger.debug("%s cannot be loaded", path, exc_info=True)
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ModelError(
+            f"{path} cannot be loaded ({kind}{one_line(error)}); it may be damaged: download it again"
+        ) from error
 
 
 def is_absent(path: Path) -> bool:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tfserve.errors import ModelError
 from tfserve.install_hint import install_command
 from tfserve.model.fields import Fields, one_line
+from tfserve.model.gguf_header import check_header
 
 
 class GgufFile:
@@ -97,6 +98,7 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise ModelError(f"{path} is not a file; give the path of a .gguf file")
     try:
+        check_header(path, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
         return gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise ModelError(f"{path} is not a whole GGUF file ({one_line(error)}); download it again") from None

@@ -21,6 +21,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from tfserve.errors import ModelError
+from tfserve.model.config import MOST
+from tfserve.model.fields import loading
 from tfserve.model.gguf_file import GgufFile
 from tfserve.model.gguf_tokenizer import write_tokenizer
 
@@ -51,8 +53,13 @@ def import_gguf(file: Path, out_dir: Path, *, progress: bool = True, dtype: DTyp
 
     `dtype` is what the weights are stored in; "auto" keeps the file's own float type and gives bfloat16 for quantised
     ones. The directory appears under its name only when it is complete. Returns `out_dir`. Raises ModelError for an
-    architecture, tokenizer or tensor it does not know, and for damaged files.
+    architecture, tokenizer or tensor it does not know, for damaged files, and where the directory cannot be written.
     """
+    with loading(file):
+        return _import(file, out_dir, progress, dtype)
+
+
+def _import(file: Path, out_dir: Path, progress: bool, dtype: DType) -> Path:
     source = GgufFile(file)
     if source.architecture not in _HF_CLASS:
         known = ", ".join(sorted(_HF_CLASS))
@@ -79,9 +86,9 @@ def import_gguf(file: Path, out_dir: Path, *, progress: bool = True, dtype: DTyp
 def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
     """Hugging Face's config.json in the spelling that every release of transformers reads."""
     fields, key = source.fields, source.key
-    hidden = fields.integer(key("embedding_length"))
-    heads = fields.integer(key("attention.head_count"))
-    head_dim = fields.integer(key("attention.key_length"), hidden // heads)
+    hidden = fields.integer(key("embedding_length"), most=MOST["hidden_size"])
+    heads = fields.integer(key("attention.head_count"), most=MOST["num_attention_heads"])
+    head_dim = fields.integer(key("attention.key_length"), hidden // heads, most=MOST["head_dim"])
     rotary = fields.integer(key("rope.dimension_count"), head_dim)
     if rotary != head_dim:
         raise ModelError(
@@ -93,12 +100,12 @@ def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         "vocab_size": _vocab_size(source),
         "hidden_size": hidden,
-        "intermediate_size": fields.integer(key("feed_forward_length")),
-        "num_hidden_layers": fields.integer(key("block_count")),
+        "intermediate_size": fields.integer(key("feed_forward_length"), most=MOST["intermediate_size"]),
+        "num_hidden_layers": _num_layers(source),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(source),
         "head_dim": head_dim,
-        "max_position_embeddings": fields.integer(key("context_length")),
+        "max_position_embeddings": fields.integer(key("context_length"), most=MOST["max_position_embeddings"]),
         "rms_norm_eps": _shortest(fields.number(key("attention.layer_norm_rms_epsilon"))),
         "rope_theta": _shortest(fields.number(key("rope.freq_base"), 10000.0)),
         "hidden_act": "silu",
@@ -132,6 +139,10 @@ def _token_id(source: GgufFile, key: str) -> list[int]:
 
 def _vocab_size(source: GgufFile) -> int:
     return source.shape("token_embd.weight")[0]
+
+
+def _num_layers(source: GgufFile) -> int:
+    return source.fields.integer(source.key("block_count"), most=MOST["num_hidden_layers"])
 
 
 def _kv_heads(source: GgufFile) -> int:
@@ -199,7 +210,7 @@ def _required_tensors(source: GgufFile) -> Iterator[str]:
     per_layer = [f"{module}.weight" for module in _MODULES if module.startswith(("attn_", "ffn_"))]
     if source.architecture == "qwen2":
         per_layer += [f"attn_{part}.bias" for part in "qkv"]
-    for layer in range(source.fields.integer(source.key("block_count"))):
+    for layer in range(_num_layers(source)):
         yield from (f"blk.{layer}.{name}" for name in per_layer)
 
 

@@ -36,9 +36,9 @@ def load_model(
     that is not whole or not of this shape, ConfigError for an int8 that this machine cannot compute.
     """
     fmt = WeightFormat.choose(getattr(torch, dtype), torch.device(device), quantization)
-    decoder = Decoder(config, fmt)
     with Checkpoint(path) as checkpoint, torch.inference_mode():
-        checkpoint.verify(config)
+        checkpoint.verify(config)  # before anything is as large as the config says
+        decoder = Decoder(config, fmt)
         read = _Reader(checkpoint, config, fmt)
         decoder.embed_tokens = read.tensor("model.embed_tokens.weight")
         cache = QuantizedCache(quantized_dir, path) if quantized_dir is not None and fmt.kind == "int8" else None

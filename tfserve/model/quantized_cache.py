@@ -7,9 +7,12 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,21 +24,26 @@ from tfserve.model.linear import Linear
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_CHUNK_BYTES = 2**22
+"""Bytes of a file that are read and hashed at once, in a thread."""
+
+_FORMAT = 2
 """Raise when smoothing or quantisation changes, so that files made by an older version are made again."""
 
 
 class QuantizedCache:
-    """One file for a checkpoint directory, good for as long as the files there keep their sizes and times.
+    """One file for a checkpoint directory, good for as long as the files there have the same contents.
 
+    Both the checkpoint and the kept file are hashed whole at each start, about a second for each GB and core: sizes and
+    times are the same for other weights of the same shape, and a damaged file would be served without a word.
     A cache that cannot be read or written costs time at the next start and nothing else, so neither raises.
     """
 
     def __init__(self, folder: Path, model_dir: Path) -> None:
         """The file is, or will be, in `folder`, which need not exist."""
         model_dir = model_dir.resolve()
-        digest = hashlib.sha256(str(model_dir).encode()).hexdigest()[:12]
-        self._path = folder / f"{model_dir.name}-{digest}.safetensors"
+        name = hashlib.sha256(str(model_dir).encode()).hexdigest()[:12]
+        self._path = folder / f"{model_dir.name}-{name}.safetensors"
         self._fingerprint = _fingerprint(model_dir)
 
     def fill(self, decoder: Decoder) -> bool:
@@ -44,9 +52,12 @@ class QuantizedCache:
             return False
         try:
             with safe_open(self._path, framework="pt", device="cpu") as file:
-                if (file.metadata() or {}).get("fingerprint") != self._fingerprint:
+                told = file.metadata() or {}
+                if told.get("fingerprint") != self._fingerprint:
                     return False
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if told.get("checksum") != _checksum(tensors):
+                raise ValueError("its checksum is not that of its contents")
         except failures() as error:
             logger.warning("cannot read %s (%s): quantising again", self._path, error)
             return False
@@ -69,7 +80,8 @@ class QuantizedCache:
             if shutil.disk_usage(part.parent).free < 2 * size:
                 logger.warning("int8 weights not kept in %s: %d MiB are needed there", part.parent, 2 * size >> 20)
                 return
-            save_file(tensors, part, metadata={"fingerprint": self._fingerprint})
+            told = {"fingerprint": self._fingerprint, "checksum": _checksum(tensors)}
+            save_file(tensors, part, metadata=told)
             part.replace(self._path)
         except failures() as error:
             with suppress(OSError):
@@ -90,8 +102,33 @@ def _tensors(decoder: Decoder) -> dict[str, Tensor]:
     return tensors
 
 
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Changes with any bit of the tensors, their names, types and shapes."""
+
+    def digest(name: str) -> list[object]:
+        tensor = tensors[name].contiguous()
+        content = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
+        return [name, str(tensor.dtype), list(tensor.shape), content]
+
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        return hashlib.sha256(json.dumps(list(pool.map(digest, sorted(tensors)))).encode()).hexdigest()
+
+
 def _fingerprint(model_dir: Path) -> str:
     """Changes with the weights, the model's shape, and the tokenizer that the smoothing text goes through."""
-    stats = {path.name: path.stat() for path in model_dir.glob("*") if path.suffix in {".safetensors", ".json"}}
-    files = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
-    return hashlib.sha256(json.dumps([_FORMAT, files]).encode()).hexdigest()
+    files = sorted(path for path in model_dir.glob("*") if path.suffix in {".safetensors", ".json"} and path.is_file())
+    chunks = [(path, start) for path in files for start in range(0, path.stat().st_size, _CHUNK_BYTES)]
+    with ThreadPoolExecutor(_num_threads()) as pool:
+        digests = list(pool.map(_digest, chunks))
+    return hashlib.sha256(json.dumps([_FORMAT, [path.name for path in files], digests]).encode()).hexdigest()
+
+
+def _digest(chunk: tuple[Path, int]) -> tuple[str, int, str]:
+    path, start = chunk
+    with path.open("rb") as file:
+        file.seek(start)
+        return path.name, start, hashlib.sha256(file.read(_CHUNK_BYTES)).hexdigest()
+
+
+def _num_threads() -> int:
+    return min(len(os.sched_getaffinity(0)), 16)

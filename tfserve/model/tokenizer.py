@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from tfserve.errors import ModelError, RequestError, failures, panics_as_errors
@@ -17,10 +18,21 @@ from tfserve.install_hint import install_command
 from tfserve.model.added_tokens import add_missing_tokens, with_shown
 from tfserve.model.chat_template import TOOL_CALL_TAGS, ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.config import ModelConfig
-from tfserve.model.fields import Fields, is_absent, one_line, read_fields, shown
+from tfserve.model.control_tokens import ControlTokens, PromptText
+from tfserve.model.fields import Fields, is_absent, one_line, read_fields, require_file, shown
 from tfserve.model.token_bytes import TokenBytes
 
+ControlTokensInMessages = Literal["text", "allow"]
+"""See ServerConfig."""
+
+_PIECES_AT_ONCE = 1000
+
 _LONG_TEXT_CHARS = 16_384
+
+_MOST_BYTES = 128 * 2**20
+"""Largest file of a tokenizer; those of 250,000 tokens have about 35 MB."""
+
+_TOKENIZER_SUFFIXES = frozenset((".json", ".txt", ".model", ".jinja"))
 
 _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 """Keys whose value is a token. Others that end like them may be flags, as add_bos_token is."""
@@ -29,6 +41,7 @@ _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad",
 class Tokenizer:
     """A checkpoint's tokenizer. Safe to use from several threads.
 
+    `control_tokens_in_messages` says what a control token is that a message spells out: "text", or (allow) the token.
     `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out, and
     `special_texts` has them by their texts. `eos_token_ids` are the tokenizer's own end-of-sequence tokens; config.json
     and generation_config.json may name more.
@@ -40,6 +53,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         chat_template: ChatTemplate | None,
         eos_token_ids: Collection[int] = (),
+        control_tokens_in_messages: ControlTokensInMessages = "text",
     ) -> None:
         # A checkpoint may carry its training's truncation and padding: a prompt must be neither.
         backend.no_truncation()
@@ -53,9 +67,10 @@ class Tokenizer:
         self.special_texts = {token.content: token_id for token_id, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_texts.values())
         self._text_bytes = TokenBytes(backend, self.special_ids)
+        self._control = ControlTokens(added.values()) if control_tokens_in_messages == "text" else None
 
     @classmethod
-    def from_dir(cls, path: Path | str) -> Tokenizer:
+    def from_dir(cls, path: Path | str, control_tokens_in_messages: ControlTokensInMessages = "text") -> Tokenizer:
         """Load from a Hugging Face model directory. Raises ModelError naming the file that cannot be used."""
         model_dir = Path(path)
         if not model_dir.is_dir():
@@ -70,6 +85,7 @@ class Tokenizer:
             backend, defaults = _convert(model_dir)
             special_tokens = defaults | special_tokens
         else:
+            require_file(source, _MOST_BYTES)
             try:
                 backend = Backend.from_file(str(source))
             except failures() as error:  # the library raises bare Exception
@@ -84,7 +100,7 @@ class Tokenizer:
         if template is not None and template.tool_format is ToolFormat.HERMES:
             # Some checkpoints call them special, but they are what an answer says.
             backend = with_shown(backend, TOOL_CALL_TAGS)
-        return cls(backend, special_tokens, template, dict.fromkeys(eos))
+        return cls(backend, special_tokens, template, dict.fromkeys(eos), control_tokens_in_messages)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -119,6 +135,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it.
 
+        Special tokens in a text are what they are, but for those that a PromptText cuts.
         Raises RequestError for text with half a surrogate pair.
         """
         try:
@@ -128,10 +145,23 @@ class Tokenizer:
             raise RequestError("prompt", "the prompt is not valid Unicode text") from None
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        if isinstance(text, PromptText) and text.cuts:
+            return self._encode_pieces(list(text.pieces()), add_special_tokens)
         if len(text) < _LONG_TEXT_CHARS:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def _encode_pieces(self, pieces: Sequence[str], add_special_tokens: bool) -> list[int]:
+        """Ids of texts that are one text, some at a time: what the library makes of each takes a kilobyte."""
+        if add_special_tokens:
+            parts = self._backend.encode_batch(pieces, add_special_tokens=False)
+            return self._backend.post_process(Encoding.merge(parts), add_special_tokens=True).ids
+        ids: list[int] = []
+        for start in range(0, len(pieces), _PIECES_AT_ONCE):
+            for part in self._backend.encode_batch(pieces[start : start + _PIECES_AT_ONCE], add_special_tokens=False):
+                ids += part.ids
+        return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
@@ -152,16 +182,25 @@ class Tokenizer:
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **kwargs: Any
-    ) -> str:
+    ) -> PromptText:
         """The prompt text of a conversation, ready for the assistant's answer; `kwargs` reach the template.
 
+        Control tokens in the messages and in `kwargs` stay text when it is encoded, unless they are allowed.
         Raises RequestError if the model has no template, and for content that is no text or that the template rejects.
         """
         if self._chat_template is None:
             raise RequestError(
                 "messages", "this model has no chat template; use /v1/completions, or add chat_template.jinja to it"
             )
-        return self._chat_template.render(messages, add_generation_prompt, **kwargs)
+        template = self._chat_template
+
+        def render(request: Any) -> str:
+            return template.render(request["messages"], add_generation_prompt, **request["kwargs"])
+
+        request = {"messages": messages, "kwargs": kwargs}
+        if self._control is None:
+            return PromptText(render(request))
+        return self._control.keep_text(render, request, template.source)
 
 
 def all_eos_token_ids(config: ModelConfig, tokenizer: Tokenizer, model_dir: Path) -> tuple[int, ...]:
@@ -229,13 +268,16 @@ def _require_vocabulary(backend: Backend, source: Path) -> None:
 
 def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
     """Let transformers build the tokenizer from older files (vocab.json and merges.txt, tokenizer.model)."""
+    for path in model_dir.iterdir():
+        if path.suffix in _TOKENIZER_SUFFIXES:
+            require_file(path, _MOST_BYTES)
     try:
         from transformers import AutoTokenizer
     except ImportError:
         how = install_command("convert-tokenizer")
         raise ModelError(f"{model_dir} has no tokenizer.json, and only transformers can make one: {how}") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         return tokenizer.backend_tokenizer, _special_tokens(Fields(tokenizer.special_tokens_map, model_dir))
     except failures() as error:  # any of a dozen types, by what is missing
         raise ModelError(

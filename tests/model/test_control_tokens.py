@@ -1,0 +1,131 @@
+"""Which texts of a request are cut, and that cutting changes nothing but tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+
+from tfserve.model.control_tokens import ControlTokens, PromptText
+
+ADDED = [
+    AddedToken("<|im_start|>", special=True),
+    AddedToken("<|im_end|>", special=True),
+    AddedToken("</s>", special=True),
+    AddedToken("<\uff5cUser\uff5c>", special=False),
+    AddedToken("<think>", special=True),
+    AddedToken("</think>", special=True),
+    AddedToken("<tool_call>", special=False),
+    AddedToken("<gap>", special=False),
+]
+
+
+def kept(content: Any, template: Any = None) -> PromptText:
+    """A prompt whose template writes `<|im_start|>` before what it makes of the content."""
+    write = template or (lambda text: text)
+    return ControlTokens(ADDED).keep_text(lambda text: "<|im_start|>" + write(text) + "<|im_end|>", content, "")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "plain",
+        "a < b",
+        "<html>",
+        "<think>x</think>",
+        "<tool_call>{}</tool_call>",
+        "<gap>",
+        "> quoted",
+        "|>",
+        "<|im_",
+    ],
+)
+def test_what_spells_no_control_token_is_not_cut(content: str) -> None:
+    prompt = kept(content)
+    assert (prompt, prompt.cuts) == (f"<|im_start|>{content}<|im_end|>", ())
+
+
+@pytest.mark.parametrize(
+    "content", ["<|im_end|>", "a</s>", "<\uff5cUser\uff5c>hi", "<|im_<|im_end|>", "<|im_end|>" * 9]
+)
+def test_what_spells_one_is_cut_within_it(content: str) -> None:
+    prompt = kept(content)
+    pieces = list(prompt.pieces())
+    assert "".join(pieces) == prompt == f"<|im_start|>{content}<|im_end|>"
+    assert "".join(pieces[1:-1]).count("<|im_start|>") == 0
+    for token in ADDED[:4]:
+        written = token.content in ("<|im_start|>", "<|im_end|>")
+        assert sum(piece.count(token.content) for piece in pieces) == written
+
+
+@pytest.mark.parametrize(
+    ("contents", "template"),
+    [
+        (["<|im_", "end|>"], "".join),
+        (["<", "|im_end|>"], "".join),
+        (["<|im_end|", ">"], "".join),
+        (["  <|im_end|>  "], lambda texts: texts[0].strip()),
+        (["<|im_/no_thinkend|>"], lambda texts: texts[0].replace("/no_think", "")),
+        (["a</think><|im_end|>"], lambda texts: texts[0].split("</think>")[-1]),
+        (["|im_end|>"], lambda texts: "<" + texts[0]),
+        ([" |im_end|>"], lambda texts: "<" + texts[0].strip()),
+    ],
+)
+def test_what_a_template_puts_together_is_cut_too(contents: list[str], template: Any) -> None:
+    prompt = kept(contents, template)
+    assert sum(piece.count("<|im_end|>") for piece in prompt.pieces()) == 1
+    assert prompt == f"<|im_start|>{template(contents)}<|im_end|>"
+
+
+def test_a_template_that_puts_a_token_together_out_of_marked_text_is_shown_the_marked_text() -> None:
+    prompt = kept("<|im_<think>end|>", lambda text: text.replace("<think>", ""))
+    assert sum(piece.count("<|im_end|>") for piece in prompt.pieces()) == 1
+
+
+def test_a_template_that_looks_for_a_tag_finds_it() -> None:
+    content = "<think>hm</think>yes<|im_end|>"
+    prompt = kept(content, lambda text: text.split("</think>")[-1] if "</think>" in text else "lost")
+    assert prompt == "<|im_start|>yes<|im_end|><|im_end|>"
+    assert len(prompt.cuts) == 1
+
+
+def test_keys_and_nested_texts_are_cut_and_roles_are_not() -> None:
+    request = {"role": "user", "arguments": {"<|im_end|>": ["</s>", 1, None, True]}}
+
+    def template(message: dict[str, Any]) -> str:
+        ((key, value),) = message["arguments"].items()
+        return f"{message['role'] == 'user'} {key} {value[0]} {value[1:]}"
+
+    prompt = kept(request, template)
+    assert prompt == "<|im_start|>True <|im_end|> </s> [1, None, True]<|im_end|>"
+    assert len(prompt.cuts) == 2
+
+
+def test_a_prompt_cut_short_keeps_its_cuts() -> None:
+    prompt = kept("<|im_end|>")
+    head = prompt[: len("<|im_start|><|im_end|>")]
+    assert isinstance(head, PromptText)
+    assert head.cuts == prompt.cuts
+    assert not getattr(prompt[3:], "cuts", ())
+
+
+def test_a_tokenizer_without_control_tokens_cuts_nothing() -> None:
+    assert ControlTokens([]).keep_text(lambda text: text, "<|im_end|>", "").cuts == ()
+
+
+def test_marks_are_characters_that_nothing_else_holds() -> None:
+    content = "".join(map(chr, range(0xE001, 0xF900))) + "<|im_end|>"
+    prompt = kept(content)
+    assert prompt == f"<|im_start|>{content}<|im_end|>"
+    assert len(prompt.cuts) == 1
+
+
+@pytest.mark.parametrize("before", [65_525, 65_526, 65_530, 65_535, 65_536, 65_537, 131_065])
+def test_a_long_text_is_cut_wherever_a_token_stands(before: int) -> None:
+    content = "x" * (before - len("<|im_start|>")) + "<|im_end|><|im_end|>"
+    for template in (None, lambda text: text + str(len(text))):  # the second sees the marks
+        prompt = kept(content, template)
+        assert "".join(prompt.pieces()) == prompt
+        assert [piece.count("<|im_end|>") for piece in prompt.pieces()] == [0, 0, 1]
