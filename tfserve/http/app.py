@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cached_property
 
 import msgspec
 from aiohttp import web
@@ -128,8 +129,12 @@ class AboutEndpoints:
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """GET /openapi.json."""
+        return web.Response(body=self._document, content_type=JSON)
+
+    @cached_property
+    def _document(self) -> bytes:
         service = self._service
-        return _json(document(service.model_name, with_keys=bool(service.config.server.api_keys)))
+        return msgspec.json.encode(document(service.model_name, with_keys=bool(service.config.server.api_keys)))
 
     def _card(self) -> ModelCard:
         service = self._service

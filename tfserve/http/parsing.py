@@ -24,6 +24,13 @@ MAX_REMEMBERED = 256
 """Unknown field names remembered so as to log each once; clients choose them, so there is an end."""
 
 
+MAX_PARTS = 65_536
+"""Most objects, lists and members of objects in a body: making one takes as long as reading fifty bytes of text."""
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+"""A string in JSON, or the rest of the text where it has no end."""
+
+
 class BodyParser(Generic[Body]):
     """Decodes one endpoint's bodies; remembers the unknown fields it has logged. `fields` are those of others."""
 
@@ -34,7 +41,11 @@ class BodyParser(Generic[Body]):
         self._logged: set[str] = set()
 
     def parse(self, body: bytes) -> Body:
-        """The request in `body`. Raises RequestError for bad JSON, bad types and unsupported fields."""
+        """The request in `body`. Raises RequestError for bad JSON, bad types and unsupported fields.
+
+        Takes time in proportion to the body: one that may be long is parsed `off_loop`.
+        """
+        _check_parts(body)
         value = self._fix(self._decode(mend(body.removeprefix(codecs.BOM_UTF8))), "")
         try:
             return msgspec.convert(value, self._struct, str_keys=True)
@@ -70,3 +81,13 @@ class BodyParser(Generic[Body]):
         if name not in self._logged and len(self._logged) < MAX_REMEMBERED:
             self._logged.add(name)
             log.info("Ignoring the unknown request field %.80r (logged once)", name)
+
+
+def _check_parts(body: bytes) -> None:
+    """Raise RequestError for a body of too many parts. Most have too few brackets and colons, even those in text."""
+    if _num_parts(body) > MAX_PARTS and _num_parts(_STRING.sub(b"", body)) > MAX_PARTS:
+        raise RequestError(None, f"The body holds more than {MAX_PARTS} objects, lists and fields; send fewer")
+
+
+def _num_parts(body: bytes) -> int:
+    return body.count(b"{") + body.count(b"[") + body.count(b":")
