@@ -231,14 +231,14 @@ class FakeEngine:
     ) -> list[FakeStream]:
         seeds = [None if params.seed is None else nth_seed(params.seed, number) for number in range(len(request_ids))]
         each = [msgspec.structs.replace(params, seed=seed) for seed in seeds]
-        return [self.submit(prompt, one, name, **more) for one, name in zip(each, request_ids, strict=True)]
+        return [self.submit(prompt, one, request_id=name, **more) for one, name in zip(each, request_ids, strict=True)]
 
     def submit(
         self,
         prompt: Sequence[int],
         params: SamplingParams,
-        request_id: str,
         *,
+        request_id: str,
         rate=msgspec.UNSET,
         priority: int = 0,
     ) -> FakeStream:

@@ -14,7 +14,7 @@ from tfserve.engine.validation import check_text
 from tfserve.errors import QueueFullError, RequestError
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
-from tfserve.http.off_loop import native_off_loop, off_loop
+from tfserve.http.off_loop import LONG, native_off_loop, off_loop
 from tfserve.http.pacing import pacers_for
 from tfserve.http.packing import packing_of, unpacked
 from tfserve.http.ports import EnginePort
@@ -137,9 +137,13 @@ async def answer(
     _check_logprobs(service, job, stream)
     with service.exchange(renderer.id) as exchange:
         try:
+            num_tokens = 0
             for prompt in job.prompts:
                 exchange.submit(prompt, job.params, job.num_choices, renderer.id, rate=rate, priority=priority)
-                await asyncio.sleep(0)
+                num_tokens += len(prompt)
+                if num_tokens > LONG:
+                    num_tokens = 0
+                    await asyncio.sleep(0)
         except QueueFullError:
             service.metrics.on_refusal("queue_full")
             raise
