@@ -80,7 +80,7 @@ class Engine:
         load_model_config(path)
         self.tokenizer = Tokenizer.from_dir(path)
         self._delivery = Delivery()
-        self._ids = itertools.count()
+        self._own_ids = map(f"{_OWN_IDS}{{}}".format, itertools.count())
         self._questions = Questions()
         self._on_step: list[Callable[[StepOutputs], None]] = []
         self._stats: EngineStats | None = None
@@ -120,7 +120,9 @@ class Engine:
         each = list(params) if isinstance(params, list | tuple) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError("params", f"{len(batch)} prompts need as many SamplingParams (or one), got {len(each)}")
-        messages = [self._prepare(prompt, one, rate, [self._own_id()]) for prompt, one in zip(batch, each, strict=True)]
+        messages = [
+            self._prepare(prompt, one, rate, [next(self._own_ids)]) for prompt, one in zip(batch, each, strict=True)
+        ]
         collectors = [Collector(self._buffer(message, message.request_id)) for message in messages]
         try:
             for message, collector in zip(messages, collectors, strict=True):
@@ -170,7 +172,7 @@ class Engine:
         wait already, EngineDeadError.
         """
         self._check_queue(1)
-        name = self._own_id() if request_id is None else self._check_id(request_id)
+        name = next(self._own_ids) if request_id is None else self._check_id(request_id)
         return self._start(prompt, params, [name], rate, priority)[0]
 
     def submit_choices(
@@ -302,13 +304,9 @@ class Engine:
         rate = as_rate(rate, default_rate)
         priority = as_priority(priority)
         params = validate(token_ids, SamplingParams() if params is None else params, self.info)
-        first, *others = request_ids
-        return AddRequest(
-            first, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed, siblings=tuple(others)
-        )
-
-    def _own_id(self) -> RequestId:
-        return f"{_OWN_IDS}{next(self._ids)}"
+        first, *siblings = request_ids
+        now_s = time.monotonic()
+        return AddRequest(first, token_ids, params, now_s, rate, priority, is_rate_assumed, tuple(siblings))
 
     def _check_id(self, request_id: RequestId) -> RequestId:
         is_id = isinstance(request_id, str) and request_id and is_text(request_id)
@@ -356,7 +354,6 @@ class Engine:
                 logger.debug("%s: the engine is gone", message)
 
     def _check_queue(self, num_new: int) -> None:
-        """Raise QueueFullError unless `num_new` more requests may wait."""
         limit = self.config.server.max_queued_requests
         stats = self.stats()
         num_live = len(self._delivery) + num_new - 1
