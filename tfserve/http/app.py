@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import cached_property
 
 import msgspec
 from aiohttp import web
@@ -93,19 +94,29 @@ class MetricsEndpoint:
         self._service = service
         self._streams: list[StreamState] = []
         self._taken_s = float("-inf")
-        self._asking = asyncio.Lock()
+        self._rendering = asyncio.Lock()
+        self._begun_s = float("-inf")
+        self._body = b""
 
     async def get(self, _request: web.Request) -> web.Response:
         """GET /metrics, in Prometheus's text format; without the streams' buffers if the engine is slow to tell."""
+        asked_s = time.monotonic()
+        async with self._rendering:
+            # What was begun after this request came is as good as its own.
+            if self._begun_s < asked_s:
+                self._begun_s = time.monotonic()
+                self._body = await self._render()
+        return web.Response(body=self._body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def _render(self) -> bytes:
         with contextlib.suppress(TimeoutError, TfserveError):
-            async with asyncio.timeout(SCRAPE_PATIENCE_S), self._asking:
+            async with asyncio.timeout(SCRAPE_PATIENCE_S):
                 # Anybody may scrape: the engine is asked as often as one scraper would, however many there are.
                 if time.monotonic() - self._taken_s > SCRAPE_PATIENCE_S:
                     self._streams = []
                     self._streams = await self._service.engine_alive.streams()
                     self._taken_s = time.monotonic()
-        body = self._service.metrics.render(self._streams)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+        return self._service.metrics.render(self._streams)
 
 
 class AboutEndpoints:
@@ -140,8 +151,12 @@ class AboutEndpoints:
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """GET /openapi.json."""
+        return web.Response(body=self._document, content_type=JSON)
+
+    @cached_property
+    def _document(self) -> bytes:
         service = self._service
-        return _json(document(service.model_name, with_keys=bool(service.keys)))
+        return msgspec.json.encode(document(service.model_name, with_keys=bool(service.keys)))
 
     def _card(self) -> ModelCard:
         service = self._service

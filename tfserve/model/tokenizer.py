@@ -34,6 +34,12 @@ _MOST_BYTES = 128 * 2**20
 
 _TOKENIZER_SUFFIXES = frozenset((".json", ".txt", ".model", ".jinja"))
 
+_MOST_CHARS_PER_TOKEN = 8
+"""A text with more characters a token than this is rare: English has four or five."""
+
+_CUT_TOKENS = 16
+"""More tokens than a word or a special token that is cut in two can gain."""
+
 _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 """Keys whose value is a token. Others that end like them may be flags, as add_bos_token is."""
 
@@ -163,6 +169,22 @@ class Tokenizer:
                 ids += part.ids
         return ids
 
+    def exceeds(self, text: str, most: int) -> bool:
+        """True for a text of more than `most` tokens that is much longer than such texts are.
+
+        It is tokenised piece by piece, and only as far as it takes to know: tokenising needs a hundred bytes a
+        character. Raises RequestError as `encode`.
+        """
+        if len(text) <= _MOST_CHARS_PER_TOKEN * most:
+            return False
+        num_tokens, begin = 0, 0
+        while begin < len(text) and num_tokens <= most:
+            end = _piece_end(text, begin + max(4 * most, _LONG_TEXT_CHARS))
+            # What a cut may have added is taken off again.
+            num_tokens += len(self.encode(text[begin:end], add_special_tokens=False)) - _CUT_TOKENS
+            begin = end
+        return num_tokens > most
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
         with panics_as_errors("decoding tokens"):
@@ -201,6 +223,12 @@ class Tokenizer:
         if self._control is None:
             return PromptText(render(request))
         return self._control.keep_text(render, request, template.source)
+
+
+def _piece_end(text: str, end: int) -> int:
+    """Where a piece of at most `end` characters ends: before its last space, if there is one close by."""
+    space = text.rfind(" ", end - 1024, end) if end < len(text) else -1
+    return end if space < 0 else space
 
 
 def all_eos_token_ids(config: ModelConfig, tokenizer: Tokenizer, model_dir: Path) -> tuple[int, ...]:
