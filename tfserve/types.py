@@ -236,6 +236,23 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     device_busy_s: float = 0.0
     device_idle_s: float = 0.0
 
+    @classmethod
+    def at_start(cls, info: EngineInfo, now_s: float) -> EngineStats:
+        """The picture before the first step."""
+        return cls(
+            now_s=now_s,
+            step=0,
+            num_waiting=0,
+            num_running=0,
+            num_blocks=info.num_blocks,
+            num_free_blocks=info.num_blocks - 1,
+            block_size=info.block_size,
+            num_preemptions=0,
+            num_prompt_tokens=0,
+            num_output_tokens=0,
+            num_finished=0,
+        )
+
     @property
     def device_idle_share(self) -> float:
         """How much of the time with work to do the device waited for the loop; 0 before the first step."""

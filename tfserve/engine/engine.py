@@ -29,10 +29,11 @@ from tfserve.engine.messages import (
     StreamStates,
     ToCore,
 )
-from tfserve.engine.prompts import Prompt, as_batch, as_prompt
+from tfserve.engine.preparation import RequestPreparer
+from tfserve.engine.prompts import Prompt, as_batch
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
-from tfserve.engine.validation import as_count, as_priority, as_rate, check_text, validate
+from tfserve.engine.validation import as_count
 from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
@@ -100,6 +101,7 @@ class Engine:
         self._end = weakref.finalize(self, self._link.close, _DROPPED_S)
         disown_in_fork(self)
         self.info: EngineInfo = self._link.info
+        self._prepare = RequestPreparer(self.tokenizer, self.info, config.scheduler.default_rate)
 
     def __enter__(self) -> Self:
         return self
@@ -127,7 +129,8 @@ class Engine:
         if len(each) != len(batch):
             raise RequestError("params", f"{len(batch)} prompts need as many SamplingParams (or one), got {len(each)}")
         messages = [
-            self._prepare(prompt, one, rate, [next(self._own_ids)]) for prompt, one in zip(batch, each, strict=True)
+            self._prepare.message(prompt, one, rate, [next(self._own_ids)])
+            for prompt, one in zip(batch, each, strict=True)
         ]
         collectors = [Collector(self._buffer(message, message.request_id)) for message in messages]
         try:
@@ -230,22 +233,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The engine's state after its last step."""
-        if self._stats is not None:
-            return self._stats
-        info = self.info
-        return EngineStats(
-            now_s=time.monotonic(),
-            step=0,
-            num_waiting=0,
-            num_running=0,
-            num_blocks=info.num_blocks,
-            num_free_blocks=info.num_blocks - 1,
-            block_size=info.block_size,
-            num_preemptions=0,
-            num_prompt_tokens=0,
-            num_output_tokens=0,
-            num_finished=0,
-        )
+        return self._stats or EngineStats.at_start(self.info, time.monotonic())
 
     def check_health(self) -> None:
         """Raise EngineDeadError when the engine has ended.
@@ -301,38 +289,12 @@ class Engine:
         priority: int,
         tenant: Tenant,
     ) -> list[RequestStream]:
-        message = self._prepare(prompt, params, rate, request_ids, priority=priority, tenant=tenant)
+        message = self._prepare.message(prompt, params, rate, request_ids, priority=priority, tenant=tenant)
         tokens_per_s = resolve_rate(message.rate, self.config.scheduler.default_rate)
         buffers = [self._buffer(message, name) for name in request_ids]
         streams = [RequestStream(buffer, tokens_per_s, self.abort, self.report_played) for buffer in buffers]
         self._send(message, streams)
         return streams
-
-    def _prepare(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        rate: ConsumptionRate | UnsetType,
-        request_ids: Sequence[RequestId],
-        *,
-        priority: int = 0,
-        tenant: Tenant = ONE_TENANT,
-    ) -> AddRequest:
-        prompt = as_prompt(prompt)
-        if isinstance(prompt, str):
-            check_text(self.tokenizer, prompt, self.info)
-            prompt = self.tokenizer.encode(prompt)
-        token_ids = list(prompt)
-        default_rate = self.config.scheduler.default_rate
-        is_rate_assumed = rate is UNSET
-        if rate is UNSET:
-            rate = default_rate
-        rate = as_rate(rate, default_rate)
-        priority = as_priority(priority)
-        params = validate(token_ids, SamplingParams() if params is None else params, self.info)
-        first, *siblings = request_ids
-        now_s = time.monotonic()
-        return AddRequest(first, token_ids, params, now_s, rate, priority, is_rate_assumed, tenant, tuple(siblings))
 
     def _check_id(self, request_id: RequestId) -> RequestId:
         is_id = isinstance(request_id, str) and request_id and is_text(request_id)

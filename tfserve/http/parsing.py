@@ -101,4 +101,4 @@ def _num_parts(body: bytes) -> int:
     """How many of the bytes that begin a part are outside strings: behind an even number of quotes."""
     text = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
     in_string = np.cumsum(text == ord('"'), dtype=np.uint8) % 2 == 1
-    return sum(np.count_nonzero((text == ord(byte)) & ~in_string) for byte in _PART_BYTES)
+    return sum(int(np.count_nonzero((text == ord(byte)) & ~in_string)) for byte in _PART_BYTES)
