@@ -7,7 +7,7 @@ import threading
 import time
 
 _LOOK_EVERY_S = 5.0
-_STEP_BYTES = 64 * 2**20
+_STEP_BYTES = 16 * 2**20
 """Giving back holds up whatever asks for memory meanwhile, by a tenth of a millisecond for each MiB."""
 
 
@@ -18,7 +18,7 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def trim_heap(every_s: float = _LOOK_EVERY_S) -> None:
-    """Give freed memory back whenever 64 MiB have come together; from a thread, for a process of tfserve's own.
+    """Give freed memory back whenever 16 MiB have come together; from a thread, for a process of tfserve's own.
 
     glibc gives back only what is free at the heap's end. An engine that meets ever new batch sizes grows threefold, and
     what it uses stays the same (measured with SmolLM2-135M in int8, glibc 2.36). Does nothing where the C library is
