@@ -41,7 +41,7 @@ def nested(depth: int, link: Callable[[Schema], Schema]) -> Schema:
 
 def wide(count: int) -> Schema:
     """One object with many properties."""
-    return {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(count)}}
+    return {"type": "object", "properties": {f"p{number}": {} for number in range(count)}}
 
 
 def _data(depth: int) -> Any:
@@ -67,6 +67,7 @@ HOSTILE: dict[str, Schema] = {
     "1,001 properties": wide(1001),
     "many properties in many objects": _tree(10),
     "a long enum": {"type": "object", "properties": {"a": {"enum": [f"word {n}" for n in range(20_000)]}}},
+    "many parts": {"type": "object", "const": [[]] * 20_000},
     "deep data": {"type": "object", "const": _data(300)},
     "an integer beyond 64 bits": {"type": "object", "properties": {"n": {"maximum": 2**64}}},
     "an integer of 4,000 digits": {"type": "object", "minProperties": 10**4000},

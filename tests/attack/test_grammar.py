@@ -105,6 +105,12 @@ async def test_tools_that_are_only_shown_are_measured_too(start: StartServer, pa
         assert where == (400, "tools[0].function.parameters")
 
 
+async def test_the_parameters_of_all_tools_together_have_a_limit(start: StartServer) -> None:
+    server = await start()
+    long = {"description": "x" * 100_000}
+    assert await refusal(server, CHAT, {"messages": ASK, "tools": [tool(long)] * 6}) == (400, "tools")
+
+
 def test_what_breaks_the_library_ends_a_process_of_its_own() -> None:
     """The chain that overflows its stack, past our own measure."""
     raw = json.dumps({"grammars": [{"json_schema": chain(1000, LINKS["properties"])}]})

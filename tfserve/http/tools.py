@@ -12,10 +12,14 @@ import msgspec
 from tfserve.errors import RequestError
 from tfserve.model.chat_template import ToolFormat
 from tfserve.model.grammar import check_grammar_beside, json_schema_grammar, lark_json
-from tfserve.model.schema_limits import check_schema
+from tfserve.model.schema_limits import MAX_SCHEMA_CHARS, check_schema
 
 MAX_TOOLS = 128
 """Most tools of one request (OpenAI's limit)."""
+
+
+MAX_PARAMETERS_BYTES = 4 * MAX_SCHEMA_CHARS
+"""Longest parameters of all tools of one request together, as JSON."""
 
 
 class FunctionDefinition(msgspec.Struct, kw_only=True):
@@ -112,8 +116,12 @@ class ToolPlan:
             await asyncio.to_thread(self._measure)
 
     def _measure(self) -> None:
+        size = 0
         for place, tool in enumerate(self._tools):
-            check_schema(tool.function.parameters or {}, _name_parameters(place))
+            size += check_schema(tool.function.parameters or {}, _name_parameters(place))
+            if size > MAX_PARAMETERS_BYTES:
+                message = f"tools: their parameters are too long together; the limit is {MAX_PARAMETERS_BYTES} bytes"
+                raise RequestError("tools", message)
 
     def _grammars(self) -> list[tuple[str, str]]:
         """What is to be checked, with the field that is at fault: each forced function by itself, then the whole."""

@@ -25,6 +25,9 @@ MAX_LEVELS = 64
 MAX_PROPERTIES = 1000
 """Most properties of one schema, over all its objects."""
 
+MAX_PARTS = 10_000
+"""Most objects and lists in one schema."""
+
 _LIBRARY_KEY = "x-guidance"
 """Holds options of llguidance: separators, white space, leniency. They are the server's to set."""
 
@@ -50,8 +53,8 @@ _Edge = tuple[Any, _Kind, int]
 """A part within another part, or referred to by it; its kind, and how many levels deeper it is."""
 
 
-def check_schema(schema: Mapping[str, Any], param: str) -> None:
-    """Raise RequestError about the field `param` for a schema that is too large, too deep, or no JSON.
+def check_schema(schema: Mapping[str, Any], param: str) -> int:
+    """How many bytes a schema has. Raises RequestError about the field `param` if it is too large or deep, or no JSON.
 
     Takes a tenth of a second for the largest that is allowed; of larger ones only the size is measured.
     """
@@ -63,13 +66,14 @@ def check_schema(schema: Mapping[str, Any], param: str) -> None:
         size = 0
     if size > MAX_SCHEMA_CHARS:
         raise _refusal(param, f"there are {size} bytes, which is too long; the limit is {MAX_SCHEMA_CHARS}")
-    # The library fails on integers beyond 64 bits, and rounds a const to a double.
-    if problem := strict_json.unreadable(schema, exact=("const", "enum")):
-        raise _refusal(param, f"{problem}; change or remove it")
     try:
         _Survey(schema).check()
     except ValueError as error:
         raise _refusal(param, str(error)) from None
+    # The library fails on integers beyond 64 bits, and rounds a const to a double.
+    if problem := strict_json.unreadable(schema, exact=("const", "enum")):
+        raise _refusal(param, f"{problem}; change or remove it")
+    return size
 
 
 _TOO_DEEP = f"schemas are nested, or refer to each other, more than {MAX_LEVELS} levels deep; make it flatter"
@@ -107,6 +111,8 @@ class _Survey:
                     best[-1] = max(best[-1], levels + heights[part])
                 else:
                     heights[part] = 0
+                    if len(heights) > MAX_PARTS:
+                        raise ValueError(f"there are more than {MAX_PARTS} objects and lists; simplify it")
                     path.append((part, levels, edges))
                     best.append(0)
                     depth += levels
