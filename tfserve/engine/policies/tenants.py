@@ -196,7 +196,8 @@ def in_fair_order(columns: Columns, turn: Rows) -> Columns:
     c = columns
     if not len(turn):
         return c
-    seq, arrival_s, since_s, priority = (a.copy() for a in (c.seq, c.arrival_s, c.phase_since_s, c.priority))
+    seq, priority = c.seq.copy(), c.priority.copy()
+    arrival_s, since_s = c.arrival_s.copy(), c.phase_since_s.copy()
     seq[turn] = np.sort(c.seq[turn])
     arrival_s[turn] = np.maximum.accumulate(c.arrival_s[turn])
     since_s[turn] = np.maximum.accumulate(c.phase_since_s[turn])
