@@ -87,9 +87,14 @@ def edit(name: str, **changes: Any) -> Harm:
     return harm
 
 
-def replace(name: str, data: bytes | str) -> Harm:
-    """Other contents of a file."""
-    return lambda model_dir: (model_dir / name).write_bytes(data.encode() if isinstance(data, str) else data) and None
+def replace(name: str, data: bytes | str, times: int = 1, end: str = "") -> Harm:
+    """Other contents of a file: `data` so many times, then `end`."""
+    piece = data.encode() if isinstance(data, str) else data
+
+    def harm(model_dir: Path) -> None:
+        (model_dir / name).write_bytes(piece * times + end.encode())
+
+    return harm
 
 
 def _instead(make: Callable[[Path], Any]) -> Callable[[str], Harm]:
@@ -126,9 +131,9 @@ INSTEAD: dict[str, Callable[[str], Harm]] = {
     "link to itself": _instead(lambda path: path.symlink_to(path.name)),
     "device": _instead(lambda path: path.symlink_to("/dev/zero")),
     "empty": _instead(Path.touch),
-    "deep list": lambda name: replace(name, "[" * 200_000),
-    "deep object": lambda name: replace(name, '{"a":' * 200_000),
-    "wide": lambda name: replace(name, '{"a":[' + "[]," * 6_000_000 + "[]]}"),
+    "deep list": lambda name: replace(name, "[", 200_000),
+    "deep object": lambda name: replace(name, '{"a":', 200_000),
+    "wide": lambda name: replace(name, '{"a":[' + "[]," * 1000, 1, "") and _wide(name),
     "noise": lambda name: replace(name, bytes(range(256)) * 40),
     "zeros": lambda name: replace(name, bytes(10_000)),
     "sparse": _instead(_sparse),
