@@ -87,12 +87,12 @@ def edit(name: str, **changes: Any) -> Harm:
     return harm
 
 
-def replace(name: str, data: bytes | str, times: int = 1, end: str = "") -> Harm:
-    """Other contents of a file: `data` so many times, then `end`."""
+def replace(name: str, data: bytes | str, times: int = 1) -> Harm:
+    """Other contents of a file: `data` so many times."""
     piece = data.encode() if isinstance(data, str) else data
 
     def harm(model_dir: Path) -> None:
-        (model_dir / name).write_bytes(piece * times + end.encode())
+        (model_dir / name).write_bytes(piece * times)
 
     return harm
 
@@ -123,6 +123,13 @@ def _sparse(path: Path) -> None:
         file.truncate(2**32)
 
 
+def _wide(name: str) -> Harm:
+    def harm(model_dir: Path) -> None:
+        (model_dir / name).write_text('{"a":[' + "[]," * 6_000_000 + "[]]}")
+
+    return harm
+
+
 INSTEAD: dict[str, Callable[[str], Harm]] = {
     "pipe": _instead(os.mkfifo),
     "socket": _instead(_bind),
@@ -133,7 +140,7 @@ INSTEAD: dict[str, Callable[[str], Harm]] = {
     "empty": _instead(Path.touch),
     "deep list": lambda name: replace(name, "[", 200_000),
     "deep object": lambda name: replace(name, '{"a":', 200_000),
-    "wide": lambda name: replace(name, '{"a":[' + "[]," * 1000, 1, "") and _wide(name),
+    "wide": _wide,
     "noise": lambda name: replace(name, bytes(range(256)) * 40),
     "zeros": lambda name: replace(name, bytes(10_000)),
     "sparse": _instead(_sparse),
@@ -203,10 +210,8 @@ def directories() -> Iterator[tuple[str, Harm]]:
     for tensor in (_tensor([big, big], 0, 64), _tensor([4, 4], 0, big), _tensor([16], 64, 0), _tensor([-1], 0, 64)):
         yield f"header {tensor!r}", _header(tensor)
     yield "header deep", _header(b'{"a":' * 100_000)
-    yield (
-        "header many",
-        _header({f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(200_000)}),
-    )
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    yield "header many", lambda model_dir: _header({f"t{number}": empty for number in range(200_000)})(model_dir)
     for number in (2**31, 2**32 - 1, 2**32, -1):
         yield f"token id {number}", _tokenizer(_add("<far>", number))
     yield "token long", _tokenizer(_add("<|" + "x" * 100_000 + "|>", 512))

@@ -107,7 +107,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
     def digest(name: str) -> list[object]:
         tensor = tensors[name].contiguous()
-        content = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).hexdigest()
+        content = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
         return [name, str(tensor.dtype), list(tensor.shape), content]
 
     with ThreadPoolExecutor(_num_threads()) as pool:

@@ -116,7 +116,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self._meter.count(length * max((item for item in (left, right) if isinstance(item, int)), default=0))
         return super().call_binop(context, operator, left, right)
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]  # jinja2 declares it as "".join
+    def concat(self, pieces: Iterable[str]) -> str:
         """What a template, macro or block has written, as one text."""
         return "".join(self._counted(pieces))
 
@@ -159,7 +159,7 @@ class _Instrumented(NodeTransformer):
         return _filter(nodes.List(node.nodes, lineno=node.lineno), "_text")
 
 
-def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
+def _filter(node: Any, name: str) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
