@@ -211,7 +211,7 @@ def directories() -> Iterator[tuple[str, Harm]]:
         yield f"header {tensor!r}", _header(tensor)
     yield "header deep", _header(b'{"a":' * 100_000)
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    yield "header many", lambda model_dir: _header({f"t{number}": empty for number in range(200_000)})(model_dir)
+    yield "header many", _header({f"t{number}": empty for number in range(20_000)})
     for number in (2**31, 2**32 - 1, 2**32, -1):
         yield f"token id {number}", _tokenizer(_add("<far>", number))
     yield "token long", _tokenizer(_add("<|" + "x" * 100_000 + "|>", 512))
