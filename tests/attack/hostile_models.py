@@ -87,9 +87,14 @@ def edit(name: str, **changes: Any) -> Harm:
     return harm
 
 
-def replace(name: str, data: bytes | str) -> Harm:
-    """Other contents of a file."""
-    return lambda model_dir: (model_dir / name).write_bytes(data.encode() if isinstance(data, str) else data) and None
+def replace(name: str, data: bytes | str, times: int = 1) -> Harm:
+    """Other contents of a file: `data` so many times."""
+    piece = data.encode() if isinstance(data, str) else data
+
+    def harm(model_dir: Path) -> None:
+        (model_dir / name).write_bytes(piece * times)
+
+    return harm
 
 
 def _instead(make: Callable[[Path], Any]) -> Callable[[str], Harm]:
@@ -118,6 +123,13 @@ def _sparse(path: Path) -> None:
         file.truncate(2**32)
 
 
+def _wide(name: str) -> Harm:
+    def harm(model_dir: Path) -> None:
+        (model_dir / name).write_text('{"a":[' + "[]," * 6_000_000 + "[]]}")
+
+    return harm
+
+
 INSTEAD: dict[str, Callable[[str], Harm]] = {
     "pipe": _instead(os.mkfifo),
     "socket": _instead(_bind),
@@ -126,9 +138,9 @@ INSTEAD: dict[str, Callable[[str], Harm]] = {
     "link to itself": _instead(lambda path: path.symlink_to(path.name)),
     "device": _instead(lambda path: path.symlink_to("/dev/zero")),
     "empty": _instead(Path.touch),
-    "deep list": lambda name: replace(name, "[" * 200_000),
-    "deep object": lambda name: replace(name, '{"a":' * 200_000),
-    "wide": lambda name: replace(name, '{"a":[' + "[]," * 6_000_000 + "[]]}"),
+    "deep list": lambda name: replace(name, "[", 200_000),
+    "deep object": lambda name: replace(name, '{"a":', 200_000),
+    "wide": _wide,
     "noise": lambda name: replace(name, bytes(range(256)) * 40),
     "zeros": lambda name: replace(name, bytes(10_000)),
     "sparse": _instead(_sparse),
@@ -198,10 +210,8 @@ def directories() -> Iterator[tuple[str, Harm]]:
     for tensor in (_tensor([big, big], 0, 64), _tensor([4, 4], 0, big), _tensor([16], 64, 0), _tensor([-1], 0, 64)):
         yield f"header {tensor!r}", _header(tensor)
     yield "header deep", _header(b'{"a":' * 100_000)
-    yield (
-        "header many",
-        _header({f"t{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(200_000)}),
-    )
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    yield "header many", _header({f"t{number}": empty for number in range(20_000)})
     for number in (2**31, 2**32 - 1, 2**32, -1):
         yield f"token id {number}", _tokenizer(_add("<far>", number))
     yield "token long", _tokenizer(_add("<|" + "x" * 100_000 + "|>", 512))

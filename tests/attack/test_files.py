@@ -14,6 +14,7 @@ from tests.attack.hostile_models import directories, gguf_harms, import_file, lo
 from tests.model.tiny_gguf import GgufRecipe, tiny_model, write_gguf
 from tests.scripted import scripted_engine, write_scripted_model
 from tfserve.errors import ConfigError, ModelError
+from tfserve.types import SamplingParams
 
 QUICK = (
     *("config num_hidden_layers=1000000000", "config vocab_size=1000000000000", "config hidden_size=1000000000"),
@@ -26,7 +27,7 @@ QUICK = (
         "model.safetensors pipe",
     ),
     *("weight_map '../other.safetensors'", "weight_map '/dev/zero'", "weight_map 'below/other.safetensors'"),
-    *("header length 100000000", "header deep", "token id 4294967295", "vocab.json pipe"),
+    *("header length 100000000", "header deep", "no vocabulary", "vocab.json pipe"),
 )
 QUICK_GGUF = (
     *("block_count 4294967295", "array length 4294967295", "string length 9223372036854775808", "nested arrays"),
@@ -38,6 +39,9 @@ QUICK_GGUF = (
     ),
     *("tensor size 9223372036854775808", "bytes", "cut at 2000"),
 )
+
+SCRIPT, LONG = "the " * 400, SamplingParams(max_tokens=1000)
+"""So many steps that the trace's buffer is written out twice."""
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +101,9 @@ def test_a_model_name_that_no_path_can_have_is_an_error() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
 def test_a_trace_on_a_full_disk_ends_and_the_engine_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with scripted_engine(write_scripted_model(tmp_path), "word " * 400, step_trace="/dev/full") as engine:
-        for _ in range(3):
-            outputs = engine.generate(["The sky"] * 8)
-            assert {output.finish_reason for output in outputs} == {"stop"}
-    assert caplog.text.count("step_trace") == 1
+    with scripted_engine(write_scripted_model(tmp_path), SCRIPT, step_trace="/dev/full") as engine:
+        assert engine.generate("The sky", LONG)[0].finish_reason == "stop"
+    assert caplog.text.count("this trace ends here") == 1
 
 
 def test_a_trace_whose_reader_goes_ends_and_the_engine_goes_on(
@@ -110,8 +112,7 @@ def test_a_trace_whose_reader_goes_ends_and_the_engine_goes_on(
     os.mkfifo(tmp_path / "trace")
     reader = os.open(tmp_path / "trace", os.O_RDONLY | os.O_NONBLOCK)
     model = write_scripted_model(tmp_path / "model")
-    with scripted_engine(model, "word " * 400, step_trace=str(tmp_path / "trace")) as engine:
+    with scripted_engine(model, SCRIPT, step_trace=str(tmp_path / "trace")) as engine:
         os.close(reader)
-        outputs = engine.generate(["The sky"] * 8)
-        assert {output.finish_reason for output in outputs} == {"stop"}
-    assert caplog.text.count("step_trace") == 1
+        assert engine.generate("The sky", LONG)[0].finish_reason == "stop"
+    assert caplog.text.count("this trace ends here") == 1

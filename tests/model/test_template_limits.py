@@ -69,7 +69,7 @@ def test_a_template_without_measure_costs_its_request_only(
 
 
 def test_the_limits_are_those_of_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "MOST_CHARS", 1000)
+    monkeypatch.setattr(template_limits, "MOST_CHARS", 2000)
     template = ChatTemplate("{{ 'a' * 600 }}", {})
     assert {template.render([], True) for _ in range(5)} == {"a" * 600}
 

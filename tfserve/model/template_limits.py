@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -116,7 +116,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             self._meter.count(length * max((item for item in (left, right) if isinstance(item, int)), default=0))
         return super().call_binop(context, operator, left, right)
 
-    def concat(self, pieces: Iterable[str]) -> str:  # jinja2 declares it as "".join
+    def concat(self, pieces: Iterable[str]) -> str:
         """What a template, macro or block has written, as one text."""
         return "".join(self._counted(pieces))
 
@@ -159,8 +159,8 @@ class _Instrumented(NodeTransformer):
         return _filter(nodes.List(node.nodes, lineno=node.lineno), "_text")
 
 
-def _filter(node: nodes.Node, name: str) -> nodes.Filter:
-    return nodes.Filter(cast(nodes.Expr, node), name, [], [], None, None, lineno=node.lineno)
+def _filter(node: Any, name: str) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 class _Meter(threading.local):
