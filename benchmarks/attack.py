@@ -47,7 +47,7 @@ SETTINGS = {
 }
 """The server's, unless the attack or the command line has others."""
 
-PROBE = {"prompt": "Tell me everything:", "stream": True, "ignore_eos": True, "max_tokens": 4000, "temperature": 0}
+PROBE = {"prompt": "Tell me everything:", "stream": True, "ignore_eos": True, "max_tokens": 8000, "temperature": 0}
 
 
 # The tiny model.

@@ -109,8 +109,9 @@ class NullEngine:
         while self._inbox:
             match self._inbox.popleft():
                 case AddRequest() as added:
-                    self._left[added.request_id] = added.params.max_tokens or 1
-                    self._sent_s[added.request_id] = []
+                    for request_id in added.request_ids:
+                        self._left[request_id] = added.params.max_tokens or 1
+                        self._sent_s[request_id] = []
                 case AbortRequest(req):
                     if self._left.pop(req, None):
                         self._send(StepOutputs([TokenOutput(req, finish_reason=FinishReason.ABORT)], self._stats()))

@@ -26,7 +26,7 @@ _KINDS: Mapping[object, str] = {
     Mapping: "an object",
 }
 
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "that matches"}
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "that matches", "max_length": "of length <="}
 
 _SHOWN_CHARS = 60
 

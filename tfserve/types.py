@@ -113,6 +113,11 @@ def _require(ok: bool, param: str, value: object, meaning: str) -> None:
         raise RequestError(param, f"{param} must be {meaning}, got {value!r}")
 
 
+def nth_seed(seed: int, number: int) -> int:
+    """The seed of a choice: that of the first one counted up, within 64 bits."""
+    return (seed + number + 2**63) % 2**64 - 2**63
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log probability (natural log) of one token and of the most likely alternatives in its place, best first."""
 

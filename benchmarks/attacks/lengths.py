@@ -25,7 +25,21 @@ def _ids(number: int) -> list[int]:
 
 
 def _words(num_bytes: int) -> str:
-    words = ("sky", "blue", "light", "scatters", "the", "of", "why", "and", "colour", "evening", "\n", "1234", "größer")
+    words = (
+        "sky",
+        "blue",
+        "light",
+        "scatters",
+        "the",
+        "of",
+        "why",
+        "and",
+        "colour",
+        "evening",
+        "\n",
+        "1234",
+        "greater",
+    )
     chosen = random.Random(2).choices(words, k=num_bytes // 5)
     return " ".join(chosen)[:num_bytes]
 
@@ -55,9 +69,9 @@ ATTACKS: dict[str, Attack] = {
     "lengths-bad-ids": post(COMPLETIONS, lambda _: {"prompt": [5.0] * 900_000, "max_tokens": 1}),
     "lengths-nested-ids": post(COMPLETIONS, lambda _: {"prompt": [[5]] * 1_000_000, "max_tokens": 1}),
     "lengths-texts": post(COMPLETIONS, lambda _: {"prompt": ["a"] * 900_000, "max_tokens": 1}),
-    "lengths-text": post(COMPLETIONS, lambda _: {"prompt": _words(4_100_000), "max_tokens": 1}),
+    "lengths-text": post(COMPLETIONS, lambda _: {"prompt": _words(3_800_000), "max_tokens": 1}),
     "lengths-text-of-one": post(COMPLETIONS, lambda _: {"prompt": "a" * 4_100_000, "max_tokens": 1}),
-    "lengths-many-texts": post(COMPLETIONS, lambda _: {"prompt": [_words(16_000)] * 250, "max_tokens": 1}),
+    "lengths-many-texts": post(COMPLETIONS, lambda _: {"prompt": [_words(15_000)] * 250, "max_tokens": 1}),
     "lengths-messages": post(CHAT, lambda _: _chat([{"role": "user", "content": ""}] * 130_000)),
     "lengths-parts": post(
         CHAT, lambda _: _chat([{"role": "user", "content": [{"type": "text", "text": ""}] * 130_000}])
@@ -75,7 +89,7 @@ ATTACKS: dict[str, Attack] = {
             ]
         ),
     ),
-    "lengths-chat-text": post(CHAT, lambda _: _chat([{"role": "user", "content": _words(4_100_000)}])),
+    "lengths-chat-text": post(CHAT, lambda _: _chat([{"role": "user", "content": _words(3_800_000)}])),
     "lengths-template-values": post(CHAT, lambda _: _chat(_ONE, chat_template_kwargs={"tools_x": [1] * 1_900_000})),
     "lengths-unknown-fields": post(CHAT, lambda _: _chat(_ONE) | {f"f{number}": 1 for number in range(280_000)}),
     "lengths-stop-ids": post(COMPLETIONS, lambda _: {"prompt": "x", "stop_token_ids": [5] * 1_900_000}),
@@ -86,7 +100,7 @@ ATTACKS: dict[str, Attack] = {
     "lengths-echo-streamed": post(COMPLETIONS, lambda target: _echo(target) | {"stream": True}),
     "lengths-top-logprobs": post(CHAT, _many_logprobs),
     "lengths-top-streamed": post(CHAT, lambda target: _many_logprobs(target) | {"stream": True}),
-    "lengths-tokenize": post("/tokenize", lambda _: {"prompt": _words(4_100_000), "return_token_strs": True}),
+    "lengths-tokenize": post("/tokenize", lambda _: {"prompt": _words(3_800_000), "return_token_strs": True}),
     "lengths-tokenize-chat": post("/tokenize", lambda _: {"messages": [{"role": "user", "content": ""}] * 130_000}),
     "lengths-detokenize": post("/detokenize", lambda _: {"tokens": [5] * 1_900_000}),
     "lengths-abort": post("/abort_request", lambda _: {"request_id": "x" * 4_100_000}),

@@ -24,6 +24,7 @@ from tfserve.types import (
     SamplingParams,
     StreamState,
     TokenLogprob,
+    nth_seed,
 )
 
 VOCAB = 300
@@ -41,6 +42,9 @@ class FakeTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
+
+    def exceeds(self, text: str, most: int) -> bool:
+        return len(text.encode()) > 8 * most
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         shown = [
@@ -222,20 +226,26 @@ class FakeEngine:
         self._callbacks: list[Callable[[str], None]] = []
         self._speakers: set[asyncio.Task[None]] = set()
 
+    def submit_choices(
+        self, prompt: Sequence[int], params: SamplingParams, request_ids: Sequence[str], **more: Any
+    ) -> list[FakeStream]:
+        seeds = [None if params.seed is None else nth_seed(params.seed, number) for number in range(len(request_ids))]
+        each = [msgspec.structs.replace(params, seed=seed) for seed in seeds]
+        return [self.submit(prompt, one, request_id=name, **more) for one, name in zip(each, request_ids, strict=True)]
+
     def submit(
         self,
-        prompt: str | Sequence[int],
+        prompt: Sequence[int],
         params: SamplingParams,
         *,
-        request_id: str | None = None,
+        request_id: str,
         rate=msgspec.UNSET,
         priority: int = 0,
     ) -> FakeStream:
-        assert request_id is not None
         assert request_id not in {stream.request_id for stream in self.live}
         if self.death:
             raise EngineDeadError(self.death)
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = list(prompt)
         for token in ids:
             if not 0 <= token < VOCAB:
                 raise RequestError("prompt", f"token id {token} is not in the vocabulary [0, {VOCAB})")

@@ -342,3 +342,20 @@ def test_loads_without_torch_and_transformers(model_dir: Path) -> None:
         "sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))\n"
     )
     assert subprocess.run([sys.executable, "-c", program, str(model_dir)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "expected"),
+    [
+        ("a b " * 20, 1000, False),
+        ("a b " * 100_000, 1000, True),
+        ("a b " * 100_000, 100_000, False),
+        ("ab" * 200_000, 1000, True),
+        ("<|im_start|>" * 20_000, 1000, True),
+        ("<|im_start|>" * 20_000, 20_000, False),
+    ],
+)
+def test_a_text_exceeds_what_its_tokens_exceed(tmp_path: Path, text: str, most: int, expected: bool) -> None:
+    tokenizer = Tokenizer.from_dir(write_tiny_tokenizer(tmp_path))
+    assert tokenizer.exceeds(text, most) is expected
+    assert not expected or len(tokenizer.encode(text)) > most

@@ -30,7 +30,7 @@ from tfserve.errors import failures
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.plan import Clock, Direction, Fence, InFlight, Runner, StepPlan, StepResult
-from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams
+from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams, nth_seed
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,8 @@ class EngineCore:
         for message in self.inbox.take():
             match message:
                 case AddRequest():
-                    self._add(message)
+                    for number, request_id in enumerate(message.request_ids):
+                        self._add(message, request_id, number)
                 case AbortRequest():
                     request = self._requests.get(message.request_id)
                     if request is not None:
@@ -218,15 +219,17 @@ class EngineCore:
                 case Shutdown():
                     self._stopping = True
 
-    def _add(self, message: AddRequest) -> None:
+    def _add(self, message: AddRequest, request_id: RequestId, number: int) -> None:
+        """Queue one request of a message, the `number`-th; what may grow is its own."""
         params = message.params
+        seed = self._seeds.getrandbits(63) if params.seed is None else nth_seed(params.seed, number)
         request = Request(
-            id=message.request_id,
+            id=request_id,
             params=params,
-            token_ids=message.prompt_token_ids,
+            token_ids=message.prompt_token_ids.copy(),
             num_prompt_tokens=len(message.prompt_token_ids),
             max_tokens=max(params.max_tokens or 0, 1),
-            seed=params.seed if params.seed is not None else self._seeds.getrandbits(63),
+            seed=seed,
             arrival_s=message.arrival_s,
             eos_token_ids=self._eos_token_ids,
             rate=message.rate,

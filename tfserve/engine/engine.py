@@ -31,7 +31,7 @@ from tfserve.engine.messages import (
 from tfserve.engine.prompts import Prompt, as_batch, as_prompt
 from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
 from tfserve.engine.token_buffer import resolve_rate
-from tfserve.engine.validation import as_count, as_priority, as_rate, validate
+from tfserve.engine.validation import as_count, as_priority, as_rate, check_text, validate
 from tfserve.errors import EngineDeadError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
@@ -80,7 +80,7 @@ class Engine:
         load_model_config(path)
         self.tokenizer = Tokenizer.from_dir(path)
         self._delivery = Delivery()
-        self._ids = itertools.count()
+        self._own_ids = map(f"{_OWN_IDS}{{}}".format, itertools.count())
         self._questions = Questions()
         self._on_step: list[Callable[[StepOutputs], None]] = []
         self._stats: EngineStats | None = None
@@ -120,11 +120,13 @@ class Engine:
         each = list(params) if isinstance(params, list | tuple) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError("params", f"{len(batch)} prompts need as many SamplingParams (or one), got {len(each)}")
-        messages = [self._prepare(prompt, one, rate, None) for prompt, one in zip(batch, each, strict=True)]
-        collectors = [Collector(self._buffer(message)) for message in messages]
+        messages = [
+            self._prepare(prompt, one, rate, [next(self._own_ids)]) for prompt, one in zip(batch, each, strict=True)
+        ]
+        collectors = [Collector(self._buffer(message, message.request_id)) for message in messages]
         try:
             for message, collector in zip(messages, collectors, strict=True):
-                self._send(message, collector)
+                self._send(message, [collector])
             return [collector.result() for collector in collectors]
         except BaseException:
             for message in messages:  # all ids are the engine's own
@@ -169,12 +171,25 @@ class Engine:
         Raises RequestError naming the field that cannot be served, QueueFullError when `server.max_queued_requests`
         wait already, EngineDeadError.
         """
-        self._check_queue()
-        message = self._prepare(prompt, params, rate, request_id, priority)
-        tokens_per_s = resolve_rate(message.rate, self.config.scheduler.default_rate)
-        stream = RequestStream(self._buffer(message), tokens_per_s, self.abort, self.report_played)
-        self._send(message, stream)
-        return stream
+        self._check_queue(1)
+        name = next(self._own_ids) if request_id is None else self._check_id(request_id)
+        return self._start(prompt, params, [name], rate, priority)[0]
+
+    def submit_choices(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_ids: Sequence[RequestId],
+        *,
+        rate: ConsumptionRate | UnsetType = UNSET,
+        priority: int = 0,
+    ) -> list[RequestStream]:
+        """Start a request for each of `request_ids`, all for one prompt; what they share is checked and sent once.
+
+        A seed in `params` counts up from one to the next. Else as `submit`; if one is refused, so are all.
+        """
+        self._check_queue(len(request_ids))
+        return self._start(prompt, params, [self._check_id(name) for name in request_ids], rate, priority)
 
     def abort(self, request_id: RequestId) -> None:
         """Stop a request and free what it holds; unknown and finished ids are ignored. Its stream ends as aborted."""
@@ -254,17 +269,34 @@ class Engine:
         self._state_lock = threading.Lock()  # another thread may have held the old one
         self._death = "this process is a fork of the one that the engine belongs to; make an Engine of its own"
 
+    def _start(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_ids: Sequence[RequestId],
+        rate: ConsumptionRate | UnsetType,
+        priority: int,
+    ) -> list[RequestStream]:
+        message = self._prepare(prompt, params, rate, request_ids, priority)
+        tokens_per_s = resolve_rate(message.rate, self.config.scheduler.default_rate)
+        buffers = [self._buffer(message, name) for name in request_ids]
+        streams = [RequestStream(buffer, tokens_per_s, self.abort, self.report_played) for buffer in buffers]
+        self._send(message, streams)
+        return streams
+
     def _prepare(
         self,
         prompt: Prompt,
         params: SamplingParams | None,
         rate: ConsumptionRate | UnsetType,
-        request_id: RequestId | None,
+        request_ids: Sequence[RequestId],
         priority: int = 0,
     ) -> AddRequest:
         prompt = as_prompt(prompt)
-        token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        request_id = f"{_OWN_IDS}{next(self._ids)}" if request_id is None else self._check_id(request_id)
+        if isinstance(prompt, str):
+            check_text(self.tokenizer, prompt, self.info)
+            prompt = self.tokenizer.encode(prompt)
+        token_ids = list(prompt)
         default_rate = self.config.scheduler.default_rate
         is_rate_assumed = rate is UNSET
         if rate is UNSET:
@@ -272,7 +304,8 @@ class Engine:
         rate = as_rate(rate, default_rate)
         priority = as_priority(priority)
         params = validate(token_ids, SamplingParams() if params is None else params, self.info)
-        return AddRequest(request_id, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed)
+        first, *others = request_ids
+        return AddRequest(first, token_ids, params, time.monotonic(), rate, priority, is_rate_assumed, tuple(others))
 
     def _check_id(self, request_id: RequestId) -> RequestId:
         is_id = isinstance(request_id, str) and request_id and is_text(request_id)
@@ -286,25 +319,28 @@ class Engine:
             raise _id_in_use(request_id)
         return str.__str__(request_id)  # of a class of its own, it could not be sent to another process
 
-    def _buffer(self, message: AddRequest) -> OutputBuffer:
+    def _buffer(self, message: AddRequest, request_id: RequestId) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
-        return OutputBuffer(message.request_id, len(message.prompt_token_ids), detokenizer)
+        return OutputBuffer(request_id, len(message.prompt_token_ids), detokenizer)
 
-    def _send(self, message: AddRequest, sink: Sink) -> None:
+    def _send(self, message: AddRequest, sinks: Sequence[Sink]) -> None:
         with self._state_lock:
             if self._death is not None:
                 raise EngineDeadError(self._death)
             if not self._delivery:
                 self._last_news_s = time.monotonic()
                 self._finish_pace.on_work(self._last_news_s)
-            # Again, under the lock: another thread may have taken it since.
-            if message.request_id in self._delivery:
-                raise _id_in_use(message.request_id)
-            self._delivery.add(message.request_id, sink)
+            # Again, under the lock: another thread may have taken one since.
+            for request_id in message.request_ids:
+                if request_id in self._delivery:
+                    raise _id_in_use(request_id)
+            for request_id, sink in zip(message.request_ids, sinks, strict=True):
+                self._delivery.add(request_id, sink)
         try:
             self._link.send(message)
         except BaseException:
-            self._delivery.discard(message.request_id)
+            for request_id in message.request_ids:
+                self._delivery.discard(request_id)
             raise
 
     def _tell(self, request_id: RequestId, message: ToCore) -> None:
@@ -315,12 +351,13 @@ class Engine:
             except EngineDeadError:
                 logger.debug("%s: the engine is gone", message)
 
-    def _check_queue(self) -> None:
+    def _check_queue(self, num_new: int) -> None:
         limit = self.config.server.max_queued_requests
         stats = self.stats()
-        waiting = len(self._delivery) - stats.num_running - stats.num_paused - stats.num_loading
+        num_live = len(self._delivery) + num_new - 1
+        waiting = num_live - stats.num_running - stats.num_paused - stats.num_loading
         # A burst that has not been scheduled yet counts as waiting, but has room to run.
-        if waiting >= limit and len(self._delivery) >= self.info.max_num_seqs + limit:
+        if waiting >= limit and num_live >= self.info.max_num_seqs + limit:
             retry_after_s = self._finish_pace.wait_s(waiting - limit + 1)
             raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
 

@@ -21,7 +21,8 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front.
 
     `rate` is resolved as far as the default goes (`is_rate_assumed`: it is the default, since the request named none);
-    of requests without one, the smallest `priority` is served first.
+    of requests without one, the smallest `priority` is served first. `siblings` are more requests for the same: they
+    share all but their ids and their seeds, which count up.
     """
 
     request_id: RequestId
@@ -31,6 +32,12 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     rate: ConsumptionRate = None
     priority: int = 0
     is_rate_assumed: bool = False
+    siblings: tuple[RequestId, ...] = ()
+
+    @property
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """All that are asked for, in order."""
+        return (self.request_id, *self.siblings)
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -15,26 +15,28 @@ from tfserve.model.grammar import check_grammar
 from tfserve.types import ConsumptionRate, EngineInfo, SamplingParams
 
 
+class SupportsExceeds(Protocol):
+    """What is needed of a tokenizer here."""
+
+    def exceeds(self, text: str, most: int) -> bool:
+        """See Tokenizer."""
+        ...
+
+
 def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) -> SamplingParams:
     """Params with max_tokens resolved, for a prompt of token ids. Raises RequestError naming the field at fault."""
     if not isinstance(params, SamplingParams):
         fix = "write SamplingParams(**params)" if isinstance(params, Mapping) else "give SamplingParams(...)"
         raise RequestError("params", f"params must be SamplingParams, got {type(params).__name__}; {fix}")
+    check_length(len(prompt), info)
     check_tokens(prompt, info.vocab_size)
     if params.grammar is not None:
         check_grammar(params.grammar)
         require_grammars(info, "grammar")
     room = info.max_model_len - len(prompt)
-    if params.max_tokens is None and room >= 1:
+    if params.max_tokens is None:
         params = msgspec.structs.replace(params, max_tokens=room)
     params.verify(info.vocab_size)
-    if room < 1:
-        raise RequestError(
-            "prompt",
-            f"{_limit(info)}; the prompt has {len(prompt)} tokens, and at least one token of output must fit. Shorten"
-            " the prompt",
-            "context_length_exceeded",
-        )
     if params.max_tokens is not None and params.max_tokens > room:
         raise RequestError(
             "max_tokens",
@@ -52,6 +54,26 @@ def require_grammars(info: EngineInfo, param: str) -> None:
         raise RequestError(param, message, "unsupported_parameter")
 
 
+def check_length(num_tokens: int, info: EngineInfo) -> None:
+    """Raise RequestError for a prompt that leaves no room for a token of output. To be asked before all else."""
+    if num_tokens >= info.max_model_len:
+        raise _too_long(f"{num_tokens} tokens", info)
+
+
+def check_text(tokenizer: SupportsExceeds, text: str, info: EngineInfo) -> None:
+    """Raise RequestError for a prompt that is too long by far, before all of it is tokenised."""
+    if tokenizer.exceeds(text, info.max_model_len):
+        raise _too_long(f"more than {info.max_model_len} tokens", info)
+
+
+def _too_long(length: str, info: EngineInfo) -> RequestError:
+    return RequestError(
+        "prompt",
+        f"{_limit(info)}; the prompt has {length}, and at least one token of output must fit. Shorten the prompt",
+        "context_length_exceeded",
+    )
+
+
 def _limit(info: EngineInfo) -> str:
     """OpenAI's words: LiteLLM, among others, knows this error by them and not by its code."""
     return f"This model's maximum context length is {info.max_model_len} tokens"
@@ -61,6 +83,8 @@ def check_tokens(prompt: Sequence[int], vocab_size: int, param: str = "prompt") 
     """Raise RequestError about the field `param` unless `prompt` has tokens and all are in the vocabulary."""
     if not prompt:
         raise RequestError(param, "the prompt is empty; it must have at least one token")
+    if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < vocab_size:
+        return
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(param, f"token id {token!r} is not in the vocabulary [0, {vocab_size})")

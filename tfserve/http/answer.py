@@ -10,16 +10,18 @@ from typing import Protocol
 from aiohttp import http_exceptions, web
 from msgspec import UnsetType
 
+from tfserve.engine.validation import check_text
 from tfserve.errors import QueueFullError, RequestError
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
+from tfserve.http.off_loop import LONG, native_off_loop, off_loop
 from tfserve.http.pacing import pacers_for
 from tfserve.http.packing import packing_of, unpacked
-from tfserve.http.ports import TokenizerPort
+from tfserve.http.ports import EnginePort
 from tfserve.http.replies import Usage
 from tfserve.http.service import Service
 from tfserve.http.sse import ChunkRenderer, stream_answer
-from tfserve.types import ConsumptionRate, RequestOutput, SamplingParams, TokenLogprob
+from tfserve.types import MAX_LOGPROBS, ConsumptionRate, RequestOutput, SamplingParams, TokenLogprob
 
 USAGE = web.RequestKey("usage", Usage)
 """Where the tokens of an answer are noted on the request, for the access log."""
@@ -27,8 +29,11 @@ USAGE = web.RequestKey("usage", Usage)
 BODY_TIMEOUT_S = 60.0
 """How long a client has to send its request's body."""
 
-LONG_TEXT = 32_768
-"""Characters from which a prompt is tokenised in a thread, so that it does not hold up everybody's streams."""
+SCORED_TOKEN_BYTES = 256
+"""About what a token with its log probabilities is in an answer."""
+
+MAX_LOGPROBS_TOLD = 2**21
+"""Most log probabilities of one answer; in any case as many as one choice can have."""
 
 
 @dataclass(slots=True)
@@ -39,6 +44,11 @@ class Result:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
+
+    @property
+    def size(self) -> int:
+        """How much work it is to word this, as bytes of JSON to be made."""
+        return len(self.text) + (len(self.logprobs) + len(self.prompt_logprobs)) * SCORED_TOKEN_BYTES
 
     def add(self, output: RequestOutput) -> None:
         """Append what is new."""
@@ -59,6 +69,16 @@ class Renderer(ChunkRenderer, Protocol):
     def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
         """The JSON body of an answer that is not streamed."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request ready for the engine: each prompt runs `num_choices` times, and `renderer` words the answer."""
+
+    prompts: Sequence[Sequence[int]]
+    params: SamplingParams
+    num_choices: int
+    renderer: Renderer
 
 
 async def read_body(request: web.Request, max_bytes: int) -> bytes:
@@ -92,30 +112,38 @@ async def read_body(request: web.Request, max_bytes: int) -> bytes:
     raise ApiError(413, message, code="body_too_large") from None
 
 
-async def encode(tokenizer: TokenizerPort, text: str, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of `text`; a long text is tokenised off the event loop."""
-    if len(text) < LONG_TEXT:
-        return tokenizer.encode(text, add_special_tokens)
-    return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+async def encode_prompt(engine: EnginePort, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a prompt. Raises RequestError for one that cannot fit; a long one is tokenised off the loop."""
+
+    def encode() -> list[int]:
+        check_text(engine.tokenizer, text, engine.info)
+        return engine.tokenizer.encode(text, add_special_tokens)
+
+    return await native_off_loop(len(text), encode)
 
 
 async def answer(
     request: web.Request,
     service: Service,
-    prompts: Sequence[str | Sequence[int]],
-    samples: Sequence[SamplingParams],
-    renderer: Renderer,
+    job: Job,
     *,
     rate: ConsumptionRate | UnsetType,
     priority: int,
     stream: bool,
 ) -> web.StreamResponse:
-    """Submit each prompt once for each of `samples`, or nothing if one is refused, and answer with all the choices."""
-    _check_room(service, len(prompts), len(samples))
+    """Run a job, or nothing of it if one of its prompts is refused, and answer with all the choices."""
+    renderer = job.renderer
+    _check_room(service, len(job.prompts), job.num_choices)
+    _check_logprobs(service, job, stream)
     with service.exchange(renderer.id) as exchange:
         try:
-            for prompt in prompts:
-                exchange.submit(prompt, samples, renderer.id, rate, priority)
+            num_tokens = 0
+            for prompt in job.prompts:
+                exchange.submit(prompt, job.params, job.num_choices, renderer.id, rate=rate, priority=priority)
+                num_tokens += len(prompt)
+                if num_tokens > LONG:
+                    num_tokens = 0
+                    await asyncio.sleep(0)
         except QueueFullError:
             service.metrics.on_refusal("queue_full")
             raise
@@ -127,19 +155,37 @@ async def answer(
                 server = service.config.server
                 pacers = pacers_for(exchange.streams, rate) if server.pacing == "smooth" else None
                 return await stream_answer(request, exchange, renderer, pacers=pacers, keep_alive_s=server.keep_alive_s)
-            results = await _collect(exchange, len(prompts) * len(samples))
-            return web.Response(body=renderer.whole(results, exchange.usage), content_type=JSON)
+            results = await _collect(exchange, len(job.prompts) * job.num_choices)
+            size = sum(result.size for result in results)
+            body = await off_loop(size, renderer.whole, results, exchange.usage)
+            return web.Response(body=body, content_type=JSON)
         finally:
             request[USAGE] = exchange.usage
 
 
-def _check_room(service: Service, num_prompts: int, num_samples: int) -> None:
+def _check_room(service: Service, num_prompts: int, num_choices: int) -> None:
     """Raise RequestError for more choices than run and wait at most: no retry could help."""
     limit = service.engine.info.max_num_seqs + service.config.server.max_queued_requests
-    if num_prompts * num_samples > limit:
-        wish = f"{num_prompts} prompts with n={num_samples}"
+    if num_prompts * num_choices > limit:
+        wish = f"{num_prompts} prompts with n={num_choices}"
         message = f"{wish} are more than the {limit} requests that this server runs and queues at once; send fewer"
-        raise RequestError("n" if num_samples > 1 else "prompt", message)
+        raise RequestError("n" if num_choices > 1 else "prompt", message)
+
+
+def _check_logprobs(service: Service, job: Job, stream: bool) -> None:
+    """Raise RequestError for more log probabilities than an answer may have: those of prompts, and of what is whole."""
+    params = job.params
+    max_model_len = service.engine.info.max_model_len
+    of_prompt = 0 if params.prompt_logprobs is None else 1 + params.prompt_logprobs
+    of_text = 0 if params.logprobs is None or stream else 1 + params.logprobs
+    most_tokens = max_model_len if params.max_tokens is None else params.max_tokens
+    each = [len(prompt) * of_prompt + min(most_tokens, max_model_len) * of_text for prompt in job.prompts]
+    wish = sum(each) * job.num_choices
+    limit = max(MAX_LOGPROBS_TOLD, (1 + MAX_LOGPROBS) * max_model_len)
+    if wish > limit:
+        message = f"this may be {wish} log probabilities, and one answer may have {limit}"
+        advice = "ask for fewer alternatives, choices, prompts or tokens (max_tokens)"
+        raise RequestError("logprobs", f"logprobs: {message}; {advice}")
 
 
 async def _collect(exchange: Exchange, num_choices: int) -> list[Result]:

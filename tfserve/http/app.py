@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cached_property
 
 import msgspec
 from aiohttp import web
@@ -85,15 +86,26 @@ class MetricsEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._rendering = asyncio.Lock()
+        self._begun_s = float("-inf")
+        self._body = b""
 
     async def get(self, _request: web.Request) -> web.Response:
         """GET /metrics, in Prometheus's text format; without the streams' buffers if the engine is slow to tell."""
+        asked_s = time.monotonic()
+        async with self._rendering:
+            # What was begun after this request came is as good as its own.
+            if self._begun_s < asked_s:
+                self._begun_s = time.monotonic()
+                self._body = await self._render()
+        return web.Response(body=self._body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def _render(self) -> bytes:
         streams: list[StreamState] = []
         with contextlib.suppress(TimeoutError, TfserveError):
             async with asyncio.timeout(SCRAPE_PATIENCE_S):
                 streams = await self._service.engine_alive.streams()
-        body = self._service.metrics.render(streams)
-        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+        return self._service.metrics.render(streams)
 
 
 class AboutEndpoints:
@@ -128,8 +140,12 @@ class AboutEndpoints:
 
     async def openapi(self, _request: web.Request) -> web.Response:
         """GET /openapi.json."""
+        return web.Response(body=self._document, content_type=JSON)
+
+    @cached_property
+    def _document(self) -> bytes:
         service = self._service
-        return _json(document(service.model_name, with_keys=bool(service.config.server.api_keys)))
+        return msgspec.json.encode(document(service.model_name, with_keys=bool(service.config.server.api_keys)))
 
     def _card(self) -> ModelCard:
         service = self._service

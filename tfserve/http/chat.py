@@ -12,12 +12,13 @@ import msgspec
 
 from tfserve.engine.validation import require_grammars
 from tfserve.errors import RequestError
-from tfserve.http.answer import Result, encode
+from tfserve.http.answer import Job, Result, encode_prompt
 from tfserve.http.chat_prompt import chat_prompt
-from tfserve.http.endpoint import GenerationEndpoint, Job
+from tfserve.http.endpoint import GenerationEndpoint
 from tfserve.http.known_fields import CHAT_FIELDS
+from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import TokenizerPort
+from tfserve.http.ports import EnginePort
 from tfserve.http.protocol import ChatRequest, UsageWish
 from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import (
@@ -98,7 +99,7 @@ class ChatRenderer:
     def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
         """The JSON body of an answer that is not streamed."""
         head = self._head
-        choices = [self._whole_choice(index, result) for index, result in enumerate(results)]
+        choices = [head.part(self._whole_choice(index, result)) for index, result in enumerate(results)]
         return head.encode(ChatCompletion(head.id, head.created, head.model, choices, usage))
 
     def _whole_choice(self, index: int, result: Result) -> ChatChoice:
@@ -125,7 +126,7 @@ class ChatRenderer:
     def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> ChatLogprobs | None:
         if not entries:
             return None
-        return ChatLogprobs([self._token(entry) for entry in entries])
+        return ChatLogprobs([self._head.part(self._token(entry)) for entry in entries])
 
     def _token(self, entry: TokenLogprob) -> ChatTokenLogprob:
         raw = self._head.tokenizer.token_bytes(entry.token_id)
@@ -187,15 +188,16 @@ class ChatEndpoint(GenerationEndpoint[ChatRequest]):
     def __init__(self, service: Service) -> None:
         super().__init__(service, BodyParser(ChatRequest, CHAT_FIELDS))
 
-    async def prepare(self, asked: ChatRequest, model: str, tokenizer: TokenizerPort) -> Job:
+    async def prepare(self, asked: ChatRequest, size: int, model: str, engine: EnginePort) -> Job:
         """The conversation as one prompt, by the model's template."""
+        tokenizer = engine.tokenizer
         parallel = asked.parallel_tool_calls is not False
         tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
-        grammar = await _grammar(asked, tools, self._service.engine.info)
-        samples = asked.samples(msgspec.structs.replace(asked.sampling_params(), grammar=grammar))
+        grammar = await _grammar(asked, tools, engine.info)
+        params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
         parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)
         renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), parser, parallel)
-        text = chat_prompt(tokenizer, asked.messages, asked, tools.for_template)
+        text = await off_loop(size, chat_prompt, tokenizer, asked.messages, asked, tools.for_template)
         # The template has written the special tokens already.
-        prompt = await encode(tokenizer, text, add_special_tokens=bool(asked.add_special_tokens))
-        return Job([prompt], samples, renderer)
+        prompt = await encode_prompt(engine, text, add_special_tokens=bool(asked.add_special_tokens))
+        return Job([prompt], params, asked.num_samples, renderer)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import msgspec
 
 from tfserve.engine.validation import check_tokens
-from tfserve.http.answer import Result, encode
-from tfserve.http.endpoint import GenerationEndpoint, Job
+from tfserve.http.answer import Job, Result, encode_prompt
+from tfserve.http.endpoint import GenerationEndpoint
 from tfserve.http.known_fields import COMPLETION_FIELDS
+from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import TokenizerPort
+from tfserve.http.ports import EnginePort
 from tfserve.http.protocol import CompletionRequest, UsageWish
 from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import Completion, CompletionChoice, CompletionLogprobs, Usage
@@ -94,7 +95,9 @@ class CompletionRenderer:
         """The JSON body of an answer that is not streamed."""
         head = self._head
         choices = [
-            self._choice(index, "".join(result.text), result.prompt_logprobs, result.logprobs, result.finish_reason)
+            head.part(
+                self._choice(index, "".join(result.text), result.prompt_logprobs, result.logprobs, result.finish_reason)
+            )
             for index, result in enumerate(results)
         ]
         return head.encode(Completion(head.id, head.created, head.model, choices, usage))
@@ -138,7 +141,7 @@ class CompletionRenderer:
         table: dict[str, float] = {}
         for token_id, each in (*entry.top, (entry.token_id, value)):
             table.setdefault(self._head.token_text(token_id), logprob(each))
-        return entry.token_id, value, table
+        return entry.token_id, value, self._head.part(table)
 
 
 class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
@@ -147,36 +150,42 @@ class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
     def __init__(self, service: Service) -> None:
         super().__init__(service, BodyParser(CompletionRequest, COMPLETION_FIELDS))
 
-    async def prepare(self, asked: CompletionRequest, model: str, tokenizer: TokenizerPort) -> Job:
+    async def prepare(self, asked: CompletionRequest, _size: int, model: str, engine: EnginePort) -> Job:
         """The prompts as token ids, in order."""
-        grammar = await response_grammar(asked.response_format, self._service.engine.info)
+        tokenizer = engine.tokenizer
+        grammar = await response_grammar(asked.response_format, engine.info)
         params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
-        samples = asked.samples(params)
         head = AnswerHead("cmpl", model, tokenizer, asked.usage_wish)
         prompts: list[Sequence[int]] = []
         texts = []
-        for prompt in asked.prompts():
+        for prompt in asked.prompts(engine.info):
             if isinstance(prompt, str):
                 special = asked.add_special_tokens is not False
-                prompts.append(await encode(tokenizer, prompt, add_special_tokens=special))
+                prompts.append(await encode_prompt(engine, prompt, add_special_tokens=special))
                 texts.append(prompt)
-                # Many prompts of moderate length: let other requests in between two of them.
-                await asyncio.sleep(0)
             else:
-                check_tokens(prompt, self._service.engine.info.vocab_size)
                 prompts.append(prompt)
-                texts.append(tokenizer.decode(prompt, params.skip_special_tokens) if asked.echo else "")
+                texts.append(await _echoed(engine, prompt, params.skip_special_tokens) if asked.echo else "")
+            # Many prompts of moderate length: let other requests in between two of them.
+            await asyncio.sleep(0)
         echoes: list[Echo] = []
         if asked.echo:
             echoes = [Echo(text, token_ids[0]) for text, token_ids in zip(texts, prompts, strict=True) if token_ids]
         return Job(
             prompts,
-            samples,
+            params,
+            asked.num_samples,
             CompletionRenderer(
                 head,
-                num_samples=len(samples),
+                num_samples=asked.num_samples,
                 num_logprobs=asked.logprobs,
                 special_are_text=not params.skip_special_tokens,
                 echoes=echoes,
             ),
         )
+
+
+async def _echoed(engine: EnginePort, prompt: Sequence[int], skip_special_tokens: bool) -> str:
+    """The text of a prompt of token ids. Raises RequestError for tokens that there are not."""
+    check_tokens(prompt, engine.info.vocab_size)
+    return await off_loop(len(prompt), engine.tokenizer.decode, prompt, skip_special_tokens)

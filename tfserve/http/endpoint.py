@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from aiohttp import web
 
 from tfserve.errors import RequestError
-from tfserve.http.answer import Renderer, answer, read_body
+from tfserve.http.answer import Job, answer, read_body
+from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import TokenizerPort
+from tfserve.http.ports import EnginePort
 from tfserve.http.protocol import GenerationRequest
 from tfserve.http.service import Service
-from tfserve.types import SamplingParams
 
 Asked = TypeVar("Asked", bound=GenerationRequest)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request ready for the engine: each prompt runs once for each of `samples`, and `renderer` words the answer."""
-
-    prompts: Sequence[Sequence[int]]
-    samples: Sequence[SamplingParams]
-    renderer: Renderer
 
 
 class GenerationEndpoint(ABC, Generic[Asked]):
@@ -39,17 +28,16 @@ class GenerationEndpoint(ABC, Generic[Asked]):
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
         service = self._service
-        tokenizer = service.engine.tokenizer
-        asked = self._parser.parse(await read_body(request, service.config.server.max_body_bytes))
+        engine = service.engine
+        body = await read_body(request, service.config.server.max_body_bytes)
+        asked = await off_loop(len(body), self._parser.parse, body)
         service.check_model(asked.model)
         try:
-            job = await self.prepare(asked, service.model_name, tokenizer)
+            job = await self.prepare(asked, len(body), service.model_name, engine)
             return await answer(
                 request,
                 service,
-                job.prompts,
-                job.samples,
-                job.renderer,
+                job,
                 rate=asked.reading_rate,
                 priority=asked.priority or 0,
                 stream=bool(asked.stream),
@@ -58,5 +46,5 @@ class GenerationEndpoint(ABC, Generic[Asked]):
             raise error.renamed(asked.names) from None
 
     @abstractmethod
-    async def prepare(self, asked: Asked, model: str, tokenizer: TokenizerPort) -> Job:
-        """What to run for a parsed body, and how to word the answer. Raises RequestError."""
+    async def prepare(self, asked: Asked, size: int, model: str, engine: EnginePort) -> Job:
+        """What to run for a parsed body of `size` bytes, and how to word the answer. Raises RequestError."""

@@ -37,17 +37,19 @@ class Exchange:
 
     def submit(
         self,
-        prompt: str | Sequence[int],
-        samples: Sequence[SamplingParams],
+        prompt: Sequence[int],
+        params: SamplingParams,
+        num_choices: int,
         request_id: str,
+        *,
         rate: ConsumptionRate | UnsetType,
         priority: int,
     ) -> None:
-        """Queue a prompt once for each of `samples`. Raises RequestError, QueueFullError, EngineDeadError."""
-        for params in samples:
+        """Queue a prompt once for each of its choices. Raises RequestError, QueueFullError, EngineDeadError."""
+        begin = len(self._streams)
+        names = [f"{request_id}-{number}" for number in range(begin, begin + num_choices)]
+        for stream in self._engine.submit_choices(prompt, params, names, rate=rate, priority=priority):
             number = len(self._streams)
-            name = f"{request_id}-{number}"
-            stream = self._engine.submit(prompt, params, request_id=name, rate=rate, priority=priority)
             stream.on_news = functools.partial(self._note, number)
             self._unfinished.add(number)
             self._streams.append(stream)

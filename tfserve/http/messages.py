@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from tfserve import strict_json
 from tfserve.errors import RequestError
+
+MAX_MESSAGES = 2048
+"""Most messages of one request (OpenAI's limit)."""
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -92,6 +95,9 @@ class ChatMessage(msgspec.Struct, kw_only=True):
                 kind = self.content[number].type
                 raise RequestError(here, f"{here} must be {{'type': 'text', 'text': ...}}, got type {kind!r}")
         return "".join(text or "" for text in texts) or self.refusal or ""
+
+
+Messages = Annotated[list[ChatMessage], msgspec.Meta(max_length=MAX_MESSAGES)]
 
 
 def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -11,7 +11,15 @@ import msgspec
 import tfserve
 from tfserve.http import replies, streams, tokens
 from tfserve.http.errors import ErrorBody
-from tfserve.http.protocol import MAX_N, MAX_PROMPTS, MAX_STOP, ChatRequest, CompletionRequest
+from tfserve.http.protocol import (
+    MAX_BIASED,
+    MAX_N,
+    MAX_PROMPTS,
+    MAX_STOP,
+    MAX_STOP_CHARS,
+    ChatRequest,
+    CompletionRequest,
+)
 from tfserve.http.tools import MAX_TOOLS
 from tfserve.types import FASTEST_RATE, MAX_LOGPROBS, SLOWEST_RATE
 
@@ -137,7 +145,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version", "/metrics"})
 """What is answered without a key: probes and scrapers have none, and the page asks for it."""
 
 _POSITIVE = {"minimum": 1}
-_TOKEN_IDS = {"maxItems": MAX_STOP, "items": {"type": "integer", "minimum": 0}}
+_TOKEN_IDS = {"items": {"type": "integer", "minimum": 0}}
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 
 _LIMITS: Mapping[str, Mapping[str, Any]] = {
     "max_tokens": _POSITIVE,
@@ -174,8 +183,8 @@ _OWN_LIMITS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 _REPLACED: Mapping[str, Mapping[str, Any]] = {
     "stop": {
         "anyOf": [
-            {"type": "string", "minLength": 1},
-            {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOP},
+            _STOP,
+            {"type": "array", "items": _STOP, "maxItems": MAX_STOP},
             {"type": "null"},
         ]
     },
@@ -183,6 +192,7 @@ _REPLACED: Mapping[str, Mapping[str, Any]] = {
         "anyOf": [
             {
                 "type": "object",
+                "maxProperties": MAX_BIASED,
                 "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,17})$"},
                 "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
             },

@@ -40,6 +40,10 @@ class TokenizerPort(Protocol):
         """Token ids of `text`."""
         ...
 
+    def exceeds(self, text: str, most: int) -> bool:
+        """True for a text of more than `most` tokens that is much longer than such texts are."""
+        ...
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
         ...
@@ -122,7 +126,7 @@ class StreamPort(Protocol):
 
 
 class EnginePort(Protocol):
-    """A loaded engine; `submit` belongs to the running event loop."""
+    """A loaded engine; `submit_choices` belongs to the running event loop."""
 
     @property
     def info(self) -> EngineInfo:
@@ -134,16 +138,16 @@ class EnginePort(Protocol):
         """The model's tokenizer."""
         ...
 
-    def submit(
+    def submit_choices(
         self,
-        prompt: str | Sequence[int],
+        prompt: Sequence[int],
         params: SamplingParams,
+        request_ids: Sequence[str],
         *,
-        request_id: str | None = None,
         rate: ConsumptionRate | UnsetType = UNSET,
         priority: int = 0,
-    ) -> StreamPort:
-        """Queue a request. Raises RequestError, QueueFullError, EngineDeadError."""
+    ) -> Sequence[StreamPort]:
+        """Queue a prompt once for each id; a seed counts up. Raises RequestError, QueueFullError, EngineDeadError."""
         ...
 
     def stats(self) -> EngineStats:

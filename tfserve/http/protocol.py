@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 
+from tfserve.engine.validation import check_length
 from tfserve.errors import RequestError
-from tfserve.http.messages import ChatMessage
+from tfserve.http.messages import Messages
 from tfserve.http.structured import ResponseFormat
 from tfserve.http.tools import NamedToolChoice, Tool
-from tfserve.types import MAX_LOGPROBS, ConsumptionRate, SamplingParams
+from tfserve.types import MAX_LOGPROBS, ConsumptionRate, EngineInfo, SamplingParams
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """An integer that fits the engine's messages."""
 
 MAX_STOP = 64
 """Most stop strings or stop token ids of a request: each costs time at every token."""
+
+MAX_STOP_CHARS = 256
+"""Most characters of a stop string."""
+
+StopText = Annotated[str, msgspec.Meta(max_length=MAX_STOP_CHARS)]
+
+MAX_BIASED = 300
+"""Most tokens of a `logit_bias` (OpenAI's limit)."""
 
 MAX_PROMPTS = 256
 """Most prompts of one completion request: all are tokenised before the queue can refuse any. Also its most choices."""
@@ -68,15 +77,15 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     top_p: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: Annotated[dict[int, float], msgspec.Meta(max_length=MAX_BIASED)] | None = None
     seed: Int | None = None
-    stop: str | list[str] | None = None
+    stop: StopText | Annotated[list[StopText], msgspec.Meta(max_length=MAX_STOP)] | None = None
     top_k: Int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: Int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[Int] | None = None
+    stop_token_ids: Annotated[list[Int], msgspec.Meta(max_length=MAX_STOP)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
@@ -127,17 +136,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         limit = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
         return {**limit, "prompt_logprobs": "logprobs", "grammar": "response_format"}
 
-    def samples(self, params: SamplingParams) -> list[SamplingParams]:
-        """`params` for each choice of a prompt; a seed makes each of them repeatable, and all of them different."""
-        seeds = [None if params.seed is None else _wrap(params.seed + number) for number in range(self.num_samples)]
-        return [params, *(msgspec.structs.replace(params, seed=seed) for seed in seeds[1:])]
-
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's parameters. The engine checks the values; here only what it could not name is checked."""
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        for name, entries in (("stop", stop), ("stop_token_ids", self.stop_token_ids)):
-            if entries is not None and len(entries) > MAX_STOP:
-                raise RequestError(name, f"{name} must have at most {MAX_STOP} entries, got {len(entries)}")
         given: dict[str, Any] = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         if stop:
             given["stop"] = tuple(stop)
@@ -146,11 +147,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
         if self.seed == RANDOM_SEED:
             del given["seed"]
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
-
-
-def _wrap(seed: int) -> int:
-    """A seed that has been counted up, within 64 bits."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 _SAMPLING_FIELDS = tuple(
@@ -163,7 +159,7 @@ _SAMPLING_FIELDS = tuple(
 class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[ChatMessage]
+    messages: Messages
     logprobs: bool | None = None
     top_logprobs: Int | None = None
     tools: list[Tool] | None = None
@@ -199,19 +195,22 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     echo: bool | None = None
     best_of: Int | None = None
 
-    def prompts(self) -> Sequence[str | list[int]]:
-        """The prompts, one per answer. Raises RequestError for an empty or mixed list."""
+    def prompts(self, info: EngineInfo) -> Sequence[str | list[int]]:
+        """The prompts, one per answer. Raises RequestError for an empty or mixed list, and for ids that cannot fit."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        tokens = [item for item in self.prompt if isinstance(item, int)]
-        texts = [item for item in self.prompt if isinstance(item, str)]
-        lists = [item for item in self.prompt if isinstance(item, list)]
-        if not self.prompt or max(len(tokens), len(texts), len(lists)) < len(self.prompt):
+        is_ids = isinstance(self.prompt[0], int) if self.prompt else False
+        if is_ids:
+            check_length(len(self.prompt), info)
+        elif len(self.prompt) > MAX_PROMPTS:
+            raise RequestError("prompt", f"{len(self.prompt)} prompts in one request; send at most {MAX_PROMPTS}")
+        if len(set(map(type, self.prompt))) != 1:
             meaning = "a string, a list of strings, a list of token ids, or a list of lists of token ids"
             raise RequestError("prompt", f"prompt must be {meaning}; it must not be empty and not mix them")
-        prompts: Sequence[str | list[int]] = [tokens] if tokens else texts or lists
-        if len(prompts) > MAX_PROMPTS:
-            raise RequestError("prompt", f"{len(prompts)} prompts in one request; send at most {MAX_PROMPTS}")
+        prompts = cast(Sequence[str | list[int]], [self.prompt] if is_ids else self.prompt)
+        for prompt in prompts:
+            if isinstance(prompt, list):
+                check_length(len(prompt), info)
         if len(prompts) * self.num_samples > MAX_PROMPTS:
             wish = f"{len(prompts)} prompts with n={self.num_samples} are too many"
             raise RequestError("n", f"{wish}; one request may have at most {MAX_PROMPTS} choices")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -11,6 +12,8 @@ from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import UsageWish
 from tfserve.http.replies import UNSET, Usage
 from tfserve.types import RequestOutput
+
+T = TypeVar("T")
 
 _LEAST_LOGPROB = -9999.0
 
@@ -25,6 +28,13 @@ class AnswerHead:
         self.tokenizer = tokenizer
         self.wish = wish
         self.encode = msgspec.json.Encoder().encode
+
+    def part(self, value: T) -> T:
+        """`value` as JSON that an encoder takes as it is.
+
+        Made of such parts, a large answer keeps the interpreter lock, and memory for its objects, for one part at once.
+        """
+        return cast(T, msgspec.Raw(self.encode(value)))
 
     def chunk_usage(self, usage: Usage) -> Usage | msgspec.UnsetType | None:
         """What an ordinary chunk has for `usage`: absent unless the client asked, null before the last chunk."""

@@ -1,4 +1,4 @@
-"""What a body holds against what its Struct says: fields too many, and whole numbers written as 4.0."""
+"""What a body holds against what its Struct says: fields too many, lists too long, whole numbers written as 4.0."""
 
 from __future__ import annotations
 
@@ -30,13 +30,24 @@ def body_fix(struct: type[msgspec.Struct], fields: Fields, on_unknown: Callable[
 
 
 class _Maker:
-    """Makes Fixes of types. There is none for a type that can hold neither an object nor an integer."""
+    """Makes Fixes of types. There is none for a type that can hold neither an object nor an integer, at any length."""
 
     def __init__(self, tables: Mapping[type, Fields], on_unknown: Callable[[str], None]) -> None:
         self._tables = tables
         self._on_unknown = on_unknown
 
     def fix_of(self, kind: inspect.Type) -> Fix | None:
+        fix = self._fix_of_parts(kind)
+        match kind:
+            case inspect.StrType(max_length=int(most)):
+                return _bounded(str, most, fix)
+            case inspect.ListType(max_length=int(most)):
+                return _bounded(list, most, fix)
+            case inspect.DictType(max_length=int(most)):
+                return _bounded(dict, most, fix)
+        return fix
+
+    def _fix_of_parts(self, kind: inspect.Type) -> Fix | None:
         match kind:
             case inspect.IntType():
                 return _whole
@@ -112,6 +123,18 @@ def _holds_structs(kind: inspect.Type) -> bool:
     return isinstance(kind, inspect.StructType) or (
         isinstance(kind, inspect.ListType) and _holds_structs(kind.item_type)
     )
+
+
+def _bounded(kind: type[str | list[Any] | dict[str, Any]], most: int, fix: Fix | None) -> Fix:
+    """Refuses a value of this kind that is longer, before `fix` loops over it."""
+    parts = "characters" if kind is str else "entries"
+
+    def check(value: Any, path: str) -> Any:
+        if isinstance(value, kind) and len(value) > most:
+            raise RequestError(path, f"{path} must have at most {most} {parts}, got {len(value)}")
+        return value if fix is None else fix(value, path)
+
+    return check
 
 
 def _whole(value: Any, _path: str) -> Any:

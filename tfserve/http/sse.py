@@ -16,6 +16,7 @@ from aiohttp import web
 from tfserve.errors import failures
 from tfserve.http.errors import api_error
 from tfserve.http.exchange import Exchange
+from tfserve.http.off_loop import LONG, off_loop
 from tfserve.http.pacing import Pacer
 from tfserve.http.replies import Usage
 from tfserve.types import RequestOutput
@@ -56,6 +57,11 @@ class ChunkRenderer(Protocol):
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with token counts; empty when the client did not ask for it."""
         ...
+
+
+MAX_SCORED_AT_ONCE = 256
+"""Tokens with log probabilities that are rendered on the event loop at once; more of them, as an echoed prompt has, are
+rendered in a thread."""
 
 
 def event(json: bytes) -> bytes:
@@ -133,6 +139,7 @@ class EventWriter:
         self._is_full = False
         self._is_over = False
         self._rest = b""
+        self._long_batch: list[tuple[int, RequestOutput]] = []
         self._error: BaseException | None = None
 
     async def run(self) -> bytes:
@@ -146,6 +153,9 @@ class EventWriter:
             self._attention.clear()
             if self._error is not None:
                 raise self._error
+            if self._long_batch:
+                batch, self._long_batch = self._long_batch, []
+                self._deliver(await off_loop(LONG, self._render, batch))
             if self._is_over:
                 return self._rest
             await self._writer.drain()
@@ -175,8 +185,16 @@ class EventWriter:
             self._end()
 
     def _pass_on(self, batch: list[tuple[int, RequestOutput]]) -> None:
-        """Write these outputs, or keep the last ones for the end."""
-        data = self._render(batch)
+        """Write these outputs, or leave them to `run` if that takes long."""
+        if sum(map(_num_scored, batch)) > MAX_SCORED_AT_ONCE:
+            self._long_batch = batch
+            self._is_full = True
+            self._attention.set()
+        else:
+            self._deliver(self._render(batch))
+
+    def _deliver(self, data: bytes) -> None:
+        """Write these events, or keep the last ones for the end."""
         if self._exchange.finished:
             self._rest = data + self._renderer.usage_chunk(self._exchange.usage)
             self._end()
@@ -241,3 +259,8 @@ class EventWriter:
         # Full, the connection speaks for itself.
         due_s = self._loop.time() if self._is_full else self._written_s
         self._timer = self._loop.call_at(due_s + self._keep_alive_s, self._on_silence)
+
+
+def _num_scored(numbered: tuple[int, RequestOutput]) -> int:
+    output = numbered[1]
+    return len(output.logprobs or ()) + len(output.prompt_logprobs or ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,15 +10,22 @@ from aiohttp import web
 
 from tfserve.engine.validation import check_tokens
 from tfserve.errors import RequestError
-from tfserve.http.answer import encode, read_body
+from tfserve.http.answer import read_body
 from tfserve.http.chat_prompt import chat_prompt
 from tfserve.http.errors import JSON
 from tfserve.http.known_fields import TOKENIZE_FIELDS
-from tfserve.http.messages import ChatMessage
+from tfserve.http.messages import Messages
+from tfserve.http.off_loop import native_off_loop, off_loop
 from tfserve.http.parsing import BodyParser
+from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import Int
 from tfserve.http.service import Service
 from tfserve.http.tools import NamedToolChoice, Tool, ToolPlan
+
+MAX_TOKENIZE_CHARS = 1_000_000
+"""Most characters of a text for /tokenize, unless the model takes longer ones."""
+
+_CHARS_PER_TOKEN = 8
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -29,7 +37,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     tools: list[Tool] | None = None
@@ -74,7 +82,8 @@ class TokenEndpoints:
     async def tokenize(self, request: web.Request) -> web.Response:
         """POST /tokenize. Raises ApiError, RequestError."""
         engine = self._service.engine
-        asked = self._tokenize.parse(await self._body(request))
+        body = await self._body(request)
+        asked = await off_loop(len(body), self._tokenize.parse, body)
         self._service.check_model(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise RequestError("prompt", "send either a prompt or messages")
@@ -82,27 +91,41 @@ class TokenEndpoints:
             text, special = _plain_text(asked), asked.add_special_tokens is not False
         else:
             tools = ToolPlan(asked.tools, asked.tool_choice, True, engine.tokenizer.tool_format)
-            text = chat_prompt(engine.tokenizer, asked.messages, asked, tools.for_template)
+            text = await off_loop(len(body), chat_prompt, engine.tokenizer, asked.messages, asked, tools.for_template)
             special = bool(asked.add_special_tokens)
-        tokens = await encode(engine.tokenizer, text, add_special_tokens=special)
+        limit = max(MAX_TOKENIZE_CHARS, _CHARS_PER_TOKEN * engine.info.max_model_len)
+        if len(text) > limit:
+            name = "prompt" if asked.messages is None else "messages"
+            raise RequestError(name, f"{name}: the text has {len(text)} characters; send at most {limit} at once")
+        tokens = await native_off_loop(len(text), engine.tokenizer.encode, text, special)
         reply = TokenizeReply(len(tokens), engine.info.max_model_len, tokens)
         if asked.return_token_strs:
-            reply.token_strs = [engine.tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
+            reply.token_strs = await off_loop(len(tokens), _shown, engine.tokenizer, tokens)
         return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """POST /detokenize. Raises ApiError, RequestError."""
         engine = self._service.engine
-        asked = self._detokenize.parse(await self._body(request))
+        body = await self._body(request)
+        asked = await off_loop(len(body), self._detokenize.parse, body)
         self._service.check_model(asked.model)
+        limit = engine.info.max_model_len
+        if len(asked.tokens) > limit:
+            message = f"tokens: {len(asked.tokens)} tokens are more than a text of this model has; send at most {limit}"
+            raise RequestError("tokens", message)
         if asked.tokens:
             check_tokens(asked.tokens, engine.info.vocab_size, "tokens")
-        text = engine.tokenizer.decode(asked.tokens, skip_special_tokens=bool(asked.skip_special_tokens))
+        skips = bool(asked.skip_special_tokens)
+        text = await off_loop(len(asked.tokens), engine.tokenizer.decode, asked.tokens, skips)
         reply = DetokenizeReply(text)
         return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
 
     async def _body(self, request: web.Request) -> bytes:
         return await read_body(request, self._service.config.server.max_body_bytes)
+
+
+def _shown(tokenizer: TokenizerPort, tokens: Sequence[int]) -> list[str]:
+    return [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
 
 
 def _plain_text(asked: TokenizeRequest) -> str:

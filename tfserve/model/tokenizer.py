@@ -22,6 +22,12 @@ from tfserve.model.token_bytes import TokenBytes
 
 _LONG_TEXT_CHARS = 16_384
 
+_MOST_CHARS_PER_TOKEN = 8
+"""A text with more characters a token than this is rare: English has four or five."""
+
+_CUT_TOKENS = 16
+"""More tokens than a word or a special token that is cut in two can gain."""
+
 _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 """Keys whose value is a token. Others that end like them may be flags, as add_bos_token is."""
 
@@ -133,6 +139,22 @@ class Tokenizer:
         # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def exceeds(self, text: str, most: int) -> bool:
+        """True for a text of more than `most` tokens that is much longer than such texts are.
+
+        It is tokenised piece by piece, and only as far as it takes to know: tokenising needs a hundred bytes a
+        character. Raises RequestError as `encode`.
+        """
+        if len(text) <= _MOST_CHARS_PER_TOKEN * most:
+            return False
+        num_tokens, begin = 0, 0
+        while begin < len(text) and num_tokens <= most:
+            end = _piece_end(text, begin + max(4 * most, _LONG_TEXT_CHARS))
+            # What a cut may have added is taken off again.
+            num_tokens += len(self.encode(text[begin:end], add_special_tokens=False)) - _CUT_TOKENS
+            begin = end
+        return num_tokens > most
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
         with panics_as_errors("decoding tokens"):
@@ -162,6 +184,12 @@ class Tokenizer:
                 "messages", "this model has no chat template; use /v1/completions, or add chat_template.jinja to it"
             )
         return self._chat_template.render(messages, add_generation_prompt, **kwargs)
+
+
+def _piece_end(text: str, end: int) -> int:
+    """Where a piece of at most `end` characters ends: before its last space, if there is one close by."""
+    space = text.rfind(" ", end - 1024, end) if end < len(text) else -1
+    return end if space < 0 else space
 
 
 def all_eos_token_ids(config: ModelConfig, tokenizer: Tokenizer, model_dir: Path) -> tuple[int, ...]:
