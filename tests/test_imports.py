@@ -24,6 +24,7 @@ ALLOWED = {
 TORCH_FREE = [
     "tfserve.plan",
     "tfserve.types",
+    "tfserve.settings",
     "tfserve.config",
     "tfserve.cli",
     "tfserve.engine.engine",

@@ -6,7 +6,6 @@ Unknown keys and bad values are errors that name the key. The names are vLLM's w
 from __future__ import annotations
 
 import math
-import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,40 +13,14 @@ from typing import Any, ClassVar, Literal
 
 import msgspec
 
-from tfserve.checked import Checked
 from tfserve.config_file import read_yaml
 from tfserve.errors import ConfigError
 from tfserve.misfit import find_misfit
-from tfserve.strict_json import is_text
+from tfserve.settings import ApiKey, Settings, check_key
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 
-class _Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings, checked wherever they are made: what a file may not say, Python may not say either."""
-
-    section: ClassVar[str] = ""
-    """What the names of the settings begin with."""
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for the first setting whose value is of another type, or a number beyond 64 bits."""
-        super().__post_init__()
-        for name in self.__struct_fields__:
-            value = getattr(self, name)
-            if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ConfigError(
-                    self.section + name, f"must be a 64-bit integer, got one of {value.bit_length() + 1} bits"
-                )
-            # A command line's bytes that are no UTF-8 arrive as half surrogate pairs, which no answer can hold.
-            texts = value if isinstance(value, tuple) else (value,)
-            if not all(is_text(text) for text in texts if isinstance(text, str)):
-                raise ConfigError(self.section + name, "must be valid UTF-8 text; give it another name")
-
-    def mistake(self, key: str, message: str) -> Exception:
-        """See Checked."""
-        return ConfigError(self.section + key, message)
-
-
-class SchedulerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How requests share the device. Times in seconds, rates in tokens/s; docs/scheduling.md says why.
 
     The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
@@ -112,48 +85,7 @@ _BODIES_IN_FLIGHT = 16
 """Bodies of the largest size that may be on their way at once, where no bound is set."""
 
 
-class ApiKey(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of `server.api_keys`: a tenant, known in logs and metrics by its `name`.
-
-    What is short is shared between tenants by `weight`. `admin` sees and ends the streams of all. None: no limit;
-    `max_streams` counts choices under way, `tokens_per_minute` those of prompts and answers.
-    """
-
-    section: ClassVar[str] = "server.api_keys: "
-
-    name: str
-    key: str
-    weight: float = 1.0
-    admin: bool = False
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    max_streams: int | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError, which never quotes the key, for a value that cannot be meant."""
-        super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name):
-            raise self.mistake("name", "must be 1 to 64 letters, digits, '.', '_' or '-'")
-        check_key(self.key)
-        if not 2.0**-10 <= self.weight <= 2.0**10:
-            raise self.mistake("weight", f"must be 1/1024 to 1024, got {self.weight} (of {self.name!r})")
-        for limit in ("requests_per_minute", "tokens_per_minute", "max_streams"):
-            value = getattr(self, limit)
-            if value is not None and value < 1:
-                raise self.mistake(limit, f"must be at least 1, got {value} (of {self.name!r})")
-
-    def __repr__(self) -> str:
-        return f"ApiKey({self.name!r})"
-
-
-def check_key(key: str) -> None:
-    """Raise ConfigError unless `key` can be sent in a header."""
-    if not (key and key.isascii() and key.isprintable() and " " not in key):
-        # An empty one would open the server to everybody: `--server.api_keys "$KEY"` with KEY unset.
-        raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")
-
-
-class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
 
     `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate` (but for "auto"), and not as fast as
@@ -197,7 +129,7 @@ class ServerConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=T
         return _BODIES_IN_FLIGHT * self.max_body_bytes if most is None else most
 
 
-class EngineConfig(_Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
 
     `model` is a local directory in Hugging Face format, a hub id, or "demo" (prepared by `tfserve demo-model`).
@@ -354,7 +286,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
 _LISTS = frozenset({"server.api_keys", "server.cors_origins", "server.allowed_hosts"})
 
-_SECTIONS: dict[str, type[_Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
+_SECTIONS: dict[str, type[Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
 
 _SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
 """How people write true and false where nothing else can be meant; elsewhere these words are text."""

@@ -250,10 +250,10 @@ async def test_two_threads_cannot_take_one_id(engine):
     """The check before the request is built may pass for both."""
     params = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
     stream = engine.submit([5, 6], params, request_id="mine")
-    message = engine._prepare([5, 6], params, None, "other")
+    message = engine._prepare.message([5, 6], params, None, ["other"])
     late = msgspec.structs.replace(message, request_id="mine")
     with pytest.raises(RequestError, match="in use"):
-        engine._send(late, stream)
+        engine._send(late, [stream])
     stream.abort()
     while not (await stream.next()).finished:
         pass

@@ -23,7 +23,7 @@ from tfserve.engine.link import ProcessLink, ThreadLink
 from tfserve.engine.messages import AbortRequest, AddRequest
 from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.stream import RequestStream
-from tfserve.errors import EngineDeadError, EngineStalledError, LibraryPanicError, TfserveError
+from tfserve.errors import EngineDeadError, EngineStalledError, ModelError, TfserveError
 from tfserve.model.runner import ModelRunner
 from tfserve.types import FinishReason, SamplingParams
 
@@ -136,7 +136,7 @@ def test_a_panic_while_loading_is_an_error_of_ours(
     model_dir: Path, depth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "load_model", raising(PanicException("out of bounds")))
-    with pytest.raises(LibraryPanicError, match="out of bounds"):
+    with pytest.raises(ModelError, match="out of bounds"):
         Engine(EngineConfig(model=str(model_dir), engine_process="off", pipeline_depth=depth))
 
 

@@ -56,7 +56,7 @@ async def test_what_choices_share_is_sent_once(tiny_llama3: Path) -> None:
     def spying(*args):
         link = connect(*args)
         send = link.send
-        link.send = lambda message: (sent.append(message), send(message))
+        link.send = lambda message, *more: (sent.append(message), send(message, *more))
         return link
 
     with Engine(config_for(tiny_llama3), spying) as engine:

@@ -13,9 +13,10 @@ import pytest
 from tests.http.conftest import Running, StartServer
 from tests.http.test_live_streams import PLAIN
 from tests.http.test_observability import scrape
-from tfserve.config import ApiKey, config_from
+from tfserve.config import config_from
 from tfserve.errors import ConfigError, TfserveError
 from tfserve.http.keys import ENVIRONMENT, Keyring, peer
+from tfserve.settings import ApiKey
 from tfserve.types import FinishReason
 
 KEYS: list[dict[str, Any]] = [

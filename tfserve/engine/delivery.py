@@ -92,11 +92,11 @@ class Delivery:
         self._sinks.pop(request_id, None)
         self._tenants.pop(request_id, None)
 
-    def has_share(self, tenant: Tenant, room: int) -> bool:
-        """True if a tenant has its share of `room` live requests already, beside those that have any."""
+    def has_share(self, tenant: Tenant, num_new: int, room: int) -> bool:
+        """True if `num_new` more give a tenant more than its share of `room` live requests, beside the others."""
         live = Counter(self._tenants.copy().values())
         weight = sum(each.weight for each in live.keys() | {tenant})
-        return live[tenant] + 1 > room * tenant.weight / weight
+        return live[tenant] + num_new > room * tenant.weight / weight
 
     def hand_out(self, message: StepOutputs, now_s: float) -> list[RequestId]:
         """Leave a step's outputs for their readers; the live requests whose readers are gone."""

@@ -352,7 +352,7 @@ class Engine:
         waiting = num_live - stats.num_running - stats.num_paused - stats.num_loading
         # A burst that has not been scheduled yet counts as waiting, but has room to run.
         room = self.info.max_num_seqs + limit
-        if waiting >= limit and num_live >= room and self._delivery.has_share(tenant, room):
+        if waiting >= limit and num_live >= room and self._delivery.has_share(tenant, num_new, room):
             retry_after_s = self._finish_pace.wait_s(waiting - limit + 1)
             raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
 

@@ -48,6 +48,9 @@ _DEFAULTS: dict[str, tuple[type, float]] = {
 _LENGTH_WEIGHT = 0.05
 """How far one finished request moves the average output length."""
 
+_LEAST_READING_S = 1e-6
+"""Least time that tokens are taken to be read in; a report may come at the moment of another."""
+
 
 class Tracker:
     """Owns the reader state of live requests, and the columns that the Scheduler keeps up to date for its policies.
@@ -189,8 +192,8 @@ class Tracker:
         # A reader who ran dry shows how fast we generate, not how fast it reads.
         if table["is_auto"][row] and now_s > since and stall == table["report_stall_s"][row]:
             read = played - table["report_tokens"][row]
-            most = min(self._max_rate, delivered / reading_s)
-            table["rate"][row] = estimated_rate(rate, read, now_s - since, most)
+            most = min(self._max_rate, delivered / max(reading_s, _LEAST_READING_S))
+            table["rate"][row] = estimated_rate(rate, read, max(now_s - since, _LEAST_READING_S), most)
         for name, value in (
             ("consumed", played),
             ("report_tokens", played),

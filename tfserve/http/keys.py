@@ -17,11 +17,12 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from tfserve.config import ApiKey, EngineConfig, check_key
+from tfserve.config import EngineConfig
 from tfserve.config_file import read_file, read_secrets
 from tfserve.errors import ConfigError
 from tfserve.http.limits import Limits
 from tfserve.misfit import find_misfit
+from tfserve.settings import ApiKey, check_key
 from tfserve.types import Tenant
 
 log = logging.getLogger(__name__)
