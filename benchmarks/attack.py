@@ -1,6 +1,6 @@
-"""What hostile requests do to other streams: `python benchmarks/attack.py [--root DIR] [NAME...]` (`--list`: names).
+"""What hostile requests do to other streams: `PYTHONPATH=. python benchmarks/attack.py [--root DIR] [NAME...]`.
 
-Starts the server of the checkout DIR, so that two states of the code can be compared, with a probe beside it: a process
+`--list` prints the names. Starts the server of the checkout DIR, so that two states of the code can be compared, with a probe beside it: a process
 that reads one stream and notes when something comes. Each attack (benchmarks/attacks) runs in a process of its own.
 Printed for each: the probe's worst gap in the quiet seconds before, and during the attack until two seconds after it,
 the slowest /health (which the engine has no part in), the memory of the front and of the engine (before/most/after),
