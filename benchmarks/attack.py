@@ -1,10 +1,10 @@
 """What hostile requests do to other streams: `PYTHONPATH=. python benchmarks/attack.py [--root DIR] [NAME...]`.
 
-`--list` prints the names. Starts the server of the checkout DIR, so that two states of the code can be compared, with a probe beside it: a process
+Starts the server of the checkout DIR, so that two states of the code can be compared, with a probe beside it: a process
 that reads one stream and notes when something comes. Each attack (benchmarks/attacks) runs in a process of its own.
 Printed for each: the probe's worst gap in the quiet seconds before, and during the attack until two seconds after it,
 the slowest /health (which the engine has no part in), the memory of the front and of the engine (before/most/after),
-the time the answer took, and what it was.
+the time the answer took, and what it was. `--list` prints the names of the attacks.
 
 `--model tiny` (the default) is a small model with random weights and the demo model's tokenizer; steps of a few
 milliseconds show what the server itself does. `--model demo`, or a model's directory, is the whole thing.
