@@ -212,10 +212,9 @@ def test_a_drain_that_takes_too_long_aborts_the_rest(launch: Launch, how: str) -
 def test_an_idle_server_leaves_at_once(launch: Launch) -> None:
     server = launch("FakeEngine")
     server.wait_until_ready()
-    begun = time.monotonic()
     server.process.terminate()
-    assert server.end()[0] == 0
-    assert time.monotonic() - begun < 2
+    # Far less than server.drain_timeout, also on a busy machine.
+    assert server.end(timeout_s=10)[0] == 0
 
 
 def test_a_server_told_to_stop_while_loading_loads_and_leaves(launch: Launch) -> None:
