@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,17 @@ TINY = {
     # The default of 0.02 makes near-constant logits, which would hide mistakes that parity is meant to find.
     "initializer_range": 0.1,
 }
+
+
+@pytest.fixture
+def heeded_signals() -> Iterator[None]:
+    """Programs that a test starts heed SIGINT and SIGHUP, which background jobs and nohup's children ignore."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ NUM_LARGE = 60
 
 
 @pytest.fixture
-def server(tiny_qwen25: Path, tmp_path: Path) -> Iterator[Server]:
+def server(tiny_qwen25: Path, tmp_path: Path, heeded_signals: None) -> Iterator[Server]:
     write_tiny_tokenizer(tiny_qwen25)
     with Server(tiny_qwen25, tmp_path / "log", "--server.drain_timeout", "0.5") as server:
         server.wait_until_ready()

@@ -57,7 +57,7 @@ class ServerProcess:
 
 
 @pytest.fixture
-def launch() -> Iterator[Launch]:
+def launch(heeded_signals: None) -> Iterator[Launch]:
     servers: list[ServerProcess] = []
 
     def begin(loader: str, *settings: str, **options: Any) -> ServerProcess:
