@@ -31,7 +31,7 @@ from tfserve.http.openapi import OPEN_PATHS, document
 from tfserve.http.page import Page
 from tfserve.http.replies import ModelCard, ModelList, Status, Version
 from tfserve.http.service import Phase, Service
-from tfserve.http.streams import StreamEndpoints
+from tfserve.http.streams import StreamEndpoints, StreamFeed
 from tfserve.http.tokens import TokenEndpoints
 from tfserve.http.unread import close_unread
 from tfserve.types import StreamState
@@ -64,13 +64,14 @@ def create_app(service: Service) -> web.Application:
     about = AboutEndpoints(service)
     app.router.add_post("/v1/chat/completions", ChatEndpoint(service).post)
     app.router.add_post("/v1/completions", CompletionEndpoint(service).post)
-    streams = StreamEndpoints(service)
+    feed = StreamFeed(service)
+    streams = StreamEndpoints(service, feed)
     # No HEAD: a stream of events would have no end and nothing to say.
     app.router.add_get("/v1/streams", streams.list, allow_head=False)
     app.router.add_post("/v1/streams/{id}/buffer", streams.buffer)
     app.router.add_post("/abort_request", streams.abort)
     app.router.add_get("/", Page().get)
-    app.router.add_get("/metrics", MetricsEndpoint(service).get)
+    app.router.add_get("/metrics", MetricsEndpoint(service, feed).get)
     tokens = TokenEndpoints(service)
     app.router.add_post("/tokenize", tokens.tokenize)
     app.router.add_post("/detokenize", tokens.detokenize)
@@ -90,10 +91,9 @@ def create_app(service: Service) -> web.Application:
 class MetricsEndpoint:
     """What the server counts."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, feed: StreamFeed) -> None:
         self._service = service
-        self._streams: list[StreamState] = []
-        self._taken_s = float("-inf")
+        self._feed = feed
         self._rendering = asyncio.Lock()
         self._begun_s = float("-inf")
         self._body = b""
@@ -109,14 +109,12 @@ class MetricsEndpoint:
         return web.Response(body=self._body, headers={"Content-Type": CONTENT_TYPE})
 
     async def _render(self) -> bytes:
+        streams: list[StreamState] = []
         with contextlib.suppress(TimeoutError, TfserveError):
             async with asyncio.timeout(SCRAPE_PATIENCE_S):
-                # Anybody may scrape: the engine is asked as often as one scraper would, however many there are.
-                if time.monotonic() - self._taken_s > SCRAPE_PATIENCE_S:
-                    self._streams = []
-                    self._streams = await self._service.engine_alive.streams()
-                    self._taken_s = time.monotonic()
-        return self._service.metrics.render(self._streams)
+                # Scraping needs no key: the engine is asked as often as for one scraper, however many there are.
+                streams = (await self._feed.listed(SCRAPE_PATIENCE_S)).data
+        return self._service.metrics.render(streams)
 
 
 class AboutEndpoints:

@@ -93,44 +93,47 @@ class StreamFeed:
         self._pictures: dict[Tenant | None, bytes] = {}
         self._asking = asyncio.Lock()
 
+    async def listed(self, max_age_s: float) -> StreamList:
+        """All streams, no older than `max_age_s`, however long the engine takes. Raises ApiError, EngineDeadError."""
+        async with self._asking:
+            if self._listed is None or time.monotonic() - self._taken_s > max_age_s:
+                engine = self._service.engine_alive
+                streams = await engine.streams()
+                policy = engine.info.policy
+                self._listed = StreamList(
+                    created=time.time(),
+                    policy=policy,
+                    policy_ignores=IGNORES.get(policy, ()),
+                    stats=engine.stats(),
+                    data=streams,
+                )
+                self._pictures.clear()
+                self._taken_s = time.monotonic()
+            return self._listed
+
     async def picture(self, max_age_s: float, caller: Caller) -> bytes:
         """JSON of a StreamList that is no older than `max_age_s`. Raises ApiError, EngineDeadError."""
         try:
-            async with asyncio.timeout(PATIENCE_S), self._asking:
-                return await self._newer(max_age_s, caller)
+            async with asyncio.timeout(PATIENCE_S):
+                listed = await self.listed(max_age_s)
         except TimeoutError:
             message = f"The engine has not told of its streams within {PATIENCE_S:g} s; see /health."
             raise EngineStalledError(message) from None
-
-    async def _newer(self, max_age_s: float, caller: Caller) -> bytes:
-        if self._listed is None or time.monotonic() - self._taken_s > max_age_s:
-            engine = self._service.engine_alive
-            streams = await engine.streams()
-            policy = engine.info.policy
-            self._listed = StreamList(
-                created=time.time(),
-                policy=policy,
-                policy_ignores=IGNORES.get(policy, ()),
-                stats=engine.stats(),
-                data=streams,
-            )
-            self._pictures.clear()
-            self._taken_s = time.monotonic()
         viewer = None if caller.sees_all else caller.tenant
         if viewer not in self._pictures:
-            data = self._listed.data
+            data = listed.data
             if viewer is not None:
                 data = [each for each in data if self._service.find(each.id.rpartition("-")[0], caller)]
-            self._pictures[viewer] = msgspec.json.encode(msgspec.structs.replace(self._listed, data=data))
+            self._pictures[viewer] = msgspec.json.encode(msgspec.structs.replace(listed, data=data))
         return self._pictures[viewer]
 
 
 class StreamEndpoints:
     """What one can ask and say about streams that are under way."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, feed: StreamFeed) -> None:
         self._service = service
-        self._feed = StreamFeed(service)
+        self._feed = feed
         self._reports = BodyParser(PlayedReport, {})
         self._aborts = BodyParser(AbortBody, {})
 
