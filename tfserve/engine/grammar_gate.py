@@ -68,6 +68,11 @@ class GrammarGate:
         return [request for requests in self._waiting.values() for request in requests.values()]
 
     @property
+    def num_waiting(self) -> int:
+        """How many requests have not been let through."""
+        return sum(map(len, self._waiting.values()))
+
+    @property
     def wake_s(self) -> float | None:
         """When to call `poll` even if nothing happens before."""
         return None if self._job is None else self._job.until_s

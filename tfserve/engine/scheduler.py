@@ -96,7 +96,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """How many requests wait, in the queue or for their grammar."""
-        return len(self.waiting) + (0 if self._gate is None else len(self._gate.waiting))
+        return len(self.waiting) + (0 if self._gate is None else self._gate.num_waiting)
 
     @property
     def counts(self) -> tuple[int, int, int]:

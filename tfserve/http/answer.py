@@ -51,7 +51,7 @@ class Result:
     @property
     def size(self) -> int:
         """How much work it is to word this, as bytes of JSON to be made."""
-        return len(self.text) + (len(self.logprobs) + len(self.prompt_logprobs)) * SCORED_TOKEN_BYTES
+        return sum(map(len, self.text)) + (len(self.logprobs) + len(self.prompt_logprobs)) * SCORED_TOKEN_BYTES
 
     def add(self, output: RequestOutput) -> None:
         """Append what is new."""

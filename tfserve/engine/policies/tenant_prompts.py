@@ -31,7 +31,8 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     if not decision.decode:
         waits = snapshot.is_decoding & ~np.isin(c.tenant, tenant)
         decision = msgspec.structs.replace(decision, decode=bool(waits.any()))
-    decision = msgspec.structs.replace(decision, prefill_tokens=_short_step(snapshot, decision))
+    most = _short_step(snapshot, decision.prefill_tokens)
+    decision = msgspec.structs.replace(decision, prefill_tokens=most)
     if (tenant == tenant[0]).all():
         return decision
     place = {req: index for index, req in enumerate(decision.order)}
@@ -39,8 +40,7 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     tenant = c.tenant[rows]
     pending = np.where(c.is_running[rows], c.num_uncomputed[rows], c.num_tokens[rows])
     num_decodes = int(np.count_nonzero(snapshot.is_decoding)) if decision.decode else 0
-    budget = snapshot.max_num_batched_tokens - num_decodes
-    budget = min(budget, decision.prefill_tokens or 0)
+    budget = min(snapshot.max_num_batched_tokens - num_decodes, most)
     left = _quotas(pending, tenant, c.weight[rows], budget)
     chunks: list[int] = []
     for each, tokens in zip(tenant.tolist(), pending.tolist(), strict=True):
@@ -49,11 +49,11 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     return msgspec.structs.replace(decision, order=c.ids_of(rows), chunks=tuple(chunks))
 
 
-def _short_step(snapshot: Snapshot, decision: Decision) -> int:
-    """Prompt tokens of a step that is not long: all tenants wait for its end."""
+def _short_step(snapshot: Snapshot, limit: int | None) -> int:
+    """Prompt tokens of a step that is not long, at most `limit`: all tenants wait for its end."""
     seconds = max(_SHARED_STEP_S - snapshot.cost.prompts_s, 0.0)
     most = max(int(seconds / max(snapshot.cost.prefill_s_per_token, 1e-9)), _LEAST_CHUNK)
-    return min(most, snapshot.max_num_batched_tokens if decision.prefill_tokens is None else decision.prefill_tokens)
+    return min(most, snapshot.max_num_batched_tokens if limit is None else limit)
 
 
 def with_prompts(snapshot: Snapshot, decision: Decision) -> list[int]:
