@@ -72,5 +72,5 @@ class ApiKey(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def check_key(key: str) -> None:
     """Raise ConfigError unless `key` can be sent in a header."""
     if not (key and key.isascii() and key.isprintable() and " " not in key):
-        # An empty one would open the server to everybody: `--server.api_keys "$KEY"` with KEY unset.
+        # An empty one would open the server to every client: `--server.api_keys "$KEY"` with KEY unset.
         raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")

@@ -130,7 +130,7 @@ class Decision(msgspec.Struct, frozen=True):
     `preempt` takes running requests off the device: LOAD keeps their KV on the host (PAUSED), RECOMPUTE gives it up
     (WAITING). `resume` brings paused ones back. `admit` gives waiting ones a row, those preempted before included.
     `drop` are paused requests that give their KV up: they wait, to be computed again.
-    `order` names who gets prompt tokens first; whoever is not named comes after, in order of admission.
+    `order` names which requests get prompt tokens first; the rest come after, in order of admission.
     `chunks`, if there are any, are the most prompt tokens for each of `order`; those of `hold` do not decode in the
     coming step. `decode` says
     whether requests that only lack their newest token run in a step with prompt tokens, `prefill_tokens` caps those.

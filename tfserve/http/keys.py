@@ -33,7 +33,7 @@ ENVIRONMENT = "TFSERVE_API_KEYS"
 
 @dataclass(slots=True)
 class Caller:
-    """Whoever sends a request. `key_name` is None where no keys are asked for."""
+    """The client of a request. `key_name` is None where no keys are asked for."""
 
     tenant: Tenant
     key_name: str | None = None

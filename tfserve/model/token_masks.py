@@ -214,7 +214,7 @@ class TokenMasks:
 
     def append(self, rows: Sequence[int], chosen: Download) -> None:
         """Go on by what was chosen for `rows` [N]: tokens int64 [N], and bool [N], false where a row has none."""
-        # The texts, not the rows: by when these tokens are read, a row may be somebody else's.
+        # The texts, not the rows: by when these tokens are read, a row may be another request's.
         held = self._among(rows)
         if held:
             self._read()

@@ -47,7 +47,7 @@ def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     bound = float("inf")
     if config.offload and memory.num_host_blocks:
         bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / (prompt + output / 2)
-        # Their KV can be given up: they take memory from nobody.
+        # Their KV can be given up: they take no memory from others.
         bound += int(np.count_nonzero(member & is_far_ahead(snapshot)))
     if reads.any() and config.overload != "share":
         bound = min(bound, capacity / float(c.rate[reads].mean()))
