@@ -7,13 +7,13 @@ import json
 import os
 import random
 import signal
-import time
 from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
 
+from tests.free_blocks import until_all_free
 from tests.serving import Server
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig
@@ -91,10 +91,7 @@ async def test_eighty_of_a_hundred_streams_complete_exactly_while_twenty_clients
         for index, text in enumerate(got):
             assert (text is None) == (index in leaving)
             assert text is None or text == expected[index]
-        deadline = time.monotonic() + 20
-        while engine.stats().num_free_blocks < engine.info.num_blocks - 1 or engine.stats().num_running:
-            assert time.monotonic() < deadline, "a client that left still holds KV"
-            await asyncio.sleep(0.05)
+        await until_all_free(engine)
         await runner.cleanup()
 
 

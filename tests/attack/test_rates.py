@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.free_blocks import until_all_free
 from tests.http.conftest import Running
 from tests.scripted import scripted_server, write_scripted_model
 
@@ -51,10 +52,8 @@ async def live(server: Running) -> list[dict[str, Any]]:
 
 
 async def blocks_are_back(server: Running) -> None:
-    while True:
-        stats = server.engine.stats()
-        if stats.num_free_blocks == stats.num_blocks - 1 and not await live(server):
-            return
+    await until_all_free(server.engine)
+    while await live(server):
         await asyncio.sleep(0.01)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.free_blocks import until_all_free
 from tests.http.conftest import Running
 from tests.http.test_keys import by
 from tests.scripted import scripted_server, write_scripted_model
@@ -27,11 +28,7 @@ async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
     ) as server:
         yield server
         await asyncio.wait_for(server.service.idle.wait(), 10)
-        for _ in range(100):
-            if server.engine.stats().num_free_blocks == server.engine.stats().num_blocks - 1:
-                break
-            await asyncio.sleep(0.05)
-        assert server.engine.stats().num_free_blocks == server.engine.stats().num_blocks - 1
+        await until_all_free(server.engine)
 
 
 async def flood(server: Running, bodies: list[dict[str, Any]]) -> list[asyncio.Task[int]]:

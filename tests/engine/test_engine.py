@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import time
 
 import msgspec
 import numpy as np
@@ -14,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from tests.free_blocks import wait_until_all_free
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
 from tfserve.engine.engine import Engine
@@ -47,13 +47,6 @@ def engine_pid(engine: Engine) -> int:
     return engine._link.pid
 
 
-def wait_until_free(engine: Engine, timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while engine.stats().num_free_blocks < engine.info.num_blocks - 1:
-        assert time.monotonic() < deadline, "blocks were not freed"
-        time.sleep(0.01)
-
-
 def test_batched_requests_get_what_they_get_alone(engine):
     prompts = [[5, 6, 7], list(range(10, 60)), [9], [3] * 30, [8, 1, 8], [4] * 77]
     together = engine.generate(prompts, GREEDY)
@@ -63,7 +56,7 @@ def test_batched_requests_get_what_they_get_alone(engine):
         assert len(output.token_ids) == 12
         assert output.finish_reason is FinishReason.LENGTH
         assert output.num_prompt_tokens == len(prompt)
-    wait_until_free(engine)
+    wait_until_all_free(engine)
 
 
 def test_seeded_sampling_repeats_and_seeds_differ(engine):
@@ -91,7 +84,7 @@ async def test_leaving_a_stream_early_frees_its_blocks(engine):
     async for _ in stream:
         break
     await stream.aclose()
-    await asyncio.to_thread(wait_until_free, engine)
+    await asyncio.to_thread(wait_until_all_free, engine)
 
 
 async def test_abort_in_the_waiting_queue_ends_the_stream(engine):
@@ -104,7 +97,7 @@ async def test_abort_in_the_waiting_queue_ends_the_stream(engine):
         stream.abort()
         while not (await stream.next()).finished:
             pass
-    await asyncio.to_thread(wait_until_free, engine)
+    await asyncio.to_thread(wait_until_all_free, engine)
 
 
 def test_stop_string_ends_text_before_it(engine):
@@ -138,7 +131,7 @@ def test_a_prompt_can_be_scored_with_and_without_going_on(engine):
     values = [[entry.logprob for entry in output.prompt_logprobs] for output in (scored, also_scored)]
     assert values[0] == pytest.approx(values[1], abs=1e-4)
     assert engine.generate([[5]], alone)[0].prompt_logprobs == []
-    wait_until_free(engine)
+    wait_until_all_free(engine)
 
 
 def test_a_grammar_binds_its_own_request_only(engine):
@@ -243,7 +236,7 @@ async def test_ids_in_use_and_the_engines_own_are_refused(engine):
     again = engine.submit([5, 6], GREEDY, request_id="req-0")
     while not (await again.next()).finished:
         pass
-    await asyncio.to_thread(wait_until_free, engine)
+    await asyncio.to_thread(wait_until_all_free, engine)
 
 
 async def test_two_threads_cannot_take_one_id(engine):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
 
 import pytest
 
+from tests.free_blocks import until_all_free
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine import build
@@ -137,9 +137,7 @@ async def test_two_deep_an_abort_frees_everything_and_disturbs_nobody(model_dir,
             while not (output := await stream.next()).finished:
                 pass
             assert output.finish_reason is FinishReason.ABORT
-        async with asyncio.timeout(10):  # a copy under way keeps its block until it has ended
-            while engine.stats().num_free_blocks < engine.info.num_blocks - 1:
-                await asyncio.sleep(0.01)
+        await until_all_free(engine)
 
 
 def test_two_deep_the_model_is_loaded_and_run_on_one_thread_which_ends_with_the_engine(model_dir, monkeypatch):
