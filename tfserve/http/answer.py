@@ -155,7 +155,8 @@ async def answer(
     _check_room(service, len(job.prompts), job.num_choices)
     _check_logprobs(service, job, stream)
     caller = request[CALLER]
-    num_prompt_tokens = sum(map(len, job.prompts))
+    # Each choice computes its prompt.
+    num_prompt_tokens = sum(map(len, job.prompts)) * job.num_choices
     with caller.limits.streams(num_choices, num_prompt_tokens), service.exchange(renderer.id, caller) as exchange:
         try:
             num_tokens = 0
@@ -183,8 +184,8 @@ async def answer(
             return web.Response(body=body, content_type=JSON)
         finally:
             usage = request[USAGE] = exchange.usage
-            caller.limits.on_tokens(usage.completion_tokens)
-            service.metrics.on_answer(caller.key_name, usage)
+            caller.limits.on_tokens(exchange.num_generated)
+            service.metrics.on_answer(caller.key_name, usage.prompt_tokens, exchange.num_generated)
 
 
 def _check_room(service: Service, num_prompts: int, num_choices: int) -> None:

@@ -88,15 +88,21 @@ class StreamFeed:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._taken_s = float("-inf")
+        self._begun_s = float("-inf")
         self._listed: StreamList | None = None
         self._pictures: dict[Tenant | None, bytes] = {}
         self._asking = asyncio.Lock()
 
     async def listed(self, max_age_s: float) -> StreamList:
-        """All streams, no older than `max_age_s`, however long the engine takes. Raises ApiError, EngineDeadError."""
+        """All streams, at most `max_age_s` older than this call, however long the engine takes.
+
+        Raises ApiError, EngineDeadError.
+        """
+        oldest_s = time.monotonic() - max_age_s
         async with self._asking:
-            if self._listed is None or time.monotonic() - self._taken_s > max_age_s:
+            # What was begun after this call is as good as its own, however many wait for one.
+            if self._listed is None or self._begun_s < oldest_s:
+                begun_s = time.monotonic()
                 engine = self._service.engine_alive
                 streams = await engine.streams()
                 policy = engine.info.policy
@@ -108,7 +114,7 @@ class StreamFeed:
                     data=streams,
                 )
                 self._pictures.clear()
-                self._taken_s = time.monotonic()
+                self._begun_s = begun_s
             return self._listed
 
     async def picture(self, max_age_s: float, caller: Caller) -> bytes:
