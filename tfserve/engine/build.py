@@ -25,7 +25,7 @@ from tfserve.engine.policies import make_policy
 from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.step_trace import StepTrace, TraceHead
 from tfserve.engine.step_worker import StepWorker
-from tfserve.errors import ConfigError
+from tfserve.errors import ConfigError, ModelError
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
 from tfserve.memory.host_pool import available_bytes
@@ -93,7 +93,7 @@ def _build(
             device=device,
             quantization=config.quantization,
             progress=False,
-            quantized_dir=cache_dir() / "int8",
+            quantized_dir=None if config.quantization is None else _quantized_dir(),
         )
         masks = opening.result()
     layout = KVLayout.for_device(
@@ -209,6 +209,15 @@ def _device(config: EngineConfig) -> str:
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device
+
+
+def _quantized_dir() -> Path | None:
+    """Where int8 weights are kept; None where there is no place for them, which costs time at each start."""
+    try:
+        return cache_dir() / "int8"
+    except ModelError as error:
+        logger.warning("the int8 weights are not kept: %s", error)
+        return None
 
 
 def _dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:

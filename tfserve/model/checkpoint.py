@@ -40,7 +40,7 @@ class Checkpoint:
         self._open_files = ExitStack()
         self._file_of: dict[str, Any] = {}  # tensor name to the open file that holds it
         self._path_of: dict[str, Path] = {}
-        for path in _weight_files(model_dir):
+        for path in weight_files(model_dir):
             file = self._open(path)
             for name in file.keys():  # noqa: SIM118 - not a dict
                 self._file_of[name] = file
@@ -135,7 +135,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _weight_files(model_dir: Path) -> list[Path]:
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files that hold the tensors of the checkpoint in `model_dir`. Raises ModelError."""
     if (model_dir / SINGLE_FILE).is_file():
         return [model_dir / SINGLE_FILE]
     index = model_dir / INDEX_FILE
