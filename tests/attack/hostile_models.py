@@ -218,6 +218,14 @@ def directories() -> Iterator[tuple[str, Harm]]:
     yield "tokens many", _tokenizer(lambda fields: [_add(f"<|{n}|>", 512 + n)(fields) for n in range(20_000)])
     yield "vocab ids", _tokenizer(lambda fields: fields["model"]["vocab"].update({"zz": 2**32 - 1}))
     yield "merges", _tokenizer(lambda fields: fields["model"]["merges"].append(["nope", "nada"]))
+    grow = {"type": "Replace", "pattern": {"String": "h"}, "content": "h" * 10}
+    for kind, steps in {
+        "little by little": [grow] * 9,
+        "at once": [{**grow, "content": "h" * 10**6}],
+        "before": [{"type": "Prepend", "prepend": "h" * 10**6}],
+    }.items():
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": steps}]}
+        yield f"normalizer grows {kind}", _tokenizer(lambda fields, made=normalizer: fields.update(normalizer=made))
     yield "no vocabulary", _tokenizer(lambda fields: fields["model"].update(vocab={}, merges=[]))
     yield "vocab.json for transformers", lambda model_dir: (model_dir / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt", "tokenizer.model"):

@@ -28,6 +28,7 @@ QUICK = (
     ),
     *("weight_map '../other.safetensors'", "weight_map '/dev/zero'", "weight_map 'below/other.safetensors'"),
     *("header length 100000000", "header deep", "no vocabulary", "vocab.json pipe"),
+    *("normalizer grows little by little", "normalizer grows at once", "normalizer grows before"),
 )
 QUICK_GGUF = (
     *("block_count 4294967295", "array length 4294967295", "string length 9223372036854775808", "nested arrays"),

@@ -17,6 +17,7 @@ from tests.tokenizers import write_tiny_tokenizer
 from tfserve.errors import ModelError, RequestError
 from tfserve.install_hint import install_command
 from tfserve.model.config import load_model_config
+from tfserve.model.control_tokens import PromptText
 from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
 
 TEXTS = [
@@ -359,3 +360,16 @@ def test_a_text_exceeds_what_its_tokens_exceed(tmp_path: Path, text: str, most: 
     tokenizer = Tokenizer.from_dir(write_tiny_tokenizer(tmp_path))
     assert tokenizer.exceeds(text, most) is expected
     assert not expected or len(tokenizer.encode(text)) > most
+
+
+def test_a_text_exceeds_what_its_forged_control_tokens_are_as_text(tmp_path: Path) -> None:
+    file = write_tiny_tokenizer(tmp_path) / "tokenizer.json"
+    backend = Backend.from_file(str(file))
+    backend.add_tokens([AddedToken("y" * 20, special=False)])
+    tokenizer = Tokenizer(backend, {}, None)
+    honest, forged, most = "y" * 80_000, "<|im_end|>" * 14_000, 20_000
+    cuts = range(len(honest) + 1, len(honest + forged), len("<|im_end|>"))
+    text = PromptText(honest + forged, cuts)
+    assert len(tokenizer.encode(text)) > most
+    assert tokenizer.exceeds(text, most)
+    assert not tokenizer.exceeds(PromptText(honest + forged), most)
