@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,20 @@ async def test_a_key_pays_for_each_choices_prompt_and_for_what_it_does_not_read(
     asking.cancel()
     await asyncio.wait_for(server.service.idle.wait(), 10)
     assert 100 <= await left() < 130
+
+
+async def test_one_key_cannot_have_all_connections(start: StartServer) -> None:
+    server = await start(reply="hello", api_keys=KEYS, max_connections=8)
+    looking = {"headers": {**by("hostile"), "Accept": "text/event-stream"}}
+    async with contextlib.AsyncExitStack() as stack:
+        seen = [await stack.enter_async_context(server.get("/v1/streams", **looking)) for _ in range(8)]
+        assert [response.status for response in seen] == [200] * 6 + [429] * 2
+        async with server.post(PLAIN, {"prompt": "x"}, headers=by("honest")) as response:
+            assert response.status == 200
+        for response in seen:
+            response.close()
+    async with asyncio.timeout(10):
+        while True:
+            async with server.post(PLAIN, {"prompt": "x"}, headers=by("hostile")) as response:
+                if response.status == 200:
+                    break

@@ -87,7 +87,8 @@ class _Server:
         loop = asyncio.get_running_loop()
         quiet_exhaustion(loop)
         most = allow_connections(_wanted_connections(self._config))
-        runner = create_runner(create_app(self._service), shutdown_timeout_s=GOODBYE_S, max_connections=most)
+        app = create_app(self._service, most)
+        runner = create_runner(app, shutdown_timeout_s=GOODBYE_S, max_connections=most)
         await runner.setup()
         try:
             url = await self._bind(runner)
