@@ -71,7 +71,7 @@ _FORMATS = frozenset(("%", "format", "format_map", "strftime_now"))
 
 _WIDTH = re.compile(r"\d{5}|%[^%a-z]*\*")
 
-_CONTAINERS = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Any], ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -148,7 +148,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return tree
 
-    def _limited_test(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _limited_test(self, function: Any) -> Callable[..., Any]:
         """A test for `is`, or for filters as select, that counts as an operation."""
 
         @functools.wraps(function)
@@ -255,7 +255,7 @@ class _Meter(threading.local):
 
         What holds itself twice, again and again, would take for ever to compare or to hash.
         """
-        self.count(self.size(result))
+        self.count(len(result) if isinstance(result, str) else self.size(result))
         return result
 
     def sliced(self, part: Any) -> Any:
