@@ -84,6 +84,18 @@ def test_many_requests_of_one_tenant_do_not_hold_anothers_first_token(policy, ra
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_prompt_of_a_tenant_that_holds_little_is_computed_at_once_and_alone(policy):
+    shared = engine(policy)
+    for index in range(6):
+        shared.ask(0.0, f"o{index}", 60, 200, rate=1000.0)
+    shared.ask(0.6, "h0", 50, 30, tenant=HONEST)
+    shared.run_until(1.2)
+    begun = next(plan for plan in shared.plans if any(seq.req == "h0" for seq in plan.seqs))
+    assert [(seq.req, seq.n) for seq in begun.seqs] == [("h0", 50)]
+    assert shared.came_s["o0"], "the others had begun"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_long_prompts_of_one_tenant_do_not_hold_anothers_first_token(policy):
     shared = engine(policy, num_blocks=4200, num_host_blocks=8000)
     for index in range(32):

@@ -12,7 +12,7 @@ from tfserve.engine.token_buffer import Floats
 _LEAST_CHUNK = 64
 """Prompt tokens of each tenant in a step of several tenants' prompts, at least: a shorter step saves little."""
 
-_SHARED_STEP_S = 0.25
+_SHARED_STEP_S = 0.1
 """Seconds of prompts in a step of several tenants, at most: one that comes, or runs dry, waits for the step to end."""
 
 
@@ -31,7 +31,7 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     if not decision.decode:
         waits = snapshot.is_decoding & ~np.isin(c.tenant, tenant)
         decision = msgspec.structs.replace(decision, decode=bool(waits.any()))
-    most = _short_step(snapshot, decision.prefill_tokens)
+    most = _short_step(snapshot, rows, decision.prefill_tokens)
     decision = msgspec.structs.replace(decision, prefill_tokens=most)
     if (tenant == tenant[0]).all():
         return decision
@@ -49,10 +49,17 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     return msgspec.structs.replace(decision, order=c.ids_of(rows), chunks=tuple(chunks))
 
 
-def _short_step(snapshot: Snapshot, limit: int | None) -> int:
-    """Prompt tokens of a step that is not long, at most `limit`: all tenants wait for its end."""
-    seconds = max(_SHARED_STEP_S - snapshot.cost.prompts_s, 0.0)
-    most = max(int(seconds / max(snapshot.cost.prefill_s_per_token, 1e-9)), _LEAST_CHUNK)
+def _short_step(snapshot: Snapshot, rows: list[int], limit: int | None) -> int:
+    """Prompt tokens of a step that is not long, at most `limit`: all tenants wait for its end.
+
+    A token of a long prompt attends to what is computed of it, and takes longer.
+    """
+    c, n = snapshot.columns, _LEAST_CHUNK
+    start = int(np.where(c.is_running[rows], c.num_computed[rows], 0).max())
+    cost = snapshot.cost
+    took_s = cost.step_s(0, 0, n, n * (start + n / 2)) - cost.step_s(0, 0)
+    seconds = max(_SHARED_STEP_S - cost.prompts_s, 0.0)
+    most = max(int(n * seconds / max(took_s - cost.prompts_s, 1e-9)), n // 4)
     return min(most, snapshot.max_num_batched_tokens if limit is None else limit)
 
 

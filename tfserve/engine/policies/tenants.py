@@ -45,7 +45,7 @@ class Tenants:
     def decide(self, policy: Policy, snapshot: Snapshot) -> Decision:
         """The policy's decision, in turn with exchanges between tenants."""
         if snapshot.columns.num_tenants < 2:
-            self._own_time = OwnTime()
+            self._own_time.skip(snapshot.now_s)
             return policy.decide(snapshot)
         holdings = Holdings.of(snapshot, self._config)
         turn = fair_turn(snapshot.columns, holdings)
@@ -79,9 +79,9 @@ class OwnTime:
         """The decision for a step without some tenants if it is to be one, else the decision itself."""
         c = snapshot.columns
         self._account(snapshot.now_s)
-        computing = c.is_running & ~snapshot.is_decoding
+        prompts = np.array(with_prompts(snapshot, decision), np.intp)
         reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.critical_s)
-        needy = np.unique(c.tenant[reads | (computing & ~c.has_started)])
+        needy = np.unique(np.concatenate([c.tenant[reads], c.tenant[prompts[~c.has_started[prompts]]]]))
         levels = holdings.now
         rich = np.flatnonzero(levels > 2 * levels[needy].min()) if len(needy) else needy
         self._was_own = len(rich) > 0 and self._credit_s > 0
@@ -91,17 +91,21 @@ class OwnTime:
         if not self._was_own:
             return decision
         out = np.isin(c.tenant, rich)
-        most = dict.fromkeys(decision.order, snapshot.max_num_batched_tokens)
-        most |= dict(zip(decision.order, decision.chunks, strict=False))
-        most |= {c.ids[row]: 0 for row in with_prompts(snapshot, decision) if out[row]}
+        place = {req: index for index, req in enumerate(decision.order)}
+        first = sorted(prompts.tolist(), key=lambda row: (place.get(c.ids[row], len(place)), c.seq[row]))
         return msgspec.structs.replace(
             decision,
-            order=tuple(most),
-            chunks=tuple(most.values()),
+            order=c.ids_of(np.array(first, np.intp)),
+            chunks=tuple(0 if out[row] else snapshot.max_num_batched_tokens for row in first),
             hold=frozenset(c.ids_of(np.flatnonzero(out & snapshot.is_decoding))),
             # The limit is for the readers of all.
             prefill_tokens=None,
         )
+
+    def skip(self, now_s: float) -> None:
+        """Count a step of one tenant alone: a second one that comes then may run without it for a while."""
+        self._account(now_s)
+        self._was_own, self._share = False, 1.0
 
     def _account(self, now_s: float) -> None:
         """Count the time since the step before, for or against such steps."""
