@@ -15,7 +15,7 @@ from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig, config_f
 from tfserve.config_words import config_from_args
 from tfserve.http.interval_log import interval_line
 from tfserve.http.metrics import Metrics
-from tfserve.memory.kv_layout import KVLayout
+from tfserve.memory.storage.kv_layout import KVLayout
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "operations.md").read_text()

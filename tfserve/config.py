@@ -141,8 +141,8 @@ class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     memory on a CPU, half of it or 64 GiB on a GPU; only policies that pause requests have a host tier.
     `emulated_bandwidth`, GiB/s in each direction, slows copies between the tiers down to those of a link that this
     machine does not have: for experiments. `step_trace` is a file to write a JSON line to for every step and finished
-    request (engine/step_trace.py). `enforce_eager` switches CUDA graphs off. A section may be given as a mapping, as a
-    file has it: `scheduler={"policy": "fcfs"}`.
+    request (engine/core/step_trace.py). `enforce_eager` switches CUDA graphs off. A section may be given as a mapping,
+    as a file has it: `scheduler={"policy": "fcfs"}`.
     """
 
     model: str
