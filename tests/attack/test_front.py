@@ -138,3 +138,28 @@ def test_connections_without_end_take_neither_the_descriptors_nor_the_log(
     assert code == 0
     assert "Traceback" not in log
     assert len([line for line in log.splitlines() if "GET" not in line and "POST" not in line]) < 10
+
+
+def test_those_who_ask_what_needs_no_key_and_read_nothing_keep_no_probe_out(launch: Launch) -> None:
+    server: ServerProcess = launch("FakeEngine", "server.max_connections=20")
+    server.wait_until_ready()
+    asking = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    opened: list[socket.socket] = []
+    for _ in range(200):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.setblocking(False)
+        with contextlib.suppress(OSError):
+            client.send(asking)
+        opened.append(client)
+    deadline = time.monotonic() + 10
+    answered = 0
+    while answered < 5 and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            answered += server.get("/health")[0] == 200
+    for client in opened:
+        client.close()
+    server.process.terminate()
+    assert answered == 5
+    assert server.end()[0] == 0
