@@ -17,10 +17,13 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 
+from tests.http.conftest import StartServer
 from tests.http.test_server import Launch, ServerProcess, launch
 from tests.serving import Server
 from tests.tokenizers import write_tiny_tokenizer
+from tfserve.http.connections import READ_BYTES
 
 __all__ = ["launch"]
 
@@ -163,3 +166,22 @@ def test_those_who_ask_what_needs_no_key_and_read_nothing_keep_no_probe_out(laun
     server.process.terminate()
     assert answered == 5
     assert server.end()[0] == 0
+
+
+async def test_no_more_is_parsed_at_once_than_takes_a_moment(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body may come in chunks of a byte each."""
+    sizes: list[int] = []
+    receive = web.RequestHandler.data_received
+
+    def noted(self: web.RequestHandler, data: bytes) -> None:
+        sizes.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(web.RequestHandler, "data_received", noted)
+    server = await start()
+    async with server.post("/tokenize", {"prompt": "x" * 900_000}) as response:
+        assert response.status == 200
+    assert sum(sizes) > 900_000
+    assert max(sizes) <= READ_BYTES

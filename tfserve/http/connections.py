@@ -25,6 +25,9 @@ MAX_CONNECTIONS = 4096
 SPARE_CONNECTIONS = 64
 """Connections beyond those, for probes."""
 
+READ_BYTES = 16 * 1024
+"""What is read from a connection at once. Made of chunks of one byte each, this much takes the parser 10 ms."""
+
 COMMON_HEADERS = {
     "Server": "tfserve",
     "X-Content-Type-Options": "nosniff",  # no browser takes for a page what is not called one
@@ -91,6 +94,7 @@ class Connections(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: Any) -> None:
         """A connection has come; if there are too many, an idle one goes, at the worst this one."""
         super().connection_made(handler, transport)
+        transport.max_size = READ_BYTES  # asyncio's own name, and 256 KiB
         self._idle[handler] = None
         if len(self._idle) + len(self._busy) > self._most + SPARE_CONNECTIONS:
             oldest = next(iter(self._idle))
