@@ -17,7 +17,7 @@ from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
 from tfserve.http.keys import CALLER
-from tfserve.http.off_loop import LONG, native_off_loop, off_loop
+from tfserve.http.off_loop import ENCODING, LONG, native_off_loop, off_loop
 from tfserve.http.pacing import pacers_for
 from tfserve.http.packing import packing_of, unpacked
 from tfserve.http.ports import EnginePort
@@ -76,12 +76,16 @@ class Renderer(ChunkRenderer, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request ready for the engine: each prompt runs `num_choices` times, and `renderer` words the answer."""
+    """A request ready for the engine: each prompt runs `num_choices` times, and `renderer` words the answer.
+
+    `num_echoed` is how many characters of prompts the whole answer begins its choices with.
+    """
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     num_choices: int
     renderer: Renderer
+    num_echoed: int = 0
 
 
 async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> bytes:
@@ -108,7 +112,7 @@ async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> byt
         message = "The body cannot be read; it does not come as its headers say."
         raise ApiError(400, message, code="invalid_body", headers={"Connection": "close"}) from None
     if body is not None and packing is not None:
-        body = unpacked(body, packing, max_bytes)
+        body = await native_off_loop(len(body), unpacked, body, packing, max_bytes)
     if body is None:
         message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
         raise ApiError(413, message, code="body_too_large")
@@ -137,7 +141,7 @@ async def encode_prompt(engine: EnginePort, text: str, *, add_special_tokens: bo
         check_text(engine.tokenizer, text, engine.info)
         return engine.tokenizer.encode(text, add_special_tokens)
 
-    return await native_off_loop(len(text), encode)
+    return await native_off_loop(ENCODING * len(text), encode)
 
 
 async def answer(
@@ -156,6 +160,7 @@ async def answer(
     _check_logprobs(service, job, stream)
     caller = request[CALLER]
     num_prompt_tokens = sum(map(len, job.prompts))
+    num_echoed = job.num_echoed
     with caller.limits.streams(num_choices, num_prompt_tokens), service.exchange(renderer.id, caller) as exchange:
         try:
             num_tokens = 0
@@ -176,9 +181,16 @@ async def answer(
                     await exchange.admitted()
                 server = service.config.server
                 pacers = pacers_for(exchange.streams, rate) if server.pacing == "smooth" else None
-                return await stream_answer(request, exchange, renderer, pacers=pacers, keep_alive_s=server.keep_alive_s)
+                return await stream_answer(
+                    request,
+                    exchange,
+                    renderer,
+                    pacers=pacers,
+                    keep_alive_s=server.keep_alive_s,
+                    num_echoed=num_echoed,
+                )
             results = await _collect(exchange, num_choices)
-            size = sum(result.size for result in results)
+            size = num_echoed + sum(result.size for result in results)
             body = await off_loop(size, renderer.whole, results, exchange.usage)
             return web.Response(body=body, content_type=JSON)
         finally:
