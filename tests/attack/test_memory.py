@@ -234,6 +234,22 @@ async def test_what_a_packed_body_unpacks_to_is_counted(start: StartServer) -> N
     held[0][1].close()
 
 
+async def test_small_bodies_count_with_what_they_take_as_objects(start: StartServer) -> None:
+    server = await start(max_body_bytes=MIB, max_inflight_body_bytes=MIB)
+    parts = b'{"prompt": "x", "user": "x", "more": [' + b",".join([b"[]"] * 20_000) + b"]}"
+    text = json.dumps({"prompt": "x", "user": "[" * 50_000}).encode()
+    for body in (parts, text):
+        async with server.post("/v1/completions", body) as response:
+            assert response.status == 200
+    held = [await send_part(server, 512 * 1024, MIB)]
+    await until(lambda: _holds(server, 400_000))
+    for body, status in ((parts, 503), (text, 200)):
+        async with server.post("/v1/completions", body) as response:
+            assert response.status == status
+    held[0][1].close()
+    await until(lambda: _holds(server, 0, exactly=True))
+
+
 @pytest.mark.parametrize("path", ["/abort_request", "/v1/streams/x/buffer"])
 async def test_small_bodies_may_not_be_large_without_saying_so(start: StartServer, path: str) -> None:
     """A chunked body has no length in its head."""

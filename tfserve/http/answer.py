@@ -20,6 +20,7 @@ from tfserve.http.keys import CALLER
 from tfserve.http.off_loop import ENCODING, LONG, native_off_loop, off_loop
 from tfserve.http.pacing import pacers_for
 from tfserve.http.packing import packing_of, unpacked
+from tfserve.http.parsing import PART_BYTES, num_parts
 from tfserve.http.ports import EnginePort
 from tfserve.http.replies import Usage
 from tfserve.http.service import Service
@@ -31,6 +32,9 @@ USAGE = web.RequestKey("usage", Usage)
 
 BODY_TIMEOUT_S = 60.0
 """How long a client has to send its request's body."""
+
+_FEW_PARTS = 1000
+"""Parts of a body that need not be counted exactly."""
 
 SCORED_TOKEN_BYTES = 256
 """About what a token with its log probabilities is in an answer."""
@@ -89,7 +93,7 @@ class Job:
 
 
 async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> bytes:
-    """The whole body, unpacked, counted in `hold`.
+    """The whole body, unpacked, counted in `hold` with what it will take as objects.
 
     Raises ApiError for one that is too large (413), too slow (408), or broken (400), and where too many are being read
     (503). A body that says it is too large, or is packed in an unknown way (415), is not read at all. One that a web
@@ -116,7 +120,7 @@ async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> byt
     if body is None:
         message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
         raise ApiError(413, message, code="body_too_large")
-    hold.resize(len(body))
+    hold.resize(len(body) + PART_BYTES * await off_loop(len(body), num_parts, body, _FEW_PARTS))
     return body
 
 
