@@ -185,3 +185,15 @@ async def test_no_more_is_parsed_at_once_than_takes_a_moment(
         assert response.status == 200
     assert sum(sizes) > 900_000
     assert max(sizes) <= READ_BYTES
+
+
+async def test_a_stream_to_an_http_1_0_client_ends_with_its_connection(start: StartServer) -> None:
+    """Even if the client would keep it: nothing else says that the answer is complete."""
+    server = await start()
+    body = b'{"prompt": "x", "stream": true}'
+    head = f"POST /v1/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    writer.write(head.encode() + body)
+    answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.endswith(b"data: [DONE]\n\n")
+    writer.close()
