@@ -23,7 +23,7 @@ from tfserve.engine.frontend.link import Connect, connect
 from tfserve.engine.frontend.preparation import RequestPreparer
 from tfserve.engine.frontend.prompts import Prompt, as_batch
 from tfserve.engine.frontend.stream import Collector, OutputBuffer, RequestStream
-from tfserve.engine.frontend.validation import as_count
+from tfserve.engine.frontend.validation import as_count, check_tenant
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
 from tfserve.messages import (
@@ -202,6 +202,8 @@ class Engine:
         """
         self._check_queue(len(request_ids), tenant)
         names = [self._check_id(name) for name in request_ids]
+        if not names or len(set(names)) < len(names):
+            raise RequestError("request_ids", f"request_ids must be one id or more, all different, got {names!r:.200}")
         return self._start(prompt, params, names, rate, priority=priority, tenant=tenant)
 
     def abort(self, request_id: RequestId) -> None:
@@ -345,7 +347,8 @@ class Engine:
                 logger.debug("%s: the engine is gone", message)
 
     def _check_queue(self, num_new: int, tenant: Tenant) -> None:
-        """Raise QueueFullError if too many wait and the tenant has its share of them."""
+        """Raise QueueFullError if too many wait and the tenant has its share of them, RequestError if it is none."""
+        check_tenant(tenant)
         limit = self.config.server.max_queued_requests
         stats = self.stats()
         num_live = len(self._delivery) + num_new - 1

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from functools import cached_property
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Middleware
 
 import tfserve
@@ -245,6 +245,9 @@ def identify(service: Service, max_connections: int) -> Middleware:
 
 async def _tell_client(request: web.Request, response: web.StreamResponse) -> None:
     """The request's id, what is left of its key's limits, and the rate that counts if another was asked for."""
+    if request.version < HttpVersion11 and response.content_length is None:
+        # Only the connection's end tells such a client that the answer is complete; the library leaves it open.
+        response.force_close()
     response.headers.update(COMMON_HEADERS)
     if request_id := request.get(REQUEST_ID):
         response.headers[REQUEST_ID_HEADER] = request_id

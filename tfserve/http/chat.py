@@ -40,7 +40,7 @@ from tfserve.http.sse import event
 from tfserve.http.structured import response_grammar
 from tfserve.http.tool_parsing import ToolCallParser, tool_call_parser
 from tfserve.http.tools import ToolPlan
-from tfserve.types import EngineInfo, FinishReason, RequestOutput, TokenLogprob
+from tfserve.types import EngineInfo, FinishReason, RequestOutput, Tenant, TokenLogprob
 
 
 class ChatRenderer:
@@ -167,13 +167,13 @@ class _Choice:
         return "tool_calls" if self._num_calls and finish_reason == FinishReason.STOP else finish_reason
 
 
-async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo) -> str | None:
+async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo, tenant: Tenant) -> str | None:
     """What the answer must follow, checked: a forced call or the response format. Raises TfserveError."""
-    wanted = await response_grammar(asked.response_format, info)
+    wanted = await response_grammar(asked.response_format, info, tenant)
     if wanted is not None and tools.format is not None:
         message = "response_format: JSON cannot be had together with tools; send tool_choice 'none' or leave one out"
         raise RequestError("response_format", message)
-    forced = await tools.grammar()
+    forced = await tools.grammar(tenant)
     if forced is None:
         return wanted
     require_grammars(info, "tool_choice")
@@ -186,13 +186,13 @@ class ChatEndpoint(GenerationEndpoint[ChatRequest]):
     def __init__(self, service: Service) -> None:
         super().__init__(service, BodyParser(ChatRequest, CHAT_FIELDS))
 
-    async def prepare(self, asked: ChatRequest, size: int, model: str, engine: EnginePort) -> Job:
+    async def prepare(self, asked: ChatRequest, size: int, model: str, engine: EnginePort, tenant: Tenant) -> Job:
         """The conversation as one prompt, by the model's template."""
         tokenizer = engine.tokenizer
         parallel = asked.parallel_tool_calls is not False
         tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
         await tools.measure()
-        grammar = await _grammar(asked, tools, engine.info)
+        grammar = await _grammar(asked, tools, engine.info, tenant)
         params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
         parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)
         renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), parser, parallel)

@@ -167,8 +167,13 @@ class ControlTokens:
 
 
 def _unused(texts: Collection[str]) -> str:
+    used: set[str] = set()
+    for text in texts:
+        if not text.isascii():
+            for start in range(0, len(text), _WINDOW):
+                used.update(text[start : start + _WINDOW])
     for code in _MARKS:
-        if not any(chr(code) in text for text in texts):
+        if chr(code) not in used:
             return chr(code)
     raise RequestError("messages", "the messages hold every private character of Unicode; leave some out")
 

@@ -28,7 +28,7 @@ ControlTokensInMessages = Literal["text", "allow"]
 
 _PIECES_AT_ONCE = 1000
 
-_LONG_TEXT_CHARS = 16_384
+_LONG_TEXT_CHARS = 4096
 
 _MOST_BYTES = 128 * 2**20
 """Largest file of a tokenizer; those of 250,000 tokens have about 35 MB."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,7 +13,8 @@ from tfserve.checked import to_integer, to_number
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import RequestError
 from tfserve.model.grammar import check_grammar
-from tfserve.types import ConsumptionRate, EngineInfo, SamplingParams
+from tfserve.strict_json import is_text
+from tfserve.types import ConsumptionRate, EngineInfo, SamplingParams, Tenant
 
 
 class SupportsExceeds(Protocol):
@@ -107,6 +109,13 @@ def as_priority(priority: Any) -> int:
     if number is None or not -(2**63) <= number < 2**63:
         raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
     return number
+
+
+def check_tenant(tenant: Any) -> None:
+    """Raise RequestError for what is no tenant, or has a weight that nothing can be shared by."""
+    is_tenant = isinstance(tenant, Tenant) and isinstance(tenant.name, str) and is_text(tenant.name)
+    if not is_tenant or not isinstance(tenant.weight, int | float) or not 0 < tenant.weight < math.inf:
+        raise RequestError("tenant", f"tenant must be a Tenant with a name and a weight above 0, got {tenant!r:.200}")
 
 
 def as_count(value: Any, param: str) -> int:
