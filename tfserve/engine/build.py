@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +25,9 @@ from tfserve.engine.scheduler import Scheduler
 from tfserve.engine.step_trace import StepTrace, TraceHead
 from tfserve.engine.step_worker import StepWorker
 from tfserve.errors import ConfigError
+from tfserve.machine import available_bytes, usable_cpus
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.host_pool import available_bytes
 from tfserve.memory.kv_layout import KVLayout
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.model.attention import select_backend
@@ -219,7 +218,7 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
 
 
 def _set_threads(config: EngineConfig, device: str) -> int:
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or usable_cpus()
     if device == "cpu":
         torch.set_num_threads(threads)
     return threads

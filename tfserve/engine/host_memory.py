@@ -11,10 +11,11 @@ import torch
 from tfserve.config import EngineConfig
 from tfserve.engine.policies import OFFLOADING
 from tfserve.errors import ConfigError
+from tfserve.machine import available_bytes
 from tfserve.memory.copy_runs import BlockGeometry, blocks_per_chunk
 from tfserve.memory.cuda_link import CudaLink
 from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.host_pool import HostPool, available_bytes, host_blocks
+from tfserve.memory.host_pool import HostPool, host_blocks
 from tfserve.memory.stream_transfers import StreamTransfers
 from tfserve.memory.transfers import TierArrays, WorkerTransfers
 from tfserve.model.stream_runner import StreamRunner

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tfserve.errors import failures
+from tfserve.machine import usable_cpus
 from tfserve.model.decoder import Decoder
 from tfserve.model.layers import RMSNorm
 from tfserve.model.linear import Linear
@@ -131,4 +132,4 @@ def _digest(chunk: tuple[Path, int]) -> tuple[str, int, str]:
 
 
 def _num_threads() -> int:
-    return min(len(os.sched_getaffinity(0)), 16)
+    return min(usable_cpus(), 16)
