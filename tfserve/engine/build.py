@@ -80,6 +80,8 @@ def _build(
     block_size = backend.block_size(config.block_size)
     if device == "cpu":
         _check_weights(config, model_config, dtype)
+    kind = config.quantization or dtype
+    logger.info("Loading the weights: %.0f M parameters as %s, %s", model_config.num_parameters / 1e6, kind, device)
     with loading(path), ThreadPoolExecutor(1) as beside:
         tokenizer = Tokenizer.from_dir(path)
         eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
@@ -110,6 +112,7 @@ def _build(
     num_blocks = _num_blocks(config, layout, device, measured_bytes)
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
     _check_rows(config, max_model_len, block_size)
+    logger.info("Reserving the KV cache: %d blocks of %d tokens", num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
     runner: ModelRunner | StreamRunner
@@ -132,6 +135,7 @@ def _build(
         OffloadOptions(sched.write_through, sched.load_evict_overlap, granule_of(block_size)),
     )
     cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=config.max_num_seqs)
+    logger.info("Warming up: timing steps of several sizes")
     calibrate(cost, runner, clock, config, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
     scheduler = Scheduler(
         make_policy(sched),
