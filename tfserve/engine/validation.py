@@ -12,7 +12,8 @@ from tfserve.checked import to_integer, to_number
 from tfserve.engine.token_buffer import resolve_rate
 from tfserve.errors import RequestError
 from tfserve.model.grammar import check_grammar
-from tfserve.types import ConsumptionRate, EngineInfo, SamplingParams
+from tfserve.strict_json import is_text
+from tfserve.types import ConsumptionRate, EngineInfo, RequestId, SamplingParams
 
 
 class SupportsExceeds(Protocol):
@@ -107,6 +108,23 @@ def as_priority(priority: Any) -> int:
     if number is None or not -(2**63) <= number < 2**63:
         raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
     return number
+
+
+def as_id(request_id: object, reserved: str) -> str:
+    """An id that a caller chooses: text that does not begin with `reserved`. Raises RequestError."""
+    is_id = isinstance(request_id, str) and request_id and is_text(request_id)
+    if not is_id or str(request_id).startswith(reserved):
+        message = (
+            f"request_id must be non-empty Unicode text that does not begin with {reserved!r}"
+            f" (ids that the engine gives), got {request_id!r}"
+        )
+        raise RequestError("request_id", message)
+    return str.__str__(request_id)  # of a class of its own, it could not be sent to another process
+
+
+def id_in_use(request_id: RequestId) -> RequestError:
+    """The error about an id that another live request has."""
+    return RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
 
 
 def as_count(value: Any, param: str) -> int:
