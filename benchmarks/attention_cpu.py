@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.kv_layout import KVLayout, KVOrder
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
 from tfserve.model.attention.bag_decode import BagDecode
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.torch_backend import GatherDecode

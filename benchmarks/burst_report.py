@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tfserve.engine.qos import Served, fluid_effective_throughput, prefill_bound_s
+from tfserve.engine.scheduling.qos import Served, fluid_effective_throughput, prefill_bound_s
 
 Cell = dict[str, Any]
 Pick = Callable[[Cell], float]

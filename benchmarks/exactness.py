@@ -31,21 +31,21 @@ import torch
 from forced_exchange import Carousel, KVWitness
 
 from tfserve.config import EngineConfig, SchedulerConfig
-from tfserve.engine.clock import RealClock
-from tfserve.engine.core import EngineCore
-from tfserve.engine.cost_model import CostModel
-from tfserve.engine.host_memory import open_host_tier
-from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
-from tfserve.engine.offload_manager import OffloadManager
-from tfserve.engine.policies import make_policy
-from tfserve.engine.scheduler import Scheduler
-from tfserve.engine.step_worker import StepWorker
+from tfserve.engine.core.clock import RealClock
+from tfserve.engine.core.host_memory import open_host_tier
+from tfserve.engine.core.loop import EngineCore
+from tfserve.engine.core.step_worker import StepWorker
+from tfserve.engine.scheduling.cost_model import CostModel
+from tfserve.engine.scheduling.offload_manager import OffloadManager
+from tfserve.engine.scheduling.policies import make_policy
+from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.machine import usable_cpus
 from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.kv_layout import KVLayout
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
-from tfserve.memory.transfers import TierArrays
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout
+from tfserve.memory.transfers.worker_transfers import TierArrays
+from tfserve.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import load_model_config

@@ -28,7 +28,7 @@ from local_server import free_port, running
 from tfserve.bench.client import RequestRecord, StreamClient, Target, open_session
 from tfserve.bench.scoring import served
 from tfserve.bench.workload import Work
-from tfserve.engine.qos import buffer_sizes
+from tfserve.engine.scheduling.qos import buffer_sizes
 
 HONEST_RATE, HONEST_TOKENS, PROMPT_WORDS = 6.0, 100, 60
 ALONE = "alone"

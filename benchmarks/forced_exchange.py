@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.columns import Phase
-from tfserve.engine.policies.sharing import exchange, out_of_blocks, resident_blocks
-from tfserve.engine.policy import Decision, Snapshot
-from tfserve.memory.transfers import TierArrays
+from tfserve.engine.scheduling.columns import Phase
+from tfserve.engine.scheduling.policies.sharing import exchange, out_of_blocks, resident_blocks
+from tfserve.engine.scheduling.policy import Decision, Snapshot
+from tfserve.memory.transfers.worker_transfers import TierArrays
 from tfserve.plan import InFlight, Row, Runner, StepPlan
 
 

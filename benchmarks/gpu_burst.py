@@ -12,9 +12,9 @@ import torch
 from gpu_rig import Shape, as_checkpoint
 
 from tfserve.config import EngineConfig, SchedulerConfig
-from tfserve.engine.build import build_core
-from tfserve.engine.messages import AddRequest, Shutdown, StepOutputs, StreamStates
-from tfserve.engine.qos import Served, score
+from tfserve.engine.core.build import build_core
+from tfserve.engine.scheduling.qos import Served, score
+from tfserve.messages import AddRequest, Shutdown, StepOutputs, StreamStates
 from tfserve.model.decoder import Decoder
 from tfserve.types import SamplingParams
 

@@ -15,12 +15,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tfserve.config import EngineConfig, SchedulerConfig
-from tfserve.engine import build
-from tfserve.engine.clock import RealClock
-from tfserve.engine.cuda_device import cuda_runner
-from tfserve.engine.host_memory import HostTierMemory, open_host_tier
-from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.kv_layout import KVLayout
+from tfserve.engine.core import build
+from tfserve.engine.core.clock import RealClock
+from tfserve.engine.core.cuda_device import cuda_runner
+from tfserve.engine.core.host_memory import HostTierMemory, open_host_tier
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import ModelConfig

@@ -15,7 +15,7 @@ from gpu_rig import Rig, Shape
 from gpu_roofline import kernels_s, operations
 
 from tfserve.bench.roofline import floor_s
-from tfserve.engine.cost_model import CostModel, StepSample
+from tfserve.engine.scheduling.cost_model import CostModel, StepSample
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.memory.residency import KVState

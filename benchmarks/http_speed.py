@@ -38,8 +38,9 @@ import psutil
 
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.link import ProcessLink
-from tfserve.engine.messages import (
+from tfserve.engine.frontend.link import ProcessLink
+from tfserve.http.server import serve
+from tfserve.messages import (
     AbortRequest,
     AddRequest,
     ListStreams,
@@ -50,7 +51,6 @@ from tfserve.engine.messages import (
     ToCore,
     TokenOutput,
 )
-from tfserve.http.server import serve
 from tfserve.types import EngineInfo, EngineStats, FinishReason
 
 TOKEN = "x"

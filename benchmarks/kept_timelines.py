@@ -12,7 +12,7 @@ import numpy as np
 
 from tfserve.bench.client import RequestRecord
 from tfserve.bench.scoring import token_times
-from tfserve.engine.qos import Served
+from tfserve.engine.scheduling.qos import Served
 
 
 class Stream(msgspec.Struct, frozen=True):

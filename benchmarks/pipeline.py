@@ -30,19 +30,19 @@ from local_server import Server, free_port, running
 
 from tfserve.bench.report import environment
 from tfserve.config import EngineConfig, SchedulerConfig, load_config
-from tfserve.engine.clock import RealClock
-from tfserve.engine.core import EngineCore
-from tfserve.engine.cost_model import CostModel
+from tfserve.engine.core.clock import RealClock
+from tfserve.engine.core.loop import EngineCore
+from tfserve.engine.core.step_worker import StepWorker
 from tfserve.engine.engine import Engine
-from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
-from tfserve.engine.offload_manager import OffloadManager
-from tfserve.engine.policies import make_policy
-from tfserve.engine.scheduler import Scheduler
-from tfserve.engine.step_worker import StepWorker
+from tfserve.engine.scheduling.cost_model import CostModel
+from tfserve.engine.scheduling.offload_manager import OffloadManager
+from tfserve.engine.scheduling.policies import make_policy
+from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.http.server import serve
 from tfserve.machine import usable_cpus
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
+from tfserve.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.plan import Fence, StepPlan, StepResult
 from tfserve.types import EngineStats, SamplingParams
 

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.columns import Columns, Phase
-from tfserve.engine.cost_model import CostModel, StepCoefficients
-from tfserve.engine.policies.tenants import Tenants
-from tfserve.engine.policies.tokenflow import TokenFlow
-from tfserve.engine.policy import Decision, ResumeBy, Snapshot
-from tfserve.engine.snapshots import Snapshots
-from tfserve.engine.tracker import Tracker
+from tfserve.engine.scheduling.columns import Columns, Phase
+from tfserve.engine.scheduling.cost_model import CostModel, StepCoefficients
+from tfserve.engine.scheduling.policies.tenants import Tenants
+from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
+from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
+from tfserve.engine.scheduling.snapshots import Snapshots
+from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import KVState

@@ -21,9 +21,9 @@ import msgspec
 from tfserve.bench.paper.replay import Comparison, comparison_table, replay
 from tfserve.bench.report import environment
 from tfserve.config import EngineConfig, SchedulerConfig
+from tfserve.engine.core.step_trace import read_trace
 from tfserve.engine.engine import Engine
-from tfserve.engine.sim.fitted import fit
-from tfserve.engine.step_trace import read_trace
+from tfserve.engine.simulation.fitted import fit
 from tfserve.types import SamplingParams
 
 BLOCK_SIZE = 32

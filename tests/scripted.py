@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from tests.http.conftest import Running
 from tests.tokenizers import CHAT_TEMPLATE, write_tiny_tokenizer
 from tfserve.config import EngineConfig, config_from
-from tfserve.engine import build
+from tfserve.engine.core import build
 from tfserve.engine.engine import Engine
-from tfserve.engine.link import ThreadLink
+from tfserve.engine.frontend.link import ThreadLink
 from tfserve.http.app import create_app
 from tfserve.http.connections import create_runner
 from tfserve.http.service import Service

@@ -8,8 +8,7 @@ import pytest
 from tfserve import cli
 from tfserve.config import SETTINGS, EngineConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.link import _startup_error
-from tfserve.engine.messages import Failed
+from tfserve.engine.frontend.link import _startup_error
 from tfserve.errors import (
     ConfigError,
     DownloadError,
@@ -20,6 +19,7 @@ from tfserve.errors import (
     TfserveError,
 )
 from tfserve.http.server import serve
+from tfserve.messages import Failed
 from tfserve.model import demo
 
 ERRORS = [

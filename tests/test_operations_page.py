@@ -15,7 +15,7 @@ from tfserve.config import SETTINGS, EngineConfig, config_from
 from tfserve.config_words import config_from_args
 from tfserve.http.interval_log import interval_line
 from tfserve.http.metrics import Metrics
-from tfserve.memory.kv_layout import KVLayout
+from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.settings import Setting
 
 ROOT = Path(__file__).parent.parent

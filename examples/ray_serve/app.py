@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from tfserve.config import config_from
 from tfserve.engine.engine import Engine
-from tfserve.engine.stream import RequestStream
+from tfserve.engine.frontend.stream import RequestStream
 from tfserve.errors import EngineDeadError, QueueFullError, RequestError
 from tfserve.types import RequestOutput, SamplingParams
 

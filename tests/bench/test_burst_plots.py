@@ -12,7 +12,7 @@ from kept_timelines import Stream, TimelineFile
 from tests.bench.test_burst import cell, scripted
 from tests.bench.test_scoring import record
 from tfserve.bench.scoring import served
-from tfserve.engine.qos import buffer_sizes
+from tfserve.engine.scheduling.qos import buffer_sizes
 
 PNG = b"\x89PNG"
 

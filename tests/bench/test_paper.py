@@ -18,8 +18,8 @@ from tfserve.bench.paper.summary import Estimate
 from tfserve.bench.paper.targets import targets
 from tfserve.bench.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload, read_columns
 from tfserve.config import SchedulerConfig
-from tfserve.engine.qos import Served, effective_tokens
-from tfserve.engine.sim.hardware import PROFILES
+from tfserve.engine.scheduling.qos import Served, effective_tokens
+from tfserve.engine.simulation.hardware import PROFILES
 from tfserve.errors import TfserveError
 
 

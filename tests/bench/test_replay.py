@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from tests.bench.test_cli import run_bench
-from tests.engine.test_sim_hardware import HEAD, made_up, requests
+from tests.engine.simulation.test_sim_hardware import HEAD, made_up, requests
 from tfserve.config import SchedulerConfig
-from tfserve.engine.sim.engine import SimEngine
-from tfserve.engine.sim.fitted import FittedProfile
-from tfserve.engine.step_trace import TraceLine, TraceRequest
+from tfserve.engine.core.step_trace import TraceLine, TraceRequest
+from tfserve.engine.simulation.engine import SimEngine
+from tfserve.engine.simulation.fitted import FittedProfile
 from tfserve.errors import TfserveError
 
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 
 from tests.copy_queues import CopyQueues
 from tfserve.config import SchedulerConfig
-from tfserve.engine.core import EngineCore
-from tfserve.engine.cost_model import CostModel
-from tfserve.engine.grammar_gate import GrammarGate
-from tfserve.engine.messages import AddRequest, StepOutputs, StreamStates
-from tfserve.engine.offload_manager import OffloadManager
-from tfserve.engine.policies import make_policy
-from tfserve.engine.scheduler import Scheduler
+from tfserve.engine.core.loop import EngineCore
+from tfserve.engine.scheduling.cost_model import CostModel
+from tfserve.engine.scheduling.grammar_gate import GrammarGate
+from tfserve.engine.scheduling.offload_manager import OffloadManager
+from tfserve.engine.scheduling.policies import make_policy
+from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
+from tfserve.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.plan import NULL_BLOCK, Ack, Clock, Copy, Direction, Fence, RowInit, StepPlan, StepResult
 from tfserve.types import SamplingParams
 

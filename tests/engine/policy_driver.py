@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.columns import Phase
-from tfserve.engine.cost_model import CostModel, StepCoefficients
-from tfserve.engine.policies import make_policy
-from tfserve.engine.policy import MemoryView, ResumeBy, Snapshot, held_back, held_on_device, write_order
-from tfserve.engine.qos import Served, score
-from tfserve.engine.tracker import Tracker
+from tfserve.engine.scheduling.columns import Phase
+from tfserve.engine.scheduling.cost_model import CostModel, StepCoefficients
+from tfserve.engine.scheduling.policies import make_policy
+from tfserve.engine.scheduling.policy import MemoryView, ResumeBy, Snapshot, held_back, held_on_device, write_order
+from tfserve.engine.scheduling.qos import Served, score
+from tfserve.engine.scheduling.tracker import Tracker
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.columns import Phase
-from tfserve.engine.policies.tokenflow import TokenFlow
-from tfserve.engine.policy import Decision, MemoryView, Snapshot
-from tfserve.engine.tracker import Tracker
+from tfserve.engine.scheduling.columns import Phase
+from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
+from tfserve.engine.scheduling.policy import Decision, MemoryView, Snapshot
+from tfserve.engine.scheduling.tracker import Tracker
 
 
 class FlatCost:

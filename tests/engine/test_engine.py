@@ -17,7 +17,7 @@ from tests.free_blocks import wait_until_all_free
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.validation import validate
+from tfserve.engine.frontend.validation import validate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
 from tfserve.model.grammar import json_schema_grammar
 from tfserve.types import FinishReason, SamplingParams

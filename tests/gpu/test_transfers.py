@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from tfserve.engine.clock import RealClock
-from tfserve.memory.copy_runs import BlockGeometry, blocks_per_chunk
-from tfserve.memory.cuda_link import CudaLink
-from tfserve.memory.host_pool import HostPool
-from tfserve.memory.stream_transfers import StreamTransfers
+from tfserve.engine.core.clock import RealClock
+from tfserve.memory.storage.host_pool import HostPool
+from tfserve.memory.transfers.copy_runs import BlockGeometry, blocks_per_chunk
+from tfserve.memory.transfers.cuda_link import CudaLink
+from tfserve.memory.transfers.stream_transfers import StreamTransfers
 from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
 
 STORE, LOAD = Direction.STORE, Direction.LOAD

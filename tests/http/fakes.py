@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 
 from tfserve.config import EngineConfig
-from tfserve.engine.messages import StepOutputs
-from tfserve.engine.token_buffer import resolve_rate
+from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, EngineStalledError, ModelError, QueueFullError, RequestError
+from tfserve.messages import StepOutputs
 from tfserve.model.chat_template import ToolFormat
 from tfserve.types import (
     ONE_TENANT,

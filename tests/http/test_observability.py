@@ -12,8 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http.conftest import Running, StartServer
-from tfserve.engine.messages import StepOutputs
 from tfserve.http.interval_log import interval_line, log_intervals
+from tfserve.messages import StepOutputs
 from tfserve.types import FinishReason
 
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana-dashboard.json"

@@ -11,7 +11,7 @@ from msgspec import inspect
 
 from tests.http.conftest import StartServer
 from tests.http.fakes import FakeEngine, FakeStream
-from tfserve.engine.validation import check_tokens
+from tfserve.engine.frontend.validation import check_tokens
 from tfserve.errors import RequestError
 from tfserve.http.parsing import BodyParser
 from tfserve.http.protocol import ChatRequest, CompletionRequest

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.kv_layout import KVLayout, KVOrder
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.paged_backend import PagedBackend
 from tfserve.model.attention.paged_kernels import PagedKernels

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.kv_layout import KVLayout, KVOrder
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.attention.torch_backend import TorchBackend
 from tfserve.model.forward_batch import BlockTables, ForwardBatch, build_batch

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from tests.model.paged_cache import Cache, check
-from tfserve.memory.kv_layout import KVOrder
+from tfserve.memory.storage.kv_layout import KVOrder
 from tfserve.model.attention.base import AttentionBackend
 
 LENGTHS = [0, 1, 255, 256, 257, 600]

@@ -8,7 +8,7 @@ import torch
 
 from tests.model.paged_cache import Cache, check
 from tfserve.errors import ConfigError
-from tfserve.memory.kv_layout import KVOrder
+from tfserve.memory.storage.kv_layout import KVOrder
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.bag_decode import BagDecode
 from tfserve.model.attention.torch_backend import TorchBackend

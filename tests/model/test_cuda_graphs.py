@@ -7,8 +7,8 @@ import torch
 
 from tests.model import fake_flash_attn as fake
 from tests.model.paged_parity import paged_cache
-from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.kv_layout import KVLayout, KVOrder
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.paged_backend import PagedBackend
 from tfserve.model.attention.paged_kernels import FlashKernels

@@ -14,7 +14,7 @@ from tests.model.paged_cache import Cache
 from tests.model.paged_parity import GROUPS, HEAD_DIMS, SEEDS, paged_cache
 from tfserve.errors import ConfigError
 from tfserve.install_hint import install_command
-from tfserve.memory.kv_layout import KVOrder
+from tfserve.memory.storage.kv_layout import KVOrder
 from tfserve.model import attention
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.paged_backend import PagedBackend, as_rows

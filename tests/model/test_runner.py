@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tfserve.memory.device_pool import DevicePool
-from tfserve.memory.kv_layout import KVLayout
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.torch_backend import TorchBackend
 from tfserve.model.config import load_model_config

@@ -17,8 +17,8 @@ import torch
 from tfserve.bench.report import environment
 from tfserve.bench.roofline import Work, bytes_per_s, floor_s, linear_flops_per_s, step_operations
 from tfserve.config import EngineConfig
+from tfserve.engine.core.step_trace import Trace, TraceStep, read_trace
 from tfserve.engine.engine import Engine
-from tfserve.engine.step_trace import Trace, TraceStep, read_trace
 from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.linear import WeightFormat
 from tfserve.types import EngineInfo, SamplingParams

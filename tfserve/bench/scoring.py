@@ -10,8 +10,8 @@ import msgspec
 import numpy as np
 
 from tfserve.bench.client import RequestRecord
-from tfserve.engine.qos import QosReport, Served, qos, score
-from tfserve.engine.token_buffer import AUTO, NAMED_RATES
+from tfserve.engine.scheduling.qos import QosReport, Served, qos, score
+from tfserve.engine.scheduling.token_buffer import AUTO, NAMED_RATES
 from tfserve.errors import TfserveError
 
 QOS_TAU_TOKENS = 10.0

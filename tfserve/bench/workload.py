@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from tfserve.engine.token_buffer import AUTO, NAMED_RATES
+from tfserve.engine.scheduling.token_buffer import AUTO, NAMED_RATES
 from tfserve.errors import NOT_JSON, TfserveError
 from tfserve.misfit import why_not_json
 

@@ -16,11 +16,17 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
-from tfserve.engine.delivery import Delivery, Questions, Sink
-from tfserve.engine.finish_pace import FinishPace
-from tfserve.engine.lifetime import disown_in_fork, weakly
-from tfserve.engine.link import Connect, connect
-from tfserve.engine.messages import (
+from tfserve.engine.frontend.delivery import Delivery, Questions, Sink
+from tfserve.engine.frontend.finish_pace import FinishPace
+from tfserve.engine.frontend.lifetime import disown_in_fork, weakly
+from tfserve.engine.frontend.link import Connect, connect
+from tfserve.engine.frontend.preparation import Conversation, RequestPreparer
+from tfserve.engine.frontend.prompts import Prompt, as_batch
+from tfserve.engine.frontend.stream import Collector, OutputBuffer, RequestStream
+from tfserve.engine.frontend.validation import as_count, as_id, id_in_use
+from tfserve.engine.scheduling.token_buffer import resolve_rate
+from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
+from tfserve.messages import (
     AbortRequest,
     AddRequest,
     ListStreams,
@@ -29,12 +35,6 @@ from tfserve.engine.messages import (
     StreamStates,
     ToCore,
 )
-from tfserve.engine.preparation import Conversation, RequestPreparer
-from tfserve.engine.prompts import Prompt, as_batch
-from tfserve.engine.stream import Collector, OutputBuffer, RequestStream
-from tfserve.engine.token_buffer import resolve_rate
-from tfserve.engine.validation import as_count, as_id, id_in_use
-from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.fields import loading

@@ -10,8 +10,7 @@ from typing import Protocol
 from aiohttp import StreamReader, http_exceptions, web
 from msgspec import UnsetType
 
-from tfserve.engine.packed_logprobs import PackedLogprobs
-from tfserve.engine.validation import check_text
+from tfserve.engine.frontend.validation import check_text
 from tfserve.errors import QueueFullError, RequestError
 from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import JSON, ApiError
@@ -24,6 +23,7 @@ from tfserve.http.ports import EnginePort
 from tfserve.http.replies import Usage
 from tfserve.http.service import Service
 from tfserve.http.sse import ChunkRenderer, stream_answer
+from tfserve.packed_logprobs import PackedLogprobs
 from tfserve.types import MAX_LOGPROBS, ConsumptionRate, RequestOutput, SamplingParams
 
 USAGE = web.RequestKey("usage", Usage)

@@ -8,7 +8,7 @@ import textwrap
 
 import tfserve
 from tfserve.config import SchedulerConfig
-from tfserve.engine.policies import IGNORES
+from tfserve.engine.scheduling.policies import IGNORES
 from tfserve.http.service import Service
 from tfserve.types import EngineInfo
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import msgspec
 
-from tfserve.engine.validation import require_grammars
+from tfserve.engine.frontend.validation import require_grammars
 from tfserve.errors import RequestError
 from tfserve.http.answer import Job, Result, encode_prompt
 from tfserve.http.chat_prompt import chat_prompt

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from tfserve.engine.validation import check_tokens
+from tfserve.engine.frontend.validation import check_tokens
 from tfserve.http.answer import Job, Result, encode_prompt
 from tfserve.http.endpoint import GenerationEndpoint
 from tfserve.http.known_fields import COMPLETION_FIELDS

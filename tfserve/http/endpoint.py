@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from aiohttp import web
 
-from tfserve.engine.token_buffer import exceeds
+from tfserve.engine.scheduling.token_buffer import exceeds
 from tfserve.errors import RequestError
 from tfserve.http.answer import Job, answer, read_body
 from tfserve.http.keys import CALLER

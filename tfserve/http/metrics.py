@@ -19,10 +19,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tfserve.engine.messages import StepOutputs
-from tfserve.engine.qos import Served, effective_tokens
+from tfserve.engine.scheduling.qos import Served, effective_tokens
 from tfserve.http.ports import EnginePort, StreamPort
 from tfserve.http.replies import Usage
+from tfserve.messages import StepOutputs
 from tfserve.types import EngineStats, FinishReason, RequestOutput, RequestTimes, StreamState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from msgspec import UnsetType
 
-from tfserve.engine.token_buffer import AUTO
+from tfserve.engine.scheduling.token_buffer import AUTO
 from tfserve.http.ports import StreamPort
 from tfserve.types import ConsumptionRate
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
-from tfserve.engine.messages import StepOutputs
+from tfserve.messages import StepOutputs
 from tfserve.model.chat_template import ToolFormat
 from tfserve.types import (
     ONE_TENANT,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import msgspec
 
-from tfserve.engine.validation import check_length
+from tfserve.engine.frontend.validation import check_length
 from tfserve.errors import RequestError
 from tfserve.http.messages import Messages
 from tfserve.http.structured import ResponseFormat

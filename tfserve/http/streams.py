@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from tfserve.engine.policies import IGNORES
+from tfserve.engine.scheduling.policies import IGNORES
 from tfserve.errors import EngineStalledError, RequestError, TfserveError
 from tfserve.http.answer import read_body
 from tfserve.http.errors import JSON, ApiError, api_error

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from tfserve.engine.validation import require_grammars
+from tfserve.engine.frontend.validation import require_grammars
 from tfserve.errors import RequestError
 from tfserve.model.grammar import check_grammar_beside, json_schema_grammar
 from tfserve.types import EngineInfo

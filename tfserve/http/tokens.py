@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from tfserve.engine.validation import check_tokens
+from tfserve.engine.frontend.validation import check_tokens
 from tfserve.errors import RequestError
 from tfserve.http.answer import read_body
 from tfserve.http.bodies import BodyHold

@@ -106,7 +106,8 @@ class ControlTokens:
         """
         if text.isidentifier() and not self._pattern.search(text):
             return text
-        marked = self._firsts.sub(lambda found: found[0] + mark, text)
+        windows = (text[start : start + _WINDOW] for start in range(0, len(text), _WINDOW))
+        marked = "".join(self._firsts.sub(lambda found: found[0] + mark, window) for window in windows)
         place = len(text) - len(text.lstrip())
         return marked[:place] + mark + marked[place:] if self._rest.match(text, place) else marked
 

@@ -8,9 +8,9 @@ import msgspec
 import numpy as np
 
 from tfserve.bench.paper.cases import Case
-from tfserve.engine.qos import Floats, Served, fluid_effective_throughput, prefill_bound_s
-from tfserve.engine.sim.engine import SimRequest
-from tfserve.engine.sim.hardware import capacity, prefill_tokens_per_s
+from tfserve.engine.scheduling.qos import Floats, Served, fluid_effective_throughput, prefill_bound_s
+from tfserve.engine.simulation.engine import SimRequest
+from tfserve.engine.simulation.hardware import capacity, prefill_tokens_per_s
 
 _BINS = 1000
 _TAU_FULL, _TAU_ZERO = 0.1, 0.2

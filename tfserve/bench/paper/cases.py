@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from tfserve.bench.paper.workloads import Burst, Normal, Poisson, Workload
-from tfserve.engine.sim.hardware import PROFILES, Profile
+from tfserve.engine.simulation.hardware import PROFILES, Profile
 
 BASELINE = "fcfs"
 """The case that ratios are taken against, where an experiment has it."""

@@ -23,7 +23,7 @@ from tfserve.bench.paper.cases import (
 )
 from tfserve.bench.paper.reviewer import reviewers_questions
 from tfserve.bench.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload
-from tfserve.engine.sim.hardware import PROFILES
+from tfserve.engine.simulation.hardware import PROFILES
 
 _SHORT_H200, _LONG_H200 = Normal(512, 2048), Normal(1024, 4096)
 _BURST_B = Workload(arrivals=Burst(80), lengths=Normal(1024, 2048))

@@ -14,7 +14,7 @@ import msgspec
 from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.runs import Outcome, Task
 from tfserve.bench.paper.summary import METRICS, RATIOS, Line
-from tfserve.engine.sim.hardware import Profile
+from tfserve.engine.simulation.hardware import Profile
 
 _LONGEST = 30
 """Cases that timing.json names."""

@@ -9,7 +9,7 @@ from itertools import groupby
 from tfserve.bench.paper.cases import Experiment
 from tfserve.bench.paper.summary import Estimate, Line
 from tfserve.bench.paper.targets import Target, targets
-from tfserve.engine.sim.hardware import Profile
+from tfserve.engine.simulation.hardware import Profile
 
 _OURS = ("tokenflow", "full")
 

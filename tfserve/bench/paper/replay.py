@@ -10,11 +10,11 @@ import msgspec
 import numpy as np
 
 from tfserve.bench.report import write_json
-from tfserve.engine.qos import Floats
-from tfserve.engine.sim.engine import SimEngine, SimRequest
-from tfserve.engine.sim.fitted import FittedProfile, MeasuredCost, fit, fit_error
-from tfserve.engine.step_trace import Trace, read_trace
-from tfserve.engine.token_buffer import resolve_rate
+from tfserve.engine.core.step_trace import Trace, read_trace
+from tfserve.engine.scheduling.qos import Floats
+from tfserve.engine.scheduling.token_buffer import resolve_rate
+from tfserve.engine.simulation.engine import SimEngine, SimRequest
+from tfserve.engine.simulation.fitted import FittedProfile, MeasuredCost, fit, fit_error
 from tfserve.errors import NOT_JSON, TfserveError
 from tfserve.misfit import why_not_json
 

@@ -6,7 +6,7 @@ import msgspec
 
 from tfserve.bench.paper.cases import BASELINE, BURST_A, MAIN, PAIR, POLICIES, RTX, SHORT, Case, Experiment, against
 from tfserve.bench.paper.workloads import Burst, Poisson, Workload
-from tfserve.engine.sim.hardware import Profile, capacity
+from tfserve.engine.simulation.hardware import Profile, capacity
 
 
 def reviewers_questions() -> list[Experiment]:

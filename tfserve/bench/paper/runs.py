@@ -14,9 +14,9 @@ import numpy as np
 from tfserve.bench.paper.bounds import fluid_of_run
 from tfserve.bench.paper.cases import Case, Experiment
 from tfserve.config import SchedulerConfig
-from tfserve.engine.qos import Floats, Served, buffer_sizes, effective_tokens, score
-from tfserve.engine.sim.engine import Moment, SimEngine, SimRequest, SimRun
-from tfserve.engine.sim.fitted import HostTime
+from tfserve.engine.scheduling.qos import Floats, Served, buffer_sizes, effective_tokens, score
+from tfserve.engine.simulation.engine import Moment, SimEngine, SimRequest, SimRun
+from tfserve.engine.simulation.fitted import HostTime
 
 _MOST_MOMENTS = 400
 _NUM_TIMELINES = 12

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.sim.engine import SimRequest
+from tfserve.engine.simulation.engine import SimRequest
 from tfserve.errors import TfserveError
 
 _SIGMA = 0.2

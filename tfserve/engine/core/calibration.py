@@ -1,0 +1,104 @@
+"""Calibration: a few steps on made-up requests before the first real one, so that the CostModel knows the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tfserve.config import EngineConfig
+from tfserve.engine.scheduling.batch import sample_of
+from tfserve.engine.scheduling.cost_model import CostModel, StepSample
+from tfserve.plan import BlockId, Clock, Fence, Row, RowInit, Runner, SeqStep, StepPlan
+from tfserve.types import SamplingParams
+
+_MOST_S = 0.5
+"""No step that could be missed starts after this long, the first one, which also warms up, not counted."""
+
+_NEEDED = 5
+"""Steps that are never missed: the warm-up, decodes of several rows and of one, prompts of two sizes."""
+
+_ROWS = 8
+_PROMPT = 4
+_CHUNK = 64
+
+_GROWTH = 4
+_COMPUTE_BOUND = 3.0
+"""A prompt that takes this many times as long as one token shows what its tokens cost; a GPU hides short ones."""
+
+
+def calibrate(
+    cost: CostModel,
+    runner: Runner,
+    clock: Clock,
+    config: EngineConfig,
+    *,
+    num_blocks: int,
+    block_size: int,
+    max_model_len: int,
+) -> None:
+    """Run prompts, decodes of one and of several rows, and chunks that grow until they cost time; give rows back.
+
+    It writes the first blocks of the device pool, which nobody has yet. Where those are too few it does less.
+    """
+    rows = min(_ROWS, config.max_num_seqs, num_blocks - 1, config.max_num_batched_tokens // _PROMPT)
+    # Every row stays inside one block.
+    chunk = min(_CHUNK, block_size - _PROMPT - 3, config.max_num_batched_tokens, max_model_len - _PROMPT - 3)
+    if rows < 1 or chunk < 1:
+        return
+    every = range(rows)
+    one = [_decode(0, _PROMPT + 2)]
+    steps = [
+        ([_prompt(row, 0, _PROMPT) for row in every], 0),
+        ([_decode(row, _PROMPT) for row in every], rows),
+        (one, 1),
+        # What prompts cost is what a step takes for having any and what each token adds.
+        ([_prompt(rows - 1, _PROMPT + 1, -(-chunk // _GROWTH))], 0),
+        ([_prompt(rows - 1, _PROMPT + 1, chunk)], 0),
+        ([_decode(row, _PROMPT + 1) for row in every], rows),
+        (one, 1),
+    ]
+    entered = tuple(
+        RowInit(Row(row), f"calibration-{row}", SamplingParams(temperature=0), 0, (0,) * _PROMPT, _PROMPT)
+        for row in every
+    )
+    samples = []
+    end_s = float("inf")
+    for number, (seqs, n_decode) in enumerate(steps):
+        if number >= _NEEDED and clock.now() > end_s:
+            break
+        plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
+        result = runner.launch(plan).result()
+        if number == 0:
+            end_s = clock.now() + _MOST_S
+        else:
+            samples.append(sample_of(plan.seqs, n_decode, result.device_s))
+    start = _PROMPT + 1 + chunk
+    room = min((num_blocks - rows) * block_size, max_model_len) - start - 1
+    n = min(_GROWTH * chunk, room, config.max_num_batched_tokens)
+    grown = False
+    while n > 0 and clock.now() < end_s and not (grown and _is_compute_bound(samples)):
+        grown = True
+        blocks = range(-(-start // block_size), -(-(start + n) // block_size))
+        chunks = (_prompt(rows - 1, start, n, tuple(BlockId(rows + index) for index in blocks)),)
+        result = runner.launch(StepPlan(Fence(-1), chunks, 0)).result()
+        samples.append(sample_of(chunks, 0, result.device_s))
+        start, room = start + n, room - n
+        n = min(_GROWTH * n, room, config.max_num_batched_tokens)
+    runner.launch(StepPlan(Fence(-1), (), 0, (), tuple(Row(row) for row in every))).result()
+    cost.calibrate(samples)
+
+
+def _is_compute_bound(samples: Sequence[StepSample]) -> bool:
+    """True if the longest step was that of a prompt and stands out."""
+    decode_s = min((sample.seconds for sample in samples if sample.n_decode), default=0.0)
+    prompt_s = max((sample.seconds for sample in samples if sample.n_prefill), default=0.0)
+    return prompt_s > _COMPUTE_BOUND * decode_s
+
+
+def _prompt(row: int, start: int, n: int, blocks: tuple[BlockId, ...] = ()) -> SeqStep:
+    if start == 0:
+        blocks = (BlockId(row + 1),)
+    return SeqStep(f"calibration-{row}", Row(row), start, n, True, (0,) * n, blocks)
+
+
+def _decode(row: int, start: int) -> SeqStep:
+    return SeqStep(f"calibration-{row}", Row(row), start, 1, True, (0,), ())

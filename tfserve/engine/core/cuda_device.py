@@ -1,0 +1,135 @@
+"""What a CUDA device adds to an engine: a runner on a stream, with graphs, and how much memory KV may take."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+
+import torch
+
+from tfserve.config import EngineConfig
+from tfserve.errors import ConfigError
+from tfserve.memory.storage.device_pool import DevicePool
+from tfserve.memory.storage.kv_layout import KVLayout
+from tfserve.model.attention.base import AttentionBackend, PagedKV
+from tfserve.model.attention.paged_backend import PagedBackend
+from tfserve.model.cuda_graphs import CudaRecorder, DecodeGraphs
+from tfserve.model.decoder import Decoder
+from tfserve.model.runner import ModelRunner
+from tfserve.model.stream_runner import StreamRunner
+from tfserve.model.token_masks import TokenMasks
+from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
+from tfserve.types import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_GRAPH_BYTES = 512 * 2**20
+"""Left free for the CUDA graphs, which can be captured only once the KV has its place."""
+
+_EVERYTHING = SamplingParams(temperature=1.0, top_p=0.9, top_k=100, repetition_penalty=1.1, logprobs=5)
+"""Parameters that make the sampler take all the memory it may."""
+
+
+def cuda_runner(
+    model: Decoder,
+    kv: PagedKV,
+    backend: AttentionBackend,
+    config: EngineConfig,
+    *,
+    max_model_len: int,
+    stream: torch.cuda.Stream,
+    masks: TokenMasks | None = None,
+) -> StreamRunner:
+    """The runner of a live engine: on `stream`, with its decode graphs captured unless `enforce_eager`."""
+    graphs = None
+    if isinstance(backend, PagedBackend) and not config.enforce_eager:
+        max_blocks = -(-max_model_len // kv.block_size)
+        torch.cuda.synchronize(stream.device)  # what the graphs read was made on the default stream
+        torch.cuda.empty_cache()  # as each capture does: it would pass for memory that the graphs gave
+        began_s, free_before = time.monotonic(), torch.cuda.mem_get_info()[0]
+        graphs = DecodeGraphs(
+            model,
+            kv,
+            backend,
+            CudaRecorder(stream),
+            max_num_seqs=config.max_num_seqs,
+            max_blocks=max_blocks,
+            num_processors=torch.cuda.get_device_properties(stream.device).multi_processor_count,
+        )
+        seconds, taken = time.monotonic() - began_s, free_before - torch.cuda.mem_get_info()[0]
+        logger.info("captured %d decode graphs in %.1f s, %.0f MiB", len(graphs), seconds, taken / 2**20)
+    runner = ModelRunner(
+        model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, graphs=graphs, masks=masks
+    )
+    return StreamRunner(runner, stream)
+
+
+def kv_bytes(total: int, free_at_peak: int, utilization: float, reserved: int) -> int:
+    """Bytes for KV: the share `utilization` of `total`, less what everything else took at its peak and `reserved`."""
+    return int(utilization * total) - (total - free_at_peak) - reserved
+
+
+def measure_kv_bytes(
+    model: Decoder, layout: KVLayout, backend: AttentionBackend, config: EngineConfig, stream: torch.cuda.Stream
+) -> int:
+    """Run the largest step that can come and see what it leaves: bytes for KV, below 0 if nothing.
+
+    What the step took stays with torch's allocator and so counts as taken. Raises ConfigError if it does not fit.
+    """
+    # What an engine before this one had is still with the allocator, or in a cycle, and would count too.
+    gc.collect()
+    torch.cuda.empty_cache()
+    max_model_len = config.max_model_len or model.config.max_position_embeddings
+    pool = DevicePool(layout, 2, "cuda")
+    runner = ModelRunner(
+        model, PagedKV(pool.layers()), backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len
+    )
+    plan = largest_step(
+        config.max_num_seqs, config.max_num_batched_tokens, max_model_len, layout.block_size, model.config.vocab_size
+    )
+    run_largest(StreamRunner(runner, stream), plan)
+    del runner, pool
+    free, total = torch.cuda.mem_get_info()
+    reserved = 0 if config.enforce_eager else _GRAPH_BYTES
+    budget = kv_bytes(total, free, config.gpu_memory_utilization, reserved)
+    logger.info(
+        "device memory: %.1f of %.1f GiB taken by weights and the largest step, %.1f left for KV",
+        (total - free) / 2**30,
+        total / 2**30,
+        budget / 2**30,
+    )
+    return budget
+
+
+def run_largest(runner: Runner, plan: StepPlan) -> None:
+    """Run a step to its end. Raises ConfigError if there is no memory for it."""
+    try:
+        runner.launch(plan).result()
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "max_num_batched_tokens",
+            f"a step of {plan.num_tokens} tokens for {len(plan.seqs)} requests does not fit into the device's memory"
+            " beside the weights; set it or max_num_seqs to less",
+        ) from error
+
+
+def largest_step(
+    max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, vocab_size: int
+) -> StepPlan:
+    """As many prompts as fit into a step, as long as they may be, all sampled with everything the sampler can do.
+
+    All of them share one block: they overwrite each other's KV, which nobody will read.
+    """
+    num_seqs = min(max_num_seqs, max_num_batched_tokens)
+    share, left = divmod(max_num_batched_tokens, num_seqs)
+    lengths = [min(share + (i < left), max_model_len) for i in range(num_seqs)]
+    ids = [tuple((i * 31 + k) % vocab_size for k in range(n)) for i, n in enumerate(lengths)]
+    entered = tuple(
+        RowInit(Row(i), f"profile-{i}", _EVERYTHING, i, tokens, len(tokens)) for i, tokens in enumerate(ids)
+    )
+    seqs = tuple(
+        SeqStep(f"profile-{i}", Row(i), 0, n, True, ids[i], (BlockId(1),) * -(-n // block_size))
+        for i, n in enumerate(lengths)
+    )
+    return StepPlan(Fence(-1), seqs, 0, entered)

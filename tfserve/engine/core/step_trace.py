@@ -1,0 +1,209 @@
+"""The step trace: what an engine did, a JSON line per step and per finished request, to fit and to replay. Torch-free.
+
+`read_trace` reads it; engine/simulation/fitted.py makes a machine of it; `tfserve bench replay` runs its requests.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, BinaryIO
+
+import msgspec
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.batch import sample_of
+from tfserve.engine.scheduling.cost_model import StepSample
+from tfserve.engine.scheduling.request import Request
+from tfserve.errors import NOT_JSON, TfserveError
+from tfserve.misfit import why_not_json
+from tfserve.plan import StepPlan
+from tfserve.types import ConsumptionRate
+
+logger = logging.getLogger(__name__)
+
+_BUFFER_BYTES = 1 << 16
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Positive = Annotated[int, msgspec.Meta(ge=1)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class TraceHead(msgspec.Struct, frozen=True, kw_only=True, tag="engine"):
+    """The first line: what ran. Blocks include the reserved ones."""
+
+    model: str
+    device: str
+    scheduler: SchedulerConfig
+    max_num_seqs: _Positive
+    max_num_batched_tokens: _Positive
+    block_size: _Positive
+    num_blocks: Annotated[int, msgspec.Meta(ge=2)]
+    num_host_blocks: _Count
+    kv_bytes_per_token: _Positive
+
+
+class CopyTotals(msgspec.Struct, frozen=True):
+    """Bytes copied one way since the engine started, and the seconds that the link was busy with them."""
+
+    nbytes: int = 0
+    busy_s: float = 0.0
+
+
+class TraceStep(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """A step that has ended. `end_s` is by the engine's clock, `seconds` by the device's.
+
+    `n_decode` to `prefill_ctx` are StepSample's. `stored` and `loaded` are totals up to now.
+    """
+
+    step: int
+    end_s: float
+    seconds: _Seconds
+    n_decode: _Count
+    decode_ctx: float
+    n_prefill: _Count
+    prefill_ctx: float
+    num_waiting: _Count
+    num_running: _Count
+    num_paused: _Count
+    stored: CopyTotals = CopyTotals()
+    loaded: CopyTotals = CopyTotals()
+
+    def sample(self) -> StepSample:
+        """The step as the CostModel sees it."""
+        return StepSample(self.n_decode, self.decode_ctx, self.n_prefill, self.prefill_ctx, self.seconds)
+
+
+class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """A request that has ended: what it asked for and what became of it. Times by the engine's clock."""
+
+    arrival_s: float
+    prompt_tokens: _Positive
+    output_tokens: _Count
+    max_tokens: _Positive
+    rate: ConsumptionRate
+    first_token_s: float | None
+    finished_s: float
+    num_preemptions: _Count
+    priority: int = 0
+
+
+TraceLine = TraceHead | TraceStep | TraceRequest
+
+
+class Trace(msgspec.Struct, frozen=True):
+    """A whole trace; requests in order of arrival."""
+
+    head: TraceHead
+    steps: list[TraceStep]
+    requests: list[TraceRequest]
+
+    @property
+    def timed_steps(self) -> list[TraceStep]:
+        """Steps that did something and took time: those that a law can be held against."""
+        return [step for step in self.steps if step.seconds > 0 and step.n_decode + step.n_prefill > 0]
+
+
+class StepTrace:
+    """Writes a trace file; one that can no longer be written ends, is said once, and costs the engine nothing else.
+
+    Raises TfserveError if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, head: TraceHead) -> None:
+        try:
+            self._file: BinaryIO | None = path.open("wb", buffering=_BUFFER_BYTES)
+        except OSError as error:
+            raise TfserveError(f"step_trace: cannot write {path}: {error.strerror}") from None
+        self._path = path
+        self._encoder = msgspec.json.Encoder()
+        self._write(head)
+
+    def on_step(
+        self, plan: StepPlan, seconds: float, end_s: float, counts: tuple[int, int, int], copied: Sequence[CopyTotals]
+    ) -> None:
+        """A step has ended; `counts` are waiting, running and paused requests, `copied` stores and loads so far."""
+        work = sample_of(plan.seqs, plan.n_decode, seconds)
+        self._write(
+            TraceStep(
+                step=plan.step,
+                end_s=end_s,
+                seconds=seconds,
+                n_decode=work.n_decode,
+                decode_ctx=work.decode_ctx,
+                n_prefill=work.n_prefill,
+                prefill_ctx=work.prefill_ctx,
+                num_waiting=counts[0],
+                num_running=counts[1],
+                num_paused=counts[2],
+                stored=copied[0],
+                loaded=copied[1],
+            )
+        )
+
+    def on_finished(self, request: Request, finished_s: float) -> None:
+        """A request has ended, however it did."""
+        self._write(
+            TraceRequest(
+                arrival_s=request.arrival_s,
+                prompt_tokens=request.num_prompt_tokens,
+                output_tokens=request.num_output_tokens,
+                max_tokens=request.max_tokens,
+                rate=request.rate,
+                first_token_s=request.first_token_s,
+                finished_s=finished_s,
+                num_preemptions=request.num_preemptions,
+                priority=request.priority,
+            )
+        )
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        if self._file is not None:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _write(self, line: TraceLine) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(self._encoder.encode(line) + b"\n")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Trace no more: what is buffered is lost."""
+        logger.warning("step_trace: %s cannot be written (%s); this trace ends here", self._path, error.strerror)
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
+            self._file = None
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace; a last line cut short by a killed engine is dropped. Raises TfserveError for anything else."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise TfserveError(f"cannot read the trace {path}: {error.strerror}") from None
+    decoder = msgspec.json.Decoder(TraceLine)
+    read: list[TraceLine] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            read.append(decoder.decode(line))
+        except NOT_JSON:
+            if number < len(lines) or line.endswith(b"\n"):
+                reason = why_not_json(line, TraceLine)
+                raise TfserveError(f"{path}:{number} is no line of a step trace: {reason}") from None
+    if not read or not isinstance(read[0], TraceHead):
+        raise TfserveError(f"{path} does not start with the line that says which engine ran")
+    requests = [line for line in read if isinstance(line, TraceRequest)]
+    return Trace(
+        read[0],
+        [line for line in read if isinstance(line, TraceStep)],
+        sorted(requests, key=lambda request: request.arrival_s),
+    )

@@ -1,0 +1,281 @@
+"""How the front reaches the core: a thread of this process or a process of its own, behind one protocol. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Protocol
+
+import msgspec
+
+from tfserve.config import EngineConfig
+from tfserve.engine.core.loop import Inbox
+from tfserve.engine.frontend.lifetime import close_at_exit, disown_in_fork
+from tfserve.engine.frontend.outbox import Outbox
+from tfserve.errors import ConfigError, EngineDeadError, ModelError, TfserveError, panics_as_errors
+from tfserve.messages import AbortRequest, Failed, Ready, Shutdown, StepOutputs, StreamStates, ToCore, ToFront
+from tfserve.types import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+Deliver = Callable[[StepOutputs | StreamStates], None]
+OnDeath = Callable[[str], None]
+
+CORE_MODULE = "tfserve.engine.core.process"
+"""What a core's process runs; its only argument is the file descriptor of its end of the socket pair."""
+
+_ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+"""For a core's process, unless set: oneDNN keeps a kernel of half a MB for each shape of linear layer and batch size.
+
+256 are those of the 50 batch sizes used last; oneDNN's own bound is 1024. Making those of one batch size again takes
+about 5 ms (measured with SmolLM2-135M in float32).
+"""
+
+
+class Connect(Protocol):
+    """Starts a core, or finds one."""
+
+    def __call__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+        """Wait until the core is ready. Raises ConfigError or ModelError."""
+        ...
+
+
+class CoreLink(Protocol):
+    """A running core. `deliver` and `on_death` (given at construction) are called from a thread of the link."""
+
+    info: EngineInfo
+
+    @property
+    def is_full(self) -> bool:
+        """True while so much waits for the core that it takes nothing more but ends of requests."""
+        ...
+
+    def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:
+        """Hand a message over, in order; the core need not be taking any for that.
+
+        A message that begins or asks something may have to wait for room, for `patience_s` (None: for ever).
+        Raises EngineStalledError if there is none by then, EngineDeadError if nobody is there to take it.
+        """
+        ...
+
+    def close(self, timeout_s: float) -> None:
+        """End the core, aborting what is left; returns when it has ended."""
+        ...
+
+
+def connect(config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+    """Start a core as `config.engine_process` says and wait until it is ready. Raises ConfigError or ModelError."""
+    if config.engine_process == "on":
+        return ProcessLink(config, deliver, on_death)
+    return ThreadLink(config, deliver, on_death)
+
+
+class ThreadLink:
+    """The core in a daemon thread: nothing is encoded, `deliver` runs in the core's thread.
+
+    The model is loaded in that thread too: torch on a CPU keeps OpenMP threads for every thread that computes,
+    and with more threads than cores none of them spins, which makes every step 1.5 times as long.
+    """
+
+    def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> None:
+        self._on_death = on_death
+        self._closing = False
+        self._inbox: Inbox | None = None
+        started: Future[EngineInfo] = Future()
+        args = (config, deliver, started)
+        self._thread = threading.Thread(target=self._run, args=args, name="tfserve-core", daemon=True)
+        close_at_exit(self)
+        try:
+            self._thread.start()
+            self.info = started.result()
+        except BaseException:  # Ctrl-C too: the thread then ends as soon as it has loaded
+            self._ask_to_end()
+            raise
+
+    @property
+    def is_full(self) -> bool:
+        """See CoreLink. Never: what waits is objects of this process that its caller has made."""
+        return False
+
+    def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:  # noqa: ARG002 - there is always room
+        """See CoreLink."""
+        if self._inbox is None or not self._thread.is_alive():
+            raise EngineDeadError("the engine thread has ended")
+        self._inbox.put(message)
+
+    def close(self, timeout_s: float) -> None:
+        """See CoreLink. A thread cannot be killed: one that is still in a step after the timeout is left to finish."""
+        self._ask_to_end()
+        # The interpreter may drop an Engine in any thread.
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def _ask_to_end(self) -> None:
+        self._closing = True
+        if self._inbox is not None:
+            self._inbox.put(Shutdown())
+
+    def _run(self, config: EngineConfig, deliver: Deliver, started: Future[EngineInfo]) -> None:
+        try:
+            with panics_as_errors("loading the model"):
+                # Only here does the front's process import torch.
+                from tfserve.engine.core.build import build_core
+
+                core, info = build_core(config, deliver)
+        except BaseException as error:
+            started.set_exception(error)
+            return
+        self._inbox = core.inbox
+        if self._closing:
+            core.inbox.put(Shutdown())
+        started.set_result(info)
+        reason = "the engine loop ended unasked"
+        try:
+            core.run()
+        except BaseException as error:  # whatever ends this thread, the streams must hear of it
+            logger.exception("the engine loop failed")
+            reason = f"the engine loop failed: {type(error).__name__}: {error}"
+        if not self._closing:
+            self._on_death(reason)
+        core.close()
+
+
+class ProcessLink:
+    """The core in a process of its own, over a socket pair that is also the life line: whoever sees it close ends.
+
+    The child is started by subprocess, not by multiprocessing, so that user scripts need no __main__ guard and the
+    front need not import torch.
+    """
+
+    def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath, module: str = CORE_MODULE) -> None:
+        self._deliver = deliver
+        self._on_death = on_death
+        self._closing = False
+        self._conn, child_end = Pipe()
+        environment = {**_ENVIRONMENT, **os.environ}
+        if config.threads is not None:
+            environment["OMP_NUM_THREADS"] = str(config.threads)
+        with child_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(child_end.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(child_end.fileno(),),
+                env=environment,
+            )
+        try:
+            self._conn.send_bytes(msgspec.msgpack.encode(config))
+            self.info = self._await_ready()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            self._conn.close()
+            raise
+        self._outbox = Outbox(self._conn)
+        self._reader = threading.Thread(target=self._read, name="tfserve-engine-reader", daemon=True)
+        self._reader.start()
+        disown_in_fork(self)
+
+    @property
+    def pid(self) -> int:
+        """The core's process id."""
+        return self._process.pid
+
+    @property
+    def is_full(self) -> bool:
+        """See CoreLink."""
+        return self._outbox.is_full
+
+    def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:
+        """See CoreLink."""
+        frame = msgspec.msgpack.encode(message)
+        if isinstance(message, AbortRequest | Shutdown):
+            # A request ends a few times at most, so these need no limit; and they make room.
+            self._outbox.put(frame)
+        else:
+            self._outbox.put_in_turn(frame, patience_s)
+
+    def close(self, timeout_s: float) -> None:
+        """See CoreLink. A process that does not end in time is killed."""
+        self._closing = True
+        try:
+            self.send(Shutdown())
+            self._process.wait(timeout_s)
+        except (EngineDeadError, subprocess.TimeoutExpired):
+            self._process.kill()
+        self._process.wait()
+        self._outbox.close(timeout_s)
+        if threading.current_thread() is not self._reader:  # the interpreter may drop an Engine in any thread
+            self._reader.join(timeout_s)
+        self._conn.close()
+
+    def disown(self) -> None:
+        """Let go of the socket, in a fork: the core must see it close when the process that was forked ends."""
+        self._conn.close()
+        # Its own process is no child of this one: there is nothing to wait for.
+        self._process.returncode = 0
+
+    def _await_ready(self) -> EngineInfo:
+        try:
+            message = receive(self._conn)
+        except EOFError:
+            raise EngineDeadError(f"the engine process ended while loading: {self._exit_status()}") from None
+        match message:
+            case Ready():
+                return message.info
+            case Failed():
+                self._process.wait()
+                raise _startup_error(message)
+        raise AssertionError(f"unexpected first message {message!r}")
+
+    def _read(self) -> None:
+        try:
+            reason = self._deliver_all()
+        except BaseException as error:  # whatever ends this thread, the streams must hear of it
+            logger.exception("the engine's outputs cannot be read")
+            reason = f"the engine's outputs cannot be read: {type(error).__name__}: {error}"
+            # It has no reader any more, and would go on for ever.
+            self._process.kill()
+        if not self._closing:
+            self._on_death(reason)
+
+    def _deliver_all(self) -> str:
+        """Deliver outputs until the core has ended; why it has."""
+        while True:
+            try:
+                message = receive(self._conn)
+            except (EOFError, OSError):
+                return f"the engine process died: {self._exit_status()}"
+            match message:
+                case StepOutputs() | StreamStates():
+                    self._deliver(message)
+                case Failed():
+                    return f"the engine failed: {message.message}"
+
+    def _exit_status(self) -> str:
+        code = self._process.wait()
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+_decoder = msgspec.msgpack.Decoder(ToFront)
+
+
+def receive(conn: Connection) -> ToFront:
+    """The next message of a core. Raises EOFError when it is gone."""
+    message: ToFront = _decoder.decode(conn.recv_bytes())
+    return message
+
+
+def _startup_error(failed: Failed) -> TfserveError:
+    if failed.key is not None:
+        return ConfigError(failed.key, failed.message)
+    if failed.exit_code == ModelError.exit_code:
+        return ModelError(failed.message)
+    return EngineDeadError(f"the engine process failed while loading: {failed.message}")

@@ -1,0 +1,254 @@
+"""The front's end of one request: turns the core's tokens into text at the pace of whoever reads. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+
+from tfserve.errors import EngineDeadError, RequestError
+from tfserve.messages import TokenOutput
+from tfserve.model.detokenizer import Detokenizer
+from tfserve.packed_logprobs import PackedLogprobs
+from tfserve.types import FinishReason, RequestId, RequestOutput
+
+
+class OutputBuffer:
+    """Collects a request's TokenOutputs and gives what is new as one RequestOutput.
+
+    A slow reader costs no more memory than the tokens themselves, twelve bytes each: text is made when it is taken.
+    Log probabilities wait packed.
+    `token_s` is when each token came, by time.monotonic; `num_chars` the text taken so far.
+    """
+
+    def __init__(self, request_id: RequestId, num_prompt_tokens: int, detokenizer: Detokenizer) -> None:
+        self.request_id = request_id
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_output_tokens = 0
+        self.num_chars = 0
+        self.token_s = array("d")
+        self._detokenizer = detokenizer
+        self._tokens = array("i")
+        self._logprobs = PackedLogprobs()
+        self._prompt_logprobs: PackedLogprobs | None = None
+        self._last: TokenOutput | None = None
+
+    def add(self, output: TokenOutput, now_s: float) -> None:
+        """Take one step's tokens."""
+        self._tokens.extend(output.token_ids)
+        for _ in output.token_ids:
+            self.token_s.append(now_s)
+        if output.logprobs is not None:
+            self._logprobs.extend(output.logprobs)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs = PackedLogprobs()
+            self._prompt_logprobs.extend(output.prompt_logprobs)
+        if output.finish_reason is not None:
+            self._last = output
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that have come and were not taken."""
+        return len(self._tokens)
+
+    @property
+    def is_refused(self) -> bool:
+        """True from the news that the policy refuses the request until that is taken."""
+        return self._last is not None and self._last.retry_after_s is not None
+
+    def take(self, most: int | None = None) -> RequestOutput | None:
+        """Everything since the last call, or its first `most` tokens; None if there is nothing."""
+        last = self._last
+        if most is not None and most < len(self._tokens):
+            last = None
+        elif not self._tokens and last is None:
+            return None
+        tokens = self._tokens[:most].tolist()
+        del self._tokens[:most]
+        if last is not None:
+            self._last = None
+        self.num_output_tokens += len(tokens)
+        of_prompt, self._prompt_logprobs = self._prompt_logprobs, None
+        text = self._text(tokens, last)
+        self.num_chars += len(text)
+        output = RequestOutput(
+            request_id=self.request_id,
+            text=text,
+            token_ids=tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_output_tokens=self.num_output_tokens,
+            logprobs=self._logprobs.take(len(tokens)) if self._logprobs else None,
+            prompt_logprobs=None if of_prompt is None else list(of_prompt),
+        )
+        if last is not None:
+            output.finish_reason = last.finish_reason
+            output.stop_reason = last.stop_reason
+            output.error = last.error
+            output.times = last.times
+            output.retry_after_s = last.retry_after_s
+            output.recurs = last.recurs
+        return output
+
+    def _text(self, tokens: Sequence[int], last: TokenOutput | None) -> str:
+        if last is None:
+            return self._detokenizer.push(tokens)
+        ended_by_token = last.finish_reason is FinishReason.STOP and not isinstance(last.stop_reason, str)
+        # The token that ended the request (end of sequence, stop token) is no text unless it is asked for.
+        is_text = self._detokenizer.include_stop or not ended_by_token
+        text = self._detokenizer.push(tokens if is_text else tokens[:-1])
+        return text + self._detokenizer.finish()
+
+
+class RequestStream:
+    """One request as an asyncio reader sees it. Belongs to the event loop it was made on.
+
+    Read it by `next`, or set `on_news` and `take` when it is called: on the loop, once for all that has come meanwhile.
+    `rate` is how fast its reader reads, in tokens/s as far as is known at its start; NaN without a reader. `started`
+    turns true once the request has been let in, or has ended.
+    """
+
+    def __init__(
+        self,
+        buffer: OutputBuffer,
+        rate: float,
+        abort: Callable[[RequestId], None],
+        report_played: Callable[[RequestId, int], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.on_news: Callable[[], None] | None = None
+        self.started = False
+        self.rate = rate
+        self._buffer = buffer
+        self._abort = abort
+        self._report_played = report_played
+        self._news = asyncio.Event()
+        self._is_over = False
+        self._death: str | None = None
+
+    @property
+    def request_id(self) -> RequestId:
+        """The request's id."""
+        return self._buffer.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens in the prompt."""
+        return self._buffer.num_prompt_tokens
+
+    @property
+    def is_refused(self) -> bool:
+        """True once the policy has refused the request, until that output is taken."""
+        return self._buffer.is_refused
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens taken so far."""
+        return self._buffer.num_output_tokens
+
+    @property
+    def num_chars(self) -> int:
+        """Characters of text taken so far."""
+        return self._buffer.num_chars
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that have come and were not taken."""
+        return self._buffer.num_waiting
+
+    @property
+    def token_s(self) -> Sequence[float]:
+        """When each token came, taken or not, by time.monotonic."""
+        return self._buffer.token_s
+
+    async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
+        """Everything new since the last call; None if nothing came within the timeout.
+
+        Raises EngineDeadError, and RequestError after the last output (the one that is `finished`).
+        """
+        if self._is_over:
+            raise RequestError(None, f"request {self.request_id} has finished: there is no output after the last one")
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    await self._news.wait()
+                    self._news.clear()
+                    output = self.take()
+                    if output is not None:
+                        return output
+        except TimeoutError:
+            return None
+
+    def take(self, most: int | None = None) -> RequestOutput | None:
+        """What has come since the last call, or its first `most` tokens, without waiting; None if there is nothing.
+
+        Raises EngineDeadError if nothing ever will.
+        """
+        output = self._buffer.take(most)
+        if self._death is not None:
+            if output is None:
+                raise EngineDeadError(self._death)
+            # Its reader has what had come, and must come once more for the news of the end.
+            self.loop.call_soon(self.notify)
+        if output is not None and output.finished:
+            self._is_over = True
+        return output
+
+    def abort(self) -> None:
+        """Stop the request and free what it holds; a finished one is left as it is."""
+        self._abort(self.request_id)
+
+    def report_played(self, num_tokens: int) -> None:
+        """Tell the scheduler that the reader has read `num_tokens` so far; this replaces its estimate."""
+        self._report_played(self.request_id, num_tokens)
+
+    def put(self, output: TokenOutput, now_s: float) -> None:
+        """Take one step's tokens (on the loop); `notify` tells the reader."""
+        self.started = True
+        self._buffer.add(output, now_s)
+
+    def start(self) -> None:
+        """The request has been let in (on the loop); `notify` tells the reader."""
+        self.started = True
+
+    def notify(self) -> None:
+        """Let the reader know that something has come (on the loop)."""
+        self._news.set()
+        if self.on_news is not None:
+            self.on_news()
+
+    def die(self, reason: str) -> None:
+        """Let the reader have what has come, then the news of the engine's end (on the loop)."""
+        self._death = reason
+        self.started = True
+        self.notify()
+
+
+class Collector:
+    """One request as a blocking caller sees it: all of its output at once, from any thread."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def __init__(self, buffer: OutputBuffer) -> None:
+        self._buffer = buffer
+        self._done = threading.Event()
+        self._death: str | None = None
+
+    def result(self) -> RequestOutput:
+        """The finished request; waits for it. Raises EngineDeadError."""
+        self._done.wait()
+        output = self._buffer.take()
+        if self._death is not None or output is None:
+            raise EngineDeadError(self._death or "the request ended without output")
+        return output
+
+    def put(self, output: TokenOutput, now_s: float) -> None:
+        """Take one step's tokens."""
+        self._buffer.add(output, now_s)
+        if output.finish_reason is not None:
+            self._done.set()
+
+    def die(self, reason: str) -> None:
+        """Release the waiting caller with an error."""
+        self._death = reason
+        self._done.set()

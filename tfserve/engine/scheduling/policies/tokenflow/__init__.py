@@ -1,0 +1,1 @@
+"""TokenFlow: the policy that schedules by the unread text of each reader (docs/scheduling.md)."""

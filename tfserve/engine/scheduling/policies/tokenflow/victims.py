@@ -1,0 +1,83 @@
+"""Victims: who may be put out for others in one pass of the balance. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from tfserve.engine.scheduling.columns import Ints, Mask
+from tfserve.engine.scheduling.table import Rows
+from tfserve.engine.scheduling.token_buffer import Floats
+
+Way = Literal["affords", "survives"]
+
+
+class Victims:
+    """Residents that may be put out, those who lose least first, one element each.
+
+    Lists, because they are looked at one by one. `can_go` says who affords a switch, and who survives one with the
+    margin that admission asks for. `left` are the indices of those still there. `most` bounds the headroom of those
+    that can go, and of all: it only falls.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        headroom: Floats,
+        gain: Floats,
+        need: Ints,
+        *,
+        has_reader: Mask,
+        affords: Mask,
+        survives: Mask,
+    ) -> None:
+        self.rows: list[int] = rows.tolist()
+        self.headroom: list[float] = headroom.tolist()
+        self.gain: list[float] = gain.tolist()
+        self.need: list[int] = need.tolist()
+        self.has_reader: list[bool] = has_reader.tolist()
+        self.can_go: dict[Way, list[bool]] = {"affords": affords.tolist(), "survives": survives.tolist()}
+        self.left = list(range(len(rows)))
+        self.most: dict[Way | None, float] = {}
+        self._bound("affords")
+        self._bound("survives")
+
+    def make_room(
+        self,
+        blocks: int,
+        rows: int,
+        headroom: float,
+        *,
+        for_reader: bool,
+        way: Way,
+        least_s: float,
+        relief_s: float,
+    ) -> list[int]:
+        """The first of those left that together free `blocks` and `rows`; empty if there are too few.
+
+        A victim must have `least_s` to read, and be able to go; or be better off by `relief_s`. A request without a
+        reader only displaces requests that have one: between two without, a switch gains nothing for either.
+        """
+        least_s -= 1e-9
+        if self.most[None] - headroom < relief_s and self.most[way] < least_s:
+            return []
+        can_go, headrooms, need = self.can_go[way], self.headroom, self.need
+        chosen: list[int] = []
+        for index in self.left:
+            if not for_reader and not self.has_reader[index]:
+                continue
+            has = headrooms[index]
+            if has - headroom >= relief_s or (has >= least_s and can_go[index]):
+                chosen.append(index)
+                blocks -= need[index]
+                rows -= 1
+                if blocks <= 0 and rows <= 0:
+                    return chosen
+        self._bound(way)
+        return []
+
+    def _bound(self, way: Way) -> None:
+        can_go, headrooms = self.can_go[way], self.headroom
+        self.most[None] = max((headrooms[index] for index in self.left), default=-np.inf)
+        self.most[way] = max((headrooms[index] for index in self.left if can_go[index]), default=-np.inf)

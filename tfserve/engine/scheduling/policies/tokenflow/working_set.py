@@ -1,0 +1,137 @@
+"""How many requests the node can promise to feed, and what those meet whom it cannot (docs/scheduling.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.policies.tokenflow.far_ahead import is_far_ahead
+from tfserve.engine.scheduling.policy import Snapshot
+from tfserve.engine.scheduling.table import Rows
+from tfserve.plan import Direction
+
+_LEAVE_FALLBACK = 0.9
+"""Share of the capacity at which first come first served ends again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is promised against what there is. `capacity` and `demand` in tokens/s; `bound` in requests."""
+
+    capacity: float
+    demand: float
+    bound: float
+    num_members: int
+
+
+def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
+    """Capacity, demand and the most requests that both rates and memory allow.
+
+    Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead, and so are
+    readers far ahead where the host is full.
+    Capacity is Gamma over batches of requests of average length at half of their output, less the share of their
+    prompts, and of recomputing what is preempted where nothing is offloaded.
+    """
+    c, memory = snapshot.columns, snapshot.memory
+    member = snapshot.is_member
+    output = max(float(c.expected_output.sum()) / len(c), 1.0)
+    prompt = float(c.num_prompt.sum()) / len(c)
+    prefill = prompt / output
+    if not config.offload:
+        prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
+    capacity = snapshot.cost.gamma(prompt + output / 2, memory.num_blocks * memory.block_size, prefill)
+    reads = c.has_reader
+    demand = float(c.rate[reads & member].sum())
+    bound = float("inf")
+    if config.offload and memory.num_host_blocks:
+        bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / (prompt + output / 2)
+        # Their KV can be given up: they take no memory from others.
+        bound += int(np.count_nonzero(member & is_far_ahead(snapshot)))
+    if reads.any() and config.overload != "share":
+        bound = min(bound, capacity / float(c.rate[reads].mean()))
+    return Load(capacity, demand, bound, int(np.count_nonzero(member)))
+
+
+@dataclass(slots=True)
+class WorkingSet:
+    """How large the working set may be now, and whether admission has fallen back to first come first served."""
+
+    size: float | None = None
+    is_fallback: bool = False
+    shrunk_s: float = -np.inf
+
+    def move(self, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> None:
+        """One pass: towards the bound, or while copies queue down, once an interval; never below what is resident.
+
+        It starts at the bound, so that a first burst is let in at once.
+        """
+        step = config.working_set_step
+        bound = min(load.bound, float(len(snapshot.columns) + snapshot.max_num_seqs))
+        if self.size is None:
+            self.size = bound
+        queue_s = max(snapshot.cost.queue_s(direction) for direction in Direction)
+        if queue_s > config.schedule_interval_s:
+            # Passes may follow one another faster than copies can.
+            if snapshot.now_s - self.shrunk_s >= config.schedule_interval_s - 1e-9:
+                self.size *= 1 - step
+                self.shrunk_s = snapshot.now_s
+        else:
+            most = step * max(bound, self.size)
+            self.size += min(max(bound - self.size, -most), most)
+        c = snapshot.columns
+        self.size = max(self.size, float(np.count_nonzero(c.is_running | c.is_loading)))
+
+    def room_for(self, newcomers: Rows, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> int:
+        """How many of `newcomers`, in this order, may join: the set has room and all rates together can be met.
+
+        When they cannot, admission falls back until they can be met with a tenth to spare. An empty node lets the first
+        in whatever it asks for.
+        """
+        if config.overload == "share":
+            return self._room(load, len(newcomers))
+        rates = np.where(snapshot.columns.has_reader, snapshot.columns.rate, 0.0)[newcomers]
+        demand = load.demand + np.cumsum(rates)
+        if self.is_fallback and len(newcomers) and demand[0] > _LEAVE_FALLBACK * load.capacity and load.num_members:
+            return 0
+        feasible = int(np.count_nonzero(demand <= load.capacity + 1e-9))
+        if load.num_members == 0 and len(newcomers):
+            feasible = max(feasible, 1)
+        self.is_fallback = feasible < len(newcomers)
+        return self._room(load, feasible)
+
+    def _room(self, load: Load, wanted: int) -> int:
+        size = load.bound if self.size is None else self.size
+        return max(min(int(size + 1e-6) - load.num_members, wanted), int(load.num_members == 0 and wanted > 0))
+
+
+def predicted_wait_s(
+    snapshot: Snapshot, config: SchedulerConfig, num_ahead: int | None = None, joining: Rows | None = None
+) -> float:
+    """Seconds until the node could promise to feed one more reader, behind `num_ahead` waiting ones (None: all).
+
+    Members, and who is `joining` them, are taken to share the capacity in proportion to their rates until each has its
+    expected length. Who has no reader neither takes of it nor leaves any.
+    """
+    c = snapshot.columns
+    if not len(c):
+        return 0.0
+    capacity, reading = measure(snapshot, config).capacity, snapshot.is_member & c.has_reader
+    if joining is not None:
+        reading[joining] = c.has_reader[joining]
+    demand = float(c.rate[reading].sum())
+    newcomers = int(np.count_nonzero(~reading & c.has_reader)) if num_ahead is None else num_ahead
+    mean = float(c.rate[c.has_reader].mean()) if c.has_reader.any() else config.default_rate
+    missing = demand + mean * (newcomers + 1) - capacity
+    prefill_s = float(snapshot.cost.recompute_s(c.num_uncomputed[c.num_output == 0]).sum())
+    if missing <= 0 or not reading.any():
+        return prefill_s
+    speed = c.rate[reading] * capacity / demand
+    ends = np.maximum(c.expected_output[reading] - c.num_output[reading], 1.0) / speed
+    order = np.argsort(ends)
+    freed = np.cumsum(c.rate[reading][order])
+    # Once all present members have gone, those ahead in the queue take their turns: whole generations of them.
+    generations = missing // freed[-1]
+    index = min(int(np.searchsorted(freed, missing - generations * freed[-1])), len(freed) - 1)
+    return float(prefill_s + generations * ends[order][-1] + ends[order][index])

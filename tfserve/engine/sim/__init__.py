@@ -1,1 +1,0 @@
-"""The simulated device: clock, runner and transfers in virtual time, for the same EngineCore, Scheduler and manager."""

@@ -1,0 +1,203 @@
+"""A simulated machine fitted to what a real one did: its step times, loop times and copies, from a step trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import msgspec
+import numpy as np
+
+from tfserve.engine.core.step_trace import Trace, TraceStep
+from tfserve.engine.scheduling.cost_model import StepCoefficients, StepSample
+from tfserve.engine.scheduling.step_fit import fit_law
+from tfserve.engine.scheduling.token_buffer import Floats
+from tfserve.engine.simulation.engine import SimMachine
+from tfserve.engine.simulation.runner import StepCost
+from tfserve.engine.simulation.transfers import SimLinks
+from tfserve.errors import TfserveError
+from tfserve.plan import StepPlan
+
+_LEAST_STEPS = 50
+
+_IDLE = 10.0
+"""A pause between steps this many times the usual one was not work: the loop slept."""
+
+_UNKNOWN_BYTES_PER_S = 5e9
+"""Of a link on which nothing was copied."""
+
+_LEAST_SCALE = np.array([5e-3, 5e-4, 1e-6, 5e-4, 1e-6, 1e-2])
+"""Coefficients as a CPU has them, whose steps are a thousand times those of a GPU."""
+
+_PRIOR_STRENGTH = 1e-6
+"""It only decides what steps leave wholly open."""
+
+_LEAST_ALIKE = 4
+"""Steps of about a size that can say how far off the law is at that size."""
+
+
+class FitError(msgspec.Struct, frozen=True, kw_only=True):
+    """How far off the law is on steps that it was not fitted to: relative errors of single steps, and of their sum."""
+
+    num_steps: int
+    median: float
+    p90: float
+    total: float
+
+
+class SizeFactor(msgspec.Struct, frozen=True):
+    """Steps of about `num_tokens` take `factor` times what the law says: a matrix product is not linear in its rows."""
+
+    num_tokens: float
+    factor: float
+
+
+class FittedProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """A machine as measured; what `tfserve bench fit` writes. Seconds, bytes/s, blocks with the reserved one.
+
+    A step takes what the law `step` says, times the factor of its size (`sizes`, ascending). `host_s` passes between
+    the end of a step and the start of the next, and `host_row_s` more for each decode in it.
+    """
+
+    source: str
+    step: StepCoefficients
+    sizes: list[SizeFactor] = []
+    error: FitError
+    host_s: float
+    host_row_s: float
+    store_bytes_per_s: float
+    load_bytes_per_s: float
+    kv_bytes_per_token: int
+    block_size: int
+    num_blocks: int
+    num_host_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def machine(self) -> SimMachine:
+        """The machine to simulate."""
+        return SimMachine(
+            step_s=MeasuredCost(self.step, self.sizes),
+            links=SimLinks(store_bytes_per_s=self.store_bytes_per_s, load_bytes_per_s=self.load_bytes_per_s),
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            kv_tokens=(self.num_blocks - 1) * self.block_size,
+            host_kv_tokens=max(self.num_host_blocks - 1, 0) * self.block_size,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            host_s=HostTime(self.host_s, self.host_row_s),
+        )
+
+
+class MeasuredCost:
+    """sim.runner.StepCost: the law of the engine's CostModel, linear in the step's work, times a factor for its size.
+
+    Between two sizes the factor is interpolated over the logarithm of tokens; beyond them it stays.
+    """
+
+    def __init__(self, coefficients: StepCoefficients, sizes: Sequence[SizeFactor] = ()) -> None:
+        self._per = msgspec.structs.astuple(coefficients)
+        self._log_tokens = [math.log(size.num_tokens) for size in sizes]
+        self._factors = [size.factor for size in sizes]
+
+    def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
+        """Seconds of a step; arguments as StepCost's."""
+        features = StepSample(n_decode, decode_ctx, n_prefill, prefill_ctx, 0.0).features()
+        law_s = math.fsum(per * feature for per, feature in zip(self._per, features, strict=True))
+        if not self._factors:
+            return law_s
+        size = math.log(max(n_decode + n_prefill, 1))
+        return law_s * float(np.interp(size, self._log_tokens, self._factors))
+
+
+class HostTime:
+    """CPU seconds of a launch: `step_s`, and `row_s` for each request in the step."""
+
+    def __init__(self, step_s: float, row_s: float) -> None:
+        self._step_s, self._row_s = step_s, row_s
+
+    def __call__(self, plan: StepPlan) -> float:
+        """Seconds to charge before the launch of this plan."""
+        return self._step_s + self._row_s * len(plan.seqs)
+
+
+def fit(trace: Trace) -> FittedProfile:
+    """Fit a profile: every other step teaches, the rest tests. Raises TfserveError for a trace that is too short."""
+    steps = trace.timed_steps
+    if len(steps) < _LEAST_STEPS:
+        raise TfserveError(f"a trace of {len(steps)} steps is too short to fit; {_LEAST_STEPS} are needed")
+    head = trace.head
+    taught = [step.sample() for step in steps[::2]]
+    coefficients = fit_steps(taught)
+    sizes = fit_sizes(coefficients, taught)
+    host_s, host_row_s = _host_time(steps)
+    stored, loaded = steps[-1].stored, steps[-1].loaded
+    return FittedProfile(
+        source=f"{head.model} on {head.device}, {len(steps)} steps",
+        step=coefficients,
+        sizes=sizes,
+        error=fit_error(MeasuredCost(coefficients, sizes), [step.sample() for step in steps[1::2]]),
+        host_s=host_s,
+        host_row_s=host_row_s,
+        store_bytes_per_s=stored.nbytes / stored.busy_s if stored.busy_s else _UNKNOWN_BYTES_PER_S,
+        load_bytes_per_s=loaded.nbytes / loaded.busy_s if loaded.busy_s else _UNKNOWN_BYTES_PER_S,
+        kv_bytes_per_token=head.kv_bytes_per_token,
+        block_size=head.block_size,
+        num_blocks=head.num_blocks,
+        num_host_blocks=head.num_host_blocks,
+        max_num_seqs=head.max_num_seqs,
+        max_num_batched_tokens=head.max_num_batched_tokens,
+    )
+
+
+def fit_steps(samples: Sequence[StepSample]) -> StepCoefficients:
+    """The law of these steps. They are many, so it is free to be far from the usual, unlike the engine's cost model."""
+    work = np.array([sample.features() for sample in samples])
+    seconds = np.array([sample.seconds for sample in samples])
+    usual = np.array(msgspec.structs.astuple(StepCoefficients()))
+    return StepCoefficients(*fit_law(work, seconds, usual, _LEAST_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
+
+
+def fit_sizes(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> list[SizeFactor]:
+    """How far off the law is at each size: a factor for every power of two of tokens that was seen often enough."""
+    law = MeasuredCost(coefficients)
+    alike: dict[int, list[StepSample]] = {}
+    for sample in samples:
+        alike.setdefault((sample.n_decode + sample.n_prefill - 1).bit_length(), []).append(sample)
+    found = []
+    for _, group in sorted(alike.items()):
+        if len(group) >= _LEAST_ALIKE:
+            num_tokens = math.exp(sum(math.log(s.n_decode + s.n_prefill) for s in group) / len(group))
+            factor = sum(sample.seconds for sample in group) / float(_predicted(law, group).sum())
+            found.append(SizeFactor(num_tokens, factor))
+    return found
+
+
+def fit_error(law: StepCost, samples: Sequence[StepSample]) -> FitError:
+    """How far off the law is on these steps."""
+    measured = np.array([sample.seconds for sample in samples])
+    predicted = _predicted(law, samples)
+    relative = np.abs(predicted - measured) / measured
+    return FitError(
+        num_steps=len(samples),
+        median=float(np.median(relative)),
+        p90=float(np.percentile(relative, 90)),
+        total=float(predicted.sum() / measured.sum() - 1),
+    )
+
+
+def _predicted(law: StepCost, samples: Sequence[StepSample]) -> Floats:
+    return np.array([law(s.n_decode, s.decode_ctx, s.n_prefill, s.prefill_ctx) for s in samples])
+
+
+def _host_time(steps: Sequence[TraceStep]) -> tuple[float, float]:
+    """Seconds between steps, and more per decode, where the loop went straight on."""
+    gaps = np.array([after.end_s - after.seconds - before.end_s for before, after in pairwise(steps)])
+    rows = np.array([after.n_decode for _, after in pairwise(steps)], np.float64)
+    gaps = np.maximum(gaps, 0.0)
+    busy = gaps <= _IDLE * float(np.median(gaps))
+    gaps, rows = gaps[busy], rows[busy]
+    spread = float(np.var(rows))
+    slope = max(float(np.cov(rows, gaps, ddof=0)[0, 1]) / spread, 0.0) if spread else 0.0
+    return max(float(gaps.mean() - slope * rows.mean()), 0.0), slope

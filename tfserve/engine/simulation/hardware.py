@@ -1,0 +1,291 @@
+"""Hardware and models by their numbers, and how long a step takes on them: a roofline. Nothing here was measured.
+
+step time = max(compute, memory) + overhead. What a real device does of its peak is a factor per device; the factors are
+assumptions until a profile fitted from measured steps (engine/simulation/fitted.py) replaces them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from tfserve.engine.simulation.engine import SimMachine
+from tfserve.engine.simulation.transfers import SimLinks
+from tfserve.plan import StepPlan
+
+_BYTES_PER_VALUE = 2
+"""bf16 weights and KV."""
+
+MIB = 2**20
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """One device and its link to the host. Bytes, bytes/s, FLOP/s (dense bf16, fp32 accumulation), seconds.
+
+    `compute_share` and `memory_share` are what steps reach of the peaks; `link_bytes_per_s` is what copies reach in one
+    direction, `contention` how many times as long they take while the other direction is busy too. `step_s` is what a
+    step costs beside its work (launches, sampling, the loop), `row_s` the same for each request in it, and
+    `reserved_bytes` are activations and graphs.
+    """
+
+    name: str
+    memory_bytes: float
+    memory_bytes_per_s: float
+    flops: float
+    compute_share: float
+    memory_share: float
+    link_bytes_per_s: float
+    copy_latency_s: float = 10e-6
+    contention: float = 1.15
+    step_s: float = 1.5e-3
+    row_s: float = 8e-6
+    reserved_bytes: float = 1e9
+
+
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What a decoder's sizes are, as its Hugging Face config says."""
+
+    name: str
+    num_layers: int
+    hidden: int
+    intermediate: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters that every token is multiplied with, the head not included."""
+        attention = self.hidden * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return self.num_layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the output projection."""
+        return self.hidden * self.vocab_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes on the device, embedding and head not shared."""
+        return _BYTES_PER_VALUE * (self.linear_parameters + 2 * self.head_parameters)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token over all layers."""
+        return _BYTES_PER_VALUE * 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+RTX_4090 = Gpu(
+    name="RTX 4090",
+    memory_bytes=24564 * MIB,
+    memory_bytes_per_s=1008e9,
+    flops=165e12,
+    compute_share=0.75,
+    memory_share=0.85,
+    link_bytes_per_s=24e9,
+)
+A6000 = Gpu(
+    name="A6000",
+    memory_bytes=49140 * MIB,
+    memory_bytes_per_s=768e9,
+    flops=155e12,
+    compute_share=0.6,
+    memory_share=0.85,
+    link_bytes_per_s=24e9,
+)
+H100 = Gpu(
+    name="H100",
+    memory_bytes=81559 * MIB,
+    memory_bytes_per_s=3350e9,
+    flops=989e12,
+    compute_share=0.45,
+    memory_share=0.8,
+    link_bytes_per_s=50e9,
+)
+H200 = Gpu(
+    name="H200",
+    memory_bytes=143771 * MIB,
+    memory_bytes_per_s=4800e9,
+    flops=989e12,
+    compute_share=0.45,
+    memory_share=0.8,
+    link_bytes_per_s=50e9,
+)
+
+LLAMA3_8B = ModelShape(
+    name="Llama3-8B",
+    num_layers=32,
+    hidden=4096,
+    intermediate=14336,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+)
+QWEN2_7B = ModelShape(
+    name="Qwen2-7B",
+    num_layers=28,
+    hidden=3584,
+    intermediate=18944,
+    num_heads=28,
+    num_kv_heads=4,
+    head_dim=128,
+    vocab_size=152064,
+)
+QWEN25_32B = ModelShape(
+    name="Qwen2.5-32B",
+    num_layers=64,
+    hidden=5120,
+    intermediate=27648,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=152064,
+)
+
+
+class Roofline:
+    """sim.runner.StepCost of a model on a device."""
+
+    def __init__(self, gpu: Gpu, model: ModelShape) -> None:
+        self._gpu = gpu
+        self._flops_per_s = gpu.flops * gpu.compute_share
+        self._bytes_per_s = gpu.memory_bytes_per_s * gpu.memory_share
+        # A multiply and an add per parameter; QK^T and PV: as many per head, dimension and attended pair.
+        self._token_flops = 2 * model.linear_parameters
+        self._head_flops = 2 * model.head_parameters
+        self._pair_flops = 4 * model.num_layers * model.num_heads * model.head_dim
+        self._weight_bytes = _BYTES_PER_VALUE * (model.linear_parameters + model.head_parameters)
+        self._kv_bytes = model.kv_bytes_per_token
+
+    def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
+        """Seconds of a step; arguments as StepCost's."""
+        tokens = n_decode + n_prefill
+        compute: float = tokens * self._token_flops + n_decode * self._head_flops
+        compute += (decode_ctx + prefill_ctx) * self._pair_flops
+        moved = self._weight_bytes + (decode_ctx + tokens) * self._kv_bytes
+        work_s = max(compute / self._flops_per_s, moved / self._bytes_per_s)
+        return work_s + self._gpu.step_s + n_decode * self._gpu.row_s
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
+    """A model served on a device: `memory_fraction` of its memory is ours, `host_kv_bytes` of the host's.
+
+    The engine's limits are its usual ones for the size of the device. Blocks are flash-attn's pages of 256 tokens where
+    there is room for that, and 32 on smaller devices.
+    """
+
+    gpu: Gpu
+    model: ModelShape
+    memory_fraction: float
+    host_kv_bytes: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int = 32
+
+    @property
+    def name(self) -> str:
+        """Device and model."""
+        return f"{self.gpu.name}, {self.model.name}"
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that fit on the device, a whole number of blocks."""
+        free = self.gpu.memory_bytes * self.memory_fraction - self.model.weight_bytes - self.gpu.reserved_bytes
+        return int(free / self.model.kv_bytes_per_token) // self.block_size * self.block_size
+
+    def machine(self, host_s: Callable[[StepPlan], float] | None = None) -> SimMachine:
+        """The simulated machine; `host_s` is the CPU time charged before each launch."""
+        gpu = self.gpu
+        return SimMachine(
+            step_s=Roofline(gpu, self.model),
+            links=SimLinks(
+                store_bytes_per_s=gpu.link_bytes_per_s,
+                load_bytes_per_s=gpu.link_bytes_per_s,
+                latency_s=gpu.copy_latency_s,
+                contention=gpu.contention,
+            ),
+            kv_bytes_per_token=self.model.kv_bytes_per_token,
+            kv_tokens=self.kv_tokens,
+            host_kv_tokens=int(self.host_kv_bytes / self.model.kv_bytes_per_token),
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            block_size=self.block_size,
+            host_s=host_s,
+        )
+
+
+PROFILES = {
+    "4090-llama3-8b": Profile(
+        gpu=RTX_4090,
+        model=LLAMA3_8B,
+        memory_fraction=0.9,
+        host_kv_bytes=48e9,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+    ),
+    "a6000-llama3-8b": Profile(
+        gpu=A6000,
+        model=LLAMA3_8B,
+        memory_fraction=0.9,
+        host_kv_bytes=96e9,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+    ),
+    "a6000-qwen2-7b": Profile(
+        gpu=A6000,
+        model=QWEN2_7B,
+        memory_fraction=0.9,
+        host_kv_bytes=96e9,
+        max_num_seqs=512,
+        max_num_batched_tokens=2048,
+    ),
+    "h100-llama3-8b": Profile(
+        gpu=H100,
+        model=LLAMA3_8B,
+        memory_fraction=0.5,
+        host_kv_bytes=192e9,
+        max_num_seqs=512,
+        max_num_batched_tokens=8192,
+        block_size=256,
+    ),
+    "h200-llama3-8b": Profile(
+        gpu=H200,
+        model=LLAMA3_8B,
+        memory_fraction=0.3,
+        host_kv_bytes=192e9,
+        max_num_seqs=512,
+        max_num_batched_tokens=8192,
+        block_size=256,
+    ),
+    "h200-qwen2.5-32b": Profile(
+        gpu=H200,
+        model=QWEN25_32B,
+        memory_fraction=0.9,
+        host_kv_bytes=192e9,
+        max_num_seqs=512,
+        max_num_batched_tokens=8192,
+        block_size=256,
+    ),
+}
+"""The TokenFlow paper's set-ups, by name: what `bench paper` simulates, and more."""
+
+
+def capacity(profile: Profile, mean_prompt: float, mean_output: float) -> float:
+    """Generated tokens/s that the law of the device allows with requests of these lengths, their prompts included.
+
+    The batch is as large as memory allows when every request is half done.
+    """
+    law = Roofline(profile.gpu, profile.model)
+    context = mean_prompt + mean_output / 2
+    batch = min(profile.max_num_seqs, profile.kv_tokens / context)
+    token_s = law(round(batch), batch * context, 0, 0) / batch
+    return 1.0 / (token_s + mean_prompt / mean_output / prefill_tokens_per_s(profile, mean_prompt))
+
+
+def prefill_tokens_per_s(profile: Profile, mean_prompt: float) -> float:
+    """Prompt tokens/s in steps of full budget."""
+    n = profile.max_num_batched_tokens
+    return n / Roofline(profile.gpu, profile.model)(0, 0, n, n * mean_prompt / 2)

@@ -1,0 +1,113 @@
+"""SimTransfers: copies that take the time a link would."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from tfserve.engine.simulation.clock import SimClock
+from tfserve.plan import Ack, Copy, CopyId, Direction, Fence
+
+
+class SimLinks(msgspec.Struct, frozen=True, kw_only=True):
+    """What lies between the tiers: bytes/s each way, seconds per copy, and what both ways at once cost.
+
+    A copy that starts while the other direction is busy takes `contention` times as long.
+    """
+
+    store_bytes_per_s: float
+    load_bytes_per_s: float
+    latency_s: float = 0.0
+    contention: float = 1.0
+
+
+class SimTransfers:
+    """plan.TransferEngine in virtual time: a queue per direction, one copy at a time in each.
+
+    A copy that goes on where the one before ended, on both tiers, belongs to the same transfer and pays no latency.
+    """
+
+    def __init__(self, clock: SimClock, links: SimLinks, token_bytes: int) -> None:
+        self._clock = clock
+        self._token_bytes = token_bytes
+        self._latency_s = links.latency_s
+        self._contention = links.contention
+        self._bytes_per_s = {Direction.STORE: links.store_bytes_per_s, Direction.LOAD: links.load_bytes_per_s}
+        self._queues: dict[Direction, deque[Copy]] = {direction: deque() for direction in Direction}
+        self._busy: dict[Direction, Copy | None] = dict.fromkeys(Direction)
+        self._last: dict[Direction, tuple[Copy, float] | None] = dict.fromkeys(Direction)
+        self._pending: set[CopyId] = set()
+        self._acks: list[Ack] = []
+        self._passed = -1
+
+    def submit(self, copies: Sequence[Copy]) -> None:
+        """Queue copies."""
+        for copy in copies:
+            self._pending.add(copy.id)
+            self._queues[copy.dir].append(copy)
+        self._start()
+
+    def complete(self, fence: Fence) -> None:
+        """Step `fence`, and all before it, have finished."""
+        self._passed = max(self._passed, fence)
+        self._start()
+
+    def poll(self) -> list[Ack]:
+        """Acknowledgements since the last call."""
+        acks, self._acks = self._acks, []
+        return acks
+
+    def cancel(self, ids: set[CopyId]) -> set[CopyId]:
+        """Drop those that have not started; returns which."""
+        gone: set[CopyId] = set()
+        for direction, queue in self._queues.items():
+            gone |= {copy.id for copy in queue if copy.id in ids}
+            self._queues[direction] = deque(copy for copy in queue if copy.id not in ids)
+        self._pending -= gone
+        self._start()
+        return gone
+
+    def close(self) -> None:
+        """Drop what has not started."""
+        for queue in self._queues.values():
+            queue.clear()
+
+    def _start(self) -> None:
+        """Start what may start."""
+        for direction, queue in self._queues.items():
+            if self._busy[direction] is None and queue and self._ready(queue[0]):
+                self._run(queue.popleft())
+
+    def _ready(self, copy: Copy) -> bool:
+        after = copy.after
+        fence_passed = after.fence is None or after.fence <= self._passed
+        return fence_passed and self._pending.isdisjoint(after.copies)
+
+    def _run(self, copy: Copy) -> None:
+        start_s = self._clock.now()
+        nbytes = copy.ntok * self._token_bytes
+        duration_s = nbytes / self._bytes_per_s[copy.dir]
+        if any(busy is not None for busy in self._busy.values()):
+            duration_s *= self._contention
+        if not self._continues(copy, start_s):
+            duration_s += self._latency_s
+        self._busy[copy.dir] = copy
+        ack = Ack(copy.id, True, nbytes, start_s, start_s + duration_s)
+        self._clock.call_at(ack.end_s, lambda: self._end(copy, ack))
+
+    def _end(self, copy: Copy, ack: Ack) -> None:
+        self._busy[copy.dir] = None
+        self._last[copy.dir] = (copy, ack.end_s)
+        self._pending.discard(copy.id)
+        self._acks.append(ack)
+        self._clock.notify()
+        self._start()
+
+    def _continues(self, copy: Copy, start_s: float) -> bool:
+        last = self._last[copy.dir]
+        if last is None:
+            return False
+        before, end_s = last
+        return start_s == end_s and copy.dev == before.dev + 1 and copy.host == before.host + 1

@@ -1,0 +1,1 @@
+"""Storage: the memory of both tiers, and how KV lies in it."""

@@ -1,0 +1,1 @@
+"""Transfers: copies of KV between the tiers."""
