@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
@@ -40,6 +39,7 @@ from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.offload_manager import OffloadManager
 from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.scheduler import Scheduler
+from tfserve.machine import usable_cpus
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.memory.storage.device_pool import DevicePool
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=60, help="prompt tokens, at most")
     parser.add_argument("--every", type=int, default=2, help="steps of decoding between two preemptions")
     parser.add_argument("--least", type=int, help="preemptions to expect; default: 250 for each part")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--host-gib", type=float, default=1.0)
     parser.add_argument("--progress", type=float, default=5.0, help="seconds between two lines of progress")
     parser.add_argument("--output", type=Path, help="JSON file to add the parts to")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -40,6 +39,7 @@ from tfserve.engine.scheduling.offload_manager import OffloadManager
 from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.http.server import serve
+from tfserve.machine import usable_cpus
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", choices=MEASURE, default=list(MEASURE))
     parser.add_argument("--model", default="demo")
     parser.add_argument("--format", choices=("fp32", "int8"), default="int8")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--streams", type=int, nargs="+", default=(32, 200), help="default: 32 200")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="output tokens (default: %(default)s)")

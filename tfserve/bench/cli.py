@@ -14,6 +14,7 @@ from tfserve.bench.report import write_json
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
 from tfserve.bench.workload import parse_clamp, parse_positive, parse_rate, parse_rate_mix, parse_request_rate
 from tfserve.config_words import config_from_args
+from tfserve.logs import log_to_stderr
 
 T = TypeVar("T")
 
@@ -54,9 +55,9 @@ def _add_engine(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="offline throughput and step times beside the roofline",
         description="Run batches of made-up prompts through an embedded engine, without a network, and print "
         "throughput and step times beside the least that this machine's measured memory and matrix rates allow.",
-        epilog="any setting of the engine as --key value, e.g. --quantization int8, --threads 2",
+        epilog="any setting of the engine, too, e.g. --quantization int8, --threads 2: see `tfserve serve --help`",
     )
-    engine.set_defaults(func=_bench_engine, takes_settings=True)
+    engine.set_defaults(func=_bench_engine)
     add = engine.add_argument
     add("target", help="YAML file, model directory, hub id, or 'demo'")
     sizes = "numbers of at least 1, as 1,8,32"
@@ -72,6 +73,7 @@ def _bench_engine(args: argparse.Namespace) -> int:
     from tfserve.bench.engine import bench_engine, table
 
     config = config_from_args(args.target, args.settings)
+    log_to_stderr(config.log_level, config.log_format)
     result = bench_engine(config, args.batches, args.input_len, args.output_len)
     print(table(result))
     if args.output is not None:

@@ -51,6 +51,11 @@ SCRAPE_PATIENCE_S = 1.0
 CLIENT_GONE = 499
 """nginx's status, in the log only, for a client that went away before its answer was complete."""
 
+_REPORTS = "/v1/streams/{id}/buffer"
+
+_ROUTINE = OPEN_PATHS | {_REPORTS}
+"""Requests that come every few seconds for as long as the server, or a stream, lives: logged at debug level."""
+
 
 def create_app(service: Service, max_connections: int = MAX_CONNECTIONS) -> web.Application:
     """The application for one Service. `connections.create_runner` runs it as it must be run, with `max_connections`.
@@ -67,7 +72,7 @@ def create_app(service: Service, max_connections: int = MAX_CONNECTIONS) -> web.
     streams = StreamEndpoints(service, feed)
     # No HEAD: a stream of events would have no end and nothing to say.
     app.router.add_get("/v1/streams", streams.list, allow_head=False)
-    app.router.add_post("/v1/streams/{id}/buffer", streams.buffer)
+    app.router.add_post(_REPORTS, streams.buffer)
     app.router.add_post("/abort_request", streams.abort)
     app.router.add_get("/", Page().get)
     app.router.add_get("/metrics", MetricsEndpoint(service, feed).get)
@@ -188,8 +193,8 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         if (caller := request.get(CALLER)) and caller.key_name:
             more += f", key {caller.key_name}"
         line = (request[REQUEST_ID], request.method, request.rel_url.raw_path, status, time.monotonic() - begun, more)
-        # Probes come every few seconds for as long as the server lives.
-        level = logging.DEBUG if request.path in OPEN_PATHS else logging.INFO
+        is_routine = getattr(request.match_info.route.resource, "canonical", "") in _ROUTINE
+        level = logging.DEBUG if is_routine else logging.INFO
         log.log(level, "%s %s %.200s %d in %.3f s%s", *line)
 
 

@@ -100,6 +100,7 @@ class _Server:
         await runner.setup()
         try:
             url = await self._bind(runner)
+            log.info("Bound to %s: /health answers from now on", url)
             numbers = [signal.SIGTERM, signal.SIGINT]
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
                 numbers.append(signal.SIGHUP)
@@ -141,7 +142,7 @@ class _Server:
             with contextlib.suppress(RuntimeError):  # the loop has ended: we left without the model
                 loop.call_soon_threadsafe(settle)
 
-        say(f"Loading {self._config.model} ...")
+        self._tell(f"Loading {self._config.model} ...")
         threading.Thread(target=load, name="tfserve-load", daemon=True).start()
         await _first(loading, self._stop.wait())
         if self._stop.is_set():
@@ -159,7 +160,14 @@ class _Server:
         if self._config.engine_process != "off":
             os.nice(NICENESS)  # only now: the engine's process would have inherited it
         self._service.ready(engine)
-        say(banner(engine.info, self._service, url))
+        self._tell(banner(engine.info, self._service, url))
+
+    def _tell(self, text: str) -> None:
+        """Print for the person at the terminal; where lines are JSON, as one of them."""
+        if self._config.log_format == "json":
+            log.info("%s", text)
+        else:
+            say(text)
 
     async def _log_intervals(self, engine: EnginePort) -> None:
         if self._config.server.log_interval_s > 0:

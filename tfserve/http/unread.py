@@ -106,6 +106,8 @@ class _Watch:
 
 
 def _bytes_acked(transport: asyncio.Transport) -> int:
-    """How much the other end has acknowledged so far."""
+    """How much the other end has acknowledged so far; 0 on systems that do not tell: then unsent bytes must do."""
+    if sys.platform != "linux" or not hasattr(socket, "TCP_INFO"):
+        return 0
     info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop)
     return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import uuid
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tfserve.errors import failures
+from tfserve.machine import usable_cpus
 from tfserve.model.checkpoint import weight_files
 from tfserve.model.decoder import Decoder
 from tfserve.model.layers import RMSNorm
@@ -151,4 +151,4 @@ def _digest(chunk: tuple[Path, int]) -> tuple[str, int, str]:
 
 
 def _num_threads() -> int:
-    return min(len(os.sched_getaffinity(0)), 16)
+    return min(usable_cpus(), 16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +24,10 @@ from tfserve.engine.scheduling.offload_manager import OffloadManager
 from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.errors import ConfigError, ModelError
+from tfserve.machine import available_bytes, usable_cpus
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.memory.storage.device_pool import DevicePool
-from tfserve.memory.storage.host_pool import available_bytes
 from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.messages import StepOutputs, StreamStates
 from tfserve.model.attention import select_backend
@@ -81,6 +80,8 @@ def _build(
     block_size = backend.block_size(config.block_size)
     if device == "cpu":
         _check_weights(config, model_config, dtype)
+    kind = config.quantization or dtype
+    logger.info("Loading the weights: %.0f M parameters as %s, %s", model_config.num_parameters / 1e6, kind, device)
     with loading(path), ThreadPoolExecutor(1) as beside:
         tokenizer = Tokenizer.from_dir(path)
         eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
@@ -111,6 +112,7 @@ def _build(
     num_blocks = _num_blocks(config, layout, device, measured_bytes)
     max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
     _check_rows(config, max_model_len, block_size)
+    logger.info("Reserving the KV cache: %d blocks of %d tokens", num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
     runner: ModelRunner | StreamRunner
@@ -133,6 +135,7 @@ def _build(
         OffloadOptions(sched.write_through, sched.load_evict_overlap, granule_of(block_size)),
     )
     cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=config.max_num_seqs)
+    logger.info("Warming up: timing steps of several sizes")
     calibrate(cost, runner, clock, config, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
     scheduler = Scheduler(
         make_policy(sched),
@@ -228,7 +231,7 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
 
 
 def _set_threads(config: EngineConfig, device: str) -> int:
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or usable_cpus()
     if device == "cpu":
         torch.set_num_threads(threads)
     return threads

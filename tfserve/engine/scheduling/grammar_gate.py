@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -198,9 +199,10 @@ class GrammarGate:
         return len(self._held) < (self._max_held if num_held[tenant] else 2 * self._max_held)
 
     def _compile(self, job: _Job) -> None:
-        with contextlib.suppress(OSError):
-            thread = threading.get_native_id()  # to Linux, a thread has a niceness of its own
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
+        if sys.platform == "linux":  # where a thread has a niceness of its own; elsewhere its id may be a process's
+            with contextlib.suppress(OSError):
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
         job.problem = self._grammars.compile(job.grammar)
         self._clock.notify()
 
