@@ -9,7 +9,15 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB = 300
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -55,8 +63,8 @@ def train_tokenizer(pre: str) -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(kind: str) -> LlamaForCausalLM | Qwen2ForCausalLM:
-    """A random fp32 model: "llama", "llama3" (rope scaling), "qwen2" or "qwen2-tied"."""
+def tiny_model(kind: str) -> PreTrainedModel:
+    """A random fp32 model: "llama", "llama3" (rope scaling), "qwen2", "qwen2-tied" or "qwen3"."""
     torch.manual_seed(0)
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -71,6 +79,8 @@ def tiny_model(kind: str) -> LlamaForCausalLM | Qwen2ForCausalLM:
     }
     if kind.startswith("qwen2"):
         model = Qwen2ForCausalLM(Qwen2Config(**common, rms_norm_eps=1e-6))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common, rms_norm_eps=1e-6, head_dim=32))
     else:
         rope = {"rope_type": "default", "rope_theta": 500000.0}
         if kind == "llama3":
@@ -87,7 +97,7 @@ def tiny_model(kind: str) -> LlamaForCausalLM | Qwen2ForCausalLM:
 class GgufRecipe:
     """What to write; most fields are ways in which a file can be wrong or special."""
 
-    model: LlamaForCausalLM | Qwen2ForCausalLM
+    model: PreTrainedModel
     pre: str | None = "smollm"
     quantisation: str = "F32"
     architecture: str | None = None
@@ -111,6 +121,8 @@ def write_gguf(recipe: GgufRecipe, path: Path) -> Tokenizer:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "qwen3":
+        writer.add_key_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in recipe.extra_ints.items():
         writer.add_uint32(key, value)
