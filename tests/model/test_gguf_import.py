@@ -39,6 +39,7 @@ TEXTS = [
     "  two  spaces\n\n\n\ttabs\r\n and an end   ",
     "naïve café e\u0301 — Ünïcode Привет 你好 🙂👩‍👩‍👧",
     "We'LL SHOUT, don'T we? ½ ² Ⅷ",
+    "getHTTPResponse('/usr/lib') // 2024-01-31 ǅ",
     "<|im_start|>user\n<tool_call>{}</tool_call><|im_end|>",
     "",
 ]
@@ -123,7 +124,7 @@ def test_auto_keeps_float_types_and_stores_quantised_weights_as_bfloat16(tmp_pat
             assert torch.equal(loaded.state_dict()[name], weight.to(torch.bfloat16)), name
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
 def test_token_ids_and_text_equal_the_original_tokenizer(tmp_path, pre):
     original = write_gguf(GgufRecipe(tiny_model("llama"), pre=pre), tmp_path / "tiny.gguf")
     out = import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=False)
@@ -163,7 +164,7 @@ def test_llama3_tokenizer_puts_bos_in_front_unless_the_file_says_no(tmp_path):
     ("change", "message"),
     [
         ({"architecture": "gemma2"}, "architecture 'gemma2'; only llama, qwen2, qwen3"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known are .*smollm"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking'; known are .*smollm"),
         ({"pre": None}, "tokenizer.ggml.pre is 'default'"),
         ({"tokenizer_model": "llama"}, "tokenizer of kind 'llama' .SentencePiece"),
         ({"extra_tensors": {"blk.0.ffn_gate_exps.weight": np.ones((2, 32))}}, "'blk.0.ffn_gate_exps.weight'"),

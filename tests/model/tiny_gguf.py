@@ -32,23 +32,31 @@ _SPLIT = (
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def _split(digits: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT % digits}, "behavior": "Isolated", "invert": False}
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, {**_BYTES, "use_regex": False}]}
 
 
 PRE_TOKENIZERS = {
     "gpt-2": _BYTES,
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]},
-    "llama-bpe": _split("{1,3}"),
-    "qwen2": _split(""),
+    "llama-bpe": _split(_SPLIT % "{1,3}"),
+    "qwen2": _split(_SPLIT % ""),
+    "tekken": _split(_TEKKEN),
 }
-"""As in the tokenizer.json that Hugging Face publishes for GPT-2, SmolLM2, Llama 3 and Qwen2."""
+"""As in the tokenizer.json that Hugging Face publishes for GPT-2, SmolLM2, Llama 3, Qwen2 and Mistral Nemo."""
 
 
 def train_tokenizer(pre: str) -> Tokenizer:
     """A byte-level BPE of VOCAB tokens, the first three of them special and the last two user-defined."""
-    tree = json.loads(Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe")).to_str())
+    tree = json.loads(Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken"))).to_str())
     tree["pre_tokenizer"] = PRE_TOKENIZERS[pre]
     tree["decoder"] = _BYTES
     tree["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
