@@ -130,7 +130,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make `family` one of those that are served."""
+    """Add `family` to the families that are served."""
     FAMILIES[family.architecture] = family
 
 
