@@ -24,11 +24,12 @@ from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import ModelConfig
-from tfserve.model.decoder import Decoder, DecoderLayer
-from tfserve.model.layer_weights import LayerWeights, fill_pair
+from tfserve.model.decoder import Decoder
 from tfserve.model.linear import WeightFormat
+from tfserve.model.models.base import Weight, head_weights, layer_weights
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
+from tfserve.model.weights import Tensors, fill
 from tfserve.plan import BlockId, Fence, InFlight, Row, RowInit, SeqStep, StepPlan, StepResult
 from tfserve.types import SamplingParams
 
@@ -128,26 +129,23 @@ def random_decoder(config: ModelConfig, device: str) -> Decoder:
     def rand(rows: int, columns: int) -> torch.Tensor:
         return torch.empty(rows, columns, dtype=fmt.dtype, device=device).normal_(std=columns**-0.5, generator=gen)
 
-    def norm() -> torch.Tensor:
-        return torch.ones(config.hidden_size, dtype=fmt.dtype, device=device)
+    def tensors(weights: tuple[Weight, ...]) -> Tensors:
+        made: Tensors = {}
+        for weight in weights:
+            rows = sum(part.rows for part in weight.parts)
+            made[f"{weight.module}.weight"] = (
+                torch.ones(rows, dtype=fmt.dtype, device=device)
+                if weight.columns is None
+                else rand(rows, weight.columns)
+            )
+        return made
 
     decoder = Decoder(config, fmt)
     decoder.embed_tokens = rand(config.vocab_size, config.hidden_size)
+    weights, head = layer_weights(config), head_weights(config)
     for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
-        LayerWeights(
-            input_norm=norm(),
-            qkv=rand(config.q_size + 2 * config.kv_size, config.hidden_size),
-            qkv_bias=None,
-            o=rand(config.hidden_size, config.q_size),
-            o_bias=None,
-            post_attention_norm=norm(),
-            gate_up=rand(2 * config.intermediate_size, config.hidden_size),
-            gate_up_bias=None,
-            down=rand(config.hidden_size, config.intermediate_size),
-            down_bias=None,
-        ).fill(layer, fmt)
-    fill_pair(decoder.norm, norm(), decoder.lm_head, rand(config.vocab_size, config.hidden_size), bias=None, fmt=fmt)
+        fill(layer, weights, tensors(weights), fmt)
+    fill(decoder, head, tensors(head), fmt)
     return decoder
 
 

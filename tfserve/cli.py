@@ -71,7 +71,9 @@ def _parser(is_bench: bool) -> argparse.ArgumentParser:
     demo = commands.add_parser("demo-model", help="prepare SmolLM2-135M-Instruct, the model called 'demo'")
     demo.set_defaults(func=_demo_model)
 
-    gguf = commands.add_parser("import-gguf", help="convert a Llama or Qwen2 GGUF file into a Hugging Face directory")
+    gguf = commands.add_parser(
+        "import-gguf", help="convert a Llama, Mistral, Qwen2 or Qwen3 GGUF file into a Hugging Face directory"
+    )
     gguf.add_argument("file", type=Path)
     gguf.add_argument("directory", type=Path)
     gguf.set_defaults(func=_import_gguf)

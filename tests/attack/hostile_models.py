@@ -30,8 +30,8 @@ from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.errors import ConfigError, ModelError, RequestError
-from tfserve.model.checkpoint import expected_shapes
 from tfserve.model.config import load_model_config
+from tfserve.model.models.base import stored_tensors
 from tfserve.types import SamplingParams
 
 TIMEOUT_S = 15
@@ -54,6 +54,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
+MISTRAL, QWEN3 = "MistralForCausalLM", "Qwen3ForCausalLM"
 SIZES = (*(key for key, value in SHAPE.items() if type(value) is int and key != "eos_token_id"),)
 ODD = (0, -1, 3, 10**6, 10**9, 2**31 - 1, 2**31, 10**12, 2**64, 1.5, "many", [], {}, True, float("inf"), float("nan"))
 
@@ -71,8 +72,8 @@ def write_tiny_checkpoint(model_dir: Path) -> Path:
     """A whole checkpoint with random weights, without the help of transformers."""
     write_tiny_tokenizer(model_dir)
     (model_dir / "config.json").write_text(json.dumps(SHAPE))
-    shapes = expected_shapes(load_model_config(model_dir))
-    save_file({name: torch.rand(shape) for name, shape in shapes.items()}, model_dir / "model.safetensors")
+    tensors = {tensor.name: torch.rand(tensor.shape) for tensor in stored_tensors(load_model_config(model_dir))}
+    save_file(tensors, model_dir / "model.safetensors")
     return model_dir
 
 
@@ -192,6 +193,9 @@ def directories() -> Iterator[tuple[str, Harm]]:
     for key in SIZES:
         for value in ODD:
             yield f"config {key}={value!r}", edit("config.json", **{key: value})
+    for value in ODD:
+        yield f"mistral sliding_window={value!r}", edit("config.json", architectures=[MISTRAL], sliding_window=value)
+        yield f"qwen3 head_dim={value!r}", edit("config.json", architectures=[QWEN3], head_dim=value)
     for value in (-1, 512, 2**40, [[1]], ["a"], {"a": 1}):
         yield f"config eos_token_id={value!r}", edit("config.json", eos_token_id=value)
     for rope in ({"rope_type": "llama3"}, {"rope_type": {"a": []}}, {"factor": 1e308}, [], {"rope_type": ["x"] * 9}):

@@ -19,6 +19,7 @@ from tfserve.types import SamplingParams
 QUICK = (
     *("config num_hidden_layers=1000000000", "config vocab_size=1000000000000", "config hidden_size=1000000000"),
     *("config max_position_embeddings=2147483647", "config head_dim=1000000000", "config num_attention_heads=1000000"),
+    *("mistral sliding_window=0", "mistral sliding_window='many'", "qwen3 head_dim=1000000000", "qwen3 head_dim=3"),
     *("config.json deep object", "config.json device", "tokenizer.json pipe", "tokenizer_config.json pipe"),
     *(
         "generation_config.json wide",

@@ -49,7 +49,7 @@ def smoothed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return layers
 
 
-@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen25"])
+@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen25", "tiny_qwen3"])
 def test_the_second_load_gives_the_same_bits(
     name: str, tmp_path: Path, smoothed: list[int], request: pytest.FixtureRequest
 ) -> None:

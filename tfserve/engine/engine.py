@@ -23,7 +23,7 @@ from tfserve.engine.frontend.link import Connect, connect
 from tfserve.engine.frontend.preparation import Conversation, RequestPreparer
 from tfserve.engine.frontend.prompts import Prompt, as_batch
 from tfserve.engine.frontend.stream import Collector, OutputBuffer, RequestStream
-from tfserve.engine.frontend.validation import as_count, as_id, check_tenant, id_in_use
+from tfserve.engine.frontend.validation import all_different, as_count, as_id, check_tenant, id_in_use
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
 from tfserve.messages import (
@@ -215,9 +215,7 @@ class Engine:
         A seed in `params` counts up from one to the next. Else as `submit`; if one is refused, so are all.
         """
         self._check_queue(len(request_ids), tenant)
-        names = [self._free_id(name) for name in request_ids]
-        if not names or len(set(names)) < len(names):
-            raise RequestError("request_ids", f"request_ids must be one id or more, all different, got {names!r:.200}")
+        names = all_different([self._free_id(name) for name in request_ids])
         return self._start(prompt, params, names, rate, priority=priority, tenant=tenant)
 
     def abort(self, request_id: RequestId) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -48,6 +49,7 @@ class Result:
     """All of one choice."""
 
     text: list[str] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
     logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
     prompt_logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
     finish_reason: str = ""
@@ -60,6 +62,7 @@ class Result:
     def add(self, output: RequestOutput) -> None:
         """Append what is new."""
         self.text.append(output.text)
+        self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs or ())
         self.prompt_logprobs.extend(output.prompt_logprobs or ())
         self.finish_reason = output.finish_reason or ""

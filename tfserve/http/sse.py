@@ -50,7 +50,7 @@ class ChunkRenderer(Protocol):
     def template(self, index: int) -> tuple[bytes, bytes] | None:
         """What surrounds the JSON string of the text in every event of choice `index` that has nothing but text.
 
-        Asked for after the choice's first event; None if there is no such constant.
+        Asked for after each event until there is one; None if there is no such constant, or not yet.
         """
         ...
 
@@ -232,7 +232,7 @@ class EventWriter:
         is_plain = output.logprobs is None and output.prompt_logprobs is None and output.finish_reason is None
         if template is None or not is_plain:
             data = self._renderer.chunk(index, output, self._exchange.usage)
-            if data and index not in self._templates:
+            if data and template is None:
                 self._templates[index] = self._renderer.template(index)
             return data
         if not output.text:

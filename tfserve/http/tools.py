@@ -143,6 +143,8 @@ class ToolPlan:
         call = " | ".join(f"call_{number}" for number in range(len(self.forced)))
         if self.format is ToolFormat.LLAMA3:
             start = "start: call"
+        elif self.format is ToolFormat.MISTRAL:
+            start = 'start: "[" call ' + ('(", " call)* ' if self.parallel else "") + '"]"'
         else:
             start = r'start: "<tool_call>\n" call "\n</tool_call>"'
             if self.parallel:
@@ -150,7 +152,11 @@ class ToolPlan:
         return "\n".join([start, f"call: {call}", *lines])
 
 
-_ARGUMENTS: dict[ToolFormat | None, str] = {ToolFormat.HERMES: "arguments", ToolFormat.LLAMA3: "parameters"}
+_ARGUMENTS: dict[ToolFormat | None, str] = {
+    ToolFormat.HERMES: "arguments",
+    ToolFormat.LLAMA3: "parameters",
+    ToolFormat.MISTRAL: "arguments",
+}
 """What each format calls a call's arguments."""
 
 

@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex
 from tokenizers import AddedToken
 
 from tfserve.errors import RequestError
+from tfserve.model.chat_template import MISTRAL_TAGS
 
 _ANSWER_TAGS = frozenset(
     f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think", "thinking") for slash in ("", "/")
@@ -64,8 +65,13 @@ class PromptText(str):
             start = cut
 
 
+def _is_written_so(text: str) -> bool:
+    """True for a token that is a control token whatever the tokenizer calls it."""
+    return text in MISTRAL_TAGS or _PIPED.fullmatch(text) is not None
+
+
 class ControlTokens:
-    """The control tokens among a tokenizer's added ones: special tokens, and what is written <|...|>.
+    """The control tokens among a tokenizer's added ones: special tokens, and what is written <|...|> or [TOOL_CALLS].
 
     Tags that answers contain (<tool_call>, <think>) are none of them, nor are other added tokens: users write them as a
     template does, and a template may look for them in a message.
@@ -73,7 +79,7 @@ class ControlTokens:
 
     def __init__(self, added: Collection[AddedToken], normalize: Callable[[str], str] | None = None) -> None:
         """`normalize` is what the tokenizer does to a text before it looks for tokens that are `normalized`."""
-        tokens = [token for token in added if token.special or _PIPED.fullmatch(token.content)]
+        tokens = [token for token in added if token.special or _is_written_so(token.content)]
         texts = {token.content for token in tokens} - _ANSWER_TAGS
         self._normalize = normalize if any(token.normalized for token in tokens) else None
         if self._normalize is not None:

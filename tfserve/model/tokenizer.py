@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tfserve.errors import ModelError, RequestError, failures, panics_as_errors
 from tfserve.install_hint import install_command
 from tfserve.model.added_tokens import add_missing_tokens, with_shown
-from tfserve.model.chat_template import TOOL_CALL_TAGS, ChatTemplate, ToolFormat, read_chat_template
+from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.config import ModelConfig
 from tfserve.model.control_tokens import ControlTokens, PromptText
 from tfserve.model.fields import Fields, is_absent, one_line, read_fields, require_file, shown
@@ -110,9 +110,9 @@ class Tokenizer:
         eos = [*_eos_token(backend, config), *_eos_token(backend, older)]
         eos = eos or _eos_token(backend, Fields(defaults, source))
         template = _chat_template(model_dir, config, special_tokens)
-        if template is not None and template.tool_format is ToolFormat.HERMES:
+        if template is not None:
             # Some checkpoints call them special, but they are what an answer says.
-            backend = with_shown(backend, TOOL_CALL_TAGS)
+            backend = with_shown(backend, template.answer_tags)
         return cls(backend, special_tokens, template, dict.fromkeys(eos), control_tokens_in_messages)
 
     @cached_property
@@ -135,6 +135,11 @@ class Tokenizer:
     def tool_format(self) -> ToolFormat | None:
         """How the model is told to write tool calls; None if its chat template shows no tools."""
         return None if self._chat_template is None else self._chat_template.tool_format
+
+    @property
+    def thinks(self) -> bool:
+        """True if the chat template parts the thoughts in an answer from the rest."""
+        return self._chat_template is not None and self._chat_template.thinks
 
     @property
     def template_variables(self) -> frozenset[str]:

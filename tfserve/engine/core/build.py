@@ -298,7 +298,10 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int, bl
     kv_tokens = (num_blocks - 1) * block_size
     wanted = config.max_model_len or model.max_position_embeddings
     if config.max_model_len is not None and wanted > model.max_position_embeddings:
-        raise ConfigError("max_model_len", f"{wanted} is beyond the model's own {model.max_position_embeddings} tokens")
+        limit = "sliding window" if model.sliding_window == model.max_position_embeddings else "own"
+        raise ConfigError(
+            "max_model_len", f"{wanted} is beyond the model's {limit} {model.max_position_embeddings} tokens"
+        )
     if wanted <= kv_tokens:
         return wanted
     if config.max_model_len is not None:

@@ -130,6 +130,13 @@ def as_id(request_id: object, reserved: str) -> str:
     return str.__str__(request_id)  # of a class of its own, it could not be sent to another process
 
 
+def all_different(ids: list[RequestId]) -> list[RequestId]:
+    """The ids of several choices. Raises RequestError if there is none, or one twice."""
+    if not ids or len(set(ids)) < len(ids):
+        raise RequestError("request_ids", f"request_ids must be one id or more, all different, got {ids!r:.200}")
+    return ids
+
+
 def id_in_use(request_id: RequestId) -> RequestError:
     """The error about an id that another live request has."""
     return RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
