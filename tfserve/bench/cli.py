@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tfserve.bench.compare import bench_compare
-from tfserve.bench.paper.cli import add_paper_parser
-from tfserve.bench.paper.replay import add_replay_parsers
+from tfserve.bench.replay import add_replay_parsers
 from tfserve.bench.report import write_json
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
 from tfserve.bench.workload import parse_clamp, parse_positive, parse_rate, parse_rate_mix, parse_request_rate
@@ -23,7 +22,6 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     """Add `bench` and its commands. Each sets `func`: Namespace -> exit code, which may raise TfserveError."""
     bench = subparsers.add_parser("bench")
     commands = bench.add_subparsers(dest="bench_command", required=True)
-    add_paper_parser(commands)
     add_replay_parsers(commands)
     _add_engine(commands)
     serve = commands.add_parser(
