@@ -142,7 +142,7 @@ async def test_answers_that_are_not_read_have_a_common_bound(
         clients.append(await ask(server, {"prompt": "x"}))
         await until(lambda: _has_live(server))
         stream = server.engine.live.pop()
-        stream.say("x" * 30 * MIB, FinishReason.STOP)
+        stream.say("x" * 30 * MIB, FinishReason.STOP, tokens=1)
         if number == 1:  # two have room
             await asyncio.sleep(0.5)
             assert await metric(server, "unread_closed_total") == 0

@@ -192,7 +192,7 @@ def test_whatever_arrives_everyone_ends_exactly_and_no_block_is_lost(
         policy=policy,
         reserve_ratio=ratio,
         reserve_min_ratio=0.0,
-        overload=overload,
+        overload=overload if policy == "tokenflow" else "queue",
         schedule_interval_s=interval,
         min_residency_s=interval,
         load_evict_overlap=overlap,
