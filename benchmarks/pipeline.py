@@ -43,7 +43,7 @@ from tfserve.http.server import serve
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
-from tfserve.plan import Fence, StepPlan, StepResult
+from tfserve.plan import StepPlan, StepResult
 from tfserve.types import EngineStats, SamplingParams
 
 DEPTHS = (1, 2)
@@ -167,11 +167,7 @@ class PassedStep:
     """plan.InFlight of a step that is over."""
 
     def __init__(self, outcome: StepResult) -> None:
-        self.fence: Fence = outcome.step
         self._outcome = outcome
-
-    def ready(self) -> bool:
-        return True
 
     def result(self) -> StepResult:
         return self._outcome

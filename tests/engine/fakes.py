@@ -50,9 +50,6 @@ class FakeInFlight:
     runner: FakeRunner
     fence: Fence
 
-    def ready(self) -> bool:
-        return self.fence in self.runner.outcomes
-
     def result(self) -> StepResult:
         self.runner.run_until(self.fence)
         outcome = self.runner.outcomes.pop(self.fence)

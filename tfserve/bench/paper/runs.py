@@ -11,10 +11,11 @@ from concurrent.futures import ProcessPoolExecutor
 import msgspec
 import numpy as np
 
+from tfserve.arrays import Floats
 from tfserve.bench.paper.bounds import fluid_of_run
 from tfserve.bench.paper.cases import Case, Experiment
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.qos import Floats, Served, buffer_sizes, effective_tokens, score
+from tfserve.engine.scheduling.qos import Served, buffer_sizes, effective_tokens, score
 from tfserve.engine.simulation.engine import Moment, SimEngine, SimRequest, SimRun
 from tfserve.engine.simulation.fitted import HostTime
 

@@ -11,12 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats, Playback, play
+from tfserve.arrays import Floats, Ints, Mask, RowIndex
+from tfserve.engine.scheduling.token_buffer import Playback, play
 from tfserve.types import RequestId
-
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
 
 
 class Phase(enum.IntEnum):
@@ -182,11 +179,11 @@ class Columns:
         seconds[np.isnan(self.rate)] = np.inf
         return seconds
 
-    def in_phase(self, phase: Phase) -> Rows:
+    def in_phase(self, phase: Phase) -> RowIndex:
         """Rows in a phase, in order of arrival."""
         rows = np.flatnonzero(self.phase == int(phase))
         return rows[np.argsort(self.seq[rows])]
 
-    def ids_of(self, rows: Rows | Sequence[int]) -> tuple[RequestId, ...]:
+    def ids_of(self, rows: RowIndex | Sequence[int]) -> tuple[RequestId, ...]:
         """The requests of these rows, in their order."""
         return tuple(self.ids[row] for row in rows)

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.arrays import Floats
 from tfserve.engine.scheduling.step_fit import fit_law
-from tfserve.engine.scheduling.token_buffer import Floats
 from tfserve.plan import Ack, Direction
 
 _WINDOW = 256

@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from tfserve.engine.scheduling.columns import Columns, Mask, Phase
+from tfserve.arrays import Mask
+from tfserve.engine.scheduling.columns import Columns, Phase
 from tfserve.engine.scheduling.request import Request
 from tfserve.engine.scheduling.token_buffer import AUTO, resolve_rate
 from tfserve.types import StreamState

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.arrays import RowIndex
 from tfserve.types import RequestId
-
-Rows = npt.NDArray[np.intp]
 
 _FIRST_CAPACITY = 64
 
@@ -52,7 +51,7 @@ class Table:
         """The row of one request; KeyError if it has none."""
         return self._row_of[req]
 
-    def rows(self, reqs: Iterable[RequestId]) -> Rows:
+    def rows(self, reqs: Iterable[RequestId]) -> RowIndex:
         """The rows of several requests, in their order; KeyError if one has none."""
         return np.fromiter(map(self._row_of.__getitem__, reqs), np.intp)
 

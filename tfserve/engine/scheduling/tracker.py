@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.scheduling.columns import Columns, Ints, Mask, Phase, Reading
-from tfserve.engine.scheduling.table import Rows, Table
+from tfserve.arrays import Ints, Mask, RowIndex
+from tfserve.engine.scheduling.columns import Columns, Phase, Reading
+from tfserve.engine.scheduling.table import Table
 from tfserve.engine.scheduling.tenant_numbers import TenantNumbers
 from tfserve.engine.scheduling.token_buffer import AUTO, Playback, estimated_rate, play, resolve_rate
 from tfserve.types import FASTEST_RATE, ONE_TENANT, RequestId, Tenant
@@ -254,7 +255,7 @@ class Tracker:
             ),
         )
 
-    def _play(self, rows: Rows | slice, now_s: float) -> Playback:
+    def _play(self, rows: RowIndex | slice, now_s: float) -> Playback:
         table = self._table
         return play(
             now_s,
@@ -266,7 +267,7 @@ class Tracker:
             read_area=table["read_area"][rows],
         )
 
-    def _advance(self, rows: Rows, now_s: float) -> None:
+    def _advance(self, rows: RowIndex, now_s: float) -> None:
         """Let these readers read up to `now_s`, before something changes for them."""
         playback = self._play(rows, now_s)
         self._table["read_area"][rows] = playback.read_area

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfserve.arrays import Ints, RowIndex
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Ints, Phase
+from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
-from tfserve.engine.scheduling.table import Rows
 from tfserve.types import RequestId
 
 _RETRACT_AHEAD_STEPS = 20
@@ -45,7 +45,7 @@ class Fcfs:
             admit=admit, preempt=tuple((req, ResumeBy.RECOMPUTE) for req in c.ids_of(victims)), decode=decode
         )
 
-    def _overflow(self, snapshot: Snapshot, running: Rows) -> list[int]:
+    def _overflow(self, snapshot: Snapshot, running: RowIndex) -> list[int]:
         """Running requests to preempt so that the others' next tokens have blocks; one always stays."""
         c = snapshot.columns
         missing = int(snapshot.next_step_blocks[running].sum()) - snapshot.memory.num_free_blocks
@@ -61,7 +61,7 @@ class Fcfs:
             self._on_overflow(c.num_output[keep], c.num_remaining[keep])
         return victims
 
-    def _keep_order(self, snapshot: Snapshot, running: Rows) -> Rows:
+    def _keep_order(self, snapshot: Snapshot, running: RowIndex) -> RowIndex:
         """Positions in `running`, those to preempt first at the end."""
         c = snapshot.columns
         return np.lexsort((c.num_prompt[running], -c.num_output[running]))
@@ -103,7 +103,7 @@ class FcfsGreedy(Fcfs):
         admit = () if victims else admissible(snapshot, 0.0, 0)
         return Decision(admit=admit, preempt=tuple((req, ResumeBy.RECOMPUTE) for req in c.ids_of(victims)))
 
-    def _keep_order(self, snapshot: Snapshot, running: Rows) -> Rows:
+    def _keep_order(self, snapshot: Snapshot, running: RowIndex) -> RowIndex:
         return np.argsort(snapshot.columns.seq[running])
 
     def _on_overflow(self, num_output: Ints, num_remaining: Ints) -> None:
