@@ -13,8 +13,9 @@ from itertools import compress
 import msgspec
 
 from tfserve.engine.core.step_trace import CopyTotals, StepTrace
-from tfserve.engine.scheduling.request import Finish, Request, RequestState
+from tfserve.engine.scheduling.request import Finish, Request
 from tfserve.engine.scheduling.scheduler import Scheduler
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.errors import failures
 from tfserve.messages import (
     AbortRequest,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,24 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.arrays import Floats, Ints, Mask, RowIndex
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.token_buffer import Playback, play
 from tfserve.types import RequestId
 
-
-class Phase(enum.IntEnum):
-    """Where a request's KV is. WAITING: nowhere. RUNNING: on the device, with a row.
-
-    PAUSED: on the host, perhaps some of it still on the device. LOADING: on its way back, device blocks reserved.
-    """
-
-    WAITING = 0
-    RUNNING = 1
-    PAUSED = 2
-    LOADING = 3
-
-
 # Comparing an array with an enum member takes longer than the comparison.
-_WAITING, _RUNNING, _PAUSED, _LOADING = map(int, Phase)
+_WAITING, _RUNNING, _PAUSED, _LOADING = map(int, tuple(RequestState)[:4])
 
 
 class Reading(NamedTuple):
@@ -63,8 +50,8 @@ class Columns:
     priority: Ints
     tenant: Ints
     weight: Floats
-    phase: npt.NDArray[np.int8]
-    phase_since_s: Floats
+    state: npt.NDArray[np.int8]
+    state_since_s: Floats
     num_prompt: Ints
     num_output: Ints
     num_computed: Ints
@@ -87,25 +74,25 @@ class Columns:
     @cached_property
     def is_waiting(self) -> Mask:
         """Requests without KV."""
-        mask: Mask = self.phase == _WAITING
+        mask: Mask = self.state == _WAITING
         return mask
 
     @cached_property
     def is_running(self) -> Mask:
         """Requests on the device."""
-        mask: Mask = self.phase == _RUNNING
+        mask: Mask = self.state == _RUNNING
         return mask
 
     @cached_property
     def is_paused(self) -> Mask:
         """Requests off the device, their KV on the host."""
-        mask: Mask = self.phase == _PAUSED
+        mask: Mask = self.state == _PAUSED
         return mask
 
     @cached_property
     def is_loading(self) -> Mask:
         """Requests whose KV is on its way back."""
-        mask: Mask = self.phase == _LOADING
+        mask: Mask = self.state == _LOADING
         return mask
 
     @cached_property
@@ -179,9 +166,9 @@ class Columns:
         seconds[np.isnan(self.rate)] = np.inf
         return seconds
 
-    def in_phase(self, phase: Phase) -> RowIndex:
-        """Rows in a phase, in order of arrival."""
-        rows = np.flatnonzero(self.phase == int(phase))
+    def in_state(self, state: RequestState) -> RowIndex:
+        """Rows in a state, in order of arrival."""
+        rows = np.flatnonzero(self.state == int(state))
         return rows[np.argsort(self.seq[rows])]
 
     def ids_of(self, rows: RowIndex | Sequence[int]) -> tuple[RequestId, ...]:

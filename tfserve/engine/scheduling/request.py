@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.packed_logprobs import PackedLogprobs
 from tfserve.plan import PromptLogprobs, Row
@@ -26,19 +26,6 @@ ResumePath = Literal["load", "recompute"]
 
 Finish = tuple[FinishReason, str | int | None]
 """How a request ended, and the stop string or token that ended it."""
-
-
-class RequestState(enum.IntEnum):
-    """Where a request is: WAITING has no row and no KV, RUNNING has both, FINISHED has neither.
-
-    PAUSED and LOADING have KV but no row: PAUSED on the host, LOADING on its way back to the device.
-    """
-
-    WAITING = enum.auto()
-    RUNNING = enum.auto()
-    PAUSED = enum.auto()
-    LOADING = enum.auto()
-    FINISHED = enum.auto()
 
 
 @dataclass(slots=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.batch import BatchBuilder, sample_of
-from tfserve.engine.scheduling.columns import Columns, Phase
+from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
 from tfserve.engine.scheduling.offload_manager import OffloadManager
@@ -18,9 +18,10 @@ from tfserve.engine.scheduling.policy import (
     held_on_device,
     write_order,
 )
-from tfserve.engine.scheduling.request import Request, RequestState
+from tfserve.engine.scheduling.request import Request
 from tfserve.engine.scheduling.rows import Rows
 from tfserve.engine.scheduling.snapshots import Snapshots
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.stream_states import state_before_queue, stream_states
 from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.kv_manager import KVCacheManager
@@ -82,10 +83,10 @@ class Scheduler:
         self._steps_under_way = 0
         self._started: list[RequestId] = []
         self._by_state = {
-            RequestState.WAITING: (self.waiting, Phase.WAITING),
-            RequestState.RUNNING: (self.running, Phase.RUNNING),
-            RequestState.PAUSED: (self.paused, Phase.PAUSED),
-            RequestState.LOADING: (self.loading, Phase.LOADING),
+            RequestState.WAITING: self.waiting,
+            RequestState.RUNNING: self.running,
+            RequestState.PAUSED: self.paused,
+            RequestState.LOADING: self.loading,
         }
 
     @property
@@ -129,8 +130,7 @@ class Scheduler:
         if request.row is not None:
             self._rows.leave(request)
         self.kv.release(request.id)
-        group, _ = self._by_state[request.state]
-        del group[request.id]
+        del self._by_state[request.state][request.id]
         request.state = RequestState.FINISHED
         self._tracker.remove(request.id, completed=completed)
 
@@ -242,7 +242,9 @@ class Scheduler:
                 self._queue(request)
 
     def _write_order(self, columns: Columns) -> Sequence[RequestId]:
-        return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))
+        if self._config.priority_writes:
+            return write_order(columns)
+        return columns.ids_of(columns.in_state(RequestState.RUNNING))
 
     def _carry_out(self, decision: Decision, reserved: int, now_s: float) -> None:
         """Drop, preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step.
@@ -322,12 +324,10 @@ class Scheduler:
 
     def _move(self, request: Request, state: RequestState, now_s: float) -> None:
         """Change a request's state, and with it the group it is in."""
-        before, _ = self._by_state[request.state]
-        after, phase = self._by_state[state]
-        del before[request.id]
-        after[request.id] = request
+        del self._by_state[request.state][request.id]
+        self._by_state[state][request.id] = request
         request.state = state
-        self._tracker.set_phase(request.id, phase, now_s)
+        self._tracker.set_state(request.id, state, now_s)
         if state is RequestState.WAITING:
             request.num_computed_tokens = 0
             request.device_has_token = False

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.arrays import Ints, Mask, RowIndex
-from tfserve.engine.scheduling.columns import Columns, Phase, Reading
+from tfserve.engine.scheduling.columns import Columns, Reading
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.table import Table
 from tfserve.engine.scheduling.tenant_numbers import TenantNumbers
 from tfserve.engine.scheduling.token_buffer import AUTO, Playback, estimated_rate, play, resolve_rate
@@ -22,8 +23,8 @@ _DEFAULTS: dict[str, tuple[type, float]] = {
     "priority": (np.int64, 0),
     "tenant": (np.int64, 0),
     "weight": (np.float64, 1.0),
-    "phase": (np.int8, Phase.WAITING),
-    "phase_since_s": (np.float64, 0.0),
+    "state": (np.int8, RequestState.WAITING),
+    "state_since_s": (np.float64, 0.0),
     "num_prompt": (np.int64, 0),
     "num_output": (np.int64, 0),
     "num_in_flight": (np.int64, 0),
@@ -98,7 +99,7 @@ class Tracker:
             priority=priority,
             tenant=self._tenants.enter(tenant.name),
             weight=tenant.weight,
-            phase_since_s=arrival_s,
+            state_since_s=arrival_s,
             num_prompt=num_prompt,
             max_tokens=max_tokens,
             is_auto=rate == AUTO,
@@ -123,16 +124,16 @@ class Tracker:
         self._table.remove(req)
         self._num_events += 1
 
-    def set_phase(self, req: RequestId, phase: Phase, now_s: float) -> None:
-        """Move a request to another phase; leaving the device counts as a preemption."""
+    def set_state(self, req: RequestId, state: RequestState, now_s: float) -> None:
+        """Move a request to another state; leaving the device counts as a preemption."""
         row = self._table.row(req)
-        before = self._table["phase"][row]
-        self._table["phase"][row] = phase
-        self._table["phase_since_s"][row] = now_s
-        if before == Phase.RUNNING and phase in (Phase.PAUSED, Phase.WAITING):
+        before = self._table["state"][row]
+        self._table["state"][row] = state
+        self._table["state_since_s"][row] = now_s
+        if before == RequestState.RUNNING and state in (RequestState.PAUSED, RequestState.WAITING):
             self._table["num_preemptions"][row] += 1
             self._num_preemptions += 1
-        if before == Phase.LOADING and phase == Phase.RUNNING:
+        if before == RequestState.LOADING and state == RequestState.RUNNING:
             self._num_events += 1
 
     def update(
@@ -283,8 +284,8 @@ _SNAPSHOT = (
     "priority",
     "tenant",
     "weight",
-    "phase",
-    "phase_since_s",
+    "state",
+    "state_since_s",
     "num_prompt",
     "num_output",
     "num_computed",

@@ -34,7 +34,7 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     if c.has_reader.all():
         return reading
     away = c.is_waiting | c.is_paused
-    background = background_patience_s - np.where(away, now_s - c.phase_since_s, 0.0)
+    background = background_patience_s - np.where(away, now_s - c.state_since_s, 0.0)
     return np.where(~c.has_reader, background, reading)
 
 

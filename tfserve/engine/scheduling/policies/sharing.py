@@ -10,8 +10,8 @@ import numpy as np
 
 from tfserve.arrays import Floats, Ints, Mask, RowIndex
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot, held_back
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.types import RequestId
 
 _EVENT_GAPS = 25
@@ -164,7 +164,7 @@ class TimeShared:
             self._exchange_s = snapshot.now_s + self._config.schedule_interval_s
             decision = self._pass(snapshot, self._sizes(snapshot))
         elif self._ticker.due(snapshot.now_s, c.num_events) or out_of_blocks(snapshot):
-            decision = self._pass(snapshot, self._sizes(snapshot), keep=c.in_phase(Phase.RUNNING))
+            decision = self._pass(snapshot, self._sizes(snapshot), keep=c.in_state(RequestState.RUNNING))
         else:
             return Decision(wake_s=self._exchange_s)
         self._ticker.ran(snapshot.now_s, c.num_events)
@@ -189,7 +189,7 @@ class TimeShared:
         resident = np.isin(order, keep)
         order = np.concatenate([order[resident], order[~resident]])
         chosen = fill(order, sizes)
-        running = c.in_phase(Phase.RUNNING)
+        running = c.in_state(RequestState.RUNNING)
         leave = running[~np.isin(running, chosen)]
         come = chosen[~c.is_running[chosen]]
         _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.offload)

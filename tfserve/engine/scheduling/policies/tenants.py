@@ -197,15 +197,15 @@ def in_fair_order(columns: Columns, turn: RowIndex) -> Columns:
     c = columns
     if not len(turn):
         return c
-    seq, arrival_s, since_s, priority = c.seq.copy(), c.arrival_s.copy(), c.phase_since_s.copy(), c.priority.copy()
+    seq, arrival_s, since_s, priority = c.seq.copy(), c.arrival_s.copy(), c.state_since_s.copy(), c.priority.copy()
     seq[turn] = np.sort(c.seq[turn])
     arrival_s[turn] = np.maximum.accumulate(c.arrival_s[turn])
-    since_s[turn] = np.maximum.accumulate(c.phase_since_s[turn])
+    since_s[turn] = np.maximum.accumulate(c.state_since_s[turn])
     rows = turn[np.lexsort((c.priority[turn], c.tenant[turn]))]
     is_first = np.diff(c.tenant[rows], prepend=-1) != 0
     rank = np.cumsum(is_first | (np.append(False, c.priority[rows][1:] != c.priority[rows][:-1])))
     priority[rows] = rank - np.repeat(rank[is_first], np.diff(np.flatnonzero(is_first), append=len(rows)))
-    return replace(c, seq=seq, arrival_s=arrival_s, phase_since_s=since_s, priority=priority)
+    return replace(c, seq=seq, arrival_s=arrival_s, state_since_s=since_s, priority=priority)
 
 
 def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, turn: RowIndex) -> Decision | None:

@@ -17,7 +17,7 @@ class RoundRobin(TimeShared):
         c = snapshot.columns
         running = c.is_running
         turn = np.where(running, np.where(snapshot.is_decoding, 2, 0), 1)
-        since = np.where(running, -c.phase_since_s, c.phase_since_s)
+        since = np.where(running, -c.state_since_s, c.state_since_s)
         order = np.lexsort((c.seq, since, turn))
         return order[~c.is_loading[order]]
 

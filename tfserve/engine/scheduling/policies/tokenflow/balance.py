@@ -86,7 +86,7 @@ class Balance:
         """Residents that decode and have had their minimum stay, those who lose least first."""
         snapshot, config = self._snapshot, self._config
         c = snapshot.columns
-        stayed_s = snapshot.now_s - c.phase_since_s
+        stayed_s = snapshot.now_s - c.state_since_s
         rows = np.flatnonzero(snapshot.is_decoding & (stayed_s >= self._stay_s - 1e-9))
         gains = self._gains(rows)
         loss = loss_order(
@@ -142,7 +142,7 @@ class Balance:
     def _take_off_reluctant(self, willing: list[int]) -> None:
         """Nobody can go unnoticed: who has most to read suffers least; who must recompute, if it has just come."""
         others = np.setdiff1d(np.flatnonzero(self._running), willing)
-        latest = np.where(self._round_trip[1], 0.0, -self._snapshot.columns.phase_since_s)
+        latest = np.where(self._round_trip[1], 0.0, -self._snapshot.columns.state_since_s)
         order = others[np.lexsort((-self.headroom[others], latest[others]))]
         for row in order[:-1].tolist():
             if self._spare >= 0:
