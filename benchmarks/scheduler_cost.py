@@ -57,7 +57,9 @@ class Bench:
         outputs = self.rng.integers(100, 1500, n)
         running = np.arange(n) < n // 2
         blocks = -(-(PROMPT + outputs) // BLOCK)
-        self.kv = KVCacheManager(BlockPool(int(blocks[running].sum() * 1.02) + 20), BLOCK, 4096, BlockPool(40 * n + 2))
+        self.kv = KVCacheManager(
+            self.tracker.table, BlockPool(int(blocks[running].sum() * 1.02) + 20), BLOCK, 4096, BlockPool(40 * n + 2)
+        )
         self.snapshots = Snapshots(self.kv, self.tracker, self.cost, max_num_seqs=n, max_num_batched_tokens=8192)
         # Paused ones first: they leave the device again.
         for is_running, output in sorted(zip(running.tolist(), outputs.tolist(), strict=True)):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.engine.scene import set_kv
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.cost_model import CostModel, StepCoefficients
 from tfserve.engine.scheduling.policies import make_policy
@@ -126,7 +127,7 @@ class Driver:
             if end <= self.now:
                 del self.evictions[req]
                 self.free += blocks
-                self.tracker.update([req], host_tokens=tokens, device_blocks=0)
+                set_kv(self.tracker, [req], host_tokens=tokens, device_blocks=0)
         for req, end in list(self.loads.items()):
             if end <= self.now:
                 del self.loads[req]
@@ -149,7 +150,7 @@ class Driver:
             assert c.state[row[req]] == RequestState.PAUSED
             _, blocks, _ = self.evictions.pop(req, (0.0, 0, 0))
             self.free += blocks
-            self.tracker.update([req], num_computed=0, device_blocks=0, host_tokens=0)
+            set_kv(self.tracker, [req], num_computed=0, device_blocks=0, host_tokens=0)
             self.tracker.set_state(req, RequestState.WAITING, self.now)
         for req, by in decision.preempt:
             i = row[req]
@@ -158,13 +159,13 @@ class Driver:
             computed, blocks, host = int(c.num_computed[i]), int(c.device_blocks[i]), int(c.host_tokens[i])
             if by is ResumeBy.RECOMPUTE:
                 self.free += blocks
-                self.tracker.update([req], num_computed=0, device_blocks=0, host_tokens=0)
+                set_kv(self.tracker, [req], num_computed=0, device_blocks=0, host_tokens=0)
                 self.tracker.set_state(req, RequestState.WAITING, self.now)
                 continue
             clean = min(blocks, host // bs if host < computed else blocks)
             self.free += clean
             self.tracker.set_state(req, RequestState.PAUSED, self.now)
-            self.tracker.update([req], device_blocks=blocks - clean)
+            set_kv(self.tracker, [req], device_blocks=blocks - clean)
             if blocks > clean:
                 end = self._transfer("out", computed - host)
                 self.evictions[req] = (end, blocks - clean, computed)
@@ -174,14 +175,14 @@ class Driver:
             if req in self.evictions:  # the rest is still going out: let it, then come back
                 continue
             if by is ResumeBy.RECOMPUTE:
-                self.tracker.update([req], num_computed=0, host_tokens=0)
+                set_kv(self.tracker, [req], num_computed=0, host_tokens=0)
                 self.tracker.set_state(req, RequestState.RUNNING, self.now)
                 continue
             blocks = math.ceil(int(c.host_tokens[i]) / bs)
             if blocks > self.free:
                 continue
             self.free -= blocks
-            self.tracker.update([req], device_blocks=blocks)
+            set_kv(self.tracker, [req], device_blocks=blocks)
             self.tracker.set_state(req, RequestState.LOADING, self.now)
             self.loads[req] = self._transfer("in", int(c.host_tokens[i]))
         for req in decision.admit:
@@ -243,7 +244,7 @@ class Driver:
         n = np.array([1] * len(batch) + [k for _, k in chunks])
         computed = c.num_computed[done] + n
         sampled = [i for i, k in zip(done, computed.tolist(), strict=True) if k == c.num_tokens[i]]
-        self.tracker.update([ids[i] for i in done], num_computed=computed, device_blocks=np.ceil(computed / bs))
+        set_kv(self.tracker, [ids[i] for i in done], num_computed=computed, device_blocks=np.ceil(computed / bs))
         self.tracker.on_tokens([ids[i] for i in sampled], 1, self.now)
         if self.config.offload and self.config.write_through:
             self._write_through(seconds)
@@ -266,7 +267,7 @@ class Driver:
             if n > 0:
                 budget -= n
                 self.moved["out"] += n
-                self.tracker.update([req], host_tokens=int(c.host_tokens[where[req]]) // bs * bs + n)
+                set_kv(self.tracker, [req], host_tokens=int(c.host_tokens[where[req]]) // bs * bs + n)
 
     def _finish(self, req: str) -> None:
         self.free += int(self._column("device_blocks", req))
@@ -295,7 +296,7 @@ class Driver:
         self.forced += 1
         self.preemptions[req] += 1
         self.free += int(self._column("device_blocks", req))
-        self.tracker.update([req], num_computed=0, device_blocks=0, host_tokens=0)
+        set_kv(self.tracker, [req], num_computed=0, device_blocks=0, host_tokens=0)
         self.tracker.set_state(req, RequestState.WAITING, self.now)
 
     # -- accounts

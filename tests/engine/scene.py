@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +39,12 @@ class FlatCost:
         return self.capacity
 
 
+def set_kv(tracker: Tracker, reqs: Sequence[str], **counters) -> None:
+    """Write `num_computed`, `device_blocks` or `host_tokens` of these requests, as the memory manager would."""
+    for name, values in counters.items():
+        tracker.table[name][tracker.table.rows(reqs)] = values
+
+
 @dataclass
 class Scene:
     """Blocks of 16; a running request holds the blocks of what it has computed, a paused one is on the host."""
@@ -67,7 +74,7 @@ class Scene:
         self.tracker.set_state(req, RequestState.RUNNING, self.now_s - for_s)
         blocks = math.ceil(computed / self.block_size)
         self.held += blocks
-        self.tracker.update([req], num_computed=computed, device_blocks=blocks, host_tokens=computed if clean else 0)
+        set_kv(self.tracker, [req], num_computed=computed, device_blocks=blocks, host_tokens=computed if clean else 0)
         return self
 
     def prefilling(self, req, prompt=320, computed=0, rate=20.0, for_s=0.2, **more) -> Scene:
@@ -75,14 +82,14 @@ class Scene:
         self.tracker.set_state(req, RequestState.RUNNING, self.now_s - for_s)
         blocks = math.ceil(computed / self.block_size)
         self.held += blocks
-        self.tracker.update([req], num_computed=computed, device_blocks=blocks)
+        set_kv(self.tracker, [req], num_computed=computed, device_blocks=blocks)
         return self
 
     def paused(self, req, unread_s=5.0, prompt=32, output=200, max_tokens=1000, rate=20.0, for_s=3.0, **more):
         self._started(req, unread_s, prompt, output, max_tokens, rate, **more)
         self.tracker.set_state(req, RequestState.PAUSED, self.now_s - for_s)
         computed = prompt + output - 1
-        self.tracker.update([req], num_computed=computed, host_tokens=computed)
+        set_kv(self.tracker, [req], num_computed=computed, host_tokens=computed)
         return self
 
     def loading(self, req, **kw) -> Scene:
@@ -90,7 +97,7 @@ class Scene:
         c = self.tracker.columns(self.now_s)
         blocks = math.ceil(int(c.num_computed[c.ids.index(req)]) / self.block_size)
         self.tracker.set_state(req, RequestState.LOADING, self.now_s)
-        self.tracker.update([req], device_blocks=blocks)
+        set_kv(self.tracker, [req], device_blocks=blocks)
         self.held += blocks
         return self
 

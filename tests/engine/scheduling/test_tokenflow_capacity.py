@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.scene import FlatCost, Scene, decide
+from tests.engine.scene import FlatCost, Scene, decide, set_kv
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
 from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
@@ -179,7 +179,7 @@ def test_a_wait_for_a_first_token_excuses_a_little_stalling():
     scene.tracker.add("a", arrival_s=scene.now_s - 3, num_prompt=32, max_tokens=1000, rate=20.0)
     scene.tracker.on_tokens(["a"], 46, scene.now_s - 2)
     scene.tracker.set_state("a", RequestState.RUNNING, scene.now_s - 3)
-    scene.tracker.update(["a"], num_computed=77, device_blocks=5)
+    set_kv(scene.tracker, ["a"], num_computed=77, device_blocks=5)
     scene.held += 5
     scene.prefilling("p", for_s=2.0)
     for share, excused_s in ((0.0, 0.0), (0.05, 0.1), (0.1, 0.2)):
@@ -189,5 +189,5 @@ def test_a_wait_for_a_first_token_excuses_a_little_stalling():
 
 def test_first_tokens_come_before_recomputing():
     scene = Scene().running("again", unread_s=0.0).prefilling("new")
-    scene.tracker.update(["again"], num_computed=0)
+    set_kv(scene.tracker, ["again"], num_computed=0)
     assert decide(scene).order == ("new", "again")

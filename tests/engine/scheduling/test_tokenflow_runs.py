@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.policy_driver import CPU, Ask, Driver, Machine, burst
-from tests.engine.scene import FlatCost, Scene
+from tests.engine.scene import FlatCost, Scene, set_kv
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.cost_model import StepCoefficients
 from tfserve.engine.scheduling.policies.headroom import gain
@@ -43,7 +43,7 @@ class TwoSlots:
             running = c.ids_of(c.in_state(RequestState.RUNNING))
             assert len(running) <= 2
             self.tracker.on_tokens(running, 1, now + 1 / 40)
-            self.tracker.update(running, num_computed=self._tokens(running, now), device_blocks=1)
+            set_kv(self.tracker, running, num_computed=self._tokens(running, now), device_blocks=1)
 
     def _tokens(self, reqs, now):
         c = self.tracker.columns(now)
@@ -60,11 +60,11 @@ class TwoSlots:
             assert by is ResumeBy.LOAD
             self.events.append((now, "preempt", req))
             self.tracker.set_state(req, RequestState.PAUSED, now)
-            self.tracker.update([req], device_blocks=0, host_tokens=self._tokens([req], now))
+            set_kv(self.tracker, [req], device_blocks=0, host_tokens=self._tokens([req], now))
         for req in [req for req, _ in decision.resume] + list(decision.admit):
             self.events.append((now, "run", req))
             self.tracker.set_state(req, RequestState.RUNNING, now)
-            self.tracker.update([req], device_blocks=1, host_tokens=0)
+            set_kv(self.tracker, [req], device_blocks=1, host_tokens=0)
 
 
 def test_the_papers_figure_6():

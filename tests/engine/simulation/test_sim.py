@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tfserve.engine.scheduling.table import RequestTable
 from tfserve.engine.simulation.clock import SimClock
 from tfserve.engine.simulation.runner import SimRunner, sim_token
 from tfserve.engine.simulation.transfers import SimLinks, SimTransfers
@@ -137,9 +138,11 @@ def test_directions_that_contend_slow_each_other_down():
 def swap_s(num_blocks: int = 8, **options) -> tuple[float, int]:
     """Virtual seconds from preempting one request to having another of equal size back; and blocks stored in them."""
     clock = SimClock()
-    kv = KVCacheManager(
-        BlockPool(num_blocks + 1), BLOCK, 64 * BLOCK, BlockPool(4 * num_blocks), OffloadOptions(**options)
-    )
+    table = RequestTable()
+    for req in ("back", "away"):
+        table.add(req)
+    device, host = BlockPool(num_blocks + 1), BlockPool(4 * num_blocks)
+    kv = KVCacheManager(table, device, BLOCK, 64 * BLOCK, host, options=OffloadOptions(**options))
     transfers = SimTransfers(clock, SimLinks(store_bytes_per_s=1e6, load_bytes_per_s=1e6), TOKEN_BYTES)
 
     def settle():

@@ -11,6 +11,7 @@ from tfserve.engine.scheduling.offload_manager import OffloadManager
 from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.policy import Policy
 from tfserve.engine.scheduling.scheduler import Scheduler
+from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.plan import TransferEngine
@@ -44,18 +45,21 @@ def make_scheduler(
     """
     # A request's stretch of blocks is never more than its share of the pool.
     share = memory.num_blocks * memory.block_size // max_num_seqs
+    tracker = Tracker(config.default_rate, config.max_rate)
     kv = KVCacheManager(
+        tracker.table,
         BlockPool(memory.num_blocks),
         memory.block_size,
         share,
         BlockPool(memory.num_host_blocks) if memory.num_host_blocks else None,
-        OffloadOptions(config.write_through, config.load_evict_overlap, granule_of(memory.block_size)),
+        options=OffloadOptions(config.write_through, config.load_evict_overlap, granule_of(memory.block_size)),
     )
     return Scheduler(
         policy or make_policy(config),
         kv,
         OffloadManager(kv, cost, transfers),
         cost,
+        tracker=tracker,
         config=config,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
