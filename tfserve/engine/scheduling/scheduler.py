@@ -37,7 +37,7 @@ _KV_STATES = {
     RequestState.PAUSED: PAUSED,
     RequestState.LOADING: RESUMING,
 }
-"""Where the KV of a request may be."""
+"""Where the KV of a live request may be, in each of its states."""
 
 
 class Scheduler:
@@ -66,10 +66,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         gate: GrammarGate | None = None,
     ) -> None:
-        self.waiting: dict[RequestId, Request] = {}
-        self.running: dict[RequestId, Request] = {}
-        self.paused: dict[RequestId, Request] = {}
-        self.loading: dict[RequestId, Request] = {}
+        self._by_state: dict[RequestState, dict[RequestId, Request]] = {state: {} for state in _KV_STATES}
+        self.waiting, self.running, self.paused, self.loading = self._by_state.values()
         self.kv = kv
         self.offload = offload
         self.num_dropped = 0
@@ -89,12 +87,6 @@ class Scheduler:
         self._batch = BatchBuilder(kv, max_num_batched_tokens)
         self._steps_under_way = 0
         self._started: list[RequestId] = []
-        self._by_state = {
-            RequestState.WAITING: self.waiting,
-            RequestState.RUNNING: self.running,
-            RequestState.PAUSED: self.paused,
-            RequestState.LOADING: self.loading,
-        }
 
     @property
     def has_work(self) -> bool:

@@ -9,7 +9,7 @@ from tfserve.memory.kv_manager import KVCacheManager
 
 
 class Snapshots:
-    """Builds a Snapshot per step. Nothing is copied and nothing loops over requests: columns are views of the table."""
+    """Builds a Snapshot per step. Nothing loops over requests: columns are views of the request table."""
 
     def __init__(
         self, kv: KVCacheManager, tracker: Tracker, cost: CostModel, *, max_num_seqs: int, max_num_batched_tokens: int
