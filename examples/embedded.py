@@ -1,26 +1,24 @@
-"""tfserve inside a Python program: a batch with `generate`, a stream with `stream`."""
+"""tfserve inside a Python program: a batch with `generate`, an answer with `chat`, a stream with `stream_chat`."""
 
 import asyncio
 
-from tfserve.config import EngineConfig
-from tfserve.engine.engine import Engine
-from tfserve.types import SamplingParams
+from tfserve import Engine, EngineConfig, SamplingParams
 
 
 async def read_aloud(engine: Engine) -> None:
-    text = engine.tokenizer.apply_chat_template([{"role": "user", "content": "Why is the sky blue?"}])
-    prompt = engine.tokenizer.encode(text, add_special_tokens=False)
-    async for output in engine.stream(prompt, SamplingParams(temperature=0, max_tokens=64)):
+    async for output in engine.stream_chat("Why is the sky blue?", SamplingParams(temperature=0, max_tokens=64)):
         print(output.text, end="", flush=True)
     print()
 
 
 def main() -> None:
-    # "demo" is SmolLM2-135M-Instruct, prepared by `tfserve demo-model`; a model directory or a hub id does as well.
+    # "demo" is SmolLM2-135M-Instruct, downloaded at its first use; a model directory or a hub id does as well.
     with Engine(EngineConfig(model="demo", max_model_len=2048)) as engine:
         params = SamplingParams(temperature=0, max_tokens=16)
         for output in engine.generate(["The capital of France is", "Two plus two is"], params):
             print(repr(output.text), output.finish_reason)
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+        print(engine.chat(messages, params).text)
         asyncio.run(read_aloud(engine))
 
 

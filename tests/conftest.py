@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 # Two threads on two busy cores wait for each other: the same tests then take fifteen times as long.
 torch.set_num_threads(1)
@@ -72,9 +83,42 @@ def tiny_qwen25_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random(Qwen2ForCausalLM, config, tmp_path_factory.mktemp("tiny_qwen25_untied"), max_shard_size="200KB")
 
 
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3 in small: norms of q and k, head_dim unlike hidden / heads, tied head; sharded."""
+    config = Qwen3Config(**TINY, head_dim=16, max_position_embeddings=1024, tie_word_embeddings=True)
+    return save_random(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("tiny_qwen3"), max_shard_size="200KB")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3 in small: norms of q and k beside biases, one KV head, a head of its own."""
+    shape = TINY | {"num_key_value_heads": 1}
+    config = Qwen3Config(
+        **shape, head_dim=16, max_position_embeddings=1024, tie_word_embeddings=False, attention_bias=True
+    )
+    return save_random(Qwen3ForCausalLM, config, tmp_path_factory.mktemp("tiny_qwen3_untied"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral in small, as Nemo: head_dim unlike hidden / heads, no sliding window, untied head."""
+    config = MistralConfig(
+        **TINY, head_dim=16, max_position_embeddings=1024, sliding_window=None, tie_word_embeddings=False
+    )
+    return save_random(MistralForCausalLM, config, tmp_path_factory.mktemp("tiny_mistral"))
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_window(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral in small, as 7B v0.1: a sliding window of 200 tokens in a context of 1024; tied head."""
+    config = MistralConfig(**TINY, max_position_embeddings=1024, sliding_window=200, tie_word_embeddings=True)
+    return save_random(MistralForCausalLM, config, tmp_path_factory.mktemp("tiny_mistral_window"))
+
+
 def save_random(
     model_class: type[PreTrainedModel],
-    config: LlamaConfig | Qwen2Config,
+    config: PreTrainedConfig,
     model_dir: Path,
     max_shard_size: str = "1GB",
 ) -> Path:

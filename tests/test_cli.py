@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from tfserve import cli
-from tfserve.config import EngineConfig
+from tfserve.config import SETTINGS, EngineConfig
 from tfserve.engine.engine import Engine
 from tfserve.engine.frontend.link import _startup_error
 from tfserve.errors import (
@@ -92,3 +93,39 @@ def test_interrupted_is_130(monkeypatch):
 
     monkeypatch.setattr(demo, "prepare_demo_model", interrupt)
     assert cli.main(["demo-model"]) == 130
+
+
+def test_the_help_of_serve_lists_every_setting_with_its_default_and_its_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 120
+    words = " ".join(shown.split())
+    assert f"--model {SETTINGS['model'].help}" in words
+    for setting in SETTINGS.values():
+        if setting.default is msgspec.NODEFAULT:
+            continue
+        flag, default = "--" + setting.name.replace("_", "-"), msgspec.json.encode(setting.default).decode().strip('"')
+        names = {"server.port": ", --port", "server.host": ", --host", "server.api_keys": ", --api-key"}
+        assert f"{flag}{names.get(setting.name, '')} {default} {setting.help}" in words
+        assert all(str(choice) in words for choice in setting.choices)
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "bench engine"])
+@pytest.mark.parametrize(
+    "words",
+    [["--max-num-sq", "3", "{tmp}"], ["{tmp}", "--max_num_sq=3"], ["--seed", "1", "{tmp}", "--max-num-sq", "3"]],
+)
+def test_an_unknown_setting_is_named_wherever_it_stands(tmp_path, capsys, command, words):
+    words = [word.format(tmp=tmp_path) for word in words]
+    assert cli.main([*command.split(), *words, *(["hello"] if command == "generate" else [])]) == 2
+    assert "max_num_sq: is not a setting; did you mean max_num_seqs?" in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_the_model(tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr("tfserve.http.server.serve", lambda config: served.append(config) or 0)
+    monkeypatch.setenv("TFSERVE_SEED", "7")
+    assert cli.main(["serve", "--port", "9000", str(tmp_path), "--max-num-seqs=3"]) == 0
+    (config,) = served
+    assert (config.model, config.server.port, config.max_num_seqs, config.seed) == (str(tmp_path), 9000, 3, 7)

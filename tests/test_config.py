@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from tfserve.config import EngineConfig, config_from, load_config
-from tfserve.config_words import config_from_args, parse_settings
+from tfserve import config as config_module
+from tfserve.config import SETTINGS, EngineConfig, SchedulerConfig, config_from, load_config, variable_of
+from tfserve.config_words import OTHER_VARIABLES, config_from_args, environment_settings, parse_settings
 from tfserve.errors import ConfigError
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
 
 
 def test_command_line_beats_file_beats_default(tmp_path):
@@ -38,7 +42,7 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m", "max_num_seq": 3}, "max_num_seq: is not a setting; did you mean max_num_seqs?"),
         ({"model": "m", "scheduler": {"polcy": 1}}, "scheduler.polcy: is not a setting; did you mean scheduler.pol"),
         ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: must be an integer, got 'many'"),
-        ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be at least 1, got 0"),
+        ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be an integer >= 1, got 0"),
         (
             {"model": "m", "scheduler": {"policy": "fcfs", "overload": "shed"}},
             "scheduler.overload: only policy tokenflow can 'shed'",
@@ -50,45 +54,57 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": "m", "scheduler": {"policy": "lifo"}}, "scheduler.policy: must be 'fcfs', 'fcfs-chunked', "),
         (
             {"model": "m", "scheduler": {"default_rate": 0.005}},
-            "scheduler.default_rate: must be 0.01 to 1000000 tokens/s",
+            "scheduler.default_rate: must be a number >= 0.01 and <= 1000000.0, got ",
         ),
         (
             {"model": "m", "scheduler": {"default_rate": 1e7}},
-            "scheduler.default_rate: must be 0.01 to 1000000 tokens/s",
+            "scheduler.default_rate: must be a number >= 0.01 and <= 1000000.0, got ",
         ),
         (
             {"model": "m", "scheduler": {"swap_gap_s": -1}},
-            "scheduler.swap_gap_s: must not be negative, and",
+            "scheduler.swap_gap_s: must be a number >= 0 and <= 1000000000, got -1",
         ),
         (
             {"model": "m", "scheduler": {"relief_s": float("inf")}},
-            "scheduler.relief_s: must not be negative, and",
+            "scheduler.relief_s: must be a number >= 0 and <= 1000000000, got inf",
         ),
         (
             {"model": "m", "scheduler": {"buffer_scale_s": float("inf")}},
-            "scheduler.buffer_scale_s: must be above 0",
+            "scheduler.buffer_scale_s: must be a number > 0 and <= ",
         ),
         ({"model": "m\udcff"}, "model: must be valid UTF-8"),
         ({"model": "m", "served_model_name": "\udcff"}, "served_model_name: must be valid UTF-8"),
         ({"model": "m", "step_trace": "\udcff"}, "step_trace: must be valid UTF-8"),
         ({"model": "m", "pipeline_depth": 3}, "pipeline_depth: must be 1 or 2, got 3"),
-        ({"model": "m", "tensor_parallel_size": 2}, "tensor_parallel_size: only 1"),
+        ({"model": "m", "tensor_parallel_size": 2}, "tensor_parallel_size: must be 1, got 2"),
         ({"model": "m", "gpu_memory_utilization": 1.5}, "gpu_memory_utilization: must be"),
         ({"model": "m", "server": {"port": 70000}}, "server.port: must be"),
         ({"model": "m", "server": 3}, "server: must be an object, got 3"),
         ({"model": "m", "server": {"api_keys": ["good", ""]}}, "server.api_keys: a key is empty or has"),
         ({"model": "m", "server": {"api_keys": ["two words"]}}, "server.api_keys: a key is empty or has"),
-        ({"model": "m", "server": {"max_body_bytes": 0}}, "server.max_body_bytes: must be at least 1, got 0"),
-        ({"model": "m", "server": {"max_queued_requests": -1}}, "server.max_queued_requests: must not be negative"),
-        ({"model": "m", "server": {"drain_timeout": float("nan")}}, "server.drain_timeout: must not be negative, and"),
-        ({"model": "m", "host_kv_gib": -1}, "host_kv_gib: must not be negative, and a size in GiB, got -1"),
-        ({"model": "m", "host_kv_gib": float("inf")}, "host_kv_gib: must not be negative, and a size in GiB, got inf"),
-        ({"model": "m", "host_kv_gib": float("nan")}, "host_kv_gib: must not be negative, and a size in GiB, got nan"),
+        ({"model": "m", "server": {"max_body_bytes": 0}}, "server.max_body_bytes: must be an integer >= 1, got 0"),
+        (
+            {"model": "m", "server": {"max_queued_requests": -1}},
+            "server.max_queued_requests: must be an integer >= 0, got -1",
+        ),
+        ({"model": "m", "server": {"drain_timeout": float("nan")}}, "server.drain_timeout: must be a number >= 0 and "),
+        ({"model": "m", "host_kv_gib": -1}, "host_kv_gib: must be a number >= 0 and < 1048576, got -1"),
+        ({"model": "m", "host_kv_gib": float("inf")}, "host_kv_gib: must be a number >= 0 and < 1048576, got inf"),
+        ({"model": "m", "host_kv_gib": float("nan")}, "host_kv_gib: must be a number >= 0 and < 1048576, got nan"),
         ({"model": "m", "host_kv_gib": "much"}, "host_kv_gib: must be a number, got 'much'"),
-        ({"model": "m", "emulated_bandwidth": 0}, "emulated_bandwidth: must be above 0 and in GiB/s, got 0"),
-        ({"model": "m", "emulated_bandwidth": -2.5}, "emulated_bandwidth: must be above 0 and in GiB/s, got -2.5"),
-        ({"model": "m", "emulated_bandwidth": float("inf")}, "emulated_bandwidth: must be above 0 and in GiB/s, got"),
-        ({"model": "m", "emulated_bandwidth": float("nan")}, "emulated_bandwidth: must be above 0 and in GiB/s, got"),
+        ({"model": "m", "emulated_bandwidth": 0}, "emulated_bandwidth: must be a number > 0 and < 1048576, got 0"),
+        (
+            {"model": "m", "emulated_bandwidth": -2.5},
+            "emulated_bandwidth: must be a number > 0 and < 1048576, got -2.5",
+        ),
+        (
+            {"model": "m", "emulated_bandwidth": float("inf")},
+            "emulated_bandwidth: must be a number > 0 and < 1048576, got",
+        ),
+        (
+            {"model": "m", "emulated_bandwidth": float("nan")},
+            "emulated_bandwidth: must be a number > 0 and < 1048576, got",
+        ),
     ],
 )
 def test_mistakes_are_named_with_their_key(tree, message):
@@ -97,15 +113,7 @@ def test_mistakes_are_named_with_their_key(tree, message):
     assert str(caught.value).startswith(message)
 
 
-def settings_of(struct, prefix=""):
-    for field in msgspec.structs.fields(struct):
-        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
-            yield from settings_of(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
-
-
-@pytest.mark.parametrize("key", list(settings_of(EngineConfig)))
+@pytest.mark.parametrize("key", list(SETTINGS))
 def test_a_value_of_the_wrong_kind_is_named_with_its_key_and_its_file(key):
     *section, name = key.split(".")
     wrong = {name: [["secret"]]}
@@ -150,3 +158,164 @@ def test_ready_made_configs_load(path):
 def test_tokenflow_and_a_person_who_reads_are_the_default():
     scheduler = EngineConfig(model="m").scheduler
     assert (scheduler.policy, scheduler.default_rate) == ("tokenflow", 6.0)
+
+
+def test_the_schema_for_editors_has_every_setting_with_its_help_and_its_bounds():
+    schema = msgspec.json.schema(EngineConfig)["$defs"]
+    told = {
+        prefix + name: field["description"]
+        for struct, prefix in (("EngineConfig", ""), ("SchedulerConfig", "scheduler."), ("ServerConfig", "server."))
+        for name, field in schema[struct]["properties"].items()
+        if prefix + name in SETTINGS
+    }
+    assert told == {setting.name: setting.help for setting in SETTINGS.values()}
+    port = schema["ServerConfig"]["properties"]["port"]
+    assert (port["minimum"], port["maximum"], port["default"]) == (0, 65535, 8000)
+
+
+def test_every_setting_of_every_section_has_help():
+    declared = {name for name in EngineConfig.__struct_fields__ if name not in ("scheduler", "server")}
+    for section in ("scheduler", "server"):
+        declared |= {f"{section}.{name}" for name in getattr(EngineConfig(model="m"), section).__struct_fields__}
+    assert declared == set(SETTINGS)
+
+
+@pytest.mark.parametrize("given", ["on", "yes", "On", "true", True])
+def test_an_enumeration_with_on_and_off_takes_what_yaml_has_for_them(given):
+    config = config_from({"model": "m", "engine_process": given, "debug_checks": given})
+    assert (config.engine_process, config.debug_checks) == ("on", True)
+
+
+@pytest.mark.parametrize("given", ["off", "no", "OFF", "false", False])
+def test_off_is_off_wherever_it_is_one_of_the_values(given):
+    config = config_from({"model": "m", "engine_process": given, "server": {"pacing": given}})
+    assert (config.engine_process, config.server.pacing) == ("off", "off")
+
+
+def test_off_is_text_where_a_setting_is_text(tmp_path):
+    (tmp_path / "serve.yaml").write_text("model: off\nserved_model_name: no\nstep_trace: on\n")
+    config = load_config(tmp_path / "serve.yaml", {})
+    assert (config.model, config.served_model_name, config.step_trace) == ("off", "no", "on")
+
+
+def test_a_value_that_is_none_of_those_listed_is_told_all_of_them_and_the_nearest():
+    makers = (
+        lambda: config_from({"model": "m", "scheduler": {"overload": "shde"}}),
+        lambda: config_from_args("m", ["--scheduler.overload", "shde"], {}),
+        lambda: SchedulerConfig(overload="shde"),
+    )
+    for make in makers:
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert caught.value.key == "scheduler.overload"
+        for word in ("'queue'", "'share'", "'shed'", "got 'shde'; did you mean 'shed'?"):
+            assert word in str(caught.value)
+    with pytest.raises(ConfigError, match=r"'queue', 'share' or 'shed', got 'off'$"):
+        config_from({"model": "m", "scheduler": {"overload": "off"}})
+
+
+def test_command_line_beats_environment_beats_file(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: demo\nmax_num_seqs: 8\nseed: 8\nthreads: 8\n")
+    environ = {"TFSERVE_MAX_NUM_SEQS": "4", "TFSERVE_SEED": "4", "TFSERVE_SERVER__API_KEYS": "one,two", "HOME": "/"}
+    config = config_from_args(str(path), ["--max-num-seqs", "2"], environ)
+    assert (config.max_num_seqs, config.seed, config.threads) == (2, 4, 8)
+    assert config.server.api_keys == ("one", "two")
+
+
+def test_every_setting_has_a_variable_and_a_model_may_come_from_it():
+    variables = {variable_of(name): name for name in SETTINGS}
+    assert environment_settings(dict.fromkeys(variables, "x")) == dict.fromkeys(SETTINGS, "x")
+    assert config_from_args(None, [], {"TFSERVE_MODEL": "some/dir"}).model == "some/dir"
+    with pytest.raises(ConfigError, match="model: is required"):
+        config_from_args(None, [], {})
+
+
+def test_a_list_in_the_environment_may_be_yaml():
+    keys = "[sk-plain, {name: alice, key: sk-alice, weight: 2}]"
+    plain, alice = config_from_args("m", [], {"TFSERVE_SERVER__API_KEYS": keys}).server.api_keys
+    assert (plain, alice.name, alice.key) == ("sk-plain", "alice", "sk-alice")
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("TFSERVE_MAX_NUM_SEQ", "TFSERVE_MAX_NUM_SEQS"),
+        ("TFSERVE_PORT", "TFSERVE_SERVER__PORT"),
+        ("TFSERVE_SERVER_PORT", "TFSERVE_SERVER__PORT"),
+        ("TFSERVE_SCHEDULER__POLCY", "TFSERVE_SCHEDULER__POLICY"),
+    ],
+)
+def test_a_variable_that_is_no_setting_is_named_with_the_nearest(variable, nearest):
+    with pytest.raises(ConfigError, match=rf"^{variable}: is not a setting.*did you mean {nearest}\?$"):
+        environment_settings({variable: "secret"})
+
+
+def test_a_bad_value_is_told_with_the_variable_it_is_from_and_a_key_is_not_shown():
+    with pytest.raises(ConfigError, match=r"got 'many' \(in the environment variable TFSERVE_MAX_NUM_SEQS\)"):
+        config_from_args("m", [], {"TFSERVE_MAX_NUM_SEQS": "many"})
+    for value in ("[sk-secret", "[{name: a, key: sk-secret, weight: 0}]", "[{key: sk-secret}]", "sk-secret,"):
+        with pytest.raises(ConfigError) as caught:
+            config_from_args("m", [], {"TFSERVE_SERVER__API_KEYS": value})
+        assert "sk-secret" not in str(caught.value)
+
+
+def test_what_kubernetes_sets_for_a_service_called_tfserve_is_no_mistake():
+    environ = {
+        "TFSERVE_SERVICE_HOST": "10.0.0.1",
+        "TFSERVE_SERVICE_PORT": "8000",
+        "TFSERVE_SERVICE_PORT_HTTP": "8000",
+        "TFSERVE_PORT": "tcp://10.0.0.1:8000",
+        "TFSERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "TFSERVE_PORT_8000_TCP_PROTO": "tcp",
+        "TFSERVE_CANARY_SERVICE_HOST": "10.0.0.2",
+        "TFSERVE_CANARY_PORT": "tcp://10.0.0.2:8000",
+        "TFSERVE_CANARY_PORT_8000_TCP_ADDR": "10.0.0.2",
+    }
+    assert environment_settings(environ) == {}
+
+
+def test_other_variables_are_those_that_the_code_reads():
+    code = "\n".join(path.read_text() for path in (ROOT / "tfserve").rglob("*.py"))
+    named = {name for name in re.findall(r"\bTFSERVE_[A-Z_]*[A-Z]\b", code) if name not in map(variable_of, SETTINGS)}
+    assert named == OTHER_VARIABLES
+    assert environment_settings(dict.fromkeys(OTHER_VARIABLES, "x")) == {}
+
+
+def test_short_names_that_other_servers_have_are_understood(tmp_path):
+    (tmp_path / "serve.yml").write_text("model: demo\nseed: 3\n")
+    words = ["--port", "9000", "--host=::", "--api-key", "one,two", "--log-level", "debug"]
+    config = config_from_args(None, ["--config", str(tmp_path / "serve.yml"), *words], {})
+    server = config.server
+    assert (server.port, server.host, server.api_keys, config.log_level) == (9000, "::", ("one", "two"), "debug")
+    assert (config.model, config.seed) == ("demo", 3)
+    assert config_from_args("other", ["--config", str(tmp_path / "serve.yml")], {}).model == "other"
+    with pytest.raises(ConfigError, match=r"server\.port: is given twice"):
+        parse_settings(["--port", "1", "--server.port", "2"])
+    with pytest.raises(ConfigError, match="config: is given twice"):
+        config_from_args("a.yaml", ["--config", "b.yaml"], {})
+
+
+def test_a_renamed_setting_is_taken_by_its_old_name_with_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(
+        config_module, "RENAMED", {"scheduler.old_gap_s": "scheduler.swap_gap_s", "seats": "max_num_seqs"}
+    )
+    monkeypatch.setattr("tfserve.config_words.RENAMED", config_module.RENAMED)
+    caplog.set_level(logging.WARNING)
+    (tmp_path / "serve.yaml").write_text("model: m\nscheduler: {old_gap_s: 7}\nseats: 5\n")
+    in_file = load_config(tmp_path / "serve.yaml", {})
+    on_the_line = config_from_args("m", ["--scheduler.old-gap-s", "7", "--seats", "5"], {})
+    in_environment = config_from_args("m", [], {"TFSERVE_SCHEDULER__OLD_GAP_S": "7", "TFSERVE_SEATS": "5"})
+    for config in (in_file, on_the_line, in_environment):
+        assert (config.scheduler.swap_gap_s, config.max_num_seqs) == (7.0, 5)
+    assert EngineConfig(model="m", scheduler={"old_gap_s": 7}).scheduler.swap_gap_s == 7.0
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 7
+    assert "scheduler.old_gap_s is called scheduler.swap_gap_s now" in told[0]
+    with pytest.raises(ConfigError, match=r"scheduler\.swap_gap_s: is given twice"):
+        config_from({"model": "m", "scheduler": {"old_gap_s": 7, "swap_gap_s": 8}})
+
+
+def test_the_names_of_before_lead_to_settings_that_there_are():
+    assert set(config_module.RENAMED.values()) <= set(SETTINGS)
+    assert not set(config_module.RENAMED) & set(SETTINGS)

@@ -11,11 +11,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http.fakes import FakeEngine
-from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig, config_from
+from tfserve.config import SETTINGS, EngineConfig, config_from
 from tfserve.config_words import config_from_args
 from tfserve.http.interval_log import interval_line
 from tfserve.http.metrics import Metrics
 from tfserve.memory.storage.kv_layout import KVLayout
+from tfserve.settings import Setting
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "operations.md").read_text()
@@ -30,15 +31,9 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
-def settings() -> dict[str, Any]:
-    """Every setting under its dotted name, with its default as plain data."""
-    found = {}
-    for prefix, struct in (("", EngineConfig), ("scheduler.", SchedulerConfig), ("server.", ServerConfig)):
-        for field in msgspec.structs.fields(struct):
-            found[prefix + field.name] = (
-                "required" if field.required else msgspec.json.decode(msgspec.json.encode(field.default))
-            )
-    return found
+def default_of(setting: Setting) -> Any:
+    """The default as plain data."""
+    return "required" if setting.default is msgspec.NODEFAULT else msgspec.to_builtins(setting.default)
 
 
 def metrics() -> set[str]:
@@ -55,10 +50,16 @@ def metrics() -> set[str]:
     return samples | {family.name for family in families if family.type == "histogram"}
 
 
-def test_the_tables_name_every_setting_with_its_default():
+def test_the_tables_name_every_setting_with_its_default_and_its_help():
     tables = [row for heading in ("Engine", "Scheduler", "Server") for row in rows(heading)]
     named = {name.strip("`"): yaml.safe_load(default) for name, default, *_ in tables}
-    assert named == {name: default for name, default in settings().items() if name not in ("scheduler", "server")}
+    assert named == {
+        name: list(default) if isinstance(default := default_of(setting), tuple) else default
+        for name, setting in SETTINGS.items()
+    }
+    for name, _, says, *_ in tables:
+        help_text = SETTINGS[name.strip("`")].help
+        assert says.startswith(help_text), f"{name}: {help_text}"
 
 
 def test_sizes_are_those_of_the_kv_layout():
@@ -80,7 +81,7 @@ def test_sizes_are_those_of_the_kv_layout():
 def test_settings_named_anywhere_exist():
     named = set(re.findall(r"`((?:scheduler|server)\.\w+)", PAGE))
     assert len(named) > 20
-    assert named <= set(settings())
+    assert named <= set(SETTINGS)
 
 
 def test_settings_on_the_page_are_accepted():

@@ -9,11 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tfserve import __version__
-from tfserve.config_words import config_from_args
+from tfserve.config_words import config_from_args, settings_help, split_settings
 from tfserve.errors import TfserveError
+from tfserve.logs import log_to_stderr
 from tfserve.std_streams import drop_output, open_closed
 
-_SETTINGS_HELP = "any setting as --key value, e.g. --max-num-seqs 16, --server.port 9000, --scheduler.policy fcfs"
+logger = logging.getLogger("tfserve.cli")
+
+_WITH_SETTINGS = (["serve"], ["generate"], ["bench", "engine"])
+"""Commands that take every setting."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_closed()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(is_bench=words[:1] == ["bench"])
+    takes_settings = any(words[: len(command)] == command for command in _WITH_SETTINGS)
+    settings, words = split_settings(words) if takes_settings else ([], words)
     args, rest = parser.parse_known_args(words)
-    if rest and not getattr(args, "takes_settings", False):
+    if rest and not takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.settings = rest
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    args.settings = [*settings, *rest]  # what argparse does not know is told apart from settings where they are read
+    log_to_stderr()
     try:
         code: int = args.func(args)
     except TfserveError as error:
@@ -46,22 +52,28 @@ def _parser(is_bench: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", help="serve a model over HTTP", epilog=_SETTINGS_HELP)
-    serve.add_argument("target", help="YAML file, model directory, hub id, or 'demo'")
-    serve.set_defaults(func=_serve, takes_settings=True)
+    serve = commands.add_parser("serve", help="serve a model over HTTP")
+    serve.add_argument("target", nargs="?", help="YAML file, model directory, hub id, or 'demo'")
+    serve.set_defaults(func=_serve)
+    serve.formatter_class = argparse.RawDescriptionHelpFormatter
+    serve.epilog = settings_help()
 
-    generate = commands.add_parser("generate", help="answer one prompt in the terminal", epilog=_SETTINGS_HELP)
+    generate = commands.add_parser(
+        "generate", help="answer one prompt in the terminal", epilog="every setting, too: see `tfserve serve --help`"
+    )
     generate.add_argument("target", help="YAML file, model directory, hub id, or 'demo'")
     generate.add_argument("prompt")
     generate.add_argument("--max-tokens", type=int, default=256)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--raw", action="store_true", help="send the prompt as it is, without the chat template")
-    generate.set_defaults(func=_generate, takes_settings=True)
+    generate.set_defaults(func=_generate)
 
     demo = commands.add_parser("demo-model", help="prepare SmolLM2-135M-Instruct, the model called 'demo'")
     demo.set_defaults(func=_demo_model)
 
-    gguf = commands.add_parser("import-gguf", help="convert a Llama or Qwen2 GGUF file into a Hugging Face directory")
+    gguf = commands.add_parser(
+        "import-gguf", help="convert a Llama, Mistral, Qwen2 or Qwen3 GGUF file into a Hugging Face directory"
+    )
     gguf.add_argument("file", type=Path)
     gguf.add_argument("directory", type=Path)
     gguf.set_defaults(func=_import_gguf)
@@ -81,15 +93,18 @@ def _parser(is_bench: bool) -> argparse.ArgumentParser:
 def _serve(args: argparse.Namespace) -> int:
     from tfserve.http.server import serve
 
-    return serve(config_from_args(args.target, args.settings))
+    config = config_from_args(args.target, args.settings)
+    log_to_stderr(config.log_level, config.log_format)
+    logger.info("Settings read; serving %s", config.model)
+    return serve(config)
 
 
 def _generate(args: argparse.Namespace) -> int:
     from tfserve.generate import generate
 
-    return generate(
-        config_from_args(args.target, args.settings), args.prompt, args.max_tokens, args.temperature, args.raw
-    )
+    config = config_from_args(args.target, args.settings)
+    log_to_stderr(config.log_level, config.log_format)
+    return generate(config, args.prompt, args.max_tokens, args.temperature, args.raw)
 
 
 def _demo_model(_: argparse.Namespace) -> int:

@@ -1,84 +1,126 @@
-"""Every setting, and how they come together: command line beats YAML file beats default.
+"""Every setting: its bounds and its help stand beside it, and nowhere else.
 
-Unknown keys and bad values are errors that name the key. The names are vLLM's where the idea is the same.
+They are what is checked, what `tfserve serve --help` lists, what the tables of docs/operations.md say (a test compares
+them), and what `msgspec.json.schema(EngineConfig)` gives to editors. The names are vLLM's where the idea is the same.
+Command line beats environment beats YAML file beats default; an unknown name or a bad value is an error that names it.
 """
 
 from __future__ import annotations
 
-import math
+import logging
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
-from tfserve.config_file import read_yaml
+from tfserve.config_file import read_list, read_yaml
 from tfserve.errors import ConfigError
-from tfserve.misfit import find_misfit
-from tfserve.settings import ApiKey, Settings, check_key
+from tfserve.misfit import find_misfit, nearest
+from tfserve.settings import ApiKey, Count, Setting, Settings, about, check_key, settings_of
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE
+
+logger = logging.getLogger(__name__)
+
+_HIGHEST = 10**9
+"""Of times and weights: infinity and NaN are none."""
+
+NotNegative = Annotated[float, Meta(ge=0, le=_HIGHEST)]
+AboveZero = Annotated[float, Meta(gt=0, le=_HIGHEST)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
+ShareOrAll = Annotated[float, Meta(ge=0, le=1)]
+Rate = Annotated[float, Meta(ge=SLOWEST_RATE, le=FASTEST_RATE)]
+Amount = Annotated[float, Meta(gt=0, lt=2**20)]
+AmountOrNone = Annotated[float, Meta(ge=0, lt=2**20)]
+NotNegativeInt = Annotated[int, Meta(ge=0)]
+
+Policy = Literal[
+    "fcfs",
+    "fcfs-chunked",
+    "fcfs-reserve",
+    "fcfs-greedy",
+    "round-robin",
+    "earliest-underflow",
+    "andes",
+    "andes-offload",
+    "tokenflow",
+]
 
 
 class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How requests share the device. Times in seconds, rates in tokens/s; docs/scheduling.md says why.
 
     The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
-    (SGLang's new_token_ratio): it starts at `reserve_ratio`, decays over `reserve_decay_steps` steps to
-    `reserve_min_ratio`, and rises again after a wrong guess. `reserve_clip_tokens` caps what one request is charged.
-
-    Time sharing: `schedule_interval_s` between full passes (events wake it earlier); a reader with less than
-    `critical_s` unread needs the device; `buffer_scale_s` and `gamma` shape the penalty for a buffer that runs low;
-    `buffer_conservativeness` times the switching time and an interval must be unread before somebody leaves for a
-    newcomer; `min_residency_s` and `swap_gap_s` keep exchanges rare; `relief_s` is how much worse off than a
-    resident somebody must be to displace it although it cannot afford it; `background_patience_s` is how many
-    unread seconds a request without a rate counts as; `min_prefill_share` of the time goes to prompts even while
-    readers run dry; a reader may stall for prompts by `stall_per_wait` of the longest wait for a first token, in
-    all, `critical_s` at most; `watermark` is the share of device blocks kept free. `default_rate` is for streamed
-    answers that name none; `max_rate` is the highest rate of a request over HTTP, and the highest that reports can show
-    under "auto". `overload` says what a new request meets when the rates add up to more than the capacity.
-    `generate_ahead_s` stops decoding, under every policy, whoever has more than that unread (None: never). The last
-    four switch parts off, for ablations.
+    (SGLang's new_token_ratio). The last four switch parts off, for ablations.
     """
 
     section: ClassVar[str] = "scheduler."
 
-    policy: Literal[
-        "fcfs",
-        "fcfs-chunked",
-        "fcfs-reserve",
-        "fcfs-greedy",
-        "round-robin",
-        "earliest-underflow",
-        "andes",
-        "andes-offload",
-        "tokenflow",
-    ] = "tokenflow"
-    reserve_ratio: float = 0.7
-    reserve_min_ratio: float = 0.098
-    reserve_decay_steps: int = 600
-    reserve_clip_tokens: int = 4096
-    schedule_interval_s: float = 0.5
-    critical_s: float = 1.0
-    buffer_scale_s: float = 1.0
-    gamma: float = 1.0
-    buffer_conservativeness: float = 1.5
-    min_residency_s: float = 1.0
-    swap_gap_s: float = 2.0
-    relief_s: float = 5.0
-    working_set_step: float = 0.1
-    background_patience_s: float = 10.0
-    min_prefill_share: float = 0.6
-    stall_per_wait: float = 0.05
-    watermark: float = 0.02
-    default_rate: float = 6.0
-    max_rate: float = 50.0
-    overload: Literal["queue", "share", "shed"] = "queue"
-    generate_ahead_s: float | None = None
-    offload: bool = True
-    write_through: bool = True
-    load_evict_overlap: bool = True
-    priority_writes: bool = True
+    policy: Annotated[Policy, about("how requests share the device")] = "tokenflow"
+    reserve_ratio: Annotated[
+        ShareOrAll, about("fcfs: share of its remaining max_tokens that a running request is expected to use")
+    ] = 0.7
+    reserve_min_ratio: Annotated[
+        ShareOrAll, about("fcfs: least value of that share, which falls from step to step")
+    ] = 0.098
+    reserve_decay_steps: Annotated[Count, about("fcfs: steps until it has fallen so far")] = 600
+    reserve_clip_tokens: Annotated[Count, about("fcfs: most tokens that one request is charged")] = 4096
+    schedule_interval_s: Annotated[AboveZero, about("seconds between full passes; events wake it sooner")] = 0.5
+    critical_s: Annotated[NotNegative, about("a reader with fewer seconds unread needs the device")] = 1.0
+    buffer_scale_s: Annotated[AboveZero, about("seconds that scale the penalty for a low buffer")] = 1.0
+    gamma: Annotated[NotNegative, about("weight of the penalty for a low buffer")] = 1.0
+    buffer_conservativeness: Annotated[
+        NotNegative, about("how many swap times and intervals a reader must have unread to leave for a new request")
+    ] = 1.5
+    min_residency_s: Annotated[NotNegative, about("least seconds that a request stays on the device")] = 1.0
+    swap_gap_s: Annotated[
+        NotNegative, about("seconds that a request which leaves must have unread beyond the one that comes")
+    ] = 2.0
+    relief_s: Annotated[
+        NotNegative, about("a request that is worse off by so many seconds displaces even one that runs low")
+    ] = 5.0
+    working_set_step: Annotated[Share, about("how fast the number of promised readers follows its bound")] = 0.1
+    background_patience_s: Annotated[
+        NotNegative, about("a request without a reader counts as having so many seconds unread")
+    ] = 10.0
+    min_prefill_share: Annotated[
+        float, Meta(gt=0, lt=1), about("least share of time for prompts while readers run dry")
+    ] = 0.6
+    stall_per_wait: Annotated[
+        NotNegative, about("how long a reader may stall for prompts, as a share of the longest wait for a first token")
+    ] = 0.05
+    watermark: Annotated[Share, about("share of device blocks kept free")] = 0.02
+    default_rate: Annotated[
+        Rate, about("tokens/s at which a streamed answer is read that names no consumption_rate")
+    ] = 6.0
+    max_rate: Annotated[Rate, about("highest consumption_rate over HTTP; what is above is lowered to it")] = 50.0
+    overload: Annotated[
+        Literal["queue", "share", "shed"], about("what a new request meets when rates add up to more than the capacity")
+    ] = "queue"
+    generate_ahead_s: Annotated[
+        NotNegative | None, about("stop decoding for a reader who has so many seconds unread; null: never")
+    ] = None
+    offload: Annotated[bool, about("off: what is preempted is computed again")] = True
+    write_through: Annotated[bool, about("off: KV goes to the host only when a request is preempted")] = True
+    load_evict_overlap: Annotated[bool, about("off: loads wait for stores")] = True
+    priority_writes: Annotated[bool, about("off: KV is stored in order of arrival, not fullest buffer first")] = True
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of bounds, and for settings that contradict each other."""
+        super().__post_init__()
+        if self.reserve_min_ratio > self.reserve_ratio:
+            message = f"must be at least reserve_min_ratio ({self.reserve_min_ratio}), got {self.reserve_ratio}"
+            raise self.mistake("reserve_ratio", message)
+        if self.max_rate < self.default_rate:
+            message = f"must be at least default_rate ({self.default_rate:g} tokens/s), got {self.max_rate:g}"
+            raise self.mistake("max_rate", message)
+        if self.overload != "queue" and self.policy != "tokenflow":
+            message = (
+                f"only policy tokenflow can {self.overload!r}, not {self.policy}; leave it out or choose tokenflow"
+            )
+            raise self.mistake("overload", message)
 
 
 _BODIES_IN_FLIGHT = 16
@@ -86,41 +128,63 @@ _BODIES_IN_FLIGHT = 16
 
 
 class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The HTTP side. Times in seconds; `keep_alive_s` is the longest a stream stays silent.
+    """The HTTP side. Times in seconds.
 
-    `pacing: smooth` sends text as fast as its reader reads, by `consumption_rate` (but for "auto"), and not as fast as
-    it is made.
-    `max_body_bytes` bounds one request's body, `max_inflight_body_bytes` those of all requests until they are prompts
-    (None: 16 times `max_body_bytes`). A connection that takes nothing of its answer for `unread_timeout_s` is closed
-    (0: never).
-    `api_keys` are plain keys, or entries with a name; `api_keys_file` is a YAML file with a list of such.
-    `control_tokens_in_messages` says what becomes of a control token (`<|im_end|>`) that a message spells out: it stays
-    text, or is allowed to be the token, so that a message can end itself and begin another one.
-    `cors_origins` are the web origins whose pages may call this server from a browser ("*": all); none by default.
-    `allowed_hosts` are the names, without port, that clients may call this server by, beside addresses and localhost
-    ("*": all). Without any, names are checked on a loopback address and without keys only (http/hosts.py).
-    `max_connections` may have a request under way; None: 4096, or what may run and wait and a quarter more.
-    Every `log_interval_s` in which there was something to do a line of numbers is logged (0: never).
+    Without `allowed_hosts`, names are checked on a loopback address and without keys only (http/hosts.py).
     """
 
     section: ClassVar[str] = "server."
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str | ApiKey, ...] = ()
-    api_keys_file: str | None = None
-    max_queued_requests: int = 1024
-    max_body_bytes: int = 4 * 1024 * 1024
-    max_inflight_body_bytes: int | None = None
-    keep_alive_s: float = 10.0
-    unread_timeout_s: float = 600.0
-    pacing: Literal["off", "smooth"] = "off"
-    control_tokens_in_messages: Literal["text", "allow"] = "text"
-    cors_origins: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    max_connections: int | None = None
-    log_interval_s: float = 10.0
-    drain_timeout: float = 30.0
+    host: Annotated[str, about('address to listen on; 0.0.0.0: all of IPv4; "::": all, of both families')] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535), about("port to listen on; 0: any that is free")] = 8000
+    api_keys: Annotated[
+        tuple[str | ApiKey, ...], about("keys that clients need: plain ones, or entries with a name")
+    ] = ()
+    api_keys_file: Annotated[str | None, about("a YAML file with a list of keys, read at the start")] = None
+    max_queued_requests: Annotated[
+        NotNegativeInt, about("how many requests may wait beyond those that run; then 429")
+    ] = 1024
+    max_body_bytes: Annotated[Count, about("largest body of a request; then 413")] = 4 * 1024 * 1024
+    max_inflight_body_bytes: Annotated[
+        int | None, about("bodies of all requests until they are prompts; null: 16 times `server.max_body_bytes`")
+    ] = None
+    keep_alive_s: Annotated[NotNegative, about("the longest silence of a stream")] = 10.0
+    unread_timeout_s: Annotated[
+        NotNegative, about("a connection that takes nothing of its answer for so long is closed; 0: never")
+    ] = 600.0
+    pacing: Annotated[
+        Literal["off", "smooth"], about("smooth: text goes out as fast as its reader reads, not in bursts")
+    ] = "off"
+    control_tokens_in_messages: Annotated[
+        Literal["text", "allow"], about("what a control token in a message is: text, or (allow) the token")
+    ] = "text"
+    cors_origins: Annotated[
+        tuple[str, ...], about('web origins whose pages may call the API from a browser; "*": all')
+    ] = ()
+    allowed_hosts: Annotated[
+        tuple[str, ...], about('names, without port, that clients may call the server by; "*": all')
+    ] = ()
+    max_connections: Annotated[
+        Count | None, about("connections with a request under way; then 503. null: 4096, or more by max_num_seqs")
+    ] = None
+    log_interval_s: Annotated[NotNegative, about("seconds between two lines of numbers in the log; 0: never")] = 10.0
+    drain_timeout: Annotated[NotNegative, about("seconds that open requests have to end after SIGTERM")] = 30.0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value out of bounds, and for settings that contradict each other."""
+        super().__post_init__()
+        for key in self.api_keys:
+            if isinstance(key, str):
+                check_key(key)
+        for name in self.allowed_hosts:
+            if name != "*" and (not name or any(letter in name for letter in "/:*, ")):
+                message = (
+                    f"must be names as in models.example.org, without scheme, port or wildcard, or '*'; got {name!r}"
+                )
+                raise self.mistake("allowed_hosts", message)
+        if self.inflight_body_bytes < self.max_body_bytes:
+            message = f"must be at least server.max_body_bytes ({self.max_body_bytes}), got {self.inflight_body_bytes}"
+            raise self.mistake("max_inflight_body_bytes", message)
 
     @property
     def inflight_body_bytes(self) -> int:
@@ -132,233 +196,196 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
 
-    `model` is a local directory in Hugging Face format, a hub id, or "demo" (prepared by `tfserve demo-model`).
-    `pipeline_depth` is how many steps may be under way: at 2, a step is planned and launched while the one before it
-    still runs, so that the device need not wait for Python; tokens are the same.
-    None means: `max_model_len` from the checkpoint, `block_size` as the attention backend prefers, `threads` all cores,
-    `num_gpu_blocks_override` as many blocks as `kv_cache_gib` (CPU) or `gpu_memory_utilization` (CUDA) allow,
-    `host_kv_gib` (where paused requests keep their KV) four times the device's KV, and at most a quarter of the free
-    memory on a CPU, half of it or 64 GiB on a GPU; only policies that pause requests have a host tier.
-    `emulated_bandwidth`, GiB/s in each direction, slows copies between the tiers down to those of a link that this
-    machine does not have: for experiments. `step_trace` is a file to write a JSON line to for every step and finished
-    request (engine/core/step_trace.py). `enforce_eager` switches CUDA graphs off. A section may be given as a mapping,
-    as a file has it: `scheduler={"policy": "fcfs"}`.
+    None means: `host_kv_gib` four times the device's KV, and at most a quarter of the free memory on a CPU, half of it
+    or 64 GiB on a GPU; only policies that pause requests have a host tier. `pipeline_depth` 2 plans and launches a step
+    while the one before it still runs; tokens are the same. A section may be given as a mapping, as a file has it:
+    `scheduler={"policy": "fcfs"}`.
     """
 
-    model: str
-    served_model_name: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["int8"] | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    attention_backend: Literal["auto", "torch", "flash_attn", "torch_varlen"] = "auto"
-    threads: int | None = None
-    engine_process: Literal["auto", "on", "off"] = "auto"
-    pipeline_depth: Literal[1, 2] = 1
-    max_model_len: int | None = None
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
-    block_size: int | None = None
-    gpu_memory_utilization: float = 0.9
-    kv_cache_gib: float = 2.0
-    host_kv_gib: float | None = None
-    emulated_bandwidth: float | None = None
-    num_gpu_blocks_override: int | None = None
-    enforce_eager: bool = False
-    seed: int = 0
-    tensor_parallel_size: int = 1
-    debug_checks: bool = False
-    step_trace: str | None = None
+    model: Annotated[str, about('directory in Hugging Face format, hub id, or "demo"')]
+    served_model_name: Annotated[str | None, about("the name clients send; null: the last part of `model`")] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], about("auto: float32 on a CPU, the checkpoint's on a GPU")
+    ] = "auto"
+    quantization: Annotated[Literal["int8"] | None, about("int8: weights in 8 bits, CPU only")] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], about("auto: cuda if there is one")] = "auto"
+    attention_backend: Annotated[
+        Literal["auto", "torch", "flash_attn", "torch_varlen"],
+        about("auto: torch on a CPU; flash_attn or torch_varlen on a GPU"),
+    ] = "auto"
+    threads: Annotated[
+        Count | None, about("CPU threads; null: all cores that this process may use, by its container's quota too")
+    ] = None
+    engine_process: Annotated[
+        Literal["auto", "on", "off"], about("the engine in a process of its own; auto: on in `tfserve serve`")
+    ] = "auto"
+    pipeline_depth: Annotated[Literal[1, 2], about("2: plan the next step while one runs")] = 1
+    max_model_len: Annotated[
+        Annotated[int, Meta(ge=2)] | None, about("longest prompt + answer; null: the model's own, or what the KV holds")
+    ] = None
+    max_num_seqs: Annotated[Count, about("requests in one step")] = 32
+    max_num_batched_tokens: Annotated[Count, about("prompt and new tokens of one step")] = 512
+    block_size: Annotated[Count | None, about("tokens of a KV block; null: 32 on a CPU, 256 on a GPU")] = None
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1), about("share of the GPU's memory to use")] = 0.9
+    kv_cache_gib: Annotated[Amount, about("device KV on a CPU")] = 2.0
+    host_kv_gib: Annotated[AmountOrNone | None, about("host KV; 0: none; null: by the free memory")] = None
+    emulated_bandwidth: Annotated[Amount | None, about("GiB/s; slows copies down, for experiments")] = None
+    num_gpu_blocks_override: Annotated[
+        Annotated[int, Meta(ge=2)] | None, about("blocks of device KV, whatever the memory")
+    ] = None
+    enforce_eager: Annotated[bool, about("no CUDA graphs")] = False
+    seed: Annotated[int, about("seed of requests that bring none")] = 0
+    tensor_parallel_size: Annotated[Literal[1], about("GPUs per engine; only 1 exists")] = 1
+    debug_checks: Annotated[bool, about("prove after every step that no block is lost")] = False
+    step_trace: Annotated[str | None, about("file for a line per step and request")] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], about("least level of what is logged; debug: probes and reports")
+    ] = "info"
+    log_format: Annotated[Literal["text", "json"], about("json: an object per line, on the error stream")] = "text"
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values of another type, and for those that no machine could honour."""
-        sections = {key: getattr(self, key) for key in _SECTIONS}
-        _reject_unknown(sections, EngineConfig, "", "")
+        """Raise ConfigError for values of another type or out of bounds."""
+        for key in _SECTIONS:
+            if isinstance(value := getattr(self, key), Mapping):
+                leaves = {name.removeprefix(f"{key}."): leaf.given for name, leaf in _by_name({key: value}, "").items()}
+                msgspec.structs.force_setattr(self, key, leaves)
         super().__post_init__()
-        for key, low in (
-            ("threads", 1),
-            ("max_model_len", 2),
-            ("max_num_seqs", 1),
-            ("max_num_batched_tokens", 1),
-            ("block_size", 1),
-            ("num_gpu_blocks_override", 2),
-        ):
-            value = getattr(self, key)
-            if value is not None and value < low:
-                raise ConfigError(key, f"must be at least {low}, got {value}")
         if not self.model:
             raise ConfigError("model", "must name a model directory, a hub id, or 'demo'")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                "gpu_memory_utilization", f"must be above 0 and at most 1, got {self.gpu_memory_utilization}"
-            )
-        if not 0 < self.kv_cache_gib < 2**20:
-            raise ConfigError("kv_cache_gib", f"must be above 0 and a size in GiB, got {self.kv_cache_gib}")
-        if self.host_kv_gib is not None and not 0 <= self.host_kv_gib < 2**20:
-            raise ConfigError("host_kv_gib", f"must not be negative, and a size in GiB, got {self.host_kv_gib}")
-        if self.emulated_bandwidth is not None and not 0 < self.emulated_bandwidth < 2**20:
-            raise ConfigError("emulated_bandwidth", f"must be above 0 and in GiB/s, got {self.emulated_bandwidth}")
-        if self.tensor_parallel_size != 1:
-            raise ConfigError(
-                "tensor_parallel_size", f"only 1 is supported: one GPU per engine, got {self.tensor_parallel_size}"
-            )
-        if not 0 <= self.server.port <= 65535:
-            raise ConfigError("server.port", f"must be between 0 and 65535, got {self.server.port}")
-        self._check_server()
-        self._check_scheduler()
-        self._check_rates()
-
-    def _check_server(self) -> None:
-        server = self.server
-        for key in server.api_keys:
-            if isinstance(key, str):
-                check_key(key)
-        for name in server.allowed_hosts:
-            if name != "*" and (not name or any(letter in name for letter in "/:*, ")):
-                message = (
-                    f"must be names as in models.example.org, without scheme, port or wildcard, or '*'; got {name!r}"
-                )
-                raise ConfigError("server.allowed_hosts", message)
-        if server.max_connections is not None and server.max_connections < 1:
-            raise ConfigError("server.max_connections", f"must be at least 1, got {server.max_connections}")
-        if server.max_body_bytes < 1:
-            raise ConfigError("server.max_body_bytes", f"must be at least 1, got {server.max_body_bytes}")
-        if server.inflight_body_bytes < server.max_body_bytes:
-            message = (
-                f"must be at least server.max_body_bytes ({server.max_body_bytes}), got {server.inflight_body_bytes}"
-            )
-            raise ConfigError("server.max_inflight_body_bytes", message)
-        for key in ("max_queued_requests", "keep_alive_s", "unread_timeout_s", "log_interval_s", "drain_timeout"):
-            if not 0 <= getattr(server, key) < math.inf:
-                raise ConfigError(f"server.{key}", f"must not be negative, and finite, got {getattr(server, key)}")
-
-    def _check_scheduler(self) -> None:
-        sched = self.scheduler
-        if not 0 <= sched.reserve_min_ratio <= sched.reserve_ratio <= 1:
-            raise ConfigError("scheduler.reserve_ratio", "needs 0 <= reserve_min_ratio <= reserve_ratio <= 1")
-        if sched.reserve_decay_steps < 1:
-            raise ConfigError("scheduler.reserve_decay_steps", f"must be at least 1, got {sched.reserve_decay_steps}")
-        if sched.reserve_clip_tokens < 1:
-            raise ConfigError("scheduler.reserve_clip_tokens", f"must be at least 1, got {sched.reserve_clip_tokens}")
-        if sched.overload != "queue" and sched.policy != "tokenflow":
-            message = (
-                f"only policy tokenflow can {sched.overload!r}, not {sched.policy}; leave it out or choose tokenflow"
-            )
-            raise ConfigError("scheduler.overload", message)
-        for key in ("schedule_interval_s", "buffer_scale_s"):
-            if not 0 < getattr(sched, key) < math.inf:
-                raise ConfigError(f"scheduler.{key}", f"must be above 0 and finite, got {getattr(sched, key)}")
-        for key in _NOT_NEGATIVE:
-            value = getattr(sched, key)
-            if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"scheduler.{key}", f"must not be negative, and finite, got {value}")
-        if not 0 < sched.min_prefill_share < 1:
-            message = f"must be above 0 and below 1, got {sched.min_prefill_share}"
-            raise ConfigError("scheduler.min_prefill_share", message)
-        for key in ("working_set_step", "watermark"):
-            if not 0 <= getattr(sched, key) < 1:
-                raise ConfigError(f"scheduler.{key}", f"must be at least 0 and below 1, got {getattr(sched, key)}")
-
-    def _check_rates(self) -> None:
-        sched = self.scheduler
-        for key, low, name in (("default_rate", SLOWEST_RATE, ""), ("max_rate", sched.default_rate, " (default_rate)")):
-            if not low <= getattr(sched, key) <= FASTEST_RATE:
-                message = f"must be {low:g}{name} to {FASTEST_RATE:.0f} tokens/s, got {getattr(sched, key)}"
-                raise ConfigError(f"scheduler.{key}", message)
 
 
-_NOT_NEGATIVE = (
-    "critical_s",
-    "gamma",
-    "buffer_conservativeness",
-    "min_residency_s",
-    "swap_gap_s",
-    "relief_s",
-    "stall_per_wait",
-    "background_patience_s",
-    "generate_ahead_s",
-)
+_SECTIONS: dict[str, type[Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
 
+_STRUCTS: list[type[Settings]] = [EngineConfig, *_SECTIONS.values()]
+
+SETTINGS: dict[str, Setting] = {setting.name: setting for struct in _STRUCTS for setting in settings_of(struct)}
+"""Every setting under its dotted name, as in "scheduler.policy"."""
+
+RENAMED: dict[str, str] = {}
+"""Dotted names of the release before, and what they are called now. A renamed setting is taken, with a warning."""
+
+_SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+"""How people write true and false where nothing else can be meant; elsewhere these words are text."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 
-_LISTS = frozenset({"server.api_keys", "server.cors_origins", "server.allowed_hosts"})
 
-_SECTIONS: dict[str, type[Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
+def load_config(
+    path: Path | None, overrides: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> EngineConfig:
+    """Build a config from a YAML file (or none), what the environment sets, and overrides, by their dotted names.
 
-_SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
-"""How people write true and false where nothing else can be meant; elsewhere these words are text."""
-
-
-def load_config(path: Path | None, overrides: Mapping[str, Any]) -> EngineConfig:
-    """Build a config from a YAML file (or none) and overrides whose keys may be dotted, as "scheduler.policy".
-
-    Override values may be strings, as a command line gives them; those of a list are separated by commas. Raises
-    ConfigError naming the key.
+    Values may be strings, as a command line gives them; those of a list are separated by commas, or a YAML list.
+    Raises ConfigError naming the key, and the file or variable that it is from.
     """
-    tree = read_yaml(path) if path else {}
-    for dotted, value in overrides.items():
-        *parents, leaf = dotted.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise ConfigError(dotted, f"{parent!r} is not a section")
-        node[leaf] = value.split(",") if dotted in _LISTS and isinstance(value, str) else value
-    return config_from(tree, source=str(path) if path else "")
+    found = _by_name(read_yaml(path), str(path)) if path else {}
+    for values, place in ((environment or {}, "the environment variable "), (overrides, "")):
+        for name, value in _by_name(values, "").items():
+            source = place and place + variable_of(name)
+            is_list = name in SETTINGS and SETTINGS[name].is_list and isinstance(value.given, str)
+            found[name] = _Value(read_list(value.given, source or name) if is_list else value.given, source)
+    return _build(found)
 
 
 def config_from(tree: Mapping[str, Any], source: str = "") -> EngineConfig:
     """Build a config from plain data. Raises ConfigError naming the key; `source` tells where the data came from."""
-    if "model" not in tree:
+    return _build(_by_name(tree, source), source)
+
+
+def variable_of(name: str) -> str:
+    """The environment variable that sets a setting: TFSERVE_SERVER__PORT for "server.port"."""
+    return "TFSERVE_" + name.replace(".", "__").upper()
+
+
+class _Value(NamedTuple):
+    """What a setting was given, and where."""
+
+    given: Any
+    source: str
+
+
+def _by_name(tree: Mapping[str, Any], source: str) -> dict[str, _Value]:
+    """The values of one source under their dotted names of today. Raises ConfigError: unknown, or given twice."""
+    found: dict[str, _Value] = {}
+    for given, value in _leaves(tree):
+        name = RENAMED.get(given, given)
+        if name not in SETTINGS and name not in _SECTIONS:
+            near = nearest(given, SETTINGS)
+            hint = f"did you mean {near}?" if near else f"known keys: {', '.join(_siblings(given))}"
+            raise ConfigError(given, f"is not a setting; {hint}{_origin(source)}")
+        if name in found:
+            raise ConfigError(name, f"is given twice, as {given} too; keep one of them{_origin(source)}")
+        if name != given:
+            logger.warning(
+                "%s is called %s now; its old name goes with the next release%s", given, name, _origin(source)
+            )
+        found[name] = _Value(value, source)
+    return found
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name in _SECTIONS and isinstance(value, Mapping):
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _siblings(name: str) -> list[str]:
+    """The names within the section that `name` is in."""
+    section = name.partition(".")[0] if name.partition(".")[0] in _SECTIONS else ""
+    return sorted(known for known in (*SETTINGS, *_SECTIONS) if known.rpartition(".")[0] == section)
+
+
+def _build(found: Mapping[str, _Value], source: str = "") -> EngineConfig:
+    if "model" not in found:
         raise ConfigError("model", "is required: a model directory, a hub id, or 'demo'" + _origin(source))
-    _reject_unknown(tree, EngineConfig, "", source)
-    tree = _read_switches(tree, EngineConfig)
+    tree = _tree(found)
     try:
         return msgspec.convert(tree, EngineConfig, strict=False)
     except msgspec.ValidationError:
-        raise _misfit_error(tree, source) from None
+        raise _misfit_error(tree, found, source) from None
 
 
-def _misfit_error(tree: Mapping[str, Any], source: str) -> ConfigError:
+def _tree(found: Mapping[str, _Value]) -> dict[str, Any]:
+    """The values in their sections. Where a section is no mapping, that is left in its place."""
+    tree: dict[str, Any] = {}
+    for name, value in found.items():
+        *sections, leaf = name.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.setdefault(section, {}) if isinstance(node, dict) else node
+        if isinstance(node, dict):
+            node[leaf] = _read(value, name)
+    return tree
+
+
+def _read(value: _Value, name: str) -> Any:
+    """The value, where on, off, yes and no are what the setting calls them."""
+    setting, given = SETTINGS.get(name), value.given
+    if setting is None:
+        return given
+    word = _SWITCHES.get(str(given).lower()) if isinstance(given, str | bool) else None
+    if word is not None and setting.kind is bool:
+        return word
+    state = "on" if word else "off"
+    return state if word is not None and state in setting.choices else given
+
+
+def _misfit_error(tree: Mapping[str, Any], found: Mapping[str, _Value], source: str) -> ConfigError:
     """What is wrong with the values of `tree`, which has known keys only. Keys of the API are not shown."""
     misfit = find_misfit(tree, EngineConfig, strict=False)
     if misfit is None:
         return ConfigError("", f"a setting has a value of the wrong type{_origin(source)}")
+    name = misfit.path.partition("[")[0]
     # What aliases repeat in a file, grows beyond the memory when it is written out.
-    shown = "" if misfit.path.partition("[")[0] == "server.api_keys" else f", got {_SHORT.repr(misfit.value)}"
-    return ConfigError(misfit.path, f"{misfit.rule}{shown}{_origin(source)}")
-
-
-def _reject_unknown(tree: Mapping[str, Any], struct: type[msgspec.Struct], prefix: str, source: str) -> None:
-    """Name an unknown key and the nearest known one, which msgspec's own message does not."""
-    import difflib
-
-    known = {field.name: field.type for field in msgspec.structs.fields(struct)}
-    for key, value in tree.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise ConfigError(f"{prefix}{key}", f"is not a setting; {hint}{_origin(source)}")
-        section = known[key]
-        if isinstance(section, type) and issubclass(section, msgspec.Struct) and isinstance(value, Mapping):
-            _reject_unknown(value, section, f"{prefix}{key}.", source)
-
-
-def _read_switches(tree: Mapping[str, Any], struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """The tree with "on", "off", "yes" and "no" as booleans where a setting is one."""
-    kinds = {field.name: field.type for field in msgspec.structs.fields(struct)}
-    read: dict[str, Any] = {}
-    for key, value in tree.items():
-        if kinds[key] is bool and isinstance(value, str):
-            read[key] = _SWITCHES.get(value.lower(), value)
-        elif key in _SECTIONS and isinstance(value, Mapping):
-            read[key] = _read_switches(value, _SECTIONS[key])
-        else:
-            read[key] = value
-    return read
+    shown = "" if name == "server.api_keys" else f", got {_SHORT.repr(misfit.value)}{misfit.hint}"
+    origin = _origin(found[name].source if name in found else source)
+    return ConfigError(misfit.path, f"{misfit.rule}{shown}{origin}")
 
 
 def _origin(source: str) -> str:

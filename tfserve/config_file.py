@@ -127,6 +127,12 @@ def read_secrets(raw: bytes, source: str) -> Any:
         raise ConfigError("", f"{source} is not valid YAML") from None
 
 
+def read_list(text: str, source: str) -> Any:
+    """A list in one text: parts with commas between, or a YAML list. Raises ConfigError, which quotes none of it."""
+    is_yaml = text.startswith(("[", "- "))
+    return read_secrets(text.encode(errors="surrogateescape"), source) if is_yaml else text.split(",")
+
+
 def read_file(path: Path) -> bytes:
     """The bytes of a configuration file. Raises ConfigError naming it."""
     try:

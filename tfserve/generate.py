@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 
 from tfserve.config import EngineConfig
 from tfserve.engine.engine import Engine
@@ -14,11 +15,8 @@ def generate(config: EngineConfig, prompt: str, max_tokens: int, temperature: fl
     """Stream the answer to stdout and a line of figures to stderr; exit code 1 if the request failed."""
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     with Engine(config) as engine:
-        tokens: str | list[int] = prompt
-        if not raw:
-            text = engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
-            tokens = engine.tokenizer.encode(text, add_special_tokens=False)
-        last = asyncio.run(_print_stream(engine, tokens, params))
+        outputs = engine.stream(prompt, params) if raw else engine.stream_chat(prompt, params)
+        last = asyncio.run(_print(outputs))
     if last.error is not None:
         print(f"tfserve: error: {last.error}", file=sys.stderr)
         return 1
@@ -34,8 +32,8 @@ def generate(config: EngineConfig, prompt: str, max_tokens: int, temperature: fl
     return 0
 
 
-async def _print_stream(engine: Engine, prompt: str | list[int], params: SamplingParams) -> RequestOutput:
-    async for output in engine.stream(prompt, params):
+async def _print(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
+    async for output in outputs:
         print(output.text, end="", flush=True)
         last = output
     print()

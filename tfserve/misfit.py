@@ -36,19 +36,21 @@ class Misfit:
     """One value that does not fit. `rule` says what it must be and goes on after the path: "must be an integer".
 
     `path` is as in "messages[0].role", and empty for the whole. `value` is UNSET if it is missing. `right_kind` is true
-    of an integer out of bounds or an unknown name, where the value itself says more than its kind.
+    of an integer out of bounds or an unknown name, where the value itself says more than its kind. `hint` goes on after
+    that value, with the name that comes nearest to an unknown one.
     """
 
     path: str
     rule: str
     value: object = msgspec.UNSET
     right_kind: bool = False
+    hint: str = ""
 
     def __str__(self) -> str:
         """The whole sentence: where, what it must be, and what was found."""
         shown = f"{self.value!r:.{_SHOWN_CHARS}}" if self.right_kind else _word(type(self.value))
         got = "" if self.value is msgspec.UNSET else f", got {shown}"
-        return f"{self.path} {self.rule}{got}".lstrip()
+        return f"{self.path} {self.rule}{got}{self.hint}".lstrip()
 
 
 def find_misfit(value: object, expected: Any, *, strict: bool = True) -> Misfit | None:
@@ -57,6 +59,17 @@ def find_misfit(value: object, expected: Any, *, strict: bool = True) -> Misfit 
     Without `strict`, strings count as what they spell (see `msgspec.convert`).
     """
     return _Search(strict).look(value, expected, "")
+
+
+def nearest(word: object, known: Iterable[object]) -> str | None:
+    """Of the names in `known` the one that `word` was likely meant to be: one that ends in it, or looks like it."""
+    import difflib
+
+    if not isinstance(word, str) or len(word) > _SHOWN_CHARS:  # comparing takes time, and clients send words
+        return None
+    names = [name for name in known if isinstance(name, str)]
+    by_end = [name for name in names if name.endswith(f".{word}")]
+    return next(iter(by_end or difflib.get_close_matches(word, names, n=1)), None)
 
 
 class NotJsonError(ValueError):
@@ -99,7 +112,9 @@ class _Search:
         if self._fits(value, expected):
             return None
         of_value = get_origin(expected) in (Annotated, Literal)
-        return self._inside(value, expected, path) or Misfit(path, f"must be {_word(expected)}", value, of_value)
+        near = nearest(value, get_args(expected)) if get_origin(expected) is Literal else None
+        hint = f"; did you mean {near!r}?" if near else ""
+        return self._inside(value, expected, path) or Misfit(path, f"must be {_word(expected)}", value, of_value, hint)
 
     def _inside(self, value: object, expected: Any, path: str) -> Misfit | None:
         """A misfit in a part of `value`, or of the kind that all bounds and choices have in common."""

@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
-import re
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
 
 from tfserve.checked import Checked
 from tfserve.errors import ConfigError
 from tfserve.strict_json import is_text
+
+Count = Annotated[int, Meta(ge=1)]
+
+
+def about(text: str) -> Meta:
+    """A setting's help: one line that says what it does."""
+    return Meta(description=text)
+
+
+class Setting(NamedTuple):
+    """One setting as it was declared. `kind` is its type without bounds; `default` is NODEFAULT where it has none."""
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+
+    @property
+    def is_list(self) -> bool:
+        """True if it takes a list."""
+        return get_origin(self.kind) is tuple
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        """The values that it takes, if these are listed."""
+        kinds = (self.kind, *get_args(self.kind))
+        return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
 class Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,6 +65,15 @@ class Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return ConfigError(self.section + key, message)
 
 
+def settings_of(struct: type[Settings]) -> Iterator[Setting]:
+    """The settings of a struct under their dotted names; not those of the sections in it."""
+    for field in msgspec.structs.fields(struct):
+        kind, *rules = get_args(field.type) or (field.type,)
+        help_text = next((rule.description for rule in rules if isinstance(rule, Meta) and rule.description), None)
+        if help_text is not None:
+            yield Setting(struct.section + field.name, kind, field.default, help_text)
+
+
 class ApiKey(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One entry of `server.api_keys`: a tenant, known in logs and metrics by its `name`.
 
@@ -44,26 +83,18 @@ class ApiKey(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     section: ClassVar[str] = "server.api_keys: "
 
-    name: str
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}\Z")]
     key: str
-    weight: float = 1.0
+    weight: Annotated[float, Meta(ge=2.0**-10, le=2.0**10)] = 1.0
     admin: bool = False
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    max_streams: int | None = None
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    max_streams: Count | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError, which never quotes the key, for a value that cannot be meant."""
         super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name):
-            raise self.mistake("name", "must be 1 to 64 letters, digits, '.', '_' or '-'")
         check_key(self.key)
-        if not 2.0**-10 <= self.weight <= 2.0**10:
-            raise self.mistake("weight", f"must be 1/1024 to 1024, got {self.weight} (of {self.name!r})")
-        for limit in ("requests_per_minute", "tokens_per_minute", "max_streams"):
-            value = getattr(self, limit)
-            if value is not None and value < 1:
-                raise self.mistake(limit, f"must be at least 1, got {value} (of {self.name!r})")
 
     def __repr__(self) -> str:
         return f"ApiKey({self.name!r})"

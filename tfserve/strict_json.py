@@ -88,13 +88,28 @@ def deepest(value: Any) -> str | None:
     return name
 
 
+_Place = tuple["_Place", str] | None
+"""Where a value is: the place of what it is in, and the step from there. None: the whole.
+
+No texts: below a long key, each value's would be as long again.
+"""
+
+
+def _path(place: _Place) -> str:
+    steps = []
+    while place is not None:
+        place, step = place
+        steps.append(step)
+    return "".join(["$", *reversed(steps)])
+
+
 def unreadable(value: Any, exact: Collection[str] = ()) -> str | None:
     """What in `value` many readers of JSON cannot take, with its place as `$.properties.id.maximum`; None: nothing.
 
     Integers beyond 64 bits (below a key of `exact`: beyond 53, where doubles have gaps), numbers that are not finite,
     text that is not valid Unicode, and what is no JSON at all.
     """
-    left: list[tuple[str, Any, int]] = [("$", value, 64)]
+    left: list[tuple[_Place, Any, int]] = [(None, value, 64)]
     while left:
         place, item, bits = left.pop()
         match item:
@@ -103,21 +118,21 @@ def unreadable(value: Any, exact: Collection[str] = ()) -> str | None:
             case int() if (bits == 64 and -(2**63) <= item < 2**64) or abs(item) <= 2**53:
                 pass
             case int():
-                return f"{place} is an integer beyond {bits} bits"
+                return f"{_path(place)} is an integer beyond {bits} bits"
             case float() if math.isfinite(item):
                 pass
             case float():
-                return f"{place} is not a finite number"
+                return f"{_path(place)} is not a finite number"
             case str() if is_text(item):
                 pass
             case str():
-                return f"{place} is not valid Unicode text"
+                return f"{_path(place)} is not valid Unicode text"
             case Mapping() if all(isinstance(key, str) and is_text(key) for key in item):
-                left += ((f"{place}.{key}", each, 53 if key in exact else bits) for key, each in item.items())
+                left += (((place, f".{key}"), each, 53 if key in exact else bits) for key, each in item.items())
             case list() | tuple():
-                left += ((f"{place}[{number}]", each, bits) for number, each in enumerate(item))
+                left += (((place, f"[{number}]"), each, bits) for number, each in enumerate(item))
             case _:
-                return f"{place} is no JSON value"
+                return f"{_path(place)} is no JSON value"
     return None
 
 

@@ -30,8 +30,8 @@ from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.errors import ConfigError, ModelError, RequestError
-from tfserve.model.checkpoint import expected_shapes
 from tfserve.model.config import load_model_config
+from tfserve.model.models.base import stored_tensors
 from tfserve.types import SamplingParams
 
 TIMEOUT_S = 15
@@ -54,6 +54,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
+MISTRAL, QWEN3 = "MistralForCausalLM", "Qwen3ForCausalLM"
 SIZES = (*(key for key, value in SHAPE.items() if type(value) is int and key != "eos_token_id"),)
 ODD = (0, -1, 3, 10**6, 10**9, 2**31 - 1, 2**31, 10**12, 2**64, 1.5, "many", [], {}, True, float("inf"), float("nan"))
 
@@ -71,8 +72,8 @@ def write_tiny_checkpoint(model_dir: Path) -> Path:
     """A whole checkpoint with random weights, without the help of transformers."""
     write_tiny_tokenizer(model_dir)
     (model_dir / "config.json").write_text(json.dumps(SHAPE))
-    shapes = expected_shapes(load_model_config(model_dir))
-    save_file({name: torch.rand(shape) for name, shape in shapes.items()}, model_dir / "model.safetensors")
+    tensors = {tensor.name: torch.rand(tensor.shape) for tensor in stored_tensors(load_model_config(model_dir))}
+    save_file(tensors, model_dir / "model.safetensors")
     return model_dir
 
 
@@ -192,6 +193,9 @@ def directories() -> Iterator[tuple[str, Harm]]:
     for key in SIZES:
         for value in ODD:
             yield f"config {key}={value!r}", edit("config.json", **{key: value})
+    for value in ODD:
+        yield f"mistral sliding_window={value!r}", edit("config.json", architectures=[MISTRAL], sliding_window=value)
+        yield f"qwen3 head_dim={value!r}", edit("config.json", architectures=[QWEN3], head_dim=value)
     for value in (-1, 512, 2**40, [[1]], ["a"], {"a": 1}):
         yield f"config eos_token_id={value!r}", edit("config.json", eos_token_id=value)
     for rope in ({"rope_type": "llama3"}, {"rope_type": {"a": []}}, {"factor": 1e308}, [], {"rope_type": ["x"] * 9}):
@@ -218,6 +222,14 @@ def directories() -> Iterator[tuple[str, Harm]]:
     yield "tokens many", _tokenizer(lambda fields: [_add(f"<|{n}|>", 512 + n)(fields) for n in range(20_000)])
     yield "vocab ids", _tokenizer(lambda fields: fields["model"]["vocab"].update({"zz": 2**32 - 1}))
     yield "merges", _tokenizer(lambda fields: fields["model"]["merges"].append(["nope", "nada"]))
+    grow = {"type": "Replace", "pattern": {"String": "h"}, "content": "h" * 10}
+    for kind, steps in {
+        "little by little": [grow] * 9,
+        "at once": [{**grow, "content": "h" * 10**6}],
+        "before": [{"type": "Prepend", "prepend": "h" * 10**6}],
+    }.items():
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": steps}]}
+        yield f"normalizer grows {kind}", _tokenizer(lambda fields, made=normalizer: fields.update(normalizer=made))
     yield "no vocabulary", _tokenizer(lambda fields: fields["model"].update(vocab={}, merges=[]))
     yield "vocab.json for transformers", lambda model_dir: (model_dir / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt", "tokenizer.model"):

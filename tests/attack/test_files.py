@@ -19,6 +19,7 @@ from tfserve.types import SamplingParams
 QUICK = (
     *("config num_hidden_layers=1000000000", "config vocab_size=1000000000000", "config hidden_size=1000000000"),
     *("config max_position_embeddings=2147483647", "config head_dim=1000000000", "config num_attention_heads=1000000"),
+    *("mistral sliding_window=0", "mistral sliding_window='many'", "qwen3 head_dim=1000000000", "qwen3 head_dim=3"),
     *("config.json deep object", "config.json device", "tokenizer.json pipe", "tokenizer_config.json pipe"),
     *(
         "generation_config.json wide",
@@ -28,6 +29,7 @@ QUICK = (
     ),
     *("weight_map '../other.safetensors'", "weight_map '/dev/zero'", "weight_map 'below/other.safetensors'"),
     *("header length 100000000", "header deep", "no vocabulary", "vocab.json pipe"),
+    *("normalizer grows little by little", "normalizer grows at once", "normalizer grows before"),
 )
 QUICK_GGUF = (
     *("block_count 4294967295", "array length 4294967295", "string length 9223372036854775808", "nested arrays"),
@@ -81,8 +83,8 @@ def test_a_hostile_gguf_file_is_a_model_error_that_names_it(name: str, whole_ggu
 
 @pytest.mark.slow
 def test_every_hostile_model_loads_or_is_an_error_within_bounds() -> None:
-    script = Path(__file__).with_name("hostile_models.py")
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=900, check=False)
+    command = [sys.executable, "-m", "tests.attack.hostile_models"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
 
 

@@ -17,10 +17,13 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 
+from tests.http.conftest import StartServer
 from tests.http.test_server import Launch, ServerProcess, launch
 from tests.serving import Server
 from tests.tokenizers import write_tiny_tokenizer
+from tfserve.http.connections import READ_BYTES
 
 __all__ = ["launch"]
 
@@ -138,3 +141,59 @@ def test_connections_without_end_take_neither_the_descriptors_nor_the_log(
     assert code == 0
     assert "Traceback" not in log
     assert len([line for line in log.splitlines() if "GET" not in line and "POST" not in line]) < 10
+
+
+def test_those_who_ask_what_needs_no_key_and_read_nothing_keep_no_probe_out(launch: Launch) -> None:
+    server: ServerProcess = launch("FakeEngine", "server.max_connections=20")
+    server.wait_until_ready()
+    asking = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+    opened: list[socket.socket] = []
+    for _ in range(200):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.setblocking(False)
+        with contextlib.suppress(OSError):
+            client.send(asking)
+        opened.append(client)
+    deadline = time.monotonic() + 10
+    answered = 0
+    while answered < 5 and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            answered += server.get("/health")[0] == 200
+    for client in opened:
+        client.close()
+    server.process.terminate()
+    assert answered == 5
+    assert server.end()[0] == 0
+
+
+async def test_no_more_is_parsed_at_once_than_takes_a_moment(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A body may come in chunks of a byte each."""
+    sizes: list[int] = []
+    receive = web.RequestHandler.data_received
+
+    def noted(self: web.RequestHandler, data: bytes) -> None:
+        sizes.append(len(data))
+        receive(self, data)
+
+    monkeypatch.setattr(web.RequestHandler, "data_received", noted)
+    server = await start()
+    async with server.post("/tokenize", {"prompt": "x" * 900_000}) as response:
+        assert response.status == 200
+    assert sum(sizes) > 900_000
+    assert max(sizes) <= READ_BYTES
+
+
+async def test_a_stream_to_an_http_1_0_client_ends_with_its_connection(start: StartServer) -> None:
+    """Even if the client would keep it: nothing else says that the answer is complete."""
+    server = await start()
+    body = b'{"prompt": "x", "stream": true}'
+    head = f"POST /v1/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(server.url.rpartition(":")[2]))
+    writer.write(head.encode() + body)
+    answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer.endswith(b"data: [DONE]\n\n")
+    writer.close()

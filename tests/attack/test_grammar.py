@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ async def test_a_broken_check_is_400_and_costs_nobody_else(start: StartServer, m
 
 
 async def test_too_many_checks_at_once_are_429(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tfserve.model.grammar_checker.MAX_WAITING", 2)
+    monkeypatch.setattr("tfserve.model.grammar_checker.MAX_WAITING", 4)
     checker = GrammarChecker(BREAKING, wall_limit_s=1.0)
     waiting = [checker.submit(f"sleep:{number}") for number in range(2)]
     while checker.num_waiting == 2:
@@ -176,6 +177,28 @@ async def test_too_many_checks_at_once_are_429(start: StartServer, monkeypatch: 
     for future in waiting:
         future.cancel()
     checker.close()
+
+
+def test_those_who_have_grammars_checked_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tfserve.model.grammar_checker.MAX_WAITING", 6)
+    checker = GrammarChecker(BREAKING, wall_limit_s=1.0)
+    done: list[str] = []
+
+    def submit(grammar: str, owner: str) -> Future[str]:
+        future = checker.submit(grammar, owner)
+        future.add_done_callback(lambda _: done.append(grammar))
+        return future
+
+    submit("sleep", "many")
+    while checker.num_waiting:
+        time.sleep(0.01)
+    many = [submit(f"good: {number}", "many") for number in range(3)]
+    with pytest.raises(QueueFullError):
+        checker.submit("good: 3", "many")
+    assert submit("good: one", "one").result() == ""
+    assert many[-1].result() == ""
+    checker.close()
+    assert done == ["sleep", "good: 0", "good: one", "good: 1", "good: 2"]
 
 
 LONELY = """

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
+import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.free_blocks import until_all_free
-from tests.http.conftest import Running
+from tests.http.conftest import Running, StartServer
 from tests.scripted import scripted_server, write_scripted_model
+from tfserve.http import completions
+from tfserve.http.completions import CompletionRenderer
+from tfserve.http.packing import unpacked
+from tfserve.http.streams import VIEWED_BYTES_PER_S, pause_before
+from tfserve.model.schema_limits import check_schema
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 ASK = [{"role": "user", "content": "x"}]
@@ -85,3 +96,102 @@ async def text_of_stream(server: Running, num_tokens: int) -> str:
                 reason = choice["finish_reason"]
     assert reason == "length"
     return "".join(pieces)
+
+
+# What is long only in what the server makes of it.
+@pytest.mark.parametrize("stream", [True, False])
+async def test_choices_that_begin_with_long_prompts_are_worded_off_the_event_loop(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    first: dict[int, int] = {}
+    chunk, whole = CompletionRenderer.chunk, CompletionRenderer.whole
+
+    def noted_chunk(self: CompletionRenderer, index: int, *args: Any) -> bytes:
+        first.setdefault(index, threading.get_ident())
+        return chunk(self, index, *args)
+
+    def noted_whole(self: CompletionRenderer, *args: Any) -> bytes:
+        first[0] = threading.get_ident()
+        return whole(self, *args)
+
+    monkeypatch.setattr(CompletionRenderer, "chunk", noted_chunk)
+    monkeypatch.setattr(CompletionRenderer, "whole", noted_whole)
+    server = await start()
+    body = {"prompt": "x" * 900, "n": 64, "echo": True, "stream": stream}
+    async with server.post(PLAIN, body) as response:
+        assert (await response.read()).count(b"x" * 900) == 64
+    assert len(first) == (64 if stream else 1)
+    assert threading.get_ident() not in first.values()
+
+
+async def test_what_all_choices_begin_with_has_a_limit(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "MAX_ECHOED_CHARS", 4000)
+    server = await start()
+    for body, status in (
+        ({"prompt": "x" * 900, "n": 5, "echo": True}, 400),
+        ({"prompt": [[65] * 500] * 3, "n": 3, "echo": True}, 400),
+        ({"prompt": "x" * 900, "n": 4, "echo": True}, 200),
+        ({"prompt": "x" * 900, "n": 5}, 200),
+    ):
+        async with server.post(PLAIN, body) as response:
+            answer = await response.json()
+        assert response.status == status
+        assert answer.get("error", {}).get("param") == ("echo" if status == 400 else None)
+
+
+async def test_schemas_are_walked_through_one_at_a_time(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python threads share one lock: among many that compute, the event loop's turn comes seldom."""
+    running, most = 0, 0
+
+    def check(*args: Any) -> int:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        time.sleep(0.01)
+        running -= 1
+        return check_schema(*args)
+
+    for module in ("tfserve.http.tools", "tfserve.model.grammar"):
+        monkeypatch.setattr(f"{module}.check_schema", check)
+    server = await start(reply="{}")
+
+    async def ask(number: int) -> int:
+        schema = {"type": "object", "title": str(number)}
+        wish: dict[str, Any] = {"response_format": {"type": "json_object", "schema": schema}}
+        if number % 2:
+            wish = {"tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}]}
+        async with server.post(CHAT, {"messages": ASK, **wish}) as response:
+            await response.read()
+        return int(response.status)
+
+    assert set(await asyncio.gather(*map(ask, range(20)))) == {200}
+    assert most == 1
+
+
+async def test_packed_bodies_are_unpacked_off_the_event_loop(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at: list[int] = []
+
+    def noted(*args: Any) -> bytes | None:
+        at.append(threading.get_ident())
+        return unpacked(*args)
+
+    monkeypatch.setattr("tfserve.http.answer.unpacked", noted)
+    server = await start()
+    data = gzip.compress(json.dumps({"prompt": "x", "user": random.Random(1).randbytes(100_000).hex()}).encode())
+    async with server.post(PLAIN, data, headers={"Content-Encoding": "gzip"}) as response:
+        assert response.status == 200
+    assert at
+    assert threading.get_ident() not in at
+
+
+@pytest.mark.parametrize("num_viewers", [1, 10, 1000])
+@pytest.mark.parametrize("size", [500, 30_000, 400_000])
+def test_viewers_together_get_so_many_bytes(num_viewers: int, size: int) -> None:
+    for interval_s in (0.1, 0.5, 60.0):
+        pause_s = pause_before(interval_s, num_viewers, size)
+        assert pause_s >= interval_s
+        assert num_viewers * size / pause_s <= 1.01 * VIEWED_BYTES_PER_S
+        if num_viewers * size <= VIEWED_BYTES_PER_S / 10:
+            assert pause_s == interval_s

@@ -19,7 +19,7 @@ import pytest
 from tests.http.conftest import Running, StartServer
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.errors import ConfigError
-from tfserve.http import bodies
+from tfserve.http import bodies, unread
 from tfserve.http.parsing import BodyParser
 from tfserve.http.unread import _Watch
 from tfserve.types import FinishReason
@@ -57,13 +57,21 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.parametrize("tells", [True, False], ids=["acknowledged", "unsent-only"])
 @pytest.mark.parametrize("ends", [True, False], ids=["finished", "unfinished"])
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
 async def test_an_answer_that_is_not_read_is_closed_and_everything_of_it_freed(
-    start: StartServer, caplog: pytest.LogCaptureFixture, streamed: bool, ends: bool
+    start: StartServer,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    streamed: bool,
+    ends: bool,
+    tells: bool,
 ) -> None:
     if not (streamed or ends):
         pytest.skip("a whole answer is sent when it has ended")
+    if not tells:  # systems other than Linux do not say what was acknowledged
+        monkeypatch.delattr(socket, "TCP_INFO")
     server = await start(reply=None, unread_timeout_s=0.4)
     client = await ask(server, {"prompt": "x", "stream": streamed})
     await server.engine.submitted.wait()
@@ -122,11 +130,38 @@ async def test_a_stream_without_news_is_not_unread(start: StartServer) -> None:
         assert b"last" in await response.read()
 
 
+async def test_answers_that_are_not_read_have_a_common_bound(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unread, "MOST_UNSENT_BYTES", 70 * MIB)
+    monkeypatch.setattr(unread, "STALLED_S", 0.2)
+    monkeypatch.setattr(unread, "_PRESSED_S", 0.05)
+    server = await start(reply=None, unread_timeout_s=60)
+    clients = []
+    for number in range(3):
+        clients.append(await ask(server, {"prompt": "x"}))
+        await until(lambda: _has_live(server))
+        stream = server.engine.live.pop()
+        stream.say("x" * 30 * MIB, FinishReason.STOP)
+        if number == 1:  # two have room
+            await asyncio.sleep(0.5)
+            assert await metric(server, "unread_closed_total") == 0
+    await until(lambda: _is(server, "unread_closed_total", 1.0))
+    await asyncio.sleep(0.5)
+    assert await metric(server, "unread_closed_total") == 1
+    for client in clients:
+        client.close()
+
+
+async def _has_live(server: Running) -> bool:
+    return bool(server.engine.live)
+
+
 async def test_zero_switches_the_limit_off(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(*_: object) -> None:
         raise AssertionError("nothing is to be looked at")
 
-    monkeypatch.setattr(_Watch, "_look", look)
+    monkeypatch.setattr(_Watch, "_look_at_all", look)
     server = await start(unread_timeout_s=0)
     async with server.post("/v1/completions", {"prompt": "x"}) as response:
         assert response.status == 200
@@ -205,6 +240,22 @@ async def test_what_a_packed_body_unpacks_to_is_counted(start: StartServer) -> N
     async with server.post("/tokenize", packed, headers={"Content-Encoding": "gzip"}) as response:
         assert response.status == 503
     held[0][1].close()
+
+
+async def test_small_bodies_count_with_what_they_take_as_objects(start: StartServer) -> None:
+    server = await start(max_body_bytes=MIB, max_inflight_body_bytes=MIB)
+    parts = b'{"prompt": "x", "user": "x", "more": [' + b",".join([b"[]"] * 20_000) + b"]}"
+    text = json.dumps({"prompt": "x", "user": "[" * 50_000}).encode()
+    for body in (parts, text):
+        async with server.post("/v1/completions", body) as response:
+            assert response.status == 200
+    held = [await send_part(server, 512 * 1024, MIB)]
+    await until(lambda: _holds(server, 400_000))
+    for body, status in ((parts, 503), (text, 200)):
+        async with server.post("/v1/completions", body) as response:
+            assert response.status == status
+    held[0][1].close()
+    await until(lambda: _holds(server, 0, exactly=True))
 
 
 @pytest.mark.parametrize("path", ["/abort_request", "/v1/streams/x/buffer"])

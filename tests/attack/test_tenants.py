@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from tests.free_blocks import until_all_free
-from tests.http.conftest import Running
+from tests.http.conftest import Running, StartServer
 from tests.http.test_keys import by
 from tests.scripted import scripted_server, write_scripted_model
+from tfserve.types import StreamState
 
 PLAIN = "/v1/completions"
 KEYS = [{"name": name, "key": f"sk-{name}"} for name in ("honest", "hostile")]
@@ -98,3 +100,67 @@ async def test_another_keys_streams_cannot_be_found_or_ended(server: Running) ->
                 assert response.status == 404
     assert not any(task.done() for task in tasks)
     await end(tasks)
+
+
+async def test_many_who_look_at_streams_ask_the_engine_once_together(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await start(reply=None, api_keys=KEYS)
+    asked, told = 0, asyncio.Event()
+
+    async def streams() -> list[StreamState]:
+        nonlocal asked
+        asked += 1
+        await told.wait()
+        return []
+
+    monkeypatch.setattr(server.engine, "streams", streams)
+
+    async def look(name: str) -> int:
+        async with server.get("/v1/streams", headers=by(name)) as response:
+            return int(response.status)
+
+    looking = [asyncio.ensure_future(look("hostile" if number else "honest")) for number in range(60)]
+    async with asyncio.timeout(10):
+        while not asked:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        told.set()
+        assert set(await asyncio.gather(*looking)) == {200}
+    # The first, and one for all that came while it was on its way.
+    assert asked <= 3
+
+
+async def test_a_key_pays_for_each_choices_prompt_and_for_what_it_does_not_read(start: StartServer) -> None:
+    server = await start(reply=None, api_keys=[{**KEYS[1], "tokens_per_minute": 1000}])
+
+    async def left() -> int:
+        async with server.post(PLAIN, {"prompt": "x", "n": 0}, headers=by("hostile")) as response:
+            return int(response.headers["x-ratelimit-remaining-tokens"])
+
+    assert await left() == 1000
+    body = {"prompt": "x" * 99, "n": 4}
+    asking = asyncio.ensure_future(server.post(PLAIN, body, headers=by("hostile")).__aenter__())
+    await server.engine.submitted.wait()
+    assert 600 <= await left() < 625
+    server.engine.live[0].token_s += [0.0] * 500  # generated, and in no output that was taken
+    asking.cancel()
+    await asyncio.wait_for(server.service.idle.wait(), 10)
+    assert 100 <= await left() < 130
+
+
+async def test_one_key_cannot_have_all_connections(start: StartServer) -> None:
+    server = await start(reply="hello", api_keys=KEYS, max_connections=8)
+    looking = {"headers": {**by("hostile"), "Accept": "text/event-stream"}}
+    async with contextlib.AsyncExitStack() as stack:
+        seen = [await stack.enter_async_context(server.get("/v1/streams", **looking)) for _ in range(8)]
+        assert [response.status for response in seen] == [200] * 6 + [429] * 2
+        async with server.post(PLAIN, {"prompt": "x"}, headers=by("honest")) as response:
+            assert response.status == 200
+        for response in seen:
+            response.close()
+    async with asyncio.timeout(10):
+        while True:
+            async with server.post(PLAIN, {"prompt": "x"}, headers=by("hostile")) as response:
+                if response.status == 200:
+                    break

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-import ablation
 import msgspec
 import pytest
-from burst import Burst, burst_rows, parse_args, parse_policy, scaled_mix, scored_at
-from burst_report import fluid_bound, prefill_bound, report
-from cells import Store
 
+from benchmarks.burst import ablation
+from benchmarks.burst.report import fluid_bound, prefill_bound, report
+from benchmarks.burst.run import Burst, burst_rows, parse_args, parse_policy, scaled_mix, scored_at
+from benchmarks.cells import Store
 from tests.bench.test_scoring import record
 from tfserve.bench.report import summarize
 from tfserve.config import SchedulerConfig

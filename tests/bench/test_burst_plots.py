@@ -6,9 +6,9 @@ import json
 
 import numpy as np
 import pytest
-from burst_plots import main, unread_s, waits
-from kept_timelines import Stream, TimelineFile
 
+from benchmarks.burst.kept_timelines import Stream, TimelineFile
+from benchmarks.burst.plots import main, unread_s, waits
 from tests.bench.test_burst import cell, scripted
 from tests.bench.test_scoring import record
 from tfserve.bench.scoring import served

@@ -6,11 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu.py"
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +15,7 @@ def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "results/gpu.json"
     # One thread: the steps of a shape this small are shorter than waking a second one.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--shape", "tiny", "--output", str(path)]
+    command = [sys.executable, "-m", "benchmarks.gpu.run", "--device", "cpu", "--shape", "tiny", "--output", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(path.read_text())
@@ -74,6 +71,8 @@ def test_without_a_gpu_the_default_run_says_so():
 
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.run"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert "no NVIDIA GPU" in done.stderr

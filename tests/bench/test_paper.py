@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import msgspec
 import numpy as np
 import pytest
 
-from tfserve.bench.cli import add_bench_parser
-from tfserve.bench.paper import cli as paper_cli
-from tfserve.bench.paper.bounds import fluid_of_run, peak_demand
-from tfserve.bench.paper.cases import Case, Experiment
-from tfserve.bench.paper.experiments import experiments
-from tfserve.bench.paper.summary import Estimate
-from tfserve.bench.paper.targets import targets
-from tfserve.bench.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload, read_columns
+from benchmarks.paper import cli as paper_cli
+from benchmarks.paper.bounds import fluid_of_run, peak_demand
+from benchmarks.paper.cases import Case, Experiment
+from benchmarks.paper.experiments import experiments
+from benchmarks.paper.summary import Estimate
+from benchmarks.paper.targets import targets
+from benchmarks.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload, read_columns
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.qos import Served, effective_tokens
 from tfserve.engine.simulation.hardware import PROFILES
 from tfserve.errors import TfserveError
 
 
-def run(*args: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_bench_parser(parser.add_subparsers())
-    parsed = parser.parse_args(["bench", *map(str, args)])
-    return parsed.func(parsed)
+def run_paper(*args: object) -> int:
+    return paper_cli.bench_paper(paper_cli.arguments(list(map(str, args))))
 
 
 SMALL = Normal(64, 100)
@@ -122,14 +117,14 @@ def test_an_interval_is_students():
 
 def test_an_unknown_row_is_named_with_the_known_ones(tmp_path):
     with pytest.raises(TfserveError, match="4090-a"):
-        run("paper", "--out", tmp_path, "--only", "nothing")
+        run_paper("--out", tmp_path, "--only", "nothing")
 
 
 def test_a_run_writes_its_page_tables_and_figures_and_the_same_bytes_again(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_cli, "experiments", lambda **_: [tiny_experiment()])
     written = []
     for folder in (tmp_path / "one", tmp_path / "two"):
-        assert run("paper", "--out", folder, "--workers", 1) == 0
+        assert run_paper("--out", folder, "--workers", 1) == 0
         written.append({path.name: path.read_bytes() for path in folder.iterdir() if path.name != "timing.json"})
     assert written[0] == written[1]
     files = written[0]

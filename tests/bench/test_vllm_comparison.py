@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from vllm_comparison import name_itself, own_command, parse_args, report, vllm_command
 
+from benchmarks.compare.vllm import name_itself, own_command, parse_args, report, vllm_command
 from tests.bench.test_burst import cell
 
 

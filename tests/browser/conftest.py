@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from chromium import FLAGS, MISSING, find_chromium
 
+from benchmarks.chromium import FLAGS, MISSING, find_chromium
 from tests.http.conftest import start
 from tfserve.install_hint import install_command
 

@@ -18,7 +18,7 @@ from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.plan import NULL_BLOCK, Ack, Clock, Copy, Direction, Fence, RowInit, StepPlan, StepResult
-from tfserve.types import SamplingParams
+from tfserve.types import ONE_TENANT, SamplingParams
 
 VOCAB = 1000
 EOS = 0
@@ -266,10 +266,12 @@ class FakeEngine:
             debug_checks=True,
         )
 
-    def add(self, req: str, prompt: list[int], max_tokens: int, rate=None, priority: int = 0, **params) -> None:
+    def add(
+        self, req: str, prompt: list[int], max_tokens: int, rate=None, priority: int = 0, tenant=ONE_TENANT, **params
+    ) -> None:
         self.clock.time += 0.001
         sampling = SamplingParams(max_tokens=max_tokens, **params)
-        self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time, rate, priority))
+        self.core.inbox.put(AddRequest(req, list(prompt), sampling, self.clock.time, rate, priority, tenant=tenant))
         self.outputs[req] = []
 
     def _emit(self, message: StepOutputs | StreamStates) -> None:

@@ -68,6 +68,37 @@ def test_seeded_sampling_repeats_and_seeds_differ(engine):
     assert run(1) != run(2)
 
 
+async def test_a_conversation_is_answered_as_its_prompt_is(engine):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    text = engine.tokenizer.apply_chat_template(messages)
+    (expected,) = engine.generate([engine.tokenizer.encode(text, add_special_tokens=False)], GREEDY)
+    assert engine.chat(messages, GREEDY).token_ids == expected.token_ids
+    pieces = [piece async for piece in engine.stream_chat(messages, GREEDY)]
+    assert "".join(piece.text for piece in pieces) == expected.text
+    alone = [{"role": "user", "content": "Hello"}]
+    assert engine.chat("Hello", GREEDY).token_ids == engine.chat(alone, GREEDY).token_ids
+
+
+@pytest.mark.parametrize("messages", [[], [{}], [{"role": "user"}], ["Hello"], 5, None, [{"role": 1, "content": "x"}]])
+def test_what_is_no_conversation_is_refused(engine, messages):
+    with pytest.raises(RequestError) as caught:
+        engine.chat(messages, GREEDY)
+    assert caught.value.param == "messages"
+
+
+def test_a_conversation_beyond_the_context_is_refused(engine):
+    with pytest.raises(RequestError):
+        engine.chat("long " * 10_000, GREEDY)
+
+
+def test_an_engine_is_made_of_a_models_name_alone(model_dir):
+    from tfserve import Engine as FromTheTop
+
+    with FromTheTop(str(model_dir)) as engine:
+        assert len(engine.chat("Hello", SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)).token_ids) == 2
+        assert engine.config.served_model_name == model_dir.name
+
+
 async def test_stream_pieces_add_up_to_the_whole(engine):
     (whole,) = engine.generate([[5, 6, 7]], GREEDY)
     pieces = [output async for output in engine.stream([5, 6, 7], GREEDY)]

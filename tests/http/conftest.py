@@ -58,11 +58,9 @@ async def start() -> AsyncIterator[StartServer]:
         engine = engine_class(config, reply, step_s)
         if loaded:
             service.ready(engine)
+        most = config.server.max_connections or MAX_CONNECTIONS
         runner = create_runner(
-            create_app(service),
-            shutdown_timeout_s=1.0,
-            idle_timeout_s=idle_timeout_s,
-            max_connections=config.server.max_connections or MAX_CONNECTIONS,
+            create_app(service, most), shutdown_timeout_s=1.0, idle_timeout_s=idle_timeout_s, max_connections=most
         )
         runners.append(runner)
         await runner.setup()

@@ -40,6 +40,7 @@ class FakeTokenizer:
     special_ids = frozenset({BOS})
     leading_spaces = 0
     tool_format: ToolFormat | None = ToolFormat.HERMES
+    thinks = False
     template_variables = frozenset({"messages", "add_generation_prompt", "tools"})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

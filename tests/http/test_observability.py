@@ -169,3 +169,19 @@ async def test_pages_of_other_sites_are_let_in_only_if_named(start: StartServer,
         headers = {"Origin": origin, "Content-Type": "application/json"}
         async with server.post("/v1/completions", body, headers=headers) as response:
             assert response.headers.get("Access-Control-Allow-Origin") == (origin if is_allowed else None)
+
+
+async def test_what_comes_every_few_seconds_is_logged_at_debug_level(
+    start: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = await start(reply=None)
+    async with server.get("/health"), server.post("/v1/streams/cmpl-1/buffer", {"played_tokens": 1}):
+        pass
+    async with server.get("/v1/models"), server.get("/no/such/path"):
+        pass
+    levels = {
+        path: {record.levelno for record in caplog.records if f" {path} " in record.getMessage()}
+        for path in ("/health", "/v1/streams/cmpl-1/buffer", "/v1/models", "/no/such/path")
+    }
+    assert list(levels.values()) == [{logging.DEBUG}, {logging.DEBUG}, {logging.INFO}, {logging.INFO}]

@@ -15,7 +15,13 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
+
+from tests.http.fakes import FakeEngine
+from tfserve.config import EngineConfig
+from tfserve.http.banner import banner
+from tfserve.http.service import Service
 
 Launch = Callable[..., "ServerProcess"]
 
@@ -35,7 +41,7 @@ class ServerProcess:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.rstrip())
-            if line.startswith("curl "):
+            if self.lines[-1].endswith("}'"):  # of the curl line
                 return
         raise AssertionError(f"the server left: {self.process.communicate()[1]}")
 
@@ -100,11 +106,43 @@ def test_the_banner_tells_what_is_served_and_ends_with_a_curl_line_that_works(la
     text = "\n".join(server.lines)
     for part in ("tiny", "float32", "cpu", "101 blocks of 32 tokens", "3.2 requests of 1,000", server.url):
         assert part in text
-    command = shlex.split(server.lines[-1])
+    (begin,) = (index for index, line in enumerate(server.lines) if line.startswith("curl "))
+    command = shlex.split("\n".join(server.lines[begin:]).replace("\\\n", " "))
     assert command[:3] == ["curl", "-N", f"{server.url}/v1/chat/completions"]
     body = command[command.index("-d") + 1].encode()
     with urllib.request.urlopen(urllib.request.Request(command[2], body), timeout=5) as response:
         assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("policy", ["tokenflow", "fcfs"])
+@pytest.mark.parametrize("host", ["http://127.0.0.1:8000", "http://[2001:db8:85a3::8a2e:370:7334]:65535"])
+def test_the_banner_is_one_screen_and_names_what_decides(policy: str, host: str) -> None:
+    name = "Qwen2.5-72B-Instruct-with-a-longer-name"
+    config = EngineConfig(model="m", served_model_name=name, scheduler={"policy": policy}, server={"api_keys": ["k"]})
+    info = msgspec.structs.replace(
+        FakeEngine(config).info,
+        quantization="int8",
+        policy=policy,
+        num_host_blocks=4096,
+        host_tier_reason="four times the device's KV, held down to half of the memory that is free",
+        max_num_seqs=1024,
+    )
+    text = banner(info, Service(config), host)
+    assert len(text.splitlines()) <= 24
+    assert max(map(len, text.splitlines())) <= 100
+    words = " ".join(text.split())
+    parts = ["overload: queue", "6 tokens/s"] if policy == "tokenflow" else ["ignores"]
+    for part in (f"Page: {host}/ ", f"Policy {policy}", "Host tier: ", *parts):
+        assert part in words
+
+
+def test_where_the_log_is_json_nothing_else_is_printed(launch: Launch) -> None:
+    server = launch("FakeEngine", "log_format=json")
+    wait_for_answer(server, "/ready")
+    server.process.terminate()
+    code, out, err = server.end()
+    assert (code, out) == (0, "fake engine: shutdown\n")
+    assert "try:" in err
 
 
 def test_health_is_503_while_loading_and_the_port_is_bound(launch: Launch) -> None:

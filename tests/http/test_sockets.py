@@ -42,6 +42,15 @@ def test_connections_get_the_descriptors_they_need_or_are_fewer(
     assert limits[-1] == (raised, hard)
 
 
+def test_a_limit_that_the_system_does_not_let_us_raise_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("current limit exceeds maximum limit")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert allow_connections(4096) == 1024 - OTHER_DESCRIPTORS
+
+
 @pytest.mark.parametrize("missing", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
 def test_a_name_with_an_address_of_a_family_that_is_switched_off_is_served_on_the_other(
     monkeypatch: pytest.MonkeyPatch, missing: int

@@ -20,6 +20,7 @@ TOOLS = [
     {"type": "function", "function": {"name": "g"}},
 ]
 G = {"type": "function", "function": {"name": "g"}}
+G_CALL = '{"name": "g", "arguments": {}}'
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,12 @@ async def test_a_schema_that_would_be_ignored_is_refused(start: StartServer, for
             '{"name": "g", "parameters": {}}',
             '{"name": "f", "parameters": {}}',
         ),
+        (
+            ToolFormat.MISTRAL,
+            '[{"name": "f", "arguments": {"name": "x"}}]',
+            '[{"name": "g", "arguments": {}}]',
+            '[{"name": "f", "arguments": {"name": 1}}]',
+        ),
     ],
 )
 async def test_a_forced_call_is_one_that_the_parser_finds(
@@ -139,11 +146,20 @@ async def test_forced_arguments_are_an_object_whatever_else_the_parameters_leave
         assert accepts(tokenizer, grammar, call) is good
 
 
-async def test_parallel_calls_can_be_forbidden(start: StartServer, tokenizer: LLTokenizer) -> None:
+@pytest.mark.parametrize(
+    ("format", "one_call", "two_calls"),
+    [
+        (ToolFormat.HERMES, f"<tool_call>\n{G_CALL}\n</tool_call>", f"<tool_call>\n{G_CALL}\n</tool_call>\n" * 2),
+        (ToolFormat.MISTRAL, f"[{G_CALL}]", f"[{G_CALL}, {G_CALL}]"),
+    ],
+)
+async def test_parallel_calls_can_be_forbidden(
+    start: StartServer, tokenizer: LLTokenizer, format: ToolFormat, one_call: str, two_calls: str
+) -> None:
     server = await start()
-    call = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+    server.engine.tokenizer.tool_format = format
     several = await grammar_of(server, tools=TOOLS, tool_choice="required")
     one = await grammar_of(server, tools=TOOLS, tool_choice="required", parallel_tool_calls=False)
-    assert accepts(tokenizer, several, f"{call}\n{call}")
-    assert accepts(tokenizer, one, call)
-    assert not accepts(tokenizer, one, f"{call}\n{call}")
+    assert accepts(tokenizer, several, two_calls.rstrip())
+    assert accepts(tokenizer, one, one_call)
+    assert not accepts(tokenizer, one, two_calls.rstrip())

@@ -1,16 +1,17 @@
-"""A conversation with tools, from a client's JSON to the text that models of both families were trained on."""
+"""A conversation with tools, from a client's JSON to the text that models of each family were trained on."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.http.tool_templates import LLAMA3, QWEN25
+from tests.http.tool_templates import LLAMA3, MISTRAL, QWEN3, QWEN25
 from tfserve.errors import RequestError
 from tfserve.http.messages import ChatMessage, conversation
-from tfserve.http.tool_parsing import tool_call_parser
+from tfserve.http.tool_parsing import new_call_id, tool_call_parser
 from tfserve.http.tools import Tool, ToolPlan
 from tfserve.model.chat_template import ChatTemplate, ToolFormat
 
@@ -74,6 +75,58 @@ def test_a_llama3_conversation_with_a_call() -> None:
     )
 
 
+ID = "a1B2c3D4e"
+
+
+def mistral_chat() -> list[dict[str, Any]]:
+    """A client's messages, with an id as Mistral's templates take it."""
+    asked = {"role": "assistant", "content": None, "tool_calls": [{**call("Köln"), "id": ID}]}
+    told = {"role": "tool", "tool_call_id": ID, "content": "sunny"}
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}, asked, told]
+
+
+def test_a_mistral_conversation_with_a_call() -> None:
+    template = ChatTemplate(MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"})
+    assert template.tool_format is ToolFormat.MISTRAL
+    text = render(template, mistral_chat())
+    assert text.startswith('<s>[AVAILABLE_TOOLS] [{"type": "function", "function": {"name": "weather"')
+    assert text.endswith(
+        '[INST] Rain?[/INST][TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Köln"}, "id": "a1B2c3D4e"}]</s>'
+        '[TOOL_RESULTS] {"content": sunny, "call_id": "a1B2c3D4e"}[/TOOL_RESULTS]'
+    )
+
+
+def test_mistrals_rules_on_roles_and_ids_are_the_clients_error() -> None:
+    template = ChatTemplate(MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"})
+    with pytest.raises(RequestError, match="The roles must alternate"):
+        render(template, [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
+    with pytest.raises(RequestError, match="Ids of calls have 9 letters"):
+        render(template, chat("Lisbon"))
+
+
+def test_the_ids_of_calls_are_such_as_the_template_takes() -> None:
+    template = ChatTemplate(MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"})
+    messages = mistral_chat()
+    messages[2]["tool_calls"][0]["id"] = messages[3]["tool_call_id"] = new_call_id(template.tool_format)
+    assert messages[3]["tool_call_id"] in render(template, messages)
+
+
+def test_a_qwen3_conversation_shows_thoughts_of_the_last_turn_alone() -> None:
+    template = ChatTemplate(QWEN3, {})
+    assert template.tool_format is ToolFormat.HERMES
+    assert template.thinks
+    messages = chat("Rome")
+    messages[2]["reasoning_content"] = "I look."
+    text = render(template, messages)
+    assert '<|im_start|>assistant\n<think>\nI look.\n</think>\n\n\n<tool_call>\n{"name": "weather"' in text
+    assert text.endswith("<tool_response>\nRome: sunny\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+    later = [*messages, {"role": "assistant", "content": "Sunny."}, {"role": "user", "content": "And now?"}]
+    assert "I look." not in render(template, later)
+    turns = conversation(msgspec.convert(messages, list[ChatMessage]))
+    quiet = template.render(turns, True, tools=None, enable_thinking=False)
+    assert quiet.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
 def test_what_a_template_cannot_say_is_the_clients_error() -> None:
     template = ChatTemplate(LLAMA3, {"bos_token": ""})
     with pytest.raises(RequestError, match="One tool call at once!"):
@@ -83,11 +136,20 @@ def test_what_a_template_cannot_say_is_the_clients_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "mark"), [(QWEN25, "<|im_start|>assistant"), (LLAMA3, "assistant<|end_header_id|>")]
+    ("source", "mark"),
+    [
+        (QWEN25, "<|im_start|>assistant"),
+        (QWEN3, "<|im_start|>assistant"),
+        (LLAMA3, "assistant<|end_header_id|>"),
+        (MISTRAL, "[/INST]"),
+    ],
 )
 def test_calls_as_the_template_writes_them_are_found(source: str, mark: str) -> None:
-    template = ChatTemplate(source, {"bos_token": ""})
-    text = render(template, chat("Rome")).split(mark)[1].partition("<|im_end|>")[0].partition("<|eot_id|>")[0]
+    template = ChatTemplate(source, {"bos_token": "", "eos_token": "</s>"})
+    messages = json.loads(json.dumps(chat("Rome")).replace("call_Rome", ID))
+    text = render(template, messages).split(mark)[1]
+    for end in ("<|im_end|>", "<|eot_id|>", "</s>"):
+        text = text.partition(end)[0]
     assert template.tool_format is not None
     parser = tool_call_parser(template.tool_format, {"weather"})
     parts = [*map(parser.push, text), parser.finish()]

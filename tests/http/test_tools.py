@@ -44,7 +44,8 @@ NO_CALLS = [
 HALF_A_PAIR = r'{"name": "weather", "arguments": {"city": "Os\ud83dlo"}}'
 REPLACED = Call("weather", '{"city": "Os\N{REPLACEMENT CHARACTER}lo"}')
 
-HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3
+HERMES, LLAMA, MISTRAL = ToolFormat.HERMES, ToolFormat.LLAMA3, ToolFormat.MISTRAL
+MISTRAL_CALL = '{"name": "weather", "arguments": {"city": "Rome"}, "id": "a1B2c3D4e"}'
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,26 @@ HERMES, LLAMA = ToolFormat.HERMES, ToolFormat.LLAMA3
         (LLAMA, LLAMA_CALL[:-4], LLAMA_CALL[:-4], []),
         (LLAMA, "<|python", "<|python", []),
         (LLAMA, "{" * 100_000, "{" * 100_000, []),
+        (MISTRAL, f"[TOOL_CALLS] [{MISTRAL_CALL}]", "", [ROME]),
+        (MISTRAL, f"[TOOL_CALLS][{MISTRAL_CALL}, {MISTRAL_CALL}]", "", [ROME, ROME]),
+        (MISTRAL, f"Let me see.\n[TOOL_CALLS] [{MISTRAL_CALL}]\n", "Let me see.", [ROME]),
+        (MISTRAL, '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}', "", [ROME]),
+        (MISTRAL, 'a[TOOL_CALLS]weather[CALL_ID]a1B2c3D4e[ARGS]{"city": "Rome"}', "a", [ROME]),
+        (MISTRAL, '[TOOL_CALLS]weather{"city": "Rome"}[TOOL_CALLS]f[ARGS]{}', "", [ROME, Call("f", "{}")]),
+        (MISTRAL, f"[{MISTRAL_CALL}]", "", [ROME]),
+        (MISTRAL, f"Look: [{MISTRAL_CALL}]", f"Look: [{MISTRAL_CALL}]", []),
+        (MISTRAL, '[{"name": "unknown", "arguments": {}}]', '[{"name": "unknown", "arguments": {}}]', []),
+        (MISTRAL, "[1, 2] is a list. ", "[1, 2] is a list. ", []),
+        (MISTRAL, " [TOOL", " [TOOL", []),
+        (MISTRAL, "[TOOL_CALLS]", "[TOOL_CALLS]", []),
+        (MISTRAL, "a [TOOL_CALLS] nonsense", "a [TOOL_CALLS] nonsense", []),
+        (MISTRAL, f"a [TOOL_CALLS] [{MISTRAL_CALL}", f"a [TOOL_CALLS] [{MISTRAL_CALL}", []),
+        (MISTRAL, f"[TOOL_CALLS] [{MISTRAL_CALL}, 3]", f"[TOOL_CALLS] [{MISTRAL_CALL}, 3]", []),
+        (MISTRAL, f"[TOOL_CALLS] [{MISTRAL_CALL}] so", f"[TOOL_CALLS] [{MISTRAL_CALL}] so", []),
+        *((MISTRAL, f"[TOOL_CALLS] [{text}]", f"[TOOL_CALLS] [{text}]", []) for text in NO_CALLS),
+        *((MISTRAL, f"[TOOL_CALLS] [{text}]", "", [ROME]) for text in MIXED_UP),
+        (MISTRAL, f"[TOOL_CALLS] [{HALF_A_PAIR}]", "", [REPLACED]),
+        (MISTRAL, "", "", []),
     ],
 )
 def test_calls_are_found_however_the_text_is_cut(
@@ -129,18 +150,23 @@ def test_text_before_a_call_is_shown_at_once() -> None:
         ("{{ messages[0].content }}", None),
         ("{% if tools %}<tool_call>{% endif %}", HERMES),
         ("{% if tools %}Environment: ipython{% endif %}", LLAMA),
-        ("{% if tools %}[TOOL_CALLS]{% endif %}", None),
+        ("{% if tools %}[TOOL_CALLS]{% endif %}", MISTRAL),
+        ("{% if tools %}{{ tools }}{% endif %}", None),
     ],
 )
 def test_the_template_tells_the_format(source: str, format: ToolFormat | None) -> None:
     assert ChatTemplate(source, {}).tool_format is format
 
 
-@pytest.fixture(params=[HERMES, LLAMA])
+@pytest.fixture(params=[HERMES, LLAMA, MISTRAL])
 async def caller(request: pytest.FixtureRequest, start: StartServer) -> Running:
     """A server whose model calls a tool twice."""
-    reply = {HERMES: f"Sure. {HERMES_CALL}\n{HERMES_CALL}", LLAMA: f"{LLAMA_CALL}; {LLAMA_CALL}"}[request.param]
-    server = await start(reply=reply)
+    replies = {
+        HERMES: f"Sure. {HERMES_CALL}\n{HERMES_CALL}",
+        LLAMA: f"{LLAMA_CALL}; {LLAMA_CALL}",
+        MISTRAL: f"Sure.[TOOL_CALLS] [{MISTRAL_CALL}, {MISTRAL_CALL}]",
+    }
+    server = await start(reply=replies[request.param])
     server.engine.tokenizer.tool_format = request.param
     return server
 
@@ -154,7 +180,7 @@ async def test_the_official_client_gets_tool_calls(caller: Running) -> None:
             ("function", "weather", {"city": "Rome"})
         ] * 2
         assert len({call.id for call in calls}) == 2
-        assert whole.message.content == ("Sure." if caller.engine.tokenizer.tool_format is HERMES else None)
+        assert whole.message.content == (None if caller.engine.tokenizer.tool_format is LLAMA else "Sure.")
         answers = [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in calls]
         again: Any = [*ASK, whole.message, *answers]
         await client.chat.completions.create(model="tiny", messages=again, tools=TOOLS, tool_choice="none")

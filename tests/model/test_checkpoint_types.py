@@ -157,6 +157,19 @@ def test_a_value_of_a_wrong_type_loads_or_is_named_by_file(file: str, model_dir:
     assert refused > 0
 
 
+@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen3", "tiny_mistral_window"])
+def test_a_value_of_a_wrong_type_in_config_json_of_any_family_loads_or_is_named(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    file = Path(shutil.copytree(request.getfixturevalue(name), tmp_path / "model")) / "config.json"
+    tree = json.loads(file.read_text())
+    assert loads(file.parent, file.name)
+    for path in places(tree):
+        for value in WRONG:
+            file.write_text(json.dumps(replaced(tree, path, value)))
+            loads(file.parent, file.name)
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("key", ["", " ", "\ud83d", "a\nb", "\0", "x" * 5000])
 def test_a_key_of_any_text_loads_or_is_named_by_file(file: str, key: str, model_dir: Path) -> None:

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from tests.model.test_parity import TINY
 from tfserve.errors import ModelError
 from tfserve.model.config import Llama3RopeScaling, ModelConfig, load_model_config
+from tfserve.model.models.base import FAMILIES
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -24,6 +27,14 @@ LLAMA: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
+CONFIG_CLASSES = {
+    "LlamaForCausalLM": LlamaConfig,
+    "MistralForCausalLM": MistralConfig,
+    "Qwen2ForCausalLM": Qwen2Config,
+    "Qwen3ForCausalLM": Qwen3Config,
+}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", **SCALING}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -40,7 +51,7 @@ def load(tmp_path: Path) -> Any:
     return load
 
 
-@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen25", "tiny_qwen25_untied"])
+@pytest.mark.parametrize("name", TINY)
 def test_both_spellings_of_config_json_mean_the_same(name: str, load: Any, request: pytest.FixtureRequest) -> None:
     new = json.loads((request.getfixturevalue(name) / "config.json").read_text())
     assert {"rope_parameters", "dtype"} <= new.keys()
@@ -75,6 +86,34 @@ def test_biases_follow_the_architecture(load: Any) -> None:
     assert biases(LLAMA | {"attention_bias": True}) == (True, True, False)
     assert biases(LLAMA | {"mlp_bias": True}) == (False, False, True)
     assert biases(QWEN2) == (True, False, False)
+    assert biases(QWEN3) == (False, False, False)
+    assert biases(QWEN3 | {"attention_bias": True}) == (True, True, False)
+    assert biases(MISTRAL | {"attention_bias": True, "mlp_bias": True}) == (False, False, False)  # as transformers
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_missing_head_dim_means_what_transformers_takes_for_it(architecture: str, load: Any) -> None:
+    fields: dict[str, Any] = LLAMA | {"architectures": [architecture]}
+    theirs = CONFIG_CLASSES[architecture].from_dict(fields)
+    head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)  # Qwen2 has no such key
+    assert load(fields).head_dim == head_dim
+
+
+@pytest.mark.parametrize(
+    ("window", "max_tokens"), [({}, 4096), ({"sliding_window": None}, 32768), ({"sliding_window": 8192}, 8192)]
+)
+def test_a_sliding_window_caps_the_context(window: dict[str, Any], max_tokens: int, load: Any) -> None:
+    fields = MISTRAL | {"max_position_embeddings": 32768} | window
+    assert load(fields).max_position_embeddings == max_tokens
+    assert load(fields | {"max_position_embeddings": 64}).max_position_embeddings == 64
+    theirs = MistralConfig.from_dict(fields).sliding_window
+    assert load(fields).sliding_window == theirs
+
+
+@pytest.mark.parametrize("fields", [QWEN2, QWEN3])
+def test_a_sliding_window_that_is_not_used_caps_nothing(fields: dict[str, Any], load: Any) -> None:
+    config = load(fields | {"sliding_window": 64, "use_sliding_window": False})
+    assert (config.max_position_embeddings, config.sliding_window) == (1024, None)
 
 
 @pytest.mark.parametrize(
@@ -99,18 +138,19 @@ def test_an_eos_id_that_is_no_token_is_refused_by_file_and_key(file: str, eos: A
         load(LLAMA | given) if file == "config.json" else load(LLAMA, given)
 
 
-def test_num_parameters_counts_what_the_checkpoint_holds(tiny_llama3: Path, tiny_qwen25: Path) -> None:
+@pytest.mark.parametrize("name", TINY)
+def test_num_parameters_counts_what_the_checkpoint_holds(name: str, request: pytest.FixtureRequest) -> None:
     from transformers import AutoModelForCausalLM
 
-    for path in (tiny_llama3, tiny_qwen25):
-        held = AutoModelForCausalLM.from_pretrained(path).num_parameters()
-        assert load_model_config(path).num_parameters == held
+    path = request.getfixturevalue(name)
+    held = AutoModelForCausalLM.from_pretrained(path).num_parameters()
+    assert load_model_config(path).num_parameters == held
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM; supported: LlamaForCausalLM, Qwen2ForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM; supported: LlamaForCausalLM, MistralForCausalLM"),
         ({"architectures": None, "model_type": "mamba"}, r"none \(model_type 'mamba'\)"),
         ({"use_sliding_window": True}, "only full attention is supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -142,10 +182,21 @@ def test_num_parameters_counts_what_the_checkpoint_holds(tiny_llama3: Path, tiny
         ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
     ],
 )
-def test_what_would_be_computed_wrongly_is_refused(change: dict[str, Any], message: str, load: Any) -> None:
+@pytest.mark.parametrize("family", [LLAMA, QWEN3, MISTRAL], ids=["llama", "qwen3", "mistral"])
+def test_what_would_be_computed_wrongly_is_refused(
+    family: dict[str, Any], change: dict[str, Any], message: str, load: Any
+) -> None:
+    if message.startswith("head_dim must be a positive integer, got 0"):
+        family = {key: value for key, value in LLAMA.items() if key != "head_dim"}
     with pytest.raises(ModelError, match=message) as caught:
-        load(LLAMA | change)
+        load(family | change)
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "4096", [4096], 2**31])
+def test_a_sliding_window_that_is_no_size_is_refused(value: Any, load: Any) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: sliding_window must be "):
+        load(MISTRAL | {"sliding_window": value})
 
 
 def test_a_directory_without_config_or_with_a_broken_one_is_named(tmp_path: Path) -> None:

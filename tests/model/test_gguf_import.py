@@ -39,6 +39,7 @@ TEXTS = [
     "  two  spaces\n\n\n\ttabs\r\n and an end   ",
     "naïve café e\u0301 — Ünïcode Привет 你好 🙂👩‍👩‍👧",
     "We'LL SHOUT, don'T we? ½ ² Ⅷ",
+    "getHTTPResponse('/usr/lib') // 2024-01-31 ǅ",
     "<|im_start|>user\n<tool_call>{}</tool_call><|im_end|>",
     "",
 ]
@@ -66,7 +67,7 @@ def rope_factors(model: torch.nn.Module) -> np.ndarray:
     return (plain / model.model.rotary_emb.inv_freq.double()).float().numpy()
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "qwen2-tied"])
+@pytest.mark.parametrize("kind", ["llama", "llama3", "qwen2", "qwen2-tied", "qwen3"])
 def test_float_file_gives_the_original_logits(tmp_path, kind):
     original = tiny_model(kind)
     factors = rope_factors(original) if kind == "llama3" else None
@@ -93,7 +94,9 @@ def test_llama3_rope_scaling_is_recovered_from_its_factors(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("kind", "quantisation", "levels"), [("llama", "Q8_0", 254), ("qwen2", "Q4_1", 15)])
+@pytest.mark.parametrize(
+    ("kind", "quantisation", "levels"), [("llama", "Q8_0", 254), ("qwen2", "Q4_1", 15), ("qwen3", "Q8_0", 254)]
+)
 def test_quantised_file_gives_the_logits_of_the_rounded_weights(tmp_path, kind, quantisation, levels):
     original = tiny_model(kind)
     out = convert(GgufRecipe(original, quantisation=quantisation), tmp_path, dtype="float32")
@@ -121,7 +124,7 @@ def test_auto_keeps_float_types_and_stores_quantised_weights_as_bfloat16(tmp_pat
             assert torch.equal(loaded.state_dict()[name], weight.to(torch.bfloat16)), name
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken"])
 def test_token_ids_and_text_equal_the_original_tokenizer(tmp_path, pre):
     original = write_gguf(GgufRecipe(tiny_model("llama"), pre=pre), tmp_path / "tiny.gguf")
     out = import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", progress=False)
@@ -160,12 +163,13 @@ def test_llama3_tokenizer_puts_bos_in_front_unless_the_file_says_no(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "gemma2"}, "architecture 'gemma2'; only llama, qwen2"),
-        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known are .*smollm"),
+        ({"architecture": "gemma2"}, "architecture 'gemma2'; only llama, qwen2, qwen3"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking'; known are .*smollm"),
         ({"pre": None}, "tokenizer.ggml.pre is 'default'"),
         ({"tokenizer_model": "llama"}, "tokenizer of kind 'llama' .SentencePiece"),
         ({"extra_tensors": {"blk.0.ffn_gate_exps.weight": np.ones((2, 32))}}, "'blk.0.ffn_gate_exps.weight'"),
         ({"leave_out": ("blk.1.ffn_up.weight",)}, "lacks 1 tensors, such as 'blk.1.ffn_up.weight'"),
+        ({"replaced": {"llama.feed_forward_length": 130}}, r"ffn_gate.weight has shape \[128, 64\].* \[130, 64\]"),
         ({"rope_factors": np.linspace(1, 9, 8)}, "does not follow Llama 3.1's rope scaling"),
         ({"extra_ints": {"split.count": 3}}, "one part of several"),
         ({"leave_out": EVERYTHING}, "tiny.gguf holds no tensor '.*'; it is incomplete"),

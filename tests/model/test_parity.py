@@ -13,7 +13,10 @@ from tfserve.model.config import load_model_config
 from tfserve.model.decoder import Decoder
 from tfserve.model.loader import load_model
 
-TINY = ["tiny_llama3", "tiny_qwen25", "tiny_qwen25_untied"]
+TINY = [
+    *("tiny_llama3", "tiny_qwen25", "tiny_qwen25_untied"),
+    *("tiny_qwen3", "tiny_qwen3_untied", "tiny_mistral", "tiny_mistral_window"),
+]
 
 
 class DenseAttention:

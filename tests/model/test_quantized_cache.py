@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.model.test_parity import run
+from tests.scripted import scripted_engine, write_scripted_model
+from tfserve.errors import ModelError
+from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import load_model_config
 from tfserve.model.decoder import Decoder
 from tfserve.model.loader import load_model
@@ -46,7 +49,7 @@ def smoothed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return layers
 
 
-@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen25"])
+@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen25", "tiny_qwen3"])
 def test_the_second_load_gives_the_same_bits(
     name: str, tmp_path: Path, smoothed: list[int], request: pytest.FixtureRequest
 ) -> None:
@@ -127,3 +130,43 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     with caplog.at_level(logging.WARNING):
         load(llama, blocked)
     assert "cannot keep the int8 weights" in caplog.text
+
+
+def test_a_cache_that_cannot_be_looked_at_is_a_warning(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "int8").mkdir()
+    named = llama.rename(tmp_path / ("m" * 240))  # too long for the name of the kept file
+    with caplog.at_level(logging.WARNING):
+        load(named, tmp_path / "int8")
+    assert "cannot read" in caplog.text
+
+
+def test_what_was_abandoned_goes_and_what_is_being_written_stays(llama: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "int8"
+    kept.mkdir()
+    old, new = kept / "other-1.7.part", kept / "other-2.7.part"
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    load(llama, kept)
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_files_beside_the_checkpoint_are_not_read_whole(llama: Path, tmp_path: Path, smoothed: list[int]) -> None:
+    load(llama, tmp_path / "int8")
+    smoothed.clear()
+    (llama / "consolidated.safetensors").write_bytes(b"another form of the weights")
+    with (llama / "corpus.json").open("wb") as file:
+        file.truncate(2**40)
+    load(llama, tmp_path / "int8")
+    assert not smoothed
+
+
+def test_a_user_without_a_home_has_no_place_for_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TFSERVE_CACHE", "~no-such-user/cache")
+    with pytest.raises(ModelError, match="TFSERVE_CACHE"):
+        cache_dir()
+    with scripted_engine(write_scripted_model(tmp_path), "hello", quantization="int8") as engine:
+        assert engine.generate("x")[0].text == "hello"

@@ -26,9 +26,10 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
         resolve_model(str(tmp_path / "model.safetensors"))
 
 
-def test_an_unprepared_demo_model_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_demo_model_that_cannot_be_had_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TFSERVE_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match="run `tfserve demo-model`"):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DownloadError, match="run `tfserve demo-model`"):
         resolve_model("demo")
 
 

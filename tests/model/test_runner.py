@@ -3,25 +3,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tfserve.engine.core.clock import RealClock
 from tfserve.memory.storage.device_pool import DevicePool
 from tfserve.memory.storage.kv_layout import KVLayout
+from tfserve.memory.transfers.worker_transfers import TierArrays, WorkerTransfers
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.torch_backend import TorchBackend
 from tfserve.model.config import load_model_config
 from tfserve.model.decoder import Decoder
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
-from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan, StepResult
+from tfserve.plan import (
+    Ack,
+    After,
+    BlockId,
+    Copy,
+    CopyId,
+    Direction,
+    Fence,
+    Row,
+    RowInit,
+    SeqStep,
+    StepPlan,
+    StepResult,
+)
 from tfserve.types import SamplingParams
 
 BLOCK_SIZE = 8
 MAX_MODEL_LEN = 256
-TINY = ["tiny_llama3", "tiny_qwen25"]
+TINY = ["tiny_llama3", "tiny_qwen25", "tiny_qwen3", "tiny_mistral"]
 
 
 class BreakableBackend(TorchBackend):
@@ -49,7 +65,8 @@ class Driver:
             num_kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
         )
-        self.kv = PagedKV(DevicePool(layout, num_blocks, "cpu").layers())
+        self.pool = DevicePool(layout, num_blocks, "cpu")
+        self.kv = PagedKV(self.pool.layers())
         self.backend = BreakableBackend()
         self.runner = ModelRunner(self.model, self.kv, self.backend, max_num_seqs=8, max_model_len=MAX_MODEL_LEN)
         order = torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(5)) + 1
@@ -241,6 +258,49 @@ def test_a_row_that_re_enters_with_its_blocks_needs_no_recompute(driver: Driver)
     while len(driver.tokens[3]) < len(expected):
         driver.decode(3)
     assert driver.tokens[3] == expected
+
+
+def test_logits_after_a_store_and_a_load_equal_transformers(driver: Driver, reference: PreTrainedModel) -> None:
+    driver.start(0, prompt(45))
+    for _ in range(10):
+        driver.decode(0)
+    tokens, stored = driver.tokens[0], driver.blocks.pop(0)
+    driver.run(released=(Row(0),))
+    loaded = [driver.free.pop() for _ in stored]
+    move_through_host(driver, stored, loaded)
+
+    entry = driver.enter(4, tokens, prompt=45, logprobs=20)
+    driver.blocks[4] = loaded
+    entry = RowInit(entry.row, entry.req, entry.params, 0, entry.token_ids, 45, tuple(loaded))
+    [logprob] = driver.run(driver.seq(4, len(tokens) - 1, 1), n_decode=1, entered=(entry,)).logprobs
+    assert logprob is not None
+    expected = reference_logits(reference, driver.tokens[4][:-1])[-1].log_softmax(-1)
+    ids, values = zip(*logprob.top, strict=True)
+    torch.testing.assert_close(torch.tensor(values), expected[list(ids)], atol=1e-4, rtol=0)
+
+
+def move_through_host(driver: Driver, stored: list[BlockId], loaded: list[BlockId]) -> None:
+    """Store blocks, spoil the device, and load them again into others."""
+    layout, storage = driver.pool.layout, driver.pool.storage
+    pages = storage.numpy().transpose(2, 0, 1, 3)
+    host = np.zeros((len(stored) + 1, *pages.shape[1:]), pages.dtype)
+    tiers = [TierArrays.from_pages(data, layout.num_kv_heads, layout.head_dim) for data in (pages, host)]
+    transfers = WorkerTransfers(*tiers, RealClock())
+    for direction, blocks in ((Direction.STORE, stored), (Direction.LOAD, loaded)):
+        copies = [
+            Copy(CopyId(100 * (direction is Direction.LOAD) + i), direction, block, BlockId(i), 0, BLOCK_SIZE, After())
+            for i, block in enumerate(blocks, 1)
+        ]
+        transfers.submit(copies)
+        acks: list[Ack] = []
+        while len(acks) < len(copies):
+            acks += transfers.poll()
+        assert all(ack.ok for ack in acks)
+        if direction is Direction.STORE:
+            storage.fill_(torch.nan)
+            for page in (page for layer in driver.kv.layers for page in layer):
+                page[loaded] = 0  # what a block holds beyond its tokens is finite
+    transfers.close()
 
 
 def test_a_failed_step_raises_from_result_and_others_go_on(driver: Driver, reference: PreTrainedModel) -> None:

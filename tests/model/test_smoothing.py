@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,50 +15,53 @@ from tests.model.test_parity import DenseAttention, load, run
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.decoder import DecoderLayer
-from tfserve.model.layer_weights import LayerWeights
 from tfserve.model.linear import WeightFormat
+from tfserve.model.models.base import layer_weights
 from tfserve.model.rope import Rotary
 from tfserve.model.smoothing import Smoother, calibration_ids, smoothing_factors
+from tfserve.model.weights import Tensors, fill
 
 PLAIN = WeightFormat("plain", torch.float32, torch.device("cpu"))
 IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(3))
 
 
-def random_layer(config: ModelConfig, with_bias: bool) -> LayerWeights:
+def random_layer(config: ModelConfig) -> Tensors:
     random = torch.Generator().manual_seed(1)
+    tensors: Tensors = {}
+    for weight in layer_weights(config):
+        rows = sum(part.rows if part.heads is None else part.heads for part in weight.parts)
+        if weight.columns is None:
+            shape = (rows,) if weight.parts[0].heads is None else (rows, config.head_dim)
+            tensors[f"{weight.module}.weight"] = 0.5 + torch.rand(shape, generator=random)
+        else:
+            tensors[f"{weight.module}.weight"] = 0.1 * torch.randn(rows, weight.columns, generator=random)
+        if weight.has_bias:
+            tensors[f"{weight.module}.bias"] = torch.randn(rows, generator=random)
+    return tensors
 
-    def pair(rows: int, columns: int) -> tuple[Tensor, Tensor | None]:
-        weight = 0.1 * torch.randn(rows, columns, generator=random)
-        return weight, torch.randn(rows, generator=random) if with_bias else None
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    (qkv, qkv_bias), (o, o_bias) = pair(config.q_size + 2 * config.kv_size, hidden), pair(hidden, config.q_size)
-    (gate_up, gate_up_bias), (down, down_bias) = pair(2 * inner, hidden), pair(hidden, inner)
-    norms = (0.5 + torch.rand(hidden, generator=random) for _ in range(2))
-    return LayerWeights(next(norms), qkv, qkv_bias, o, o_bias, next(norms), gate_up, gate_up_bias, down, down_bias)
-
-
-def layer_output(config: ModelConfig, weights: LayerWeights, embeddings: Tensor) -> Tensor:
+def layer_output(config: ModelConfig, tensors: Tensors, embeddings: Tensor) -> Tensor:
     with torch.inference_mode():
         layer = DecoderLayer(config, 0, PLAIN)
-        weights.fill(layer, PLAIN)
+        fill(layer, layer_weights(config), tensors, PLAIN)
         residual = embeddings[IDS]
         layer(residual, Rotary(config, PLAIN.device).at(torch.arange(len(IDS))), DenseAttention())
     return residual
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_smoothed_layer_computes_the_same(with_bias: bool, tiny_llama3: Path) -> None:
-    config = load_model_config(tiny_llama3)
-    linear_biases = {"qkv_bias": with_bias, "o_bias": with_bias, "mlp_bias": with_bias}
-    config = type(config)(**{field: getattr(config, field) for field in config.__struct_fields__} | linear_biases)
+@pytest.mark.parametrize("name", ["tiny_llama3", "tiny_qwen3"])
+def test_a_smoothed_layer_computes_the_same(name: str, with_bias: bool, request: pytest.FixtureRequest) -> None:
+    config = load_model_config(request.getfixturevalue(name))
+    config = msgspec.structs.replace(config, qkv_bias=with_bias, o_bias=with_bias, mlp_bias=with_bias)
     embeddings = torch.randn(512, config.hidden_size, generator=torch.Generator().manual_seed(2))
-    weights = random_layer(config, with_bias)
-    before, first_columns = layer_output(config, weights, embeddings), weights.qkv[:, 0].clone()
+    tensors = random_layer(config)
+    qkv = tensors["attention.qkv_proj.weight"]
+    before, first_columns = layer_output(config, tensors, embeddings), qkv[:, 0].clone()
     with torch.inference_mode():
-        Smoother(config, embeddings, IDS.flip(0)).smooth_layer(weights)
-    assert not torch.allclose(weights.qkv[:, 0], first_columns, rtol=0.1)
-    torch.testing.assert_close(layer_output(config, weights, embeddings), before, atol=1e-5, rtol=1e-5)
+        Smoother(config, embeddings, IDS.flip(0)).smooth_layer(tensors)
+    assert not torch.allclose(qkv[:, 0], first_columns, rtol=0.1)
+    torch.testing.assert_close(layer_output(config, tensors, embeddings), before, atol=1e-5, rtol=1e-5)
 
 
 def test_a_smoothed_head_computes_the_same(tiny_llama3: Path) -> None:
@@ -65,8 +69,10 @@ def test_a_smoothed_head_computes_the_same(tiny_llama3: Path) -> None:
     random = torch.Generator().manual_seed(5)
     embeddings, head = (torch.randn(512, config.hidden_size, generator=random) for _ in range(2))
     norm, x = torch.rand(config.hidden_size, generator=random), torch.randn(9, config.hidden_size, generator=random)
-    smooth_norm, smooth_head = Smoother(config, embeddings, IDS).smooth_head(norm, head)
-    torch.testing.assert_close((x * smooth_norm) @ smooth_head.T, (x * norm) @ head.T, atol=1e-4, rtol=0)
+    tensors = {"norm.weight": norm, "lm_head.weight": head}
+    Smoother(config, embeddings, IDS).smooth_head(tensors)
+    smoothed = (x * tensors["norm.weight"]) @ tensors["lm_head.weight"].T
+    torch.testing.assert_close(smoothed, (x * norm) @ head.T, atol=1e-4, rtol=0)
 
 
 def plant_outliers(tensors: dict[str, Tensor], size: float, group: int) -> None:

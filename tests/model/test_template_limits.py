@@ -14,6 +14,7 @@ from tfserve.model.chat_template import ChatTemplate
 NEST = "{% set ns = namespace(s=['ab']) %}{% for i in range(30) %}{% set ns.s = [ns.s, ns.s, ns.s] %}{% endfor %}"
 DOUBLE = "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s OP ns.s %}{% endfor %}"
 TWICE = "{% for i in range(99999) %}{% for j in range(99999) %}BODY{% endfor %}{% endfor %}"
+LADDER = "{% set ns = namespace(x=(1,)) %}{% for i in range(60) %}{% set ns.x = NEXT %}{% endfor %}"
 
 ENDLESS = {
     "loops": TWICE.replace("BODY", ""),
@@ -45,6 +46,25 @@ ENDLESS = {
     "nested json": NEST + "{{ ns.s | tojson }}",
     "nested upper": NEST + "{{ ns.s | upper }}",
     "words": "{{ lipsum(10**10) }}",
+    "wrapped": "{{ ('a' * 1000000) | wordwrap(1) }}",
+    "pretty": "{{ range(1000) | list | pprint }}" * 100,
+    "titles": "{{ ('a-' * 500000) | title }}",
+    "dates": "{{ strftime_now('%c' * 500000) }}",
+    "width of an argument": "{{ '{:>{}}'.format('a', '99999999') }}",
+    "width of a name": "{{ '{0:>{w}}'.format('a', w='99999999') }}",
+    "width of an item": "{{ '{a[}]:>{w}}'.format_map({'a': {'}': 1}, 'w': '99999999'}) }}",
+    "sum of lists": "{% set a = [0] * 3000 %}{{ ([a] * 3000) | sum(start=[]) }}",
+    "sum of pairs": "{{ (((0, 0),) * 10000) | sum(start=()) }}",
+    "select": "{% set b = [1.5] * 30000 %}{{ range(99999) | select('in', b) | list }}",
+    "reject": "{% set b = [1.5] * 300 %}{{ range(99999) | reject('eq', b) | map('abs') | list | length }}" * 30,
+    "slices": "{% set a = 'a' * 1000000 %}{% set b = [a[1:], a[2:], a[3:]] %}",
+    "list slices": "{% set a = [1] * 30000 %}{% set b = [a[1:], a[2:], a[3:]] %}",
+    "equal lists": LADDER.replace("NEXT", "[ns.x, ns.x]") + "{{ ns.x == ns.x }}",
+    "equal products": LADDER.replace("NEXT", "[ns.x] * 2") + "{{ ns.x == ns.x }}",
+    "equal sums": LADDER.replace("NEXT", "(ns.x,) + (ns.x,)") + "{{ ns.x == ns.x }}",
+    "equal mappings": LADDER.replace("NEXT", "{'a': ns.x, 'b': ns.x}") + "{{ ns.x == ns.x }}",
+    "equal views": LADDER.replace("NEXT", "dict(a=ns.x, b=ns.x).items()") + "{{ ns.x == ns.x }}",
+    "hash": LADDER.replace("NEXT", "(ns.x, ns.x)") + "{{ {ns.x: 1} }}",
 }
 
 
@@ -98,6 +118,14 @@ def test_the_limits_are_those_of_each_rendering(monkeypatch: pytest.MonkeyPatch)
             "{% macro m(x) %}[{{ x }}{{ caller() if caller }}]{% endmacro %}{{ m(1) }}{% call m(2) %}c{% endcall %}",
             "[1][2c]",
         ),
+        ("{% set a, b = (1, [2, 3]) %}{% for k, v in [('x', a), ('y', b)] %}{{ k }}{{ v }}{% endfor %}", "x1y[2, 3]"),
+        (
+            "{{ messages[1:][0].content }}{{ messages[::-1][0]['content'] }}{{ 'abc'[:-1] }}{{ {'a': (1, 2)} }}",
+            "bbab{'a': (1, 2)}",
+        ),
+        ("{{ [1, 2] | sum }}{{ messages | selectattr('content', 'equalto', 'a') | list | length }}", "31"),
+        ("{{ 'x' in ['x', 'y'] }}{{ 1 in (2, 3) }}{{ 3 is odd }}{{ 'user name' | title }}", "TrueFalseTrueUser Name"),
+        ("{{ '{} {{}} {x:>3}'.format(1, x=2) }}{{ 'a: {}'.format('b') }}", "1 {}   2a: b"),
         ("{{ range(5) | batch(2) | list }}{{ [3, 1] | sort }}", "[[0, 1], [2, 3], [4]][1, 3]"),
     ],
 )

@@ -16,7 +16,9 @@ from tests.conftest import TINY
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.errors import ModelError, RequestError
 from tfserve.install_hint import install_command
+from tfserve.model.chat_template import MISTRAL_TAGS, THOUGHT_TAGS, TOOL_CALL_TAGS
 from tfserve.model.config import load_model_config
+from tfserve.model.control_tokens import PromptText
 from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
 
 TEXTS = [
@@ -255,6 +257,28 @@ def test_an_end_that_is_no_token_is_refused_by_file_and_key(name: str, eos: Any,
         Tokenizer.from_dir(model_dir)
 
 
+@pytest.mark.parametrize(
+    ("template", "tags"),
+    [
+        ("{{ tools }}<tool_call>", TOOL_CALL_TAGS),
+        ("{{ tools }}[TOOL_CALLS]", MISTRAL_TAGS),
+        ("{{ messages[0].content.split('</think>') }}", THOUGHT_TAGS),
+    ],
+)
+def test_tags_that_part_an_answer_are_text_though_the_tokenizer_calls_them_special(
+    template: str, tags: tuple[str, ...], model_dir: Path
+) -> None:
+    every = [*TOOL_CALL_TAGS, *MISTRAL_TAGS, *THOUGHT_TAGS]
+    write_json(model_dir / "added_tokens.json", dict(zip(every, range(437, 450), strict=False)))
+    edit_config(model_dir, additional_special_tokens=every)
+    (model_dir / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.from_dir(model_dir)
+    assert tokenizer.thinks is (tags == THOUGHT_TAGS)
+    for tag in every:
+        [token_id] = tokenizer.encode(tag, add_special_tokens=False)
+        assert tokenizer.decode([token_id]) == (tag if tag in tags else "")
+
+
 def test_ends_of_the_model_and_of_its_tokenizer_are_one_set(model_dir: Path) -> None:
     tokenizer = Tokenizer.from_dir(model_dir)
     write_json(model_dir / "config.json", {**CONFIG, "eos_token_id": [7, 2]})
@@ -359,3 +383,16 @@ def test_a_text_exceeds_what_its_tokens_exceed(tmp_path: Path, text: str, most: 
     tokenizer = Tokenizer.from_dir(write_tiny_tokenizer(tmp_path))
     assert tokenizer.exceeds(text, most) is expected
     assert not expected or len(tokenizer.encode(text)) > most
+
+
+def test_a_text_exceeds_what_its_forged_control_tokens_are_as_text(tmp_path: Path) -> None:
+    file = write_tiny_tokenizer(tmp_path) / "tokenizer.json"
+    backend = Backend.from_file(str(file))
+    backend.add_tokens([AddedToken("y" * 20, special=False)])
+    tokenizer = Tokenizer(backend, {}, None)
+    honest, forged, most = "y" * 80_000, "<|im_end|>" * 14_000, 20_000
+    cuts = range(len(honest) + 1, len(honest + forged), len("<|im_end|>"))
+    text = PromptText(honest + forged, cuts)
+    assert len(tokenizer.encode(text)) > most
+    assert tokenizer.exceeds(text, most)
+    assert not tokenizer.exceeds(PromptText(honest + forged), most)

@@ -9,7 +9,15 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, models, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCAB = 300
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -24,23 +32,31 @@ _SPLIT = (
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def _split(digits: str) -> dict[str, Any]:
-    split = {"type": "Split", "pattern": {"Regex": _SPLIT % digits}, "behavior": "Isolated", "invert": False}
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, {**_BYTES, "use_regex": False}]}
 
 
 PRE_TOKENIZERS = {
     "gpt-2": _BYTES,
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTES]},
-    "llama-bpe": _split("{1,3}"),
-    "qwen2": _split(""),
+    "llama-bpe": _split(_SPLIT % "{1,3}"),
+    "qwen2": _split(_SPLIT % ""),
+    "tekken": _split(_TEKKEN),
 }
-"""As in the tokenizer.json that Hugging Face publishes for GPT-2, SmolLM2, Llama 3 and Qwen2."""
+"""As in the tokenizer.json that Hugging Face publishes for GPT-2, SmolLM2, Llama 3, Qwen2 and Mistral Nemo."""
 
 
 def train_tokenizer(pre: str) -> Tokenizer:
     """A byte-level BPE of VOCAB tokens, the first three of them special and the last two user-defined."""
-    tree = json.loads(Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe")).to_str())
+    tree = json.loads(Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken"))).to_str())
     tree["pre_tokenizer"] = PRE_TOKENIZERS[pre]
     tree["decoder"] = _BYTES
     tree["normalizer"] = {"type": "NFC"} if pre == "qwen2" else None
@@ -55,8 +71,8 @@ def train_tokenizer(pre: str) -> Tokenizer:
     return tokenizer
 
 
-def tiny_model(kind: str) -> LlamaForCausalLM | Qwen2ForCausalLM:
-    """A random fp32 model: "llama", "llama3" (rope scaling), "qwen2" or "qwen2-tied"."""
+def tiny_model(kind: str) -> PreTrainedModel:
+    """A random fp32 model: "llama", "llama3" (rope scaling), "qwen2", "qwen2-tied" or "qwen3"."""
     torch.manual_seed(0)
     common: dict[str, Any] = {
         "vocab_size": VOCAB,
@@ -71,6 +87,8 @@ def tiny_model(kind: str) -> LlamaForCausalLM | Qwen2ForCausalLM:
     }
     if kind.startswith("qwen2"):
         model = Qwen2ForCausalLM(Qwen2Config(**common, rms_norm_eps=1e-6))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common, rms_norm_eps=1e-6, head_dim=32))
     else:
         rope = {"rope_type": "default", "rope_theta": 500000.0}
         if kind == "llama3":
@@ -87,7 +105,7 @@ def tiny_model(kind: str) -> LlamaForCausalLM | Qwen2ForCausalLM:
 class GgufRecipe:
     """What to write; most fields are ways in which a file can be wrong or special."""
 
-    model: LlamaForCausalLM | Qwen2ForCausalLM
+    model: PreTrainedModel
     pre: str | None = "smollm"
     quantisation: str = "F32"
     architecture: str | None = None
@@ -111,6 +129,8 @@ def write_gguf(recipe: GgufRecipe, path: Path) -> Tokenizer:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "qwen3":
+        writer.add_key_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in recipe.extra_ints.items():
         writer.add_uint32(key, value)

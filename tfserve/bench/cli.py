@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from tfserve.bench.compare import bench_compare
-from tfserve.bench.paper.cli import add_paper_parser
-from tfserve.bench.paper.replay import add_replay_parsers
+from tfserve.bench.replay import add_replay_parsers
 from tfserve.bench.report import write_json
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
 from tfserve.bench.workload import parse_clamp, parse_positive, parse_rate, parse_rate_mix, parse_request_rate
 from tfserve.config_words import config_from_args
+from tfserve.logs import log_to_stderr
 
 T = TypeVar("T")
 
@@ -22,7 +22,6 @@ def add_bench_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPar
     """Add `bench` and its commands. Each sets `func`: Namespace -> exit code, which may raise TfserveError."""
     bench = subparsers.add_parser("bench")
     commands = bench.add_subparsers(dest="bench_command", required=True)
-    add_paper_parser(commands)
     add_replay_parsers(commands)
     _add_engine(commands)
     serve = commands.add_parser(
@@ -54,9 +53,9 @@ def _add_engine(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="offline throughput and step times beside the roofline",
         description="Run batches of made-up prompts through an embedded engine, without a network, and print "
         "throughput and step times beside the least that this machine's measured memory and matrix rates allow.",
-        epilog="any setting of the engine as --key value, e.g. --quantization int8, --threads 2",
+        epilog="any setting of the engine, too, e.g. --quantization int8, --threads 2: see `tfserve serve --help`",
     )
-    engine.set_defaults(func=_bench_engine, takes_settings=True)
+    engine.set_defaults(func=_bench_engine)
     add = engine.add_argument
     add("target", help="YAML file, model directory, hub id, or 'demo'")
     sizes = "numbers of at least 1, as 1,8,32"
@@ -72,6 +71,7 @@ def _bench_engine(args: argparse.Namespace) -> int:
     from tfserve.bench.engine import bench_engine, table
 
     config = config_from_args(args.target, args.settings)
+    log_to_stderr(config.log_level, config.log_format)
     result = bench_engine(config, args.batches, args.input_len, args.output_len)
     print(table(result))
     if args.output is not None:

@@ -20,10 +20,10 @@ from tfserve.engine.frontend.delivery import Delivery, Questions, Sink
 from tfserve.engine.frontend.finish_pace import FinishPace
 from tfserve.engine.frontend.lifetime import disown_in_fork, weakly
 from tfserve.engine.frontend.link import Connect, connect
-from tfserve.engine.frontend.preparation import RequestPreparer
+from tfserve.engine.frontend.preparation import Conversation, RequestPreparer
 from tfserve.engine.frontend.prompts import Prompt, as_batch
 from tfserve.engine.frontend.stream import Collector, OutputBuffer, RequestStream
-from tfserve.engine.frontend.validation import as_count
+from tfserve.engine.frontend.validation import all_different, as_count, as_id, check_tenant, id_in_use
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import EngineDeadError, EngineStalledError, QueueFullError, RequestError, failures
 from tfserve.messages import (
@@ -40,7 +40,6 @@ from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.fields import loading
 from tfserve.model.resolve import resolve_model
 from tfserve.model.tokenizer import Tokenizer
-from tfserve.strict_json import is_text
 from tfserve.types import (
     ONE_TENANT,
     ConsumptionRate,
@@ -71,10 +70,13 @@ class Engine:
     Blocks while the model loads. Raises ConfigError for settings this machine cannot meet, ModelError for a checkpoint
     that cannot be loaded. Use as a context manager, or call `shutdown`; an engine that nothing refers to any more, or
     that the program leaves behind, ends too. It belongs to the process that made it: in a fork it is dead.
+    `config` may be just the model: a directory, a hub id, or "demo", which is prepared where it is not there yet.
     `link` starts the core; benchmarks give theirs.
     """
 
-    def __init__(self, config: EngineConfig, link: Connect = connect) -> None:
+    def __init__(self, config: EngineConfig | str | Path, link: Connect = connect) -> None:
+        if not isinstance(config, EngineConfig):
+            config = EngineConfig(model=str(config))
         with loading(Path(config.model)):
             path = resolve_model(config.model)
         self.config = msgspec.structs.replace(
@@ -142,6 +144,18 @@ class Engine:
                 self.abort(message.request_id)
             raise
 
+    def chat(
+        self, messages: Conversation, params: SamplingParams | None = None, *, rate: ConsumptionRate = None
+    ) -> RequestOutput:
+        """Answer a conversation, as the model's chat template shows it; blocks. Else as `generate`."""
+        return self.generate([self._prepare.prompt_of(messages)], params, rate=rate)[0]
+
+    def stream_chat(
+        self, messages: Conversation, params: SamplingParams | None = None, *, rate: ConsumptionRate | UnsetType = UNSET
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the answer to a conversation as it comes. Else as `stream`."""
+        return self.stream(self._prepare.prompt_of(messages), params, rate=rate)
+
     async def stream(
         self,
         prompt: Prompt,
@@ -183,7 +197,7 @@ class Engine:
         wait already, EngineDeadError (EngineStalledError while the engine takes no messages; this never waits for it).
         """
         self._check_queue(1, tenant)
-        name = next(self._own_ids) if request_id is None else self._check_id(request_id)
+        name = next(self._own_ids) if request_id is None else self._free_id(request_id)
         return self._start(prompt, params, [name], rate, priority=priority, tenant=tenant)[0]
 
     def submit_choices(
@@ -201,7 +215,7 @@ class Engine:
         A seed in `params` counts up from one to the next. Else as `submit`; if one is refused, so are all.
         """
         self._check_queue(len(request_ids), tenant)
-        names = [self._check_id(name) for name in request_ids]
+        names = all_different([self._free_id(name) for name in request_ids])
         return self._start(prompt, params, names, rate, priority=priority, tenant=tenant)
 
     def abort(self, request_id: RequestId) -> None:
@@ -296,17 +310,10 @@ class Engine:
         self._send(message, streams)
         return streams
 
-    def _check_id(self, request_id: RequestId) -> RequestId:
-        is_id = isinstance(request_id, str) and request_id and is_text(request_id)
-        if not is_id or request_id.startswith(_OWN_IDS):
-            raise RequestError(
-                "request_id",
-                "request_id must be non-empty Unicode text that does not begin with"
-                f" {_OWN_IDS!r} (ids that the engine gives), got {request_id!r}",
-            )
-        if request_id in self._delivery:
-            raise _id_in_use(request_id)
-        return str.__str__(request_id)  # of a class of its own, it could not be sent to another process
+    def _free_id(self, request_id: RequestId) -> RequestId:
+        if (name := as_id(request_id, _OWN_IDS)) in self._delivery:
+            raise id_in_use(name)
+        return name
 
     def _buffer(self, message: AddRequest, request_id: RequestId) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
@@ -323,7 +330,7 @@ class Engine:
             # Again, under the lock: another thread may have taken one since.
             for request_id in message.request_ids:
                 if request_id in self._delivery:
-                    raise _id_in_use(request_id)
+                    raise id_in_use(request_id)
             for request_id, sink in zip(message.request_ids, sinks, strict=True):
                 self._delivery.add(request_id, sink, message.tenant)
         try:
@@ -345,7 +352,8 @@ class Engine:
                 logger.debug("%s: the engine is gone", message)
 
     def _check_queue(self, num_new: int, tenant: Tenant) -> None:
-        """Raise QueueFullError if too many wait and the tenant has its share of them."""
+        """Raise QueueFullError if too many wait and the tenant has its share of them, RequestError if it is none."""
+        check_tenant(tenant)
         limit = self.config.server.max_queued_requests
         stats = self.stats()
         num_live = len(self._delivery) + num_new - 1
@@ -389,7 +397,3 @@ class Engine:
         """End every open stream, and every question, with the news."""
         self._delivery.release_all(reason)
         self._questions.release_all(reason)
-
-
-def _id_in_use(request_id: RequestId) -> RequestError:
-    return RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")

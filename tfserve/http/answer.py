@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,9 +17,10 @@ from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import JSON, ApiError
 from tfserve.http.exchange import Exchange
 from tfserve.http.keys import CALLER
-from tfserve.http.off_loop import LONG, native_off_loop, off_loop
+from tfserve.http.off_loop import ENCODING, LONG, native_off_loop, off_loop
 from tfserve.http.pacing import pacers_for
 from tfserve.http.packing import packing_of, unpacked
+from tfserve.http.parsing import PART_BYTES, num_parts
 from tfserve.http.ports import EnginePort
 from tfserve.http.replies import Usage
 from tfserve.http.service import Service
@@ -32,6 +34,9 @@ USAGE = web.RequestKey("usage", Usage)
 BODY_TIMEOUT_S = 60.0
 """How long a client has to send its request's body."""
 
+_FEW_PARTS = 1000
+"""Parts of a body that need not be counted exactly."""
+
 SCORED_TOKEN_BYTES = 256
 """About what a token with its log probabilities is in an answer."""
 
@@ -44,6 +49,7 @@ class Result:
     """All of one choice."""
 
     text: list[str] = field(default_factory=list)
+    token_ids: array[int] = field(default_factory=lambda: array("i"))
     logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
     prompt_logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
     finish_reason: str = ""
@@ -56,6 +62,7 @@ class Result:
     def add(self, output: RequestOutput) -> None:
         """Append what is new."""
         self.text.append(output.text)
+        self.token_ids.extend(output.token_ids)
         self.logprobs.extend(output.logprobs or ())
         self.prompt_logprobs.extend(output.prompt_logprobs or ())
         self.finish_reason = output.finish_reason or ""
@@ -76,16 +83,20 @@ class Renderer(ChunkRenderer, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request ready for the engine: each prompt runs `num_choices` times, and `renderer` words the answer."""
+    """A request ready for the engine: each prompt runs `num_choices` times, and `renderer` words the answer.
+
+    `num_echoed` is how many characters of prompts the whole answer begins its choices with.
+    """
 
     prompts: Sequence[Sequence[int]]
     params: SamplingParams
     num_choices: int
     renderer: Renderer
+    num_echoed: int = 0
 
 
 async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> bytes:
-    """The whole body, unpacked, counted in `hold`.
+    """The whole body, unpacked, counted in `hold` with what it will take as objects.
 
     Raises ApiError for one that is too large (413), too slow (408), or broken (400), and where too many are being read
     (503). A body that says it is too large, or is packed in an unknown way (415), is not read at all. One that a web
@@ -108,11 +119,11 @@ async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> byt
         message = "The body cannot be read; it does not come as its headers say."
         raise ApiError(400, message, code="invalid_body", headers={"Connection": "close"}) from None
     if body is not None and packing is not None:
-        body = unpacked(body, packing, max_bytes)
+        body = await native_off_loop(len(body), unpacked, body, packing, max_bytes)
     if body is None:
         message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
         raise ApiError(413, message, code="body_too_large")
-    hold.resize(len(body))
+    hold.resize(len(body) + PART_BYTES * await off_loop(len(body), num_parts, body, _FEW_PARTS))
     return body
 
 
@@ -137,7 +148,7 @@ async def encode_prompt(engine: EnginePort, text: str, *, add_special_tokens: bo
         check_text(engine.tokenizer, text, engine.info)
         return engine.tokenizer.encode(text, add_special_tokens)
 
-    return await native_off_loop(len(text), encode)
+    return await native_off_loop(ENCODING * len(text), encode)
 
 
 async def answer(
@@ -155,7 +166,9 @@ async def answer(
     _check_room(service, len(job.prompts), job.num_choices)
     _check_logprobs(service, job, stream)
     caller = request[CALLER]
-    num_prompt_tokens = sum(map(len, job.prompts))
+    # Each choice computes its prompt.
+    num_prompt_tokens = sum(map(len, job.prompts)) * job.num_choices
+    num_echoed = job.num_echoed
     with caller.limits.streams(num_choices, num_prompt_tokens), service.exchange(renderer.id, caller) as exchange:
         try:
             num_tokens = 0
@@ -176,15 +189,22 @@ async def answer(
                     await exchange.admitted()
                 server = service.config.server
                 pacers = pacers_for(exchange.streams, rate) if server.pacing == "smooth" else None
-                return await stream_answer(request, exchange, renderer, pacers=pacers, keep_alive_s=server.keep_alive_s)
+                return await stream_answer(
+                    request,
+                    exchange,
+                    renderer,
+                    pacers=pacers,
+                    keep_alive_s=server.keep_alive_s,
+                    num_echoed=num_echoed,
+                )
             results = await _collect(exchange, num_choices)
-            size = sum(result.size for result in results)
+            size = num_echoed + sum(result.size for result in results)
             body = await off_loop(size, renderer.whole, results, exchange.usage)
             return web.Response(body=body, content_type=JSON)
         finally:
             usage = request[USAGE] = exchange.usage
-            caller.limits.on_tokens(usage.completion_tokens)
-            service.metrics.on_answer(caller.key_name, usage)
+            caller.limits.on_tokens(exchange.num_generated)
+            service.metrics.on_answer(caller.key_name, usage.prompt_tokens, exchange.num_generated)
 
 
 def _check_room(service: Service, num_prompts: int, num_choices: int) -> None:

@@ -8,11 +8,12 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from functools import cached_property
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Middleware
 
 import tfserve
@@ -20,10 +21,10 @@ from tfserve.errors import TfserveError, failures
 from tfserve.http.answer import USAGE
 from tfserve.http.chat import ChatEndpoint
 from tfserve.http.completions import CompletionEndpoint
-from tfserve.http.connections import COMMON_HEADERS
+from tfserve.http.connections import COMMON_HEADERS, MAX_CONNECTIONS
 from tfserve.http.cors import allow_origins
 from tfserve.http.endpoint import LOWERED_RATE
-from tfserve.http.errors import JSON, ApiError, api_error
+from tfserve.http.errors import JSON, ApiError, api_error, too_many
 from tfserve.http.hosts import host_check
 from tfserve.http.keys import CALLER, peer
 from tfserve.http.metrics import CONTENT_TYPE, OTHER
@@ -34,7 +35,7 @@ from tfserve.http.service import Phase, Service
 from tfserve.http.streams import StreamEndpoints, StreamFeed
 from tfserve.http.tokens import TokenEndpoints
 from tfserve.http.unread import close_unread
-from tfserve.types import StreamState
+from tfserve.types import StreamState, Tenant
 
 log = logging.getLogger(__name__)
 
@@ -50,17 +51,20 @@ SCRAPE_PATIENCE_S = 1.0
 CLIENT_GONE = 499
 """nginx's status, in the log only, for a client that went away before its answer was complete."""
 
+_REPORTS = "/v1/streams/{id}/buffer"
 
-def create_app(service: Service) -> web.Application:
-    """The application for one Service. `connections.create_runner` runs it as it must be run.
+_ROUTINE = OPEN_PATHS | {_REPORTS}
+"""Requests that come every few seconds for as long as the server, or a stream, lives: logged at debug level."""
+
+
+def create_app(service: Service, max_connections: int = MAX_CONNECTIONS) -> web.Application:
+    """The application for one Service. `connections.create_runner` runs it as it must be run, with `max_connections`.
 
     Otherwise lost clients go unnoticed and packed bodies cannot be read.
     """
     server = service.config.server
-    app = web.Application(
-        middlewares=[log_requests, report_errors, host_check(server, has_keys=bool(service.keys)), identify(service)],
-        client_max_size=server.max_body_bytes,
-    )
+    checks = host_check(server, has_keys=bool(service.keys)), identify(service, max_connections)
+    app = web.Application(middlewares=[log_requests, report_errors, *checks], client_max_size=server.max_body_bytes)
     about = AboutEndpoints(service)
     app.router.add_post("/v1/chat/completions", ChatEndpoint(service).post)
     app.router.add_post("/v1/completions", CompletionEndpoint(service).post)
@@ -68,7 +72,7 @@ def create_app(service: Service) -> web.Application:
     streams = StreamEndpoints(service, feed)
     # No HEAD: a stream of events would have no end and nothing to say.
     app.router.add_get("/v1/streams", streams.list, allow_head=False)
-    app.router.add_post("/v1/streams/{id}/buffer", streams.buffer)
+    app.router.add_post(_REPORTS, streams.buffer)
     app.router.add_post("/abort_request", streams.abort)
     app.router.add_get("/", Page().get)
     app.router.add_get("/metrics", MetricsEndpoint(service, feed).get)
@@ -189,8 +193,8 @@ async def log_requests(request: web.Request, handler: Handler) -> web.StreamResp
         if (caller := request.get(CALLER)) and caller.key_name:
             more += f", key {caller.key_name}"
         line = (request[REQUEST_ID], request.method, request.rel_url.raw_path, status, time.monotonic() - begun, more)
-        # Probes come every few seconds for as long as the server lives.
-        level = logging.DEBUG if request.path in OPEN_PATHS else logging.INFO
+        is_routine = getattr(request.match_info.route.resource, "canonical", "") in _ROUTINE
+        level = logging.DEBUG if is_routine else logging.INFO
         log.log(level, "%s %s %.200s %d in %.3f s%s", *line)
 
 
@@ -205,9 +209,14 @@ async def report_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return api_error(error).response()
 
 
-def identify(service: Service) -> Middleware:
-    """Middleware that notes the caller, and lets only those with a key pass where there are keys."""
+def identify(service: Service, max_connections: int) -> Middleware:
+    """Middleware that notes the caller, and lets only those with a key pass where there are keys.
+
+    Of several keys none may have all connections: a quarter is left to the others.
+    """
     keys = service.keys
+    most = max_connections - (max_connections // 4 if len(keys) > 1 else 0)
+    held: Counter[Tenant] = Counter()
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -219,12 +228,21 @@ def identify(service: Service) -> Middleware:
                 headers = {"WWW-Authenticate": "Bearer"}
                 raise ApiError(401, message, kind="authentication_error", code="invalid_api_key", headers=headers)
             request[CALLER] = caller
+            held[caller.tenant] += 1
             try:
+                if held[caller.tenant] > most:
+                    raise too_many(
+                        f"This key has {most} connections, and may have no more.", "too_many_connections", 1.0
+                    )
                 return await handler(request)
             except ApiError as error:
                 if caller.key_name and error.status == 429:
                     service.metrics.on_key_refusal(caller.key_name, error.info.code or "")
                 raise
+            finally:
+                held[caller.tenant] -= 1
+                if not held[caller.tenant]:
+                    del held[caller.tenant]
         return await handler(request)
 
     return check
@@ -232,6 +250,9 @@ def identify(service: Service) -> Middleware:
 
 async def _tell_client(request: web.Request, response: web.StreamResponse) -> None:
     """The request's id, what is left of its key's limits, and the rate that counts if another was asked for."""
+    if request.version < HttpVersion11 and response.content_length is None:
+        # Only the connection's end tells such a client that the answer is complete; the library leaves it open.
+        response.force_close()
     response.headers.update(COMMON_HEADERS)
     if request_id := request.get(REQUEST_ID):
         response.headers[REQUEST_ID_HEADER] = request_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 
 import tfserve
 from tfserve.config import SchedulerConfig
@@ -11,26 +12,31 @@ from tfserve.engine.scheduling.policies import IGNORES
 from tfserve.http.service import Service
 from tfserve.types import EngineInfo
 
+_WIDTH = 100
+
 
 def banner(info: EngineInfo, service: Service, url: str) -> str:
-    """Model, dtype, device, both KV tiers, the policy and what it ignores, the address, and one curl line to try."""
+    """Model, device, both KV tiers, the policy and what it goes by, the page's address, and a curl line to try."""
     weights = f"{info.dtype} weights in {info.quantization}" if info.quantization else info.dtype
     place = f"{info.device} ({info.threads} threads)" if info.device == "cpu" else info.device
     kv_gib = info.num_blocks * info.block_size * info.kv_bytes_per_token / 2**30
-    blocks = f"{info.num_blocks} blocks of {info.block_size} tokens ({kv_gib:.2f} GiB)"
-    model = f"{service.model_name} ({info.architecture}, {info.num_parameters / 1e6:,.0f} M parameters)"
-    return "\n".join(
-        (
-            f"tfserve {tfserve.__version__} serves {model}, loaded in {info.load_s:.1f} s",
-            f"  {weights} on {place}, {info.attention_backend} attention",
-            f"  KV cache: {blocks} hold {info.kv_tokens:,} tokens, {info.concurrency:.1f} requests of "
-            f"{info.max_model_len:,}; up to {info.max_num_seqs} run at once",
-            f"  {_host_tier(info)}",
-            f"  {_policy(info, service.config.scheduler)}",
-            f"Listening on {url}; try:",
-            _curl(service, url),
-        )
+    lines = (
+        f"tfserve {tfserve.__version__} serves {service.model_name} ({info.architecture},"
+        f" {info.num_parameters / 1e6:,.0f} M parameters), loaded in {info.load_s:.1f} s",
+        f"  Device: {place}, {weights}, {info.attention_backend} attention",
+        f"  KV cache: {info.num_blocks} blocks of {info.block_size} tokens ({kv_gib:.2f} GiB) hold {info.kv_tokens:,}"
+        f" tokens, {info.concurrency:.1f} requests of {info.max_model_len:,}; up to {info.max_num_seqs} run at once",
+        f"  {_host_tier(info)}",
+        f"  {_policy(info, service.config.scheduler)}",
+        f"  Page: {url}/ (chat at your own reading speed, and every stream)",
+        f"Listening on {url}; try:",
     )
+    return "\n".join([*(part for line in lines for part in _wrapped(line)), _curl(service, url)])
+
+
+def _wrapped(line: str) -> list[str]:
+    text = line.lstrip()
+    return textwrap.wrap(text, _WIDTH, initial_indent=line.removesuffix(text), subsequent_indent=" " * 4)
 
 
 def _host_tier(info: EngineInfo) -> str:
@@ -46,18 +52,17 @@ def _policy(info: EngineInfo, config: SchedulerConfig) -> str:
     if ignored:
         return f"Policy {info.policy}: ignores {', '.join(ignored)}"
     return (
-        f"Policy {info.policy}: a streamed answer that names no consumption_rate counts as read at"
-        f" {config.default_rate:g} tokens/s; overload: {config.overload}"
+        f"Policy {info.policy}, overload: {config.overload}; a streamed answer that names no consumption_rate counts as"
+        f" read at {config.default_rate:g} tokens/s"
     )
 
 
 def _curl(service: Service, url: str) -> str:
     """A request to paste into a shell; the key, if one is needed, is not printed."""
-    body = {
-        "model": service.model_name,
-        "stream": True,
-        "messages": [{"role": "user", "content": "Why is the sky blue?"}],
-    }
-    key = ' -H "Authorization: Bearer $API_KEY"' if service.keys else ""
-    data = shlex.quote(json.dumps(body))
-    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {data}"
+    # Spread over some lines that a shell takes for one command.
+    question = '"messages": [{"role": "user", "content": "Why is the sky blue?"}]'
+    body = f'{{"model": {json.dumps(service.model_name)}, "stream": true,\n  {question}}}'
+    headers = "-H 'Content-Type: application/json'"
+    if service.keys:
+        headers += ' -H "Authorization: Bearer $API_KEY"'
+    return f"curl -N {url}/v1/chat/completions \\\n  {headers} \\\n  -d {shlex.quote(body)}"

@@ -42,7 +42,7 @@ class BodyBudget:
     def resize(self, hold: BodyHold, num_bytes: int) -> None:
         """A body takes `num_bytes` from now on. Raises ApiError (503) if there is no room for that."""
         now_s = asyncio.get_running_loop().time()
-        counted = max(0, num_bytes - UNCOUNTED_BYTES)
+        counted = min(max(0, num_bytes - UNCOUNTED_BYTES), self._most_bytes)  # alone, each has room
         self._end_stalled(counted - hold.num_counted, now_s, hold)
         if hold.has_ended or self.num_bytes - hold.num_counted + counted > self._most_bytes:
             raise self.refusal()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import uuid
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -17,8 +16,9 @@ from tfserve.http.endpoint import GenerationEndpoint
 from tfserve.http.known_fields import CHAT_FIELDS
 from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import EnginePort
+from tfserve.http.ports import EnginePort, TokenizerPort
 from tfserve.http.protocol import ChatRequest, UsageWish
+from tfserve.http.reasoning import Place, ThoughtCounter, ThoughtParser, first_place
 from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import (
     UNSET,
@@ -29,6 +29,7 @@ from tfserve.http.replies import (
     ChatCompletion,
     ChatLogprobs,
     ChatTokenLogprob,
+    CompletionTokensDetails,
     Delta,
     FunctionCallReply,
     ToolCallReply,
@@ -38,35 +39,38 @@ from tfserve.http.replies import (
 from tfserve.http.service import Service
 from tfserve.http.sse import event
 from tfserve.http.structured import response_grammar
-from tfserve.http.tool_parsing import ToolCallParser, tool_call_parser
+from tfserve.http.tool_parsing import new_call_id, tool_call_parser
 from tfserve.http.tools import ToolPlan
-from tfserve.types import EngineInfo, FinishReason, RequestOutput, TokenLogprob
+from tfserve.types import EngineInfo, FinishReason, RequestOutput, Tenant, TokenLogprob
 
 
 class ChatRenderer:
-    """One chat answer in OpenAI's words. `parser` makes a parser of tool calls for a choice; None: it may call none."""
+    """One chat answer in OpenAI's words, its choices read as `reading` says."""
 
-    def __init__(self, head: AnswerHead, parser: Callable[[], ToolCallParser] | None, parallel_calls: bool) -> None:
+    def __init__(self, head: AnswerHead, reading: Reading) -> None:
         self.id = head.id
         self._head = head
-        self._parser = parser
-        self._parallel_calls = parallel_calls
+        self._reading = reading
         self._choices: dict[int, _Choice] = {}
 
     def chunk(self, index: int, output: RequestOutput, usage: Usage) -> bytes:
         """Events for what is new in choice `index`: the role comes first, the finish reason with the last text."""
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = _Choice(self._reading, self._head.tokenizer)
+        thoughts, content, calls = choice.read(output.text, output.token_ids, output.finished)
         if tells_nothing(output):
             return b""
         start = b""
-        if index not in self._choices:
-            self._choices[index] = self._begin()
+        if not choice.has_begun:
+            choice.has_begun = True
             start = self._event(ChatChunkChoice(index, Delta(role="assistant", content="")), usage)
-        choice = self._choices[index]
-        content, calls = choice.read(output.text, output.finished)
         logprobs = self._logprobs(output.logprobs)
-        if not (content or calls or logprobs or output.finished):
+        if not (thoughts or content or calls or logprobs or output.finished):
             return start
         delta = Delta()
+        if thoughts:
+            delta.reasoning_content = thoughts
         if content:
             delta.content = content
         if calls:
@@ -76,10 +80,10 @@ class ChatRenderer:
     def template(self, index: int) -> tuple[bytes, bytes] | None:
         """What surrounds the text in every further event of choice `index` that has nothing else.
 
-        None where the text may hold tool calls, or each event tells the token counts.
+        None where the text may hold tool calls or thoughts, or each event tells the token counts.
         """
         head = self._head
-        if self._parser is not None or head.wish is UsageWish.ALWAYS:
+        if head.wish is UsageWish.ALWAYS or not self._choices[index].is_plain:
             return None
         choice = ChatChunkChoice(index, Delta(content=self.id))
         data = event(
@@ -93,33 +97,40 @@ class ChatRenderer:
         head = self._head
         if head.wish is UsageWish.NEVER:
             return b""
-        return event(head.encode(ChatChunk(head.id, head.created, head.model, [], usage)))
+        return event(head.encode(ChatChunk(head.id, head.created, head.model, [], self._counted(usage))))
 
     def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
         """The JSON body of an answer that is not streamed."""
         head = self._head
         choices = [head.part(self._whole_choice(index, result)) for index, result in enumerate(results)]
-        return head.encode(ChatCompletion(head.id, head.created, head.model, choices, usage))
+        return head.encode(ChatCompletion(head.id, head.created, head.model, choices, self._counted(usage)))
 
     def _whole_choice(self, index: int, result: Result) -> ChatChoice:
-        choice = self._begin()
-        content, calls = choice.read("".join(result.text), finished=True)
+        choice = self._choices[index] = _Choice(self._reading, self._head.tokenizer)
+        thoughts, content, calls = choice.read("".join(result.text), result.token_ids, finished=True)
         message = AssistantMessage(content)
-        if calls:
+        if thoughts or calls:
             message.content = content or None
+        if thoughts:
+            message.reasoning_content = thoughts
+        if calls:
             for call in calls:
                 call.index = UNSET
             message.tool_calls = calls
         reason = choice.reason(result.finish_reason) or ""
         return ChatChoice(index, message, self._logprobs(list(result.logprobs)), reason)
 
-    def _begin(self) -> _Choice:
-        return _Choice(self._parser() if self._parser else None, self._parallel_calls)
+    def _counted(self, usage: Usage) -> Usage:
+        """`usage`, and in it the tokens of the thoughts so far."""
+        if self._reading.place is not None:
+            num_tokens = sum(choice.num_thought_tokens for choice in self._choices.values())
+            usage.completion_tokens_details = CompletionTokensDetails(num_tokens)
+        return usage
 
     def _event(self, choice: ChatChunkChoice, usage: Usage) -> bytes:
         head = self._head
         return event(
-            head.encode(ChatChunk(head.id, head.created, head.model, [choice], head.chunk_usage(usage))),
+            head.encode(ChatChunk(head.id, head.created, head.model, [choice], head.chunk_usage(self._counted(usage)))),
         )
 
     def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> ChatLogprobs | None:
@@ -137,16 +148,58 @@ class ChatRenderer:
         return TopLogprob(raw.decode(errors="replace"), logprob(value), list(raw))
 
 
-class _Choice:
-    """One choice as far as it has come: which tool calls there were in it."""
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the text of an answer is read.
 
-    def __init__(self, parser: ToolCallParser | None, parallel_calls: bool) -> None:
-        self._parser = parser
-        self._most_calls = math.inf if parallel_calls else 1
+    `tools` may be called; at most one call counts unless they are `parallel`. `place` is where the text begins, None if
+    it has no thoughts or they are not told from the rest; `shows_thoughts`: they are part of the answer.
+    """
+
+    tools: ToolPlan
+    parallel: bool = True
+    place: Place | None = None
+    shows_thoughts: bool = True
+
+
+class _Choice:
+    """One choice as far as it has come: its thoughts, and which tool calls there were in it. The role begins it."""
+
+    def __init__(self, reading: Reading, tokenizer: TokenizerPort) -> None:
+        tools = reading.tools
+        self.has_begun = False
+        self._format = tools.format
+        self._parser = None if tools.format is None else tool_call_parser(tools.format, tools.names)
+        self._thinker = None if reading.place is None else ThoughtParser(reading.place)
+        self._counter = None if reading.place is None else ThoughtCounter(reading.place, tokenizer)
+        self._shows_thoughts = reading.shows_thoughts
+        self._most_calls = math.inf if reading.parallel else 1
         self._num_calls = 0
 
-    def read(self, text: str, finished: bool) -> tuple[str, list[ToolCallReply]]:
-        """New text for the reader and new calls in `text`, which is the last if `finished`."""
+    @property
+    def is_plain(self) -> bool:
+        """True if all further text is text for the reader."""
+        return self._parser is None and (self._thinker is None or self._thinker.is_over)
+
+    @property
+    def num_thought_tokens(self) -> int:
+        """Tokens of the thoughts so far."""
+        return 0 if self._counter is None else self._counter.num_tokens
+
+    def read(self, text: str, token_ids: Sequence[int], finished: bool) -> tuple[str, str, list[ToolCallReply]]:
+        """New thoughts, new text for the reader and new calls in `text`, which is the last if `finished`."""
+        thoughts = ""
+        if self._thinker is not None:
+            thoughts, text = self._thinker.push(text)
+            if finished:
+                rest, more = self._thinker.finish()
+                thoughts, text = thoughts + rest, text + more
+        if self._counter is not None:
+            self._counter.push(token_ids)
+        content, calls = self._calls(text, finished)
+        return thoughts if self._shows_thoughts else "", content, calls
+
+    def _calls(self, text: str, finished: bool) -> tuple[str, list[ToolCallReply]]:
         if self._parser is None:
             return text, []
         content, found = self._parser.push(text)
@@ -157,7 +210,7 @@ class _Choice:
         for call in found:
             if self._num_calls < self._most_calls:
                 function = FunctionCallReply(call.name, call.arguments)
-                id = f"call_{uuid.uuid4().hex}"
+                id = new_call_id(self._format)
                 calls.append(ToolCallReply(index=self._num_calls, id=id, type="function", function=function))
                 self._num_calls += 1
         return content, calls
@@ -167,17 +220,25 @@ class _Choice:
         return "tool_calls" if self._num_calls and finish_reason == FinishReason.STOP else finish_reason
 
 
-async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo) -> str | None:
+async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo, tenant: Tenant) -> str | None:
     """What the answer must follow, checked: a forced call or the response format. Raises TfserveError."""
-    wanted = await response_grammar(asked.response_format, info)
+    wanted = await response_grammar(asked.response_format, info, tenant)
     if wanted is not None and tools.format is not None:
         message = "response_format: JSON cannot be had together with tools; send tool_choice 'none' or leave one out"
         raise RequestError("response_format", message)
-    forced = await tools.grammar()
+    forced = await tools.grammar(tenant)
     if forced is None:
         return wanted
     require_grammars(info, "tool_choice")
     return forced
+
+
+def _place(asked: ChatRequest, tokenizer: TokenizerPort, prompt: str, grammar: str | None) -> Place | None:
+    """Where the answer begins; None where thoughts are not told from it: a grammar leaves no room for any."""
+    if not tokenizer.thinks or grammar is not None or asked.separate_reasoning is False:
+        return None
+    continued = asked.messages[-1].for_template(0)["content"] if asked.continue_final_message else None
+    return first_place(prompt, continued)
 
 
 class ChatEndpoint(GenerationEndpoint[ChatRequest]):
@@ -186,17 +247,19 @@ class ChatEndpoint(GenerationEndpoint[ChatRequest]):
     def __init__(self, service: Service) -> None:
         super().__init__(service, BodyParser(ChatRequest, CHAT_FIELDS))
 
-    async def prepare(self, asked: ChatRequest, size: int, model: str, engine: EnginePort) -> Job:
+    async def prepare(self, asked: ChatRequest, size: int, model: str, engine: EnginePort, tenant: Tenant) -> Job:
         """The conversation as one prompt, by the model's template."""
         tokenizer = engine.tokenizer
         parallel = asked.parallel_tool_calls is not False
         tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
         await tools.measure()
-        grammar = await _grammar(asked, tools, engine.info)
+        grammar = await _grammar(asked, tools, engine.info, tenant)
         params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
-        parser = None if tools.format is None else partial(tool_call_parser, tools.format, tools.names)
-        renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), parser, parallel)
         text = await off_loop(size, chat_prompt, tokenizer, asked.messages, asked, tools.for_template)
         # The template has written the special tokens already.
         prompt = await encode_prompt(engine, text, add_special_tokens=bool(asked.add_special_tokens))
+        reading = Reading(
+            tools, parallel, _place(asked, tokenizer, text, grammar), asked.include_reasoning is not False
+        )
+        renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), reading)
         return Job([prompt], params, asked.num_samples, renderer)

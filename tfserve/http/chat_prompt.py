@@ -51,13 +51,16 @@ def _variables(fields: TemplateFields, known: frozenset[str]) -> dict[str, Any]:
     if fields.reasoning_effort is not None and "reasoning_effort" in known:
         variables["reasoning_effort"] = fields.reasoning_effort
     for name, value in (fields.chat_template_kwargs or {}).items():
-        where = f"chat_template_kwargs.{name}"
+        shown = name[:100]
+        where = f"chat_template_kwargs.{shown}"
         if name in _OWN_FIELDS:
-            raise RequestError(where, f"{where} is no variable for the template; send {name} as a field of the request")
+            raise RequestError(
+                where, f"{where} is no variable for the template; send {shown} as a field of the request"
+            )
         if name in known:
             variables[name] = value
         elif value is not None and value is not False:
-            raise RequestError(where, f"{where}: this model's chat template does not read {name}; remove it")
+            raise RequestError(where, f"{where}: this model's chat template does not read {shown}; remove it")
     return variables
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from tfserve.engine.frontend.validation import check_tokens
+from tfserve.errors import RequestError
 from tfserve.http.answer import Job, Result, encode_prompt
 from tfserve.http.endpoint import GenerationEndpoint
 from tfserve.http.known_fields import COMPLETION_FIELDS
@@ -22,7 +23,10 @@ from tfserve.http.service import Service
 from tfserve.http.sse import event
 from tfserve.http.structured import response_grammar
 from tfserve.http.text_offsets import TextOffsets
-from tfserve.types import RequestOutput, TokenLogprob
+from tfserve.types import RequestOutput, Tenant, TokenLogprob
+
+MAX_ECHOED_CHARS = 2**24
+"""Most characters of prompts that all choices of an answer begin with: a token may stand for a hundred spaces."""
 
 _Token = tuple[int, float | None, dict[str, float] | None]
 """A token, its log probability and the alternatives to it."""
@@ -156,10 +160,12 @@ class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
     def __init__(self, service: Service) -> None:
         super().__init__(service, BodyParser(CompletionRequest, COMPLETION_FIELDS))
 
-    async def prepare(self, asked: CompletionRequest, _size: int, model: str, engine: EnginePort) -> Job:
+    async def prepare(
+        self, asked: CompletionRequest, _size: int, model: str, engine: EnginePort, tenant: Tenant
+    ) -> Job:
         """The prompts as token ids, in order."""
         tokenizer = engine.tokenizer
-        grammar = await response_grammar(asked.response_format, engine.info)
+        grammar = await response_grammar(asked.response_format, engine.info, tenant)
         params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
         head = AnswerHead("cmpl", model, tokenizer, asked.usage_wish)
         prompts: list[Sequence[int]] = []
@@ -177,6 +183,10 @@ class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
         echoes: list[Echo] = []
         if asked.echo:
             echoes = [Echo(text, token_ids[0]) for text, token_ids in zip(texts, prompts, strict=True) if token_ids]
+        num_echoed = asked.num_samples * sum(len(echo.text) for echo in echoes)
+        if num_echoed > MAX_ECHOED_CHARS:
+            wish = f"the prompts that the choices are to begin with have {num_echoed} characters together"
+            raise RequestError("echo", f"echo: {wish}, and {MAX_ECHOED_CHARS} are allowed; lower n or leave echo out")
         return Job(
             prompts,
             params,
@@ -188,6 +198,7 @@ class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
                 special_are_text=not params.skip_special_tokens,
                 echoes=echoes,
             ),
+            num_echoed=num_echoed,
         )
 
 

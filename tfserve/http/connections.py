@@ -25,6 +25,9 @@ MAX_CONNECTIONS = 4096
 SPARE_CONNECTIONS = 64
 """Connections beyond those, for probes."""
 
+READ_BYTES = 16 * 1024
+"""What is read from a connection at once. Made of chunks of one byte each, this much takes the parser 10 ms."""
+
 COMMON_HEADERS = {
     "Server": "tfserve",
     "X-Content-Type-Options": "nosniff",  # no browser takes for a page what is not called one
@@ -91,6 +94,7 @@ class Connections(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: Any) -> None:
         """A connection has come; if there are too many, an idle one goes, at the worst this one."""
         super().connection_made(handler, transport)
+        transport.max_size = READ_BYTES  # asyncio's own name, and 256 KiB
         self._idle[handler] = None
         if len(self._idle) + len(self._busy) > self._most + SPARE_CONNECTIONS:
             oldest = next(iter(self._idle))
@@ -112,7 +116,8 @@ class Connections(web.Server):
     async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
         self._idle.pop(request.protocol, None)
         self._busy.add(request.protocol)
-        if len(self._busy) > self._most and request.path not in OPEN_PATHS:
+        is_spare = len(self._busy) > self._most
+        if is_spare and request.path not in OPEN_PATHS:
             self._refusals.warning("Refusing requests: %d are under way (server.max_connections)", self._most)
             message = "This server has as many connections as it can serve; try again soon."
             return _refusal(unavailable(message, "too_many_connections", retry_after_s=1))
@@ -121,7 +126,10 @@ class Connections(web.Server):
         if expected and expected.lower() != "100-continue" and request.version >= (1, 1):
             message = "The only expectation that can be met is 'Expect: 100-continue'."
             return _refusal(ApiError(417, message, code="expectation_failed"))
-        return await self._app_handler(request)
+        response = await self._app_handler(request)
+        if is_spare:  # one that asks again and again, and reads nothing, would keep probes out
+            response.force_close()
+        return response
 
 
 class _Connection(web.RequestHandler):

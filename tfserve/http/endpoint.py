@@ -16,6 +16,7 @@ from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import EnginePort
 from tfserve.http.protocol import GenerationRequest
 from tfserve.http.service import Service
+from tfserve.types import Tenant
 
 LOWERED_RATE = web.RequestKey("lowered_rate", float)
 """The rate that the request is served at, noted on the HTTP request where it is less than was asked for."""
@@ -34,7 +35,8 @@ class GenerationEndpoint(ABC, Generic[Asked]):
         """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
         service = self._service
         engine = service.engine
-        request[CALLER].limits.on_request()
+        caller = request[CALLER]
+        caller.limits.on_request()
         with service.bodies.hold() as hold:
             body = await read_body(request, service.config.server.max_body_bytes, hold)
             asked = await off_loop(len(body), self._parser.parse, body)
@@ -44,7 +46,7 @@ class GenerationEndpoint(ABC, Generic[Asked]):
             if exceeds(rate, max_rate):
                 rate = request[LOWERED_RATE] = max_rate
             try:
-                job = await self.prepare(asked, len(body), service.model_name, engine)
+                job = await self.prepare(asked, len(body), service.model_name, engine, caller.tenant)
             except RequestError as error:
                 raise error.renamed(names) from None
         priority, stream = asked.priority or 0, bool(asked.stream)
@@ -57,5 +59,5 @@ class GenerationEndpoint(ABC, Generic[Asked]):
             raise error.renamed(names) from None
 
     @abstractmethod
-    async def prepare(self, asked: Asked, size: int, model: str, engine: EnginePort) -> Job:
+    async def prepare(self, asked: Asked, size: int, model: str, engine: EnginePort, tenant: Tenant) -> Job:
         """What to run for a parsed body of `size` bytes, and how to word the answer. Raises RequestError."""

@@ -36,6 +36,10 @@ _PASSING = frozenset({408, 429, 503})
 """Statuses of what passes: the same request may be served later, or by another server."""
 
 
+_MOST_CHARS, _MOST_NAME_CHARS = 4000, 200
+"""Longest message and longest name of a field: both may quote what a client has sent."""
+
+
 class ApiError(TfserveError):
     """An error with the HTTP status and the error object that report it to the client.
 
@@ -54,6 +58,7 @@ class ApiError(TfserveError):
         headers: Mapping[str, str] | None = None,
         recurs: bool | None = None,
     ) -> None:
+        message, param = _clipped(message, _MOST_CHARS), param and _clipped(param, _MOST_NAME_CHARS)
         super().__init__(message)
         self.status = status
         # An error may quote a header, whose bytes need not be UTF-8.
@@ -69,6 +74,10 @@ class ApiError(TfserveError):
     def response(self) -> web.Response:
         """The error as a whole response."""
         return web.Response(status=self.status, body=self.body(), content_type=JSON, headers=self.headers)
+
+
+def _clipped(text: str, most: int) -> str:
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def unavailable(message: str, code: str, retry_after_s: float | None = None, *, recurs: bool | None = None) -> ApiError:

@@ -87,6 +87,11 @@ class Exchange:
         return self._streams
 
     @property
+    def num_generated(self) -> int:
+        """Tokens that have come of all streams, those too that nothing has taken."""
+        return sum(len(stream.token_s) for stream in self._streams)
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far over all streams, a prompt of several once; interruptions and waits of those that ended."""
         prompt, output = self._num_prompt_tokens, self._num_output_tokens

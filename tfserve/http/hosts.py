@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
@@ -16,6 +17,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _NO_PUBLIC_NAMES = ("localhost", "internal")
 """Names, and ends of names, that the public DNS never has: no page comes from them (RFC 6761; ICANN, 2024)."""
 
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([^][:/?#@\\%\s]*))(?::[0-9]*)?")
+"""A name or an address, and a port: nothing from which another part of it could be taken for the name."""
+
 
 def host_check(server: ServerConfig, *, has_keys: bool) -> Middleware:
     """Middleware that refuses requests to names which are not this server's (421).
@@ -27,23 +31,20 @@ def host_check(server: ServerConfig, *, has_keys: bool) -> Middleware:
     names = {_bare(name) for name in (server.host, *server.allowed_hosts)}
     is_checked = bool(server.allowed_hosts or is_local) and "*" not in names
 
+    def is_right(name: str) -> bool:
+        return not name or name in names or _is_address(name) or name.rpartition(".")[2] in _NO_PUBLIC_NAMES
+
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         if is_checked:
             host = request.headers.get("Host", "")
-            name = _bare(_without_port(host))
-            if name and name not in names and not _is_address(name) and name.split(".")[-1] not in _NO_PUBLIC_NAMES:
+            parts = _HOST.fullmatch(host)
+            if parts is None or not is_right(_bare(parts[1] or parts[2])):
                 message = f"This server is not called {host[:100]!r}; add the name to server.allowed_hosts."
                 raise ApiError(421, message, code="host_not_allowed")
         return await handler(request)
 
     return check
-
-
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
 
 
 def _bare(name: str) -> str:

@@ -18,7 +18,7 @@ import msgspec
 from aiohttp import web
 
 from tfserve.config import EngineConfig
-from tfserve.config_file import read_file, read_secrets
+from tfserve.config_file import read_file, read_list, read_secrets
 from tfserve.errors import ConfigError
 from tfserve.http.limits import Limits
 from tfserve.misfit import find_misfit
@@ -58,7 +58,7 @@ class Keyring:
         if server.api_keys_file is not None:
             given += _from_file(Path(server.api_keys_file))
         if text := environ.get(ENVIRONMENT):
-            given += _from_environment(text)
+            given += _entries(read_list(text, ENVIRONMENT), ENVIRONMENT)
         entries = [
             ApiKey(name=f"key-{number}", key=each) if isinstance(each, str) else each
             for number, each in enumerate(given, 1)
@@ -123,11 +123,6 @@ def _from_file(path: Path) -> Sequence[str | ApiKey]:
     if mode & 0o077:
         log.warning("Other users may read the keys in %s; chmod 600 it", path)
     return _entries(read_secrets(read_file(path), source), source)
-
-
-def _from_environment(text: str) -> Sequence[str | ApiKey]:
-    plain = read_secrets(text.encode(errors="surrogateescape"), ENVIRONMENT)
-    return _entries(text.split(",") if isinstance(plain, str) else plain, ENVIRONMENT)
 
 
 def _entries(plain: Any, source: str) -> Sequence[str | ApiKey]:

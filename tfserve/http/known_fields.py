@@ -65,8 +65,10 @@ _USAGE = Unsupported(({"include": False},), "send stream_options.include_usage")
 _SEARCH = Unsupported(wishes=({},))  # {} searches with default settings
 _THINKING = Unsupported(
     ({"type": "disabled"}, {"enabled": False}, {"effort": "none"}, -1),
-    "the server does not tell thoughts from text; what the template reads goes into chat_template_kwargs",
+    "what the template reads, such as enable_thinking, goes into chat_template_kwargs",
 )
+
+_SEPARATE = "send include_reasoning false to leave thoughts out, separate_reasoning false to have them in content"
 
 
 def _hints(names: str) -> dict[str, Unsupported | Hint]:
@@ -91,8 +93,7 @@ _EVERYWHERE: Fields = {
     **_hints("mirostat_tau mirostat_eta xtc_threshold dynatemp_exponent smoothing_curve adaptive_decay"),
     **_hints("dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers spaces_between_special_tokens"),
     **_hints("dynatemp_low dynatemp_high"),
-    # Models without separate thoughts have none to show or to hide.
-    **_hints("include_reasoning separate_reasoning stream_reasoning reasoning_format return_mm_kwargs"),
+    **_hints("return_mm_kwargs"),
     # Grammars
     **_refused("guided_json json_schema format response_schema responseSchema", _SCHEMA),
     **_refused("json_mode output_format response_mime_type text", Unsupported(("text/plain",), _JSON)),
@@ -175,6 +176,8 @@ _EVERYWHERE: Fields = {
 
 CHAT_FIELDS: Fields = {
     **_EVERYWHERE,
+    **_refused("stream_reasoning", Unsupported((True,), wishes=(False,))),
+    **_refused("reasoning_format", Unsupported(("auto", "deepseek", "parsed"), _SEPARATE)),
     **_refused("functions", Unsupported(instead="send tools")),
     **_refused("function_call", Unsupported(("none", "auto"), "send tool_choice")),
     **_refused("modalities", Unsupported((["text"],))),
@@ -198,6 +201,8 @@ _CHAT_ONLY = Unsupported(instead="send messages to /v1/chat/completions")
 
 COMPLETION_FIELDS: Fields = {
     **_EVERYWHERE,
+    # A completion is text as it comes, thoughts and all.
+    **_hints("include_reasoning separate_reasoning stream_reasoning reasoning_format"),
     **_hints("reasoning_effort parallel_tool_calls"),
     **_refused("suffix"),
     **_refused("top_logprobs", _LOGPROBS),

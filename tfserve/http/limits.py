@@ -110,7 +110,8 @@ class Limits:
             return
         most = self._tokens.per_minute
         if count > most:
-            message = f"A prompt of {count} tokens is more than the {most} per minute that this key has; shorten it."
+            prompts = f"Prompts of {count} tokens in all, each choice with its own,"
+            message = f"{prompts} are more than the {most} per minute that this key has; shorten them."
             raise ApiError(429, message, kind="rate_limit_error", code=_CODE, recurs=True)
         if wait_s := self._tokens.wait_s(float(max(count, 1))):
             raise too_many(f"This key may use {most} tokens per minute, prompts and answers; wait.", _CODE, wait_s)

@@ -65,7 +65,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
         where = f"messages[{index}]"
         role = "system" if self.role == "developer" else self.role
         if role not in _ROLES:
-            message = f"{where}.role must be system, user, assistant or tool, got {self.role!r}"
+            message = f"{where}.role must be system, user, assistant or tool, got {self.role[:100]!r}"
             raise RequestError(f"{where}.role", message)
         turn: dict[str, Any] = {"role": role, "content": self._text(where)}
         if self.tool_calls:
@@ -92,7 +92,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
         for number, text in enumerate(texts):
             if text is None:
                 here = f"{where}.content[{number}]"
-                kind = self.content[number].type
+                kind = self.content[number].type[:100]
                 raise RequestError(here, f"{here} must be {{'type': 'text', 'text': ...}}, got type {kind!r}")
         return "".join(text or "" for text in texts) or self.refusal or ""
 

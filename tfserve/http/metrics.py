@@ -21,7 +21,6 @@ from prometheus_client.registry import Collector
 
 from tfserve.engine.scheduling.qos import Served, effective_tokens
 from tfserve.http.ports import EnginePort, StreamPort
-from tfserve.http.replies import Usage
 from tfserve.messages import StepOutputs
 from tfserve.types import EngineStats, FinishReason, RequestOutput, RequestTimes, StreamState
 
@@ -133,12 +132,12 @@ class Metrics:
         """A connection is closed because its client reads nothing."""
         self._unread.inc()
 
-    def on_answer(self, key_name: str | None, usage: Usage) -> None:
+    def on_answer(self, key_name: str | None, num_prompt_tokens: int, num_output_tokens: int) -> None:
         """An API request has been answered; None: no keys are asked for."""
         if key_name is not None:
             self._key_answers.labels(key_name).inc()
-            self._key_prompt.labels(key_name).inc(usage.prompt_tokens)
-            self._key_output.labels(key_name).inc(usage.completion_tokens)
+            self._key_prompt.labels(key_name).inc(num_prompt_tokens)
+            self._key_output.labels(key_name).inc(num_output_tokens)
 
     def on_key_refusal(self, key_name: str, reason: str) -> None:
         """A request was refused for what its key may not, or is not: rate_limit_exceeded or unauthorized."""

@@ -28,10 +28,13 @@ _LONGEST_NAME = 80
 """Characters of such a name that are remembered and logged: a client may send one as long as a body."""
 
 
+PART_BYTES = 80
+"""Memory of an object, list or member: for an empty list, forty times what its text takes."""
+
 MAX_PARTS = 65_536
 """Most objects, lists and members of objects in a body: making one takes as long as reading fifty bytes of text."""
 
-_PART_BYTES = (b"{", b"[", b":")
+_PART_BEGINS = (b"{", b"[", b":")
 
 
 class BodyParser(Generic[Body]):
@@ -92,13 +95,19 @@ class BodyParser(Generic[Body]):
 
 
 def _check_parts(body: bytes) -> None:
-    """Raise RequestError for a body of too many parts. Most have too few such bytes, even with those in text."""
-    if sum(map(body.count, _PART_BYTES)) > MAX_PARTS and _num_parts(body) > MAX_PARTS:
+    """Raise RequestError for a body of too many parts."""
+    if num_parts(body, MAX_PARTS) > MAX_PARTS:
         raise RequestError(None, f"The body holds more than {MAX_PARTS} objects, lists and fields; send fewer")
+
+
+def num_parts(body: bytes, enough: int = 0) -> int:
+    """How many objects, lists and members are in a body; about, where there are not more than `enough`."""
+    most = sum(map(body.count, _PART_BEGINS))  # those in text count too
+    return most if most <= enough else _num_parts(body)
 
 
 def _num_parts(body: bytes) -> int:
     """How many of the bytes that begin a part are outside strings: behind an even number of quotes."""
     text = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
     in_string = np.cumsum(text == ord('"'), dtype=np.uint8) % 2 == 1
-    return sum(int(np.count_nonzero((text == ord(byte)) & ~in_string)) for byte in _PART_BYTES)
+    return sum(int(np.count_nonzero((text == ord(byte)) & ~in_string)) for byte in _PART_BEGINS)

@@ -41,6 +41,11 @@ class TokenizerPort(Protocol):
         ...
 
     @property
+    def thinks(self) -> bool:
+        """True if the chat template parts the thoughts in an answer from the rest."""
+        ...
+
+    @property
     def template_variables(self) -> frozenset[str]:
         """Names that the model's chat template reads; none if it has no template."""
         ...

@@ -17,8 +17,16 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int = 0
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """`reasoning_tokens` are those of the thoughts before the answers, their tags included."""
+
+    reasoning_tokens: int = 0
+
+
 class Usage(msgspec.Struct):
     """Token counts of an answer, over all its choices; a prompt counts once, however many choices it has.
+
+    `completion_tokens_details` are those of a chat whose model parts its thoughts from its answers.
 
     Ours, once it has ended: how often the scheduler interrupted it, when its first token came after its arrival (the
     latest choice's), and how long its reader had nothing to read after that.
@@ -28,6 +36,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails = msgspec.field(default_factory=PromptTokensDetails)
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = UNSET
     num_preemptions: int | msgspec.UnsetType = UNSET
     ttft_s: float | msgspec.UnsetType = UNSET
     stall_s: float | msgspec.UnsetType = UNSET
@@ -89,6 +98,7 @@ class Delta(msgspec.Struct, omit_defaults=True):
 
     role: str | msgspec.UnsetType = UNSET
     content: str | msgspec.UnsetType = UNSET
+    reasoning_content: str | msgspec.UnsetType = UNSET
     tool_calls: list[ToolCallReply] | msgspec.UnsetType = UNSET
 
 
@@ -113,11 +123,12 @@ class ChatChunk(msgspec.Struct):
 
 
 class AssistantMessage(msgspec.Struct):
-    """The model's turn; `content` is null where it only calls tools."""
+    """The model's turn; `content` is null where it only calls tools, or has not come further than its thoughts."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = UNSET
     tool_calls: list[ToolCallReply] | msgspec.UnsetType = UNSET
 
 

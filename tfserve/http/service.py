@@ -95,7 +95,7 @@ class Service:
     def check_model(self, name: str | None) -> None:
         """Raise ApiError (404) unless `name` is the served model; None means whatever is served."""
         if name is not None and name != self.model_name:
-            message = f"The model {name!r} does not exist; this server serves {self.model_name!r}."
+            message = f"The model {name[:100]!r} does not exist; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def health(self) -> tuple[str, EngineStats | None]:

@@ -41,7 +41,10 @@ def allow_connections(wanted: int) -> int:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     reachable = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, reachable), hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, reachable), hard))
+    except (ValueError, OSError):  # macOS has another limit behind this one
+        reachable = soft
     allowed = min(wanted, max(reachable - OTHER_DESCRIPTORS, reachable // 8))
     if allowed < wanted:
         log.warning(

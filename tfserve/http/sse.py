@@ -50,7 +50,7 @@ class ChunkRenderer(Protocol):
     def template(self, index: int) -> tuple[bytes, bytes] | None:
         """What surrounds the JSON string of the text in every event of choice `index` that has nothing but text.
 
-        Asked for after the choice's first event; None if there is no such constant.
+        Asked for after each event until there is one; None if there is no such constant, or not yet.
         """
         ...
 
@@ -76,8 +76,11 @@ async def stream_answer(
     *,
     pacers: Sequence[Pacer] | None,
     keep_alive_s: float,
+    num_echoed: int = 0,
 ) -> web.StreamResponse:
     """Answer with a stream: chunks as they come, or each stream's as its pacer allows; then [DONE].
+
+    `num_echoed` is how many characters of prompts its choices begin with, all together.
 
     A comment breaks every `keep_alive_s` of silence (0: never).
 
@@ -86,7 +89,9 @@ async def stream_answer(
     """
     response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
-    writer = EventWriter(request, response, exchange, renderer, pacers=pacers, keep_alive_s=keep_alive_s)
+    writer = EventWriter(
+        request, response, exchange, renderer, pacers=pacers, keep_alive_s=keep_alive_s, num_echoed=num_echoed
+    )
     try:
         rest = await writer.run()
     except ConnectionError:
@@ -115,6 +120,7 @@ class EventWriter:
         *,
         pacers: Sequence[Pacer] | None,
         keep_alive_s: float,
+        num_echoed: int = 0,
     ) -> None:
         transport = request.transport
         if transport is None:
@@ -130,6 +136,7 @@ class EventWriter:
         self._templates: dict[int, tuple[bytes, bytes] | None] = {}
         self._encode = msgspec.json.Encoder().encode
         self._keep_alive_s = keep_alive_s
+        self._begins_long = num_echoed >= LONG
         self._pacers = pacers
         self._pace_timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
@@ -186,7 +193,8 @@ class EventWriter:
 
     def _pass_on(self, batch: list[tuple[int, RequestOutput]]) -> None:
         """Write these outputs, or leave them to `run` if that takes long."""
-        if sum(map(_num_scored, batch)) > MAX_SCORED_AT_ONCE:
+        begins = self._begins_long and any(index not in self._templates for index, _ in batch)
+        if begins or sum(map(_num_scored, batch)) > MAX_SCORED_AT_ONCE:
             self._long_batch = batch
             self._is_full = True
             self._attention.set()
@@ -224,7 +232,7 @@ class EventWriter:
         is_plain = output.logprobs is None and output.prompt_logprobs is None and output.finish_reason is None
         if template is None or not is_plain:
             data = self._renderer.chunk(index, output, self._exchange.usage)
-            if data and index not in self._templates:
+            if data and template is None:
                 self._templates[index] = self._renderer.template(index)
             return data
         if not output.text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from typing import Literal
 
@@ -27,6 +28,9 @@ _MAX_BODY_BYTES = 4096
 _LEAST_INTERVAL_S = 0.1
 _DEFAULT_INTERVAL_S = 0.5
 _MOST_INTERVAL_S = 60.0
+
+VIEWED_BYTES_PER_S = 10e6
+"""What all viewers together get of pictures: where that is little for them, they get fewer."""
 
 PATIENCE_S = 10.0
 """How long the engine, which answers between two steps, may take to tell of its streams."""
@@ -88,15 +92,21 @@ class StreamFeed:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._taken_s = float("-inf")
+        self._begun_s = float("-inf")
         self._listed: StreamList | None = None
         self._pictures: dict[Tenant | None, bytes] = {}
         self._asking = asyncio.Lock()
 
     async def listed(self, max_age_s: float) -> StreamList:
-        """All streams, no older than `max_age_s`, however long the engine takes. Raises ApiError, EngineDeadError."""
+        """All streams, at most `max_age_s` older than this call, however long the engine takes.
+
+        Raises ApiError, EngineDeadError.
+        """
+        oldest_s = time.monotonic() - max_age_s
         async with self._asking:
-            if self._listed is None or time.monotonic() - self._taken_s > max_age_s:
+            # What was begun after this call is as good as its own, however many wait for one.
+            if self._listed is None or self._begun_s < oldest_s:
+                begun_s = time.monotonic()
                 engine = self._service.engine_alive
                 streams = await engine.streams()
                 policy = engine.info.policy
@@ -108,7 +118,7 @@ class StreamFeed:
                     data=streams,
                 )
                 self._pictures.clear()
-                self._taken_s = time.monotonic()
+                self._begun_s = begun_s
             return self._listed
 
     async def picture(self, max_age_s: float, caller: Caller) -> bytes:
@@ -136,6 +146,7 @@ class StreamEndpoints:
         self._feed = feed
         self._reports = BodyParser(PlayedReport, {})
         self._aborts = BodyParser(AbortBody, {})
+        self._num_viewers = 0
 
     async def list(self, request: web.Request) -> web.StreamResponse:
         """GET /v1/streams: once, or as events every `?interval=` seconds (0.5) for who accepts text/event-stream."""
@@ -146,17 +157,27 @@ class StreamEndpoints:
         response = web.StreamResponse(headers=HEADERS)
         await response.prepare(request)
         await response.write(event(first))
+        self._num_viewers += 1
+        try:
+            await self._show(request, response, interval_s, len(first))
+        finally:
+            self._num_viewers -= 1
+        return response
+
+    async def _show(self, request: web.Request, response: web.StreamResponse, interval_s: float, size: int) -> None:
+        """Send pictures until the server ends; `size` is that of the first, in bytes."""
         while not self._service.is_ending:
-            await asyncio.sleep(interval_s)
+            pause_s = pause_before(interval_s, self._num_viewers, size)
+            await asyncio.sleep(pause_s)
             try:
-                picture = await self._feed.picture(interval_s / 2, caller)
+                picture = await self._feed.picture(pause_s / 2, request[CALLER])
             except TfserveError as error:  # the headers are out: the stream itself must tell
                 await response.write(event(api_error(error).body()))
                 break
+            size = len(picture)
             await response.write(event(picture))
             # A viewer who does not look gets fewer pictures, not a backlog of them.
             await request.writer.drain()
-        return response
 
     async def buffer(self, request: web.Request) -> web.Response:
         """POST /v1/streams/{id}/buffer: a client reports how much its reader has read; replaces the estimate."""
@@ -195,6 +216,12 @@ class StreamEndpoints:
                     return exchange, stream
         message = f"No live stream has the id {name[:100]!r}; it may have ended. See /v1/streams."
         raise ApiError(404, message, param=param, code="stream_not_found")
+
+
+def pause_before(interval_s: float, num_viewers: int, size: int) -> float:
+    """Seconds from one picture of `size` bytes to the next for a viewer that asks for one each `interval_s`."""
+    least_s = num_viewers * size / VIEWED_BYTES_PER_S
+    return interval_s if least_s <= interval_s else least_s * random.uniform(1.0, 1.5)  # not all at the same time
 
 
 def _num_played(report: PlayedReport, stream: StreamPort) -> int:

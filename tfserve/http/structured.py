@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Literal
 
 import msgspec
 
 from tfserve.engine.frontend.validation import require_grammars
 from tfserve.errors import RequestError
+from tfserve.http.off_loop import schema_off_loop
 from tfserve.model.grammar import check_grammar_beside, json_schema_grammar
-from tfserve.types import EngineInfo
+from tfserve.types import EngineInfo, Tenant
 
 
 class JsonSchema(msgspec.Struct, kw_only=True):
@@ -51,13 +51,13 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
         return json_schema_grammar(schema, "response_format")
 
 
-async def response_grammar(asked: ResponseFormat | None, info: EngineInfo) -> str | None:
+async def response_grammar(asked: ResponseFormat | None, info: EngineInfo, tenant: Tenant) -> str | None:
     """The grammar of a request's format, checked; None for text. Raises RequestError, QueueFullError."""
     if asked is None:
         return None
     # In a thread: a large schema is walked through, and the streams go on.
-    grammar = await asyncio.to_thread(asked.grammar)
+    grammar = await schema_off_loop(asked.grammar)
     if grammar is not None:
-        await check_grammar_beside(grammar, "response_format")
+        await check_grammar_beside(grammar, "response_format", tenant.name)
         require_grammars(info, "response_format")
     return grammar

@@ -17,7 +17,7 @@ from tfserve.http.errors import JSON
 from tfserve.http.keys import CALLER
 from tfserve.http.known_fields import TOKENIZE_FIELDS
 from tfserve.http.messages import Messages
-from tfserve.http.off_loop import native_off_loop, off_loop
+from tfserve.http.off_loop import ENCODING, native_off_loop, off_loop
 from tfserve.http.parsing import BodyParser
 from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import Int
@@ -104,7 +104,7 @@ class TokenEndpoints:
         if len(text) > limit:
             name = "prompt" if asked.messages is None else "messages"
             raise RequestError(name, f"{name}: the text has {len(text)} characters; send at most {limit} at once")
-        tokens = await native_off_loop(len(text), engine.tokenizer.encode, text, special)
+        tokens = await native_off_loop(ENCODING * len(text), engine.tokenizer.encode, text, special)
         reply = TokenizeReply(len(tokens), engine.info.max_model_len, tokens)
         if asked.return_token_strs:
             reply.token_strs = await off_loop(len(tokens), _shown, engine.tokenizer, tokens)

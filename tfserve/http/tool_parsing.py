@@ -1,17 +1,20 @@
-"""Tool calls in what a model writes: found while the text streams in, in the two formats that models here write."""
+"""Tool calls in what a model writes: found while the text streams in, in the formats that models here write."""
 
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 from tfserve import strict_json
-from tfserve.model.chat_template import TOOL_CALL_TAGS, ToolFormat
+from tfserve.model.chat_template import MISTRAL_TAGS, TOOL_CALL_TAGS, ToolFormat
 
 _BEGIN, _END = TOOL_CALL_TAGS
 _TAG = re.compile("</?tool_call>")
 _PYTHON_TAG = "<|python_tag|>"
+_CALLS, _ID, _ARGS = MISTRAL_TAGS
+_NAMED_CALL = re.compile(rf"([\w.-]+)(?:{re.escape(_ID)}\w*)?(?:{re.escape(_ARGS)})?\s*(?={{)", re.ASCII)
 _BESIDE_ARGUMENTS = frozenset({"name", "type", "id"})
 _OUTSIDE_STRING = re.compile(r"[\s\w{}\[\],:.+-]*", re.ASCII)
 _IN_STRING = re.compile(r'(?:[^"\\\x00-\x1f]|\\.)*', re.DOTALL)
@@ -50,7 +53,19 @@ class ToolCallParser(Protocol):
 
 def tool_call_parser(format: ToolFormat, names: Collection[str]) -> ToolCallParser:
     """A parser for one answer. `names` are the functions that exist."""
-    return HermesParser() if format is ToolFormat.HERMES else Llama3Parser(names)
+    match format:
+        case ToolFormat.HERMES:
+            return HermesParser()
+        case ToolFormat.MISTRAL:
+            return MistralParser(names)
+        case ToolFormat.LLAMA3:
+            return Llama3Parser(names)
+
+
+def new_call_id(format: ToolFormat | None) -> str:
+    """An id for a call. Mistral's templates take ids of nine letters and digits, and no others."""
+    name = uuid.uuid4().hex
+    return name[:9] if format is ToolFormat.MISTRAL else f"call_{name}"
 
 
 class HermesParser:
@@ -80,7 +95,7 @@ class HermesParser:
             if end is None:
                 return found
             found = self._close(found, end)
-        certain = len(self._held[: len(self._held) - _overlap(self._held, _BEGIN)].rstrip())
+        certain = len(self._held[: len(self._held) - overlap(self._held, _BEGIN)].rstrip())
         found = self._shown(found, self._held[:certain])
         self._held = self._held[certain:]
         return found
@@ -98,7 +113,7 @@ class HermesParser:
         assert self._block is not None
         block, self._block = self._block, None
         is_all = end == len(self._held)
-        call = _call(self._held[: end - _overlap(self._held, _END) if is_all else end], "arguments")
+        call = _call(self._held[: end - overlap(self._held, _END) if is_all else end], "arguments")
         if call is None and block.first_tag is not None:
             end = block.first_tag  # what follows it may have calls of its own
         inside, rest = self._held[:end], self._held[end:]
@@ -213,6 +228,56 @@ class Llama3Parser:
         return calls
 
 
+class MistralParser:
+    """`[TOOL_CALLS] [{"name": ..., "arguments": {...}}, ...]`, or `[TOOL_CALLS]name[ARGS]{...}` for each call.
+
+    Calls come last, and are held until the end. Without the tag only a list that is the whole answer counts, and only
+    of functions that exist: so a grammar writes it.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._held = ""
+        self._is_text = False
+
+    def push(self, text: str) -> Found:
+        """See ToolCallParser."""
+        self._held += text
+        place = self._held.find(_CALLS)
+        if place < 0 and not self._is_text:
+            begin = self._held.lstrip()
+            if not begin or (begin[0] == "[" and begin[1:].lstrip()[:1] in ("", "{")):
+                return Found("", [])
+        certain = place if place >= 0 else len(self._held) - overlap(self._held, _CALLS)
+        shown = self._held[:certain].rstrip()
+        self._held = self._held[len(shown) :]
+        self._is_text = self._is_text or bool(shown)
+        return Found(shown, [])
+
+    def finish(self) -> Found:
+        """See ToolCallParser."""
+        first, *pieces = strict_json.mend(self._held).split(_CALLS)
+        calls: list[Call] = []
+        for piece in pieces or ([] if self._is_text else [first]):
+            found = _mistral_calls(piece.strip())
+            if not found or not (pieces or all(call.name in self._names for call in found)):
+                return Found(self._held, [])
+            calls += found
+        return Found("", calls) if calls else Found(self._held, [])
+
+
+def _mistral_calls(text: str) -> list[Call]:
+    """The calls that a text between tags consists of; none if there is anything else in it."""
+    named = _NAMED_CALL.match(text)
+    try:
+        value = strict_json.loads(text[named.end() :] if named else text)
+        values = [{"name": named[1], "arguments": value}] if named else value
+        calls = [_call_of(each, "arguments") for each in values] if isinstance(values, list) else []
+    except ValueError:
+        return []
+    return [] if None in calls else [call for call in calls if call is not None]
+
+
 def _call(text: str, arguments: str) -> Call | None:
     try:
         return _call_of(strict_json.loads(text), arguments)
@@ -238,7 +303,7 @@ def _call_of(value: Any, key: str) -> Call | None:
     return Call(value["name"], strict_json.dumps(given)) if isinstance(given, dict) else None
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Length of the longest end of `text` with which `tag` begins."""
     for length in range(min(len(tag) - 1, len(text)), 0, -1):
         if tag.startswith(text[-length:]):

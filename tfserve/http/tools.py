@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -10,9 +9,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tfserve.errors import RequestError
+from tfserve.http.off_loop import schema_off_loop
 from tfserve.model.chat_template import ToolFormat
 from tfserve.model.grammar import check_grammar_beside, json_schema_grammar, lark_json
 from tfserve.model.schema_limits import MAX_SCHEMA_CHARS, check_schema
+from tfserve.types import Tenant
 
 MAX_TOOLS = 128
 """Most tools of one request (OpenAI's limit)."""
@@ -96,7 +97,7 @@ class ToolPlan:
         """What the chat template shows the model; None where it is not to call any."""
         return None if self.format is None else [tool.for_template() for tool in self._tools]
 
-    async def grammar(self) -> str | None:
+    async def grammar(self, tenant: Tenant) -> str | None:
         """A Lark grammar (llguidance's dialect) of the calls that must come, checked; None where the model is free.
 
         Raises RequestError, about the parameters at fault where they are one tool's, unless calls can be forced, and
@@ -105,15 +106,15 @@ class ToolPlan:
         if not self.forced or self.format is None:
             return None
         # In a thread: large schemas are walked through, and the streams go on.
-        grammars = await asyncio.to_thread(self._grammars)
+        grammars = await schema_off_loop(self._grammars)
         for grammar, param in grammars:
-            await check_grammar_beside(grammar, param)
+            await check_grammar_beside(grammar, param, tenant.name)
         return grammars[-1][0]
 
     async def measure(self) -> None:
         """Raise RequestError for parameters that are no schema of ordinary size, whether they are forced or shown."""
         if self._tools:
-            await asyncio.to_thread(self._measure)
+            await schema_off_loop(self._measure)
 
     def _measure(self) -> None:
         size = 0
@@ -142,6 +143,8 @@ class ToolPlan:
         call = " | ".join(f"call_{number}" for number in range(len(self.forced)))
         if self.format is ToolFormat.LLAMA3:
             start = "start: call"
+        elif self.format is ToolFormat.MISTRAL:
+            start = 'start: "[" call ' + ('(", " call)* ' if self.parallel else "") + '"]"'
         else:
             start = r'start: "<tool_call>\n" call "\n</tool_call>"'
             if self.parallel:
@@ -149,7 +152,11 @@ class ToolPlan:
         return "\n".join([start, f"call: {call}", *lines])
 
 
-_ARGUMENTS: dict[ToolFormat | None, str] = {ToolFormat.HERMES: "arguments", ToolFormat.LLAMA3: "parameters"}
+_ARGUMENTS: dict[ToolFormat | None, str] = {
+    ToolFormat.HERMES: "arguments",
+    ToolFormat.LLAMA3: "parameters",
+    ToolFormat.MISTRAL: "arguments",
+}
 """What each format calls a call's arguments."""
 
 
@@ -185,8 +192,8 @@ def _forced(tools: Sequence[Tool], choice: str | NamedToolChoice | None) -> list
             name = choice.function.name
             named = [(place, tool.function) for place, tool in enumerate(tools) if tool.function.name == name]
             if not named:
-                raise RequestError("tool_choice", f"tool_choice names {name!r}, which is not in tools")
+                raise RequestError("tool_choice", f"tool_choice names {name[:100]!r}, which is not in tools")
             return named[:1]
         case _:
             wishes = "none, auto, required or {'type': 'function', 'function': {'name': ...}}"
-            raise RequestError("tool_choice", f"tool_choice must be {wishes}, got {choice!r}")
+            raise RequestError("tool_choice", f"tool_choice must be {wishes}, got {choice[:100]!r}")

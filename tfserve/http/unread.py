@@ -17,6 +17,15 @@ log = logging.getLogger(__name__)
 _LOOKS = 8
 """How often a connection is looked at in the time it has."""
 
+MOST_UNSENT_BYTES = 2**30
+"""What all connections may hold unsent. Beyond that, those that have stalled do not get the whole time."""
+
+STALLED_S = 5.0
+"""How long a connection must have taken nothing to be closed for the sake of memory."""
+
+_PRESSED_S = 1.0
+"""How often what is unsent is added up."""
+
 _BYTES_ACKED = slice(120, 128)
 """Where `tcpi_bytes_acked`, 64 bits, is in Linux's struct tcp_info (linux/tcp.h)."""
 
@@ -26,6 +35,7 @@ def close_unread(app: web.Application, timeout_s: float, on_close: Callable[[], 
 
     What a client takes is what its system acknowledges: one that reads slowly goes on. The system tells of no single
     bytes, though: with full buffers, a reader is heard of each time it has read about 1/16 of them, or a whole segment.
+    Where all together hold more than MOST_UNSENT_BYTES, those that have stalled are closed until they do not.
     A request whose connection is closed ends as if its client had gone. `on_close` is called for each.
     """
     watch = _Watch(timeout_s, on_close)
@@ -61,27 +71,43 @@ class _Watch:
 
     async def run(self) -> None:
         """Look at all connections again and again."""
+        due_s = 0.0
         while True:
-            await asyncio.sleep(self._timeout_s / _LOOKS)
+            await asyncio.sleep(min(self._timeout_s / _LOOKS, _PRESSED_S))
             now_s = asyncio.get_running_loop().time()
-            for transport, seen in list(self._seen.items()):
-                self._look(transport, seen, now_s)
+            excess = sum(transport.get_write_buffer_size() for transport in self._seen) - MOST_UNSENT_BYTES
+            if excess > 0 or now_s >= due_s:
+                due_s = now_s + self._timeout_s / _LOOKS
+                self._look_at_all(now_s, excess)
 
-    def _look(self, transport: asyncio.Transport, seen: _Seen, now_s: float) -> None:
-        num_unsent = transport.get_write_buffer_size()
+    def _look_at_all(self, now_s: float, excess: int) -> None:
+        for transport, seen in list(self._seen.items()):
+            num_unsent = transport.get_write_buffer_size()
+            if self._is_over(transport, num_unsent, seen, now_s, STALLED_S if excess > 0 else self._timeout_s):
+                excess -= num_unsent
+                del self._seen[transport]
+                self._on_close()
+                peer = transport.get_extra_info("peername")
+                log.warning(
+                    "%s has read nothing for %g s (server.unread_timeout_s): closed", peer, now_s - seen.since_s
+                )
+                transport.abort()
+
+    def _is_over(
+        self, transport: asyncio.Transport, num_unsent: int, seen: _Seen, now_s: float, patience_s: float
+    ) -> bool:
+        """Take note of how far a client has come; true if it has not come further for longer than `patience_s`."""
         # Beside what is acknowledged, for systems that do not tell it: a full connection is not written to.
         mark = (_bytes_acked(transport), num_unsent) if num_unsent else None
         if mark is None or mark != seen.mark:
             seen.mark, seen.since_s = mark, now_s
-        elif now_s - seen.since_s >= self._timeout_s:
-            del self._seen[transport]
-            self._on_close()
-            peer = transport.get_extra_info("peername")
-            log.warning("%s has read nothing for %g s (server.unread_timeout_s): closed", peer, self._timeout_s)
-            transport.abort()
+            return False
+        return now_s - seen.since_s >= min(patience_s, self._timeout_s)
 
 
 def _bytes_acked(transport: asyncio.Transport) -> int:
-    """How much the other end has acknowledged so far."""
+    """How much the other end has acknowledged so far; 0 on systems that do not tell: then unsent bytes must do."""
+    if sys.platform != "linux" or not hasattr(socket, "TCP_INFO"):
+        return 0
     info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop)
     return int.from_bytes(info[_BYTES_ACKED], sys.byteorder)

@@ -26,19 +26,27 @@ from tfserve.model.template_limits import LimitedEnvironment
 TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
 """Around each call in the Hermes format."""
 
+MISTRAL_TAGS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+"""Before the calls in Mistral's formats, before the id of a call, and before its arguments."""
+
+THOUGHT_TAGS = ("<think>", "</think>")
+"""Around what a model writes before its answer (Qwen3, DeepSeek-R1)."""
+
 
 class ToolFormat(enum.Enum):
-    """How a model writes tool calls: in <tool_call> tags (Hermes, Qwen2.5), or as bare JSON (Llama 3)."""
+    """How a model writes calls: in <tool_call> tags (Hermes, Qwen), as bare JSON (Llama 3), or behind [TOOL_CALLS]."""
 
     HERMES = "hermes"
     LLAMA3 = "llama3"
+    MISTRAL = "mistral"
 
 
 class ChatTemplate:
     """One compiled template, with the model's special tokens (`bos_token`, ...) in its scope.
 
     `source` is its text. `tool_format` is how the template tells the model to call tools; None if it shows no tools.
-    `variables` are the names that it reads. Raises ModelError if `source` is no template, or takes long to compile.
+    `thinks`: it parts thoughts from answers. `variables` are the names that it reads. Raises ModelError if `source` is
+    no template, or takes long to compile.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -53,6 +61,14 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
         self.tool_format = _tool_format(source)
+        self.thinks = THOUGHT_TAGS[1] in source
+
+    @property
+    def answer_tags(self) -> frozenset[str]:
+        """Tags that the model's answers are parted by: text, whatever its tokenizer calls them."""
+        of_calls = {ToolFormat.HERMES: TOOL_CALL_TAGS, ToolFormat.MISTRAL: MISTRAL_TAGS}
+        calls: tuple[str, ...] = () if self.tool_format is None else of_calls.get(self.tool_format, ())
+        return frozenset(calls + (THOUGHT_TAGS if self.thinks else ()))
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any) -> str:
         """The prompt text. Content given as text parts is joined by newlines.
@@ -96,6 +112,8 @@ def _tool_format(source: str) -> ToolFormat | None:
         return None
     if TOOL_CALL_TAGS[0] in source:
         return ToolFormat.HERMES
+    if MISTRAL_TAGS[0] in source:
+        return ToolFormat.MISTRAL
     return ToolFormat.LLAMA3 if "ipython" in source else None
 
 

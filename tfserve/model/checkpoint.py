@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tfserve.errors import ModelError, failures
-from tfserve.model.config import ModelConfig
 from tfserve.model.fields import one_line, read_fields, shown
+from tfserve.model.models.base import ModelConfig, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,7 +40,7 @@ class Checkpoint:
         self._open_files = ExitStack()
         self._file_of: dict[str, Any] = {}  # tensor name to the open file that holds it
         self._path_of: dict[str, Path] = {}
-        for path in _weight_files(model_dir):
+        for path in weight_files(model_dir):
             file = self._open(path)
             for name in file.keys():  # noqa: SIM118 - not a dict
                 self._file_of[name] = file
@@ -54,7 +54,7 @@ class Checkpoint:
 
     def verify(self, config: ModelConfig) -> None:
         """Raise ModelError unless the checkpoint holds exactly the tensors of `config`, in their shapes, as floats."""
-        expected = expected_shapes(config)
+        expected = {tensor.name: tensor.shape for tensor in stored_tensors(config)}
         found = {name for name in self._file_of if not _INV_FREQ.fullmatch(name)}
         if config.tie_word_embeddings:
             found.discard("lm_head.weight")
@@ -106,36 +106,8 @@ class Checkpoint:
         )
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of `config` must hold."""
-    hidden, inter = config.hidden_size, config.intermediate_size
-    linears = {
-        "self_attn.q_proj": (config.q_size, hidden, config.qkv_bias),
-        "self_attn.k_proj": (config.kv_size, hidden, config.qkv_bias),
-        "self_attn.v_proj": (config.kv_size, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, config.q_size, config.o_bias),
-        "mlp.gate_proj": (inter, hidden, config.mlp_bias),
-        "mlp.up_proj": (inter, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inter, config.mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (hidden,)
-        for name, (rows, columns, has_bias) in linears.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if has_bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-    return shapes
-
-
-def _weight_files(model_dir: Path) -> list[Path]:
+def weight_files(model_dir: Path) -> list[Path]:
+    """The files that hold the tensors of the checkpoint in `model_dir`. Raises ModelError."""
     if (model_dir / SINGLE_FILE).is_file():
         return [model_dir / SINGLE_FILE]
     index = model_dir / INDEX_FILE

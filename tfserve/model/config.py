@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from tfserve.errors import ModelError
 from tfserve.model.fields import Fields, is_absent, one_line, read_fields, shown
+from tfserve.model.models.base import FAMILIES, DTypeName, Llama3RopeScaling, ModelConfig
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+__all__ = ["MOST", "Llama3RopeScaling", "ModelConfig", "load_model_config", "read_model_config"]
+
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
 
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -29,64 +30,6 @@ MOST = {
 """Largest sizes of a model: some ten times those of the largest there are, so that none costs memory before the weights
 have been held against it."""
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
-
-
-class Llama3RopeScaling(msgspec.Struct, frozen=True):
-    """How Llama 3.1 and later stretch the slow rotary frequencies past the context they were trained on."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a Llama 3 or Qwen2.5 decoder; names are Hugging Face's where they have one.
-
-    `dtype` is what the checkpoint says its weights are. `eos_token_ids` are those of `config.json`, then what
-    `generation_config.json` adds; the tokenizer may name one more (`Tokenizer.eos_token_ids`).
-    `max_position_embeddings` is the longest context the model was made for, in tokens.
-    """
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    eos_token_ids: tuple[int, ...]
-    dtype: DTypeName
-
-    @property
-    def q_size(self) -> int:
-        """Width of a token's queries over all heads."""
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        """Width of a token's keys (or values) over all KV heads."""
-        return self.num_key_value_heads * self.head_dim
-
-    @property
-    def num_parameters(self) -> int:
-        """Weights and biases in the checkpoint; a tied head counts once."""
-        hidden, inter, qkv = self.hidden_size, self.intermediate_size, self.q_size + 2 * self.kv_size
-        layer = hidden * (qkv + self.q_size + 3 * inter + 2)
-        layer += qkv * self.qkv_bias + hidden * self.o_bias + (2 * inter + hidden) * self.mlp_bias
-        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + hidden
-
 
 def load_model_config(model_dir: Path) -> ModelConfig:
     """Read `config.json` (and `generation_config.json`, where there is one) of a Hugging Face checkpoint directory.
@@ -103,19 +46,23 @@ def load_model_config(model_dir: Path) -> ModelConfig:
     generation = read_fields(model_dir / "generation_config.json", optional=True)
     _reject_unsupported(fields)
     _reject_quantised(fields, model_dir)
+    return read_model_config(fields, generation)
 
+
+def read_model_config(fields: Fields, generation: Fields) -> ModelConfig:
+    """What the contents of `config.json` and `generation_config.json` say. Raises ModelError by key."""
     architecture = _architecture(fields)
-    is_qwen2 = architecture == "Qwen2ForCausalLM"
-    attention_bias = fields.flag("attention_bias") and not is_qwen2
+    traits = FAMILIES[architecture].traits(fields)
     vocab_size = _size(fields, "vocab_size")
     hidden_size = _size(fields, "hidden_size")
     num_heads = _size(fields, "num_attention_heads")
     num_kv_heads = _size(fields, "num_key_value_heads", default=num_heads)
     if num_heads % num_kv_heads:
         raise fields.error(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-    head_dim = _size(fields, "head_dim", default=hidden_size // num_heads)
+    head_dim = _size(fields, "head_dim", default=traits.head_dim or hidden_size // num_heads)
     if head_dim % 2:
         raise fields.error(f"head_dim must be even for rotary embeddings, got {head_dim}")
+    most_tokens = _size(fields, "max_position_embeddings")
     theta, scaling = _rope(fields)
     eos = fields.token_ids("eos_token_id", vocab_size) + generation.token_ids("eos_token_id", vocab_size)
     return ModelConfig(
@@ -127,14 +74,16 @@ def load_model_config(model_dir: Path) -> ModelConfig:
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=_size(fields, "max_position_embeddings"),
+        max_position_embeddings=min(most_tokens, traits.sliding_window or most_tokens),
+        sliding_window=traits.sliding_window,
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        qkv_bias=is_qwen2 or attention_bias,
-        o_bias=attention_bias,
-        mlp_bias=fields.flag("mlp_bias") and not is_qwen2,
+        qkv_bias=traits.qkv_bias,
+        o_bias=traits.o_bias,
+        mlp_bias=traits.mlp_bias,
+        qk_norm=traits.qk_norm,
         eos_token_ids=tuple(dict.fromkeys(eos)),
         dtype=_dtype(fields),
     )
@@ -147,10 +96,10 @@ def _size(fields: Fields, key: str, default: int | None = None) -> int:
 def _architecture(fields: Fields) -> str:
     found = fields.texts("architectures", [])
     for name in found:
-        if name in SUPPORTED_ARCHITECTURES:
+        if name in FAMILIES:
             return name
     named = one_line(", ".join(found)) if found else f"none (model_type {shown(fields.value('model_type'))})"
-    raise fields.error(f"unsupported architecture {named}; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
+    raise fields.error(f"unsupported architecture {named}; supported: {', '.join(sorted(FAMILIES))}")
 
 
 def _reject_unsupported(fields: Fields) -> None:

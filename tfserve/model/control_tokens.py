@@ -7,13 +7,16 @@ text of the prompt is cut there before it is tokenised. Torch-free.
 
 from __future__ import annotations
 
+import functools
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 from tokenizers import AddedToken
 
 from tfserve.errors import RequestError
+from tfserve.model.chat_template import MISTRAL_TAGS
 
 _ANSWER_TAGS = frozenset(
     f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think", "thinking") for slash in ("", "/")
@@ -35,7 +38,7 @@ Render = Callable[[Any], str]
 class PromptText(str):
     """The text of a prompt. `cuts` are places within it, ascending, over which no token may reach.
 
-    A slice from the beginning keeps them; any other text made of it is a plain one.
+    A slice keeps those within it; any other text made of it is a plain one.
     """
 
     cuts: tuple[int, ...]
@@ -48,8 +51,11 @@ class PromptText(str):
 
     def __getitem__(self, key: SupportsIndex | slice) -> str:
         part = super().__getitem__(key)
-        is_beginning = isinstance(key, slice) and not key.start and key.step in (None, 1)
-        return PromptText(part, [cut for cut in self.cuts if cut < len(part)]) if is_beginning else part
+        if not isinstance(key, slice) or key.step not in (None, 1):
+            return part
+        start, stop, _ = key.indices(len(self))
+        inside = self.cuts[bisect_right(self.cuts, start) : bisect_left(self.cuts, stop)]
+        return PromptText(part, [cut - start for cut in inside])
 
     def pieces(self) -> Iterator[str]:
         """The texts between the cuts; one, if there are none."""
@@ -59,15 +65,25 @@ class PromptText(str):
             start = cut
 
 
+def _is_written_so(text: str) -> bool:
+    """True for a token that is a control token whatever the tokenizer calls it."""
+    return text in MISTRAL_TAGS or _PIPED.fullmatch(text) is not None
+
+
 class ControlTokens:
-    """The control tokens among a tokenizer's added ones: special tokens, and what is written <|...|>.
+    """The control tokens among a tokenizer's added ones: special tokens, and what is written <|...|> or [TOOL_CALLS].
 
     Tags that answers contain (<tool_call>, <think>) are none of them, nor are other added tokens: users write them as a
     template does, and a template may look for them in a message.
     """
 
-    def __init__(self, added: Collection[AddedToken]) -> None:
-        texts = {token.content for token in added if token.special or _PIPED.fullmatch(token.content)} - _ANSWER_TAGS
+    def __init__(self, added: Collection[AddedToken], normalize: Callable[[str], str] | None = None) -> None:
+        """`normalize` is what the tokenizer does to a text before it looks for tokens that are `normalized`."""
+        tokens = [token for token in added if token.special or _is_written_so(token.content)]
+        texts = {token.content for token in tokens} - _ANSWER_TAGS
+        self._normalize = normalize if any(token.normalized for token in tokens) else None
+        if self._normalize is not None:
+            texts |= set(map(self._normalize, texts))
         self._texts = sorted(text for text in texts if len(text) > 1)  # one character cannot be cut
         self._pattern = _any_of(self._texts)
         self._each = re.compile(f"(?=({self._pattern.pattern}))")
@@ -83,6 +99,8 @@ class ControlTokens:
 
         `template` is the source of the template. Raises RequestError where there is no character to mark places with.
         """
+        if self._normalize is not None:
+            request = _mapped(request, functools.partial(self._normalized, self._normalize))
         plain = render(request)
         if not self._texts or not any(self._is_suspect(text) for text in _texts_in(request)):
             return PromptText(plain)
@@ -95,6 +113,14 @@ class ControlTokens:
         # With other control tokens in it than the fully marked one has, a text was put together of what messages hold.
         written = ([found[0] for found in self._search(self._pattern, text)] for text in (sparsely, everywhere))
         return self._cut(sparsely if next(written) == next(written) else everywhere, mark)
+
+    def _normalized(self, normalize: Callable[[str], str], text: str) -> str:
+        """`text`, or what it is to the tokenizer, if only that may spell control tokens."""
+        found = normalize(text)
+        if found == text or not self._is_suspect(found):
+            return text
+        # To normalise it once more changes some texts, as by another space before them.
+        return found if normalize(found) == found or self._pattern.search(found) else text
 
     def _is_suspect(self, text: str) -> bool:
         return self._firsts.search(text) is not None or self._rest.match(text.lstrip()) is not None
@@ -147,8 +173,13 @@ class ControlTokens:
 
 
 def _unused(texts: Collection[str]) -> str:
+    used: set[str] = set()
+    for text in texts:
+        if not text.isascii():
+            for start in range(0, len(text), _WINDOW):
+                used.update(text[start : start + _WINDOW])
     for code in _MARKS:
-        if not any(chr(code) in text for text in texts):
+        if chr(code) not in used:
             return chr(code)
     raise RequestError("messages", "the messages hold every private character of Unicode; leave some out")
 

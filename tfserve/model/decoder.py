@@ -1,6 +1,7 @@
-"""The decoder of Llama 3 and Qwen2.5: token ids and positions in, hidden states and logits out.
+"""The decoder of all families: token ids and positions in, hidden states and logits out.
 
-Source: LlamaForCausalLM and Qwen2ForCausalLM of transformers; they differ in biases, rope scaling and tied embeddings.
+Source: LlamaForCausalLM of transformers. The families (`models/`) differ in biases, norms of q and k, rope scaling and
+tied embeddings.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tfserve.model.config import ModelConfig
-from tfserve.model.layers import MLP, RMSNorm
+from tfserve.model.layers import MLP, HeadNorm, RMSNorm
 from tfserve.model.linear import Linear, WeightFormat
 from tfserve.model.rope import Rotary, rotate
 
@@ -32,12 +33,15 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_q, self.num_kv, self.head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv_proj = Linear(config.hidden_size, config.q_size + 2 * config.kv_size, config.qkv_bias, fmt)
+        self.qk_norm = HeadNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.o_proj = Linear(config.q_size, config.hidden_size, config.o_bias, fmt)
 
     def forward(self, x: Tensor, rotations: Tensor, attention: LayerAttention) -> Tensor:
         """From normalised hidden states `[T, H]` to what is added to the residual, `[T, H]`."""
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, heads + 2 * kv_heads, D]
         qk, v = qkv.tensor_split((self.num_q + self.num_kv,), dim=1)
+        if self.qk_norm is not None:
+            qk = self.qk_norm(qk)
         q, k = rotate(qk, rotations).tensor_split((self.num_q,), dim=1)
         out: Tensor = self.o_proj(attention.attend(self.layer, q, k, v))
         return out

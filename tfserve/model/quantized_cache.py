@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
+import time
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tfserve.errors import failures
+from tfserve.machine import usable_cpus
+from tfserve.model.checkpoint import weight_files
 from tfserve.model.decoder import Decoder
 from tfserve.model.layers import RMSNorm
 from tfserve.model.linear import Linear
@@ -26,6 +29,13 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**22
 """Bytes of a file that are read and hashed at once, in a thread."""
+
+_PART = ".part"
+_ABANDONED_S = 3600.0
+"""What ends so is being written; after this time without a change, no more."""
+
+_MOST_JSON_BYTES = 2**27
+"""Larger files of JSON are nothing that a checkpoint is made of (tokenizer.py)."""
 
 _FORMAT = 2
 """Raise when smoothing or quantisation changes, so that files made by an older version are made again."""
@@ -48,9 +58,9 @@ class QuantizedCache:
 
     def fill(self, decoder: Decoder) -> bool:
         """Give every norm and linear of `decoder` its tensors, or return False and leave it as it was."""
-        if not self._path.is_file():
-            return False
         try:
+            if not self._path.is_file():
+                return False
             with safe_open(self._path, framework="pt", device="cpu") as file:
                 told = file.metadata() or {}
                 if told.get("fingerprint") != self._fingerprint:
@@ -73,9 +83,11 @@ class QuantizedCache:
     def save(self, decoder: Decoder) -> None:
         """Keep the tensors of a loaded int8 `decoder`; another process that does so at once does no harm."""
         tensors = _tensors(decoder)
-        part = self._path.with_suffix(f".{os.getpid()}.part")
+        # Not by the process's id: those of two containers that share a cache may be the same.
+        part = self._path.with_suffix(f".{uuid.uuid4().hex}{_PART}")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(part.parent)
             size = sum(tensor.nbytes for tensor in tensors.values())
             if shutil.disk_usage(part.parent).free < 2 * size:
                 logger.warning("int8 weights not kept in %s: %d MiB are needed there", part.parent, 2 * size >> 20)
@@ -87,6 +99,13 @@ class QuantizedCache:
             with suppress(OSError):
                 part.unlink()
             logger.warning("cannot keep the int8 weights in %s (%s): the next start quantises again", part, error)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete what processes were writing when they were killed."""
+    for part in folder.glob(f"*{_PART}"):
+        if time.time() - part.stat().st_mtime > _ABANDONED_S:
+            part.unlink(missing_ok=True)
 
 
 def _tensors(decoder: Decoder) -> dict[str, Tensor]:
@@ -116,7 +135,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def _fingerprint(model_dir: Path) -> str:
     """Changes with the weights, the model's shape, and the tokenizer that the smoothing text goes through."""
-    files = sorted(path for path in model_dir.glob("*") if path.suffix in {".safetensors", ".json"} and path.is_file())
+    texts = (path for path in model_dir.glob("*.json") if path.is_file() and path.stat().st_size <= _MOST_JSON_BYTES)
+    files = sorted((*weight_files(model_dir), *texts))
     chunks = [(path, start) for path in files for start in range(0, path.stat().st_size, _CHUNK_BYTES)]
     with ThreadPoolExecutor(_num_threads()) as pool:
         digests = list(pool.map(_digest, chunks))
@@ -131,4 +151,4 @@ def _digest(chunk: tuple[Path, int]) -> tuple[str, int, str]:
 
 
 def _num_threads() -> int:
-    return min(len(os.sched_getaffinity(0)), 16)
+    return min(usable_cpus(), 16)

@@ -11,17 +11,19 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 
 
 def resolve_model(name: str) -> Path:
-    """The checkpoint directory of `name`: a local directory, "demo", or a hub id (downloaded once, then cached).
+    """The checkpoint directory of `name`: a local directory, "demo", or a hub id (both made once, then cached).
 
-    Raises ModelError for a directory or hub id that cannot be had, and for a demo model not yet prepared; DownloadError
-    if the hub cannot be reached.
+    Raises ModelError for a directory, hub id or demo model that cannot be had; DownloadError if the index that it comes
+    from cannot be reached.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         _refuse_gguf(local)
         return local
     if name == "demo":
-        return _demo()
+        from tfserve.model.demo import prepare_demo_model  # which only the demo model needs
+
+        return prepare_demo_model()
     if local.is_file():
         if local.suffix.lower() == ".gguf":
             raise ModelError(f"{name} is a GGUF file; convert it first, {_conversion(local)}")
@@ -29,15 +31,6 @@ def resolve_model(name: str) -> Path:
     if not _looks_like_hub_id(name):
         raise ModelError(f"no directory {name}; give a checkpoint directory, a hub id such as org/name, or 'demo'")
     return _download(name)
-
-
-def _demo() -> Path:
-    from tfserve.model.demo import demo_model_dir
-
-    path = demo_model_dir()
-    if not (path / "config.json").is_file():
-        raise ModelError(f"the demo model is not in {path} yet: run `tfserve demo-model` to prepare it")
-    return path
 
 
 def _refuse_gguf(directory: Path) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tfserve.model.config import ModelConfig
 from tfserve.model.decoder import DecoderLayer
-from tfserve.model.layer_weights import LayerWeights
 from tfserve.model.linear import Linear, WeightFormat
+from tfserve.model.models.base import ModelConfig, layer_weights
 from tfserve.model.rope import Rotary
 from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.weights import Tensors, fill
 
 
 class Smoother:
@@ -27,51 +27,57 @@ class Smoother:
 
     def __init__(self, config: ModelConfig, embeddings: Tensor, token_ids: Tensor) -> None:
         """`embeddings [vocab, H]` float32 on the CPU; the text is `token_ids [T]` int64."""
-        self._config = config
+        self._config, self._weights = config, layer_weights(config)
         self._format = WeightFormat("plain", torch.float32, torch.device("cpu"))
         self._residual = nn.functional.embedding(token_ids, embeddings)
         self._rotations = Rotary(config, self._format.device).at(torch.arange(len(token_ids)))
 
-    def smooth_layer(self, weights: LayerWeights) -> None:
-        """Fold factors into the next layer's `weights`, in place; layers come in their order, each once."""
-        config, peaks = self._config, self._run(weights)
-        up, value = weights.gate_up[config.intermediate_size :], weights.qkv[config.q_size + config.kv_size :]
+    def smooth_layer(self, tensors: Tensors) -> None:
+        """Fold factors into the next layer's `tensors`, in place; layers come in their order, each once."""
+        config, peaks = self._config, self._run(tensors)
+        qkv, gate_up = tensors["attention.qkv_proj.weight"], tensors["mlp.gate_up_proj.weight"]
+        o, down = tensors["attention.o_proj.weight"], tensors["mlp.down_proj.weight"]
+        v_rows, up_rows = slice(config.q_size + config.kv_size, None), slice(config.intermediate_size, None)
 
         # One channel of v becomes the same channel of each head of its group: they share a factor.
         groups = (config.num_key_value_heads, -1, config.head_dim)
-        columns = column_peaks(weights.o)
-        shared = smoothing_factors(*(x.view(groups).amax(dim=1) for x in (peaks["o_proj"], columns)))
-        weights.o *= shared[:, None].expand(peaks["o_proj"].view(groups).shape).flatten()
-        value /= shared.flatten()[:, None]
-        if weights.qkv_bias is not None:
-            weights.qkv_bias[config.q_size + config.kv_size :] /= shared.flatten()
+        peak = peaks["attention.o_proj"]
+        shared = smoothing_factors(*(x.view(groups).amax(dim=1) for x in (peak, column_peaks(o))))
+        o *= shared[:, None].expand(peak.view(groups).shape).flatten()
+        qkv[v_rows] /= shared.flatten()[:, None]
+        if (bias := tensors.get("attention.qkv_proj.bias")) is not None:
+            bias[v_rows] /= shared.flatten()
 
-        factors = smoothing_factors(peaks["down_proj"], column_peaks(weights.down))
-        _move(factors, up, weights.down)
-        if weights.gate_up_bias is not None:
-            weights.gate_up_bias[config.intermediate_size :] /= factors
+        factors = smoothing_factors(peaks["mlp.down_proj"], column_peaks(down))
+        _move(factors, gate_up[up_rows], down)
+        if (bias := tensors.get("mlp.gate_up_proj.bias")) is not None:
+            bias[up_rows] /= factors
 
         # Rows first: the factors of what reads the norms depend on the rows' sizes.
-        factors = smoothing_factors(peaks["qkv_proj"], column_peaks(weights.qkv))
-        _move(factors, weights.input_norm, weights.qkv)
+        for weight in self._weights:
+            if weight.read_by is not None:
+                read = tensors[f"{weight.read_by}.weight"]
+                _move(
+                    smoothing_factors(peaks[weight.read_by], column_peaks(read)),
+                    tensors[f"{weight.module}.weight"],
+                    read,
+                )
 
-        factors = smoothing_factors(peaks["gate_up_proj"], column_peaks(weights.gate_up))
-        _move(factors, weights.post_attention_norm, weights.gate_up)
-
-    def smooth_head(self, norm: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """The last norm's weight `[H]` and the head's `[vocab, H]` with factors folded in; new tensors."""
+    def smooth_head(self, tensors: Tensors) -> None:
+        """Fold factors into the last norm and the head; both get new tensors."""
+        norm, head = tensors["norm.weight"], tensors["lm_head.weight"]
         peaks = nn.functional.rms_norm(self._residual, norm.shape, norm, self._config.rms_norm_eps).abs().amax(dim=0)
         factors = smoothing_factors(peaks, column_peaks(head))
-        return norm / factors, head * factors
+        tensors |= {"norm.weight": norm / factors, "lm_head.weight": head * factors}
 
-    def _run(self, weights: LayerWeights) -> dict[str, Tensor]:
-        """Take the text through a layer; the largest size `[in]` of each channel that reached each linear, by name."""
+    def _run(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Take the text through a layer; the largest size `[in]` of each channel that reached each linear, by path."""
         layer = DecoderLayer(self._config, 0, self._format)
-        weights.fill(layer, self._format)
+        fill(layer, self._weights, tensors, self._format)
         peaks: dict[str, Tensor] = {}
         for path, module in layer.named_modules():
             if isinstance(module, Linear):
-                module.register_forward_pre_hook(partial(_note_peaks, peaks, path.rpartition(".")[2]))
+                module.register_forward_pre_hook(partial(_note_peaks, peaks, path))
         layer(self._residual, self._rotations, _OneSequence())
         return peaks
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import string
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,15 @@ _MOST_BITS = 4096
 _CHECK_EVERY = 64
 """Operations between two looks at the clock, which is a system call."""
 
+_ITEMS_AT_ONCE = 10_000
+"""Items of a value that are measured between two looks at the clock."""
+
+_ITEM_CHARS = 50
+"""What anything but text counts for: it takes as long to look at, and may be written as long."""
+
+_QUOTES = 4
+"""What a text counts for beside its characters: quotes, a comma and a space in a list."""
+
 _AMPLIFIERS = frozenset(
     (
         *("replace", "join", "center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "translate"),
@@ -50,10 +60,18 @@ _NO_TEXT = frozenset(
 )
 """Filters that do not write their value as text; a list is not measured for them."""
 
+_UNNEEDED_FILTERS = ("pprint", "urlize", "wordwrap")
+"""Filters that no prompt needs, and whose time grows with the square of a text, or worse."""
+
+_CHAR_COSTS = {"title": 20, "strftime_now": 10_000}
+"""What a character of an argument counts for, where it takes long."""
+
 _FORMATS = frozenset(("%", "format", "format_map", "strftime_now"))
 """Amplifiers that read widths out of a text."""
 
 _WIDTH = re.compile(r"\d{5}|%[^%a-z]*\*")
+
+_CONTAINERS: tuple[type[Any], ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -70,10 +88,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self._meter = _Meter()
         self.restart = self._meter.restart
         del self.globals["lipsum"]  # it writes as many words as it is told to
+        for name in _UNNEEDED_FILTERS:
+            del self.filters[name]
         for name, function in list(self.filters.items()):
             self.add_filter(name, function)
-        self.filters["_each"] = self._each
-        self.filters["_text"] = self._text
+        self.tests = {name: self._limited_test(function) for name, function in self.tests.items()}
+        self.filters |= {"_each": self._each, "_text": self._text}
+        self.filters |= {"_made": self._meter.made, "_sliced": self._meter.sliced}
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
         """Have templates call `function` by `name`, within the limits."""
@@ -82,10 +103,12 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)
         def limited(*args: Any, **kwargs: Any) -> Any:
             given = [*args[is_marked:], *kwargs.values()]
+            if name == "sum" and any(isinstance(item, list | tuple) for item in given[1:]):
+                raise TemplateLimitError("it adds lists up one by one")
             if name in _AMPLIFIERS:
                 self._meter.expect(name, given)
             elif name not in _NO_TEXT:
-                self._meter.count(_size(given[:1]))
+                self._meter.count(self._meter.size(given[:1]) * _CHAR_COSTS.get(name, 1))
             return self._meter.made(function(*args, **kwargs))
 
         self.filters[name] = limited
@@ -104,7 +127,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "+":
             if hasattr(left, "__len__") and hasattr(right, "__len__"):
                 self._meter.count(len(left) + len(right))
-            return left + right
+            return self._meter.made(left + right)
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > _MOST_BITS:
@@ -114,7 +137,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             length = len(left) if hasattr(left, "__len__") else len(right) if hasattr(right, "__len__") else 0
             self._meter.count(length * max((item for item in (left, right) if isinstance(item, int)), default=0))
-        return super().call_binop(context, operator, left, right)
+        return self._meter.made(super().call_binop(context, operator, left, right))
 
     def concat(self, pieces: Iterable[str]) -> str:
         """What a template, macro or block has written, as one text."""
@@ -124,6 +147,16 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         tree: nodes.Template = _Instrumented().visit(super()._parse(source, name, filename))
         tree.set_environment(self)
         return tree
+
+    def _limited_test(self, function: Any) -> Callable[..., Any]:
+        """A test for `is`, or for filters as select, that counts as an operation."""
+
+        @functools.wraps(function)
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            self._meter.count(1)
+            return function(*args, **kwargs)
+
+        return limited
 
     def _counted(self, pieces: Iterable[str]) -> Iterator[str]:
         for piece in pieces:
@@ -136,18 +169,18 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             yield item
 
     def _text(self, parts: Sequence[Any]) -> str:
-        self._meter.count(_size(parts))
+        self._meter.count(self._meter.size(parts))
         return "".join(map(str, parts))
 
     def _finalize(self, value: Any) -> Any:
         """What an expression writes; texts are counted when they are put together."""
         if not isinstance(value, str):
-            self._meter.count(_size(value))
+            self._meter.count(self._meter.size(value))
         return value
 
 
 class _Instrumented(NodeTransformer):
-    """Sends loops and `~`, which jinja2 compiles to plain Python, through filters."""
+    """Sends loops, `~`, slices and literals, which jinja2 compiles to plain Python, through filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802 - jinja2's name
         self.generic_visit(node)
@@ -157,6 +190,20 @@ class _Instrumented(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:  # noqa: N802
         self.generic_visit(node)
         return _filter(nodes.List(node.nodes, lineno=node.lineno), "_text")
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:  # noqa: N802
+        self.generic_visit(node)
+        return _filter(node, "_sliced") if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List) -> nodes.Filter:  # noqa: N802
+        self.generic_visit(node)
+        return _filter(node, "_made")
+
+    visit_Dict = visit_List  # noqa: N815
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:  # noqa: N802
+        self.generic_visit(node)
+        return _filter(node, "_made") if node.ctx == "load" else node
 
 
 def _filter(node: Any, name: str) -> nodes.Filter:
@@ -181,13 +228,40 @@ class _Meter(threading.local):
         if self._chars < 0:
             raise TemplateLimitError(f"it makes more than {MOST_CHARS} characters of text")
         self._operations += 1
-        if self._operations % _CHECK_EVERY == 0 and time.thread_time() > self._end_s:
-            raise TemplateLimitError(f"it computes for more than {MOST_SECONDS:.0f} s")
+        if self._operations % _CHECK_EVERY == 0:
+            self._check_time()
+
+    def size(self, value: Any) -> int:
+        """Characters of a value written as text, about; not more than the limit is looked at."""
+        size, left, looked_at = 0, [value], 0
+        while left and size <= MOST_CHARS:
+            item = left.pop()
+            if isinstance(item, str | bytes):
+                size += len(item) + _QUOTES
+                continue
+            size += _ITEM_CHARS + (item.bit_length() // 3 if isinstance(item, int) else 0)
+            looked_at += 1
+            if looked_at % _ITEMS_AT_ONCE == 0:
+                self._check_time()
+            if isinstance(item, dict):
+                left += item.keys()
+                left += item.values()
+            elif isinstance(item, _CONTAINERS):
+                left += item
+        return size
 
     def made(self, result: Any) -> Any:
-        """The result of a call, counted."""
-        self.count(len(result) if isinstance(result, str | bytes | list | tuple | dict) else 1)
+        """The result of a call, or a literal, counted with all that is in it.
+
+        What holds itself twice, again and again, would take for ever to compare or to hash.
+        """
+        self.count(len(result) if isinstance(result, str) else self.size(result))
         return result
+
+    def sliced(self, part: Any) -> Any:
+        """A slice, counted; what its items hold is there already."""
+        self.count(len(part) * (1 if isinstance(part, str | bytes) else _ITEM_CHARS))
+        return part
 
     def expect(self, name: str, given: Sequence[Any]) -> None:
         """Count the longest result that the amplifier `name` may have for what it is given."""
@@ -195,28 +269,25 @@ class _Meter(threading.local):
             text, old, new = given[:3]
             self.count(len(text) + text.count(old) * len(new))
             return
-        if name in _FORMATS and isinstance(given[0], str) and _WIDTH.search(given[0]):
+        if name in _FORMATS and isinstance(given[0], str) and _has_unknown_width(given[0], name):
             raise TemplateLimitError("it formats a text with a width of five digits or of unknown size")
-        factors = sorted((abs(item) if isinstance(item, int) else _size(item) for item in given), reverse=True)
+        if name in _CHAR_COSTS:
+            self.count(self.size(given) * _CHAR_COSTS[name])
+            return
+        factors = sorted((abs(item) if isinstance(item, int) else self.size(item) for item in given), reverse=True)
         self.count(factors[0] * max(factors[1], 1) if len(factors) > 1 else sum(factors))
 
+    def _check_time(self) -> None:
+        if time.thread_time() > self._end_s:
+            raise TemplateLimitError(f"it computes for more than {MOST_SECONDS:.0f} s")
 
-_ITEM_CHARS = 50
-"""What anything but text counts for: it takes as long to look at, and may be written as long."""
 
-
-def _size(value: Any) -> int:
-    """Characters of a value written as text, about; not more than the limit is looked at."""
-    size, left = 0, [value]
-    while left and size <= MOST_CHARS:
-        item = left.pop()
-        if isinstance(item, str | bytes):
-            size += len(item)
-            continue
-        size += _ITEM_CHARS + (item.bit_length() // 3 if isinstance(item, int) else 0)
-        if isinstance(item, dict):
-            left += item.keys()
-            left += item.values()
-        elif isinstance(item, list | tuple):
-            left += item
-    return size
+def _has_unknown_width(text: str, name: str) -> bool:
+    """True for a text that may be formatted far longer than it and its arguments are."""
+    if _WIDTH.search(text):
+        return True
+    try:
+        fields = list(string.Formatter().parse(text)) if name in ("format", "format_map") else []
+    except ValueError:  # it is no such text
+        return False
+    return any("{" in (spec or "") for _, _, spec, _ in fields)

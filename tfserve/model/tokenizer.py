@@ -5,6 +5,7 @@ Works on the Rust `tokenizers` library alone; a checkpoint without tokenizer.jso
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tfserve.errors import ModelError, RequestError, failures, panics_as_errors
 from tfserve.install_hint import install_command
 from tfserve.model.added_tokens import add_missing_tokens, with_shown
-from tfserve.model.chat_template import TOOL_CALL_TAGS, ChatTemplate, ToolFormat, read_chat_template
+from tfserve.model.chat_template import ChatTemplate, ToolFormat, read_chat_template
 from tfserve.model.config import ModelConfig
 from tfserve.model.control_tokens import ControlTokens, PromptText
 from tfserve.model.fields import Fields, is_absent, one_line, read_fields, require_file, shown
@@ -27,7 +28,7 @@ ControlTokensInMessages = Literal["text", "allow"]
 
 _PIECES_AT_ONCE = 1000
 
-_LONG_TEXT_CHARS = 16_384
+_LONG_TEXT_CHARS = 4096
 
 _MOST_BYTES = 128 * 2**20
 """Largest file of a tokenizer; those of 250,000 tokens have about 35 MB."""
@@ -39,6 +40,9 @@ _MOST_CHARS_PER_TOKEN = 8
 
 _CUT_TOKENS = 16
 """More tokens than a word or a special token that is cut in two can gain."""
+
+_MOST_GROWTH = 16
+"""How many times as long a normalizer may make a text; most keep its length."""
 
 _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 """Keys whose value is a token. Others that end like them may be flags, as add_bos_token is."""
@@ -73,7 +77,9 @@ class Tokenizer:
         self.special_texts = {token.content: token_id for token_id, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_texts.values())
         self._text_bytes = TokenBytes(backend, self.special_ids)
-        self._control = ControlTokens(added.values()) if control_tokens_in_messages == "text" else None
+        normalize = None if backend.normalizer is None else backend.normalizer.normalize_str
+        is_text = control_tokens_in_messages == "text"
+        self._control = ControlTokens(added.values(), normalize) if is_text else None
 
     @classmethod
     def from_dir(cls, path: Path | str, control_tokens_in_messages: ControlTokensInMessages = "text") -> Tokenizer:
@@ -99,13 +105,14 @@ class Tokenizer:
                     f"{source} is not a tokenizer the `tokenizers` library can read: {one_line(error)}"
                 ) from None
         _require_vocabulary(backend, source)
+        _require_little_growth(backend, source)
         add_missing_tokens(backend, model_dir, config, [*named[0].values(), *named[1].values()])
         eos = [*_eos_token(backend, config), *_eos_token(backend, older)]
         eos = eos or _eos_token(backend, Fields(defaults, source))
         template = _chat_template(model_dir, config, special_tokens)
-        if template is not None and template.tool_format is ToolFormat.HERMES:
+        if template is not None:
             # Some checkpoints call them special, but they are what an answer says.
-            backend = with_shown(backend, TOOL_CALL_TAGS)
+            backend = with_shown(backend, template.answer_tags)
         return cls(backend, special_tokens, template, dict.fromkeys(eos), control_tokens_in_messages)
 
     @cached_property
@@ -128,6 +135,11 @@ class Tokenizer:
     def tool_format(self) -> ToolFormat | None:
         """How the model is told to write tool calls; None if its chat template shows no tools."""
         return None if self._chat_template is None else self._chat_template.tool_format
+
+    @property
+    def thinks(self) -> bool:
+        """True if the chat template parts the thoughts in an answer from the rest."""
+        return self._chat_template is not None and self._chat_template.thinks
 
     @property
     def template_variables(self) -> frozenset[str]:
@@ -292,6 +304,19 @@ def _require_vocabulary(backend: Backend, source: Path) -> None:
         if is_absent(source):
             raise ModelError(f"{source.parent} has no tokenizer.json, and no other file with a vocabulary; add it")
         raise ModelError(f"{source} holds no vocabulary; download it again")
+
+
+def _require_little_growth(backend: Backend, source: Path) -> None:
+    """Refuse a tokenizer that makes a text many times as long: a short prompt would take all memory."""
+    if backend.normalizer is None:
+        return
+    growth, left = 1, [json.loads(backend.normalizer.__getstate__())]
+    while left:
+        step = left.pop()
+        left += step.get("normalizers", ())
+        growth *= max(len(step.get("content", "")), len(step.get("prepend", "")), 1)
+    if growth > _MOST_GROWTH:
+        raise ModelError(f"{source}: its normalizer can make a text more than {_MOST_GROWTH} times as long; correct it")
 
 
 def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:

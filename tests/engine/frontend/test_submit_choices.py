@@ -13,7 +13,7 @@ from tfserve.engine.frontend.link import connect
 from tfserve.engine.frontend.stream import RequestStream
 from tfserve.errors import QueueFullError, RequestError
 from tfserve.messages import AddRequest
-from tfserve.types import SamplingParams
+from tfserve.types import SamplingParams, Tenant
 
 PROMPT = [5, 6, 7]
 IDS = ["a", "b", "c"]
@@ -76,3 +76,41 @@ async def test_choices_are_refused_together(tiny_llama3: Path) -> None:
             engine.submit_choices(PROMPT, SamplingParams(max_tokens=1), [str(number) for number in range(7)])
         for stream in engine.submit_choices(PROMPT, SamplingParams(max_tokens=1), IDS):
             assert len(await tokens_of(stream)) == 1
+
+
+@pytest.mark.parametrize("ids", [[], ["a", "a"], ["a", "b", "a"]], ids=str)
+async def test_ids_that_are_not_all_different_are_refused_and_the_engine_lives(
+    tiny_llama3: Path, ids: list[str]
+) -> None:
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    with Engine(config_for(tiny_llama3)) as engine:
+        with pytest.raises(RequestError) as refused:
+            engine.submit_choices(PROMPT, params, ids)
+        assert refused.value.param == "request_ids"
+        assert len(await tokens_of(engine.submit(PROMPT, params, request_id="a"))) == 2
+
+
+@pytest.mark.parametrize(
+    "tenant",
+    [
+        "me",
+        None,
+        Tenant("x", 0.0),
+        Tenant("x", -1.0),
+        Tenant("x", float("nan")),
+        Tenant("x", float("inf")),
+        Tenant("\ud800"),
+    ],
+    ids=repr,
+)
+async def test_what_is_no_tenant_is_refused_and_the_engine_lives(tiny_llama3: Path, tenant: object) -> None:
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    with Engine(config_for(tiny_llama3)) as engine:
+        for start in (
+            lambda: engine.submit(PROMPT, params, tenant=tenant),
+            lambda: engine.submit_choices(PROMPT, params, IDS, tenant=tenant),
+        ):
+            with pytest.raises(RequestError) as refused:
+                start()
+            assert refused.value.param == "tenant"
+        assert len(await tokens_of(engine.submit(PROMPT, params))) == 2

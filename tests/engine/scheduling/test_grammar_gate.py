@@ -12,7 +12,7 @@ from tests.engine.fakes import FakeEngine, expected_output
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
 from tfserve.messages import AbortRequest, ListStreams, ReportPlayed, Shutdown, StreamStates
 from tfserve.plan import Clock
-from tfserve.types import FinishReason
+from tfserve.types import FinishReason, Tenant
 
 
 class FakeGrammars:
@@ -204,6 +204,32 @@ def test_no_more_grammars_are_held_than_there_may_be(grammars: FakeGrammars) -> 
     assert grammars.begun == ["g"]
     assert engine.end("first", "second") == [FinishReason.LENGTH] * 2
     assert grammars.begun == ["g", "h"]
+
+
+def test_grammars_held_for_long_bar_no_other_tenant(grammars: FakeGrammars) -> None:
+    engine = Gated(grammars, max_held=2)
+    for number in range(4):
+        engine.add(f"many{number}", [number + 1], 60, grammar=f"g{number}", tenant=Tenant("many"))
+    engine.compile("g0", "g1", "g2", "g3", "h", "i")
+    engine.until(lambda: grammars.held == {"g0", "g1"})
+    engine.add("one", [7], 3, grammar="h", tenant=Tenant("one"))
+    assert engine.end("one") == [FinishReason.LENGTH]
+    assert grammars.held == {"g0", "g1"}
+    assert engine.core.stats().num_waiting == 2
+    engine.run()
+    assert engine.all_free()
+    assert not grammars.held
+
+
+def test_the_next_grammar_is_that_of_the_tenant_with_the_fewest(grammars: FakeGrammars) -> None:
+    engine = Gated(grammars)
+    for number in range(4):
+        engine.add(f"many{number}", [number + 1], 60, grammar=f"g{number}", tenant=Tenant("many"))
+    engine.until(lambda: grammars.begun == ["g0"])
+    engine.add("one", [7], 3, grammar="h", tenant=Tenant("one"))
+    engine.compile("g0", "g1", "g2", "g3", "h")
+    engine.end("one", "many0", "many1", "many2", "many3")
+    assert grammars.begun == ["g0", "h", "g1", "g2", "g3"]
 
 
 def test_a_request_that_waits_for_its_grammar_is_listed_and_may_be_reported_on(grammars: FakeGrammars) -> None:

@@ -6,48 +6,9 @@ import numpy as np
 import pytest
 
 from tfserve.errors import ConfigError
-from tfserve.memory.storage.host_pool import HostPool, available_bytes, host_blocks
+from tfserve.memory.storage.host_pool import HostPool, host_blocks
 
 GIB = 1024**3
-
-
-def write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-@pytest.fixture
-def machine(tmp_path):
-    write(tmp_path / "proc/meminfo", "MemTotal:  16777216 kB\nMemAvailable:  8388608 kB\n")
-    return tmp_path
-
-
-def available(machine) -> float:
-    return available_bytes(machine / "proc", machine / "sys") / GIB
-
-
-def test_without_control_groups_the_machine_decides(machine):
-    assert available(machine) == 8
-
-
-def test_version_2_limits_count_at_every_level(machine):
-    write(machine / "proc/self/cgroup", "0::/outer/inner\n")
-    write(machine / "sys/fs/cgroup/outer/inner/memory.max", "max\n")
-    write(machine / "sys/fs/cgroup/outer/inner/memory.current", f"{GIB}\n")
-    write(machine / "sys/fs/cgroup/outer/memory.max", f"{3 * GIB}\n")
-    write(machine / "sys/fs/cgroup/outer/memory.current", f"{GIB}\n")
-    assert available(machine) == 2
-
-
-def test_version_1_limit_of_a_container_is_at_the_mounted_root(machine):
-    write(machine / "proc/self/cgroup", "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n")
-    write(machine / "sys/fs/cgroup/memory/memory.limit_in_bytes", f"{4 * GIB}\n")
-    write(machine / "sys/fs/cgroup/memory/memory.usage_in_bytes", f"{5 * GIB}\n")
-    assert available(machine) == 0
-
-
-def test_this_machine_has_memory():
-    assert available_bytes() > 0
 
 
 def test_blocks_from_gib():

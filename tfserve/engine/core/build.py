@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +22,10 @@ from tfserve.engine.core.step_worker import StepWorker
 from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
-from tfserve.errors import ConfigError
+from tfserve.errors import ConfigError, ModelError
+from tfserve.machine import available_bytes, usable_cpus
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.storage.device_pool import DevicePool
-from tfserve.memory.storage.host_pool import available_bytes
 from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.messages import StepOutputs, StreamStates
 from tfserve.model.attention import select_backend
@@ -137,6 +136,8 @@ def _load(config: EngineConfig) -> _Loaded:
     backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
     if device == "cpu":
         _check_weights(config, model_config, dtype)
+    kind = config.quantization or dtype
+    logger.info("Loading the weights: %.0f M parameters as %s, %s", model_config.num_parameters / 1e6, kind, device)
     with loading(path), ThreadPoolExecutor(1) as beside:
         tokenizer = Tokenizer.from_dir(path)
         eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
@@ -149,7 +150,7 @@ def _load(config: EngineConfig) -> _Loaded:
             device=device,
             quantization=config.quantization,
             progress=False,
-            quantized_dir=cache_dir() / "int8",
+            quantized_dir=None if config.quantization is None else _quantized_dir(),
         )
         masks = opening.result()
     return _Loaded(model_config, device, dtype, threads, backend, model, tokenizer, eos_token_ids, masks)
@@ -172,6 +173,7 @@ def _reserve(config: EngineConfig, loaded: _Loaded, stream: torch.cuda.Stream | 
     num_blocks = _num_blocks(config, layout, loaded.device, measured_bytes)
     max_model_len = _max_model_len(config, loaded.config, num_blocks, block_size)
     _check_rows(config, max_model_len, block_size)
+    logger.info("Reserving the KV cache: %d blocks of %d tokens", num_blocks, block_size)
     return _Cache(DevicePool(layout, num_blocks, loaded.device), max_model_len)
 
 
@@ -191,6 +193,7 @@ def _runner(
 def _timed(config: EngineConfig, cache: _Cache, runner: Runner, clock: Clock) -> CostModel:
     """A cost model that has seen the runner's steps."""
     layout = cache.pool.layout
+    logger.info("Warming up: timing steps of several sizes")
     cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=config.max_num_seqs)
     calibrate(
         cost,
@@ -266,6 +269,15 @@ def _device(config: EngineConfig) -> str:
     return config.device
 
 
+def _quantized_dir() -> Path | None:
+    """Where int8 weights are kept; None where there is no place for them, which costs time at each start."""
+    try:
+        return cache_dir() / "int8"
+    except ModelError as error:
+        logger.warning("the int8 weights are not kept: %s", error)
+        return None
+
+
 def _dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
     """`auto` is the checkpoint's own dtype on a GPU and float32 on a CPU, where it is the fastest without AMX."""
     if config.dtype != "auto":
@@ -274,7 +286,7 @@ def _dtype(config: EngineConfig, model: ModelConfig, device: str) -> str:
 
 
 def _set_threads(config: EngineConfig, device: str) -> int:
-    threads = config.threads or len(os.sched_getaffinity(0))
+    threads = config.threads or usable_cpus()
     if device == "cpu":
         torch.set_num_threads(threads)
     return threads
@@ -341,7 +353,10 @@ def _max_model_len(config: EngineConfig, model: ModelConfig, num_blocks: int, bl
     kv_tokens = (num_blocks - 1) * block_size
     wanted = config.max_model_len or model.max_position_embeddings
     if config.max_model_len is not None and wanted > model.max_position_embeddings:
-        raise ConfigError("max_model_len", f"{wanted} is beyond the model's own {model.max_position_embeddings} tokens")
+        limit = "sliding window" if model.sliding_window == model.max_position_embeddings else "own"
+        raise ConfigError(
+            "max_model_len", f"{wanted} is beyond the model's {limit} {model.max_position_embeddings} tokens"
+        )
     if wanted <= kv_tokens:
         return wanted
     if config.max_model_len is not None:

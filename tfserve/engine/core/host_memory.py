@@ -11,8 +11,9 @@ import torch
 from tfserve.config import EngineConfig
 from tfserve.engine.scheduling.policies import OFFLOADING
 from tfserve.errors import ConfigError
+from tfserve.machine import available_bytes
 from tfserve.memory.storage.device_pool import DevicePool
-from tfserve.memory.storage.host_pool import HostPool, available_bytes, host_blocks
+from tfserve.memory.storage.host_pool import HostPool, host_blocks
 from tfserve.memory.transfers.copy_runs import BlockGeometry, blocks_per_chunk
 from tfserve.memory.transfers.cuda_link import CudaLink
 from tfserve.memory.transfers.stream_transfers import StreamTransfers

@@ -19,6 +19,7 @@ from tfserve.config import EngineConfig
 from tfserve.engine.core.loop import EngineCore, Inbox
 from tfserve.errors import ConfigError, TfserveError
 from tfserve.heap import trim_heap
+from tfserve.logs import log_to_stderr
 from tfserve.messages import Failed, Ready, ToCore, ToFront
 
 
@@ -30,6 +31,7 @@ def main(fd: int) -> int:
     trim_heap()
     conn = Connection(fd)
     config = msgspec.msgpack.decode(conn.recv_bytes(), type=EngineConfig)
+    log_to_stderr(config.log_level, config.log_format, "engine")
     inbox_ready: threading.Event = threading.Event()
     box: list[Inbox] = []
     # Listening starts before loading does, so that a front that dies meanwhile leaves no orphan.
@@ -85,5 +87,4 @@ def _listen(conn: Connection, inbox_ready: threading.Event, box: list[Inbox]) ->
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(message)s")
     sys.exit(main(int(sys.argv[1])))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from msgspec import UNSET, UnsetType
 
 from tfserve.engine.frontend.prompts import Prompt, as_prompt
 from tfserve.engine.frontend.validation import as_priority, as_rate, check_text, validate
+from tfserve.errors import RequestError
 from tfserve.messages import AddRequest
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import ONE_TENANT, ConsumptionRate, EngineInfo, RequestId, SamplingParams, Tenant
+
+Conversation = str | Sequence[Mapping[str, Any]]
+"""Messages as OpenAI's API has them, or the text of a single one of the user."""
 
 
 class RequestPreparer:
@@ -45,3 +50,21 @@ class RequestPreparer:
         first, *siblings = request_ids
         now_s = time.monotonic()
         return AddRequest(first, token_ids, params, now_s, rate, priority, is_rate_assumed, tenant, tuple(siblings))
+
+    def prompt_of(self, conversation: Conversation) -> list[int]:
+        """A conversation as the model's chat template shows it, up to where the answer begins. Raises RequestError."""
+        turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
+        if not isinstance(turns, Sequence) or not turns or not all(map(_is_message, turns)):
+            wanted = "text, or a list of messages such as {'role': 'user', 'content': 'Hello'}"
+            raise RequestError("messages", f"messages must be {wanted}, got {conversation!r:.200}")
+        text = self._tokenizer.apply_chat_template(turns)
+        check_text(self._tokenizer, text, self._info)
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _is_message(turn: object) -> bool:
+    return (
+        isinstance(turn, Mapping)
+        and isinstance(turn.get("role"), str)
+        and not {"content", "tool_calls"}.isdisjoint(turn)
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,7 +13,8 @@ from tfserve.checked import to_integer, to_number
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import RequestError
 from tfserve.model.grammar import check_grammar
-from tfserve.types import ConsumptionRate, EngineInfo, SamplingParams
+from tfserve.strict_json import is_text
+from tfserve.types import ConsumptionRate, EngineInfo, RequestId, SamplingParams, Tenant
 
 
 class SupportsExceeds(Protocol):
@@ -107,6 +109,37 @@ def as_priority(priority: Any) -> int:
     if number is None or not -(2**63) <= number < 2**63:
         raise RequestError("priority", f"priority must be a 64-bit integer, got {priority!r}")
     return number
+
+
+def check_tenant(tenant: Any) -> None:
+    """Raise RequestError for what is no tenant, or has a weight that nothing can be shared by."""
+    is_tenant = isinstance(tenant, Tenant) and isinstance(tenant.name, str) and is_text(tenant.name)
+    if not is_tenant or not isinstance(tenant.weight, int | float) or not 0 < tenant.weight < math.inf:
+        raise RequestError("tenant", f"tenant must be a Tenant with a name and a weight above 0, got {tenant!r:.200}")
+
+
+def as_id(request_id: object, reserved: str) -> str:
+    """An id that a caller chooses: text that does not begin with `reserved`. Raises RequestError."""
+    is_id = isinstance(request_id, str) and request_id and is_text(request_id)
+    if not is_id or str(request_id).startswith(reserved):
+        message = (
+            f"request_id must be non-empty Unicode text that does not begin with {reserved!r}"
+            f" (ids that the engine gives), got {request_id!r}"
+        )
+        raise RequestError("request_id", message)
+    return str.__str__(request_id)  # of a class of its own, it could not be sent to another process
+
+
+def all_different(ids: list[RequestId]) -> list[RequestId]:
+    """The ids of several choices. Raises RequestError if there is none, or one twice."""
+    if not ids or len(set(ids)) < len(ids):
+        raise RequestError("request_ids", f"request_ids must be one id or more, all different, got {ids!r:.200}")
+    return ids
+
+
+def id_in_use(request_id: RequestId) -> RequestError:
+    """The error about an id that another live request has."""
+    return RequestError("request_id", f"request id {request_id!r} is in use; give each request its own")
 
 
 def as_count(value: Any, param: str) -> int:

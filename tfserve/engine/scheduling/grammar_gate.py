@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
 
 from tfserve.engine.scheduling.request import Request
 from tfserve.plan import Clock, Grammars
-from tfserve.types import RequestId
+from tfserve.types import RequestId, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class _Job:
     """A grammar that a thread compiles; `problem` is None until it has, and then empty if all is well."""
 
     grammar: str
+    tenant: Tenant
     until_s: float
     problem: str | None = None
     thread: threading.Thread | None = None
@@ -45,8 +47,10 @@ class GrammarGate:
     """Lets requests through once their grammar is compiled. One is compiled at a time, in order of arrival.
 
     A grammar stays held as long as a live request has it, whether that waits here or has been let through; at most
-    `max_held` at once, so that their memory has a bound: the next is compiled when one is let go. Everything happens on
-    the loop's thread but the compiling itself, which rings `clock`.
+    `max_held` at once, so that their memory has a bound: the next is compiled when one is let go. The next is that of
+    the tenant with the fewest held ones; one with none gets its first also beyond `max_held`, up to twice as many, for
+    others may never let go of theirs. Everything happens on the loop's thread but the compiling itself, which rings
+    `clock`.
     """
 
     def __init__(
@@ -57,7 +61,7 @@ class GrammarGate:
         self._max_held = max_held
         self._compile_limit_s = compile_limit_s
         self._users: Counter[str] = Counter()  # live requests by grammar
-        self._held: set[str] = set()
+        self._held: dict[str, Tenant] = {}  # with the tenant that it was compiled for
         self._waiting: dict[str, dict[RequestId, Request]] = {}  # by grammar, in order of their first request
         self._job: _Job | None = None
         self._stuck: list[_Job] = []
@@ -87,9 +91,9 @@ class GrammarGate:
         if grammar is None:
             return True
         self._users[grammar] += 1
-        has_room = grammar in self._held or len(self._held) < self._max_held
+        has_room = grammar in self._held or self._has_room(request.tenant, Counter(self._held.values()))
         if has_room and self._grammars.hold(grammar):
-            self._held.add(grammar)
+            self._held.setdefault(grammar, request.tenant)
             return True
         self._waiting.setdefault(grammar, {})[request.id] = request
         return False
@@ -107,7 +111,7 @@ class GrammarGate:
         if not self._users[grammar]:
             del self._users[grammar]
             if grammar in self._held:
-                self._held.discard(grammar)
+                del self._held[grammar]
                 self._grammars.let_go(grammar)
         return had_waited
 
@@ -151,7 +155,7 @@ class GrammarGate:
             return
         self._waiting.pop(job.grammar, None)
         if requests:
-            self._held.add(job.grammar)
+            self._held.setdefault(job.grammar, job.tenant)
             ready += requests
         elif job.grammar not in self._held:  # all have been aborted meanwhile
             self._grammars.let_go(job.grammar)
@@ -162,16 +166,15 @@ class GrammarGate:
             self._stuck.remove(job)
             if job.grammar not in self._held:
                 self._grammars.let_go(job.grammar)
-        has_room = len(self._held) < self._max_held
-        # One that is held is compiled anew: an answer has broken it.
-        grammar = next((grammar for grammar in self._waiting if has_room or grammar in self._held), None)
-        if grammar is None:
+        found = self._next()
+        if found is None:
             return
+        grammar, tenant = found
         if len(self._stuck) >= _MAX_STUCK or any(job.grammar == grammar for job in self._stuck):
             problem = _words("the server is busy with others that never end")
             failed += ((request, problem) for request in self._waiting[grammar].values())
             return
-        self._job = job = _Job(grammar, self._clock.now() + self._compile_limit_s)
+        self._job = job = _Job(grammar, tenant, self._clock.now() + self._compile_limit_s)
         before = threading.stack_size(_STACK_BYTES)
         try:
             job.thread = threading.Thread(target=self._compile, args=(job,), name="tfserve-grammar", daemon=True)
@@ -182,10 +185,24 @@ class GrammarGate:
         finally:
             threading.stack_size(before)
 
+    def _next(self) -> tuple[str, Tenant] | None:
+        """The grammar whose turn it is, and the tenant that it is for; None if there is no room for any."""
+        num_held = Counter(self._held.values())
+        wanted = {
+            (grammar, each.tenant): None for grammar, requests in self._waiting.items() for each in requests.values()
+        }
+        # One that is held is compiled anew: an answer has broken it.
+        allowed = (each for each in wanted if each[0] in self._held or self._has_room(each[1], num_held))
+        return min(allowed, key=lambda each: num_held[each[1]], default=None)
+
+    def _has_room(self, tenant: Tenant, num_held: Counter[Tenant]) -> bool:
+        return len(self._held) < (self._max_held if num_held[tenant] else 2 * self._max_held)
+
     def _compile(self, job: _Job) -> None:
-        with contextlib.suppress(OSError):
-            thread = threading.get_native_id()  # to Linux, a thread has a niceness of its own
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
+        if sys.platform == "linux":  # where a thread has a niceness of its own; elsewhere its id may be a process's
+            with contextlib.suppress(OSError):
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)
         job.problem = self._grammars.compile(job.grammar)
         self._clock.notify()
 

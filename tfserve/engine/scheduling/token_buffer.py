@@ -45,7 +45,8 @@ def resolve_rate(rate: float | str | None, default: float) -> float:
         return float(rate)
     names = ", ".join(repr(name) for name in (*NAMED_RATES, AUTO))
     bounds = f"{SLOWEST_RATE} to {FASTEST_RATE:.0f} tokens/s"
-    raise RequestError("consumption_rate", f"consumption_rate must be {bounds}, or {names}, got {rate!r}")
+    shown = rate[:100] if isinstance(rate, str) else rate
+    raise RequestError("consumption_rate", f"consumption_rate must be {bounds}, or {names}, got {shown!r}")
 
 
 def exceeds(rate: ConsumptionRate | UnsetType, most: float) -> bool:

@@ -1,10 +1,8 @@
-"""HostPool: the host tier's memory, and how much of it this machine can spare. Torch-free."""
+"""HostPool: the host tier's memory, and how many blocks fit in it. Torch-free."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +13,6 @@ _GIB = 1024**3
 _PAGE_BYTES = 4096
 _KEEP_FREE = 0.1
 """Share of the memory available now that is left to everything else."""
-
-
-def available_bytes(proc: Path = Path("/proc"), sys: Path = Path("/sys")) -> int:
-    """Memory this process may still take: the least of what the machine has and what its control groups allow."""
-    limits = [_mem_available(proc / "meminfo")]
-    for group, limit_file, used_file in _control_groups(proc / "self/cgroup", sys / "fs/cgroup"):
-        limit, used = _integer(group / limit_file), _integer(group / used_file)
-        if limit is not None and used is not None:
-            limits.append(max(0, limit - used))
-    return min(limits)
 
 
 def host_blocks(
@@ -85,37 +73,3 @@ def _empty_pages(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDA
     raw = np.empty(nbytes + _PAGE_BYTES, np.uint8)
     skip = -raw.ctypes.data % _PAGE_BYTES
     return raw[skip : skip + nbytes].view(dtype).reshape(shape)
-
-
-def _mem_available(path: Path) -> int:
-    for line in _lines(path):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("host_kv_gib", f"{path} does not say how much memory is available; set 0 for no host tier")
-
-
-def _control_groups(listing: Path, root: Path) -> Iterator[tuple[Path, str, str]]:
-    """This process's control groups and all above them, of version 2 and 1, with their limit and usage files."""
-    for line in _lines(listing):
-        _, controllers, path = line.split(":", 2)
-        base, files = root, ("memory.max", "memory.current")
-        if controllers:
-            base, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        if not controllers or "memory" in controllers.split(","):
-            group = PurePosixPath(path)
-            # Inside a container the listed path may be the host's: the mounted root is then the group itself.
-            for part in (group, *group.parents):
-                yield base / str(part).lstrip("/"), *files
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _integer(path: Path) -> int | None:
-    """A file's number; None if there is no such file, or it says "max"."""
-    text = "".join(_lines(path)).strip()
-    return int(text) if text.isdigit() else None

@@ -3,7 +3,7 @@
 A decode step does two things per query head: scores = sum over d of q[d] * K[d, :], and output = sum over t of
 p[t] * V[t, :]. Both are what `embedding_bag` computes (a weighted sum of indexed rows, compiled for the row's width and
 spread over threads) once keys lie transposed inside a block. So nothing is gathered, fragmentation costs nothing, and
-sequences of different lengths share a call. `benchmarks/attention_cpu.py` compares it with the alternatives.
+sequences of different lengths share a call. `benchmarks/micro/attention_cpu.py` compares it with the alternatives.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Measurements, by what they are about. `python -m benchmarks.FAMILY.NAME --help` in a checkout says what one does."""

@@ -1,0 +1,1 @@
+"""Hostile requests and unfair clients, with a probe stream beside them."""

@@ -1,0 +1,1 @@
+"""Same tokens, same weights: preemption, quantization, other implementations."""

@@ -1,8 +1,0 @@
-"""The engine process of http_speed.py: `python -m benchmarks.http_speed_engine FD`, started by ProcessLink."""
-
-import sys
-
-from benchmarks.http_speed import run_null_engine
-
-if __name__ == "__main__":
-    run_null_engine(int(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""One part each: attention, the scheduler, the HTTP side, the pipeline."""

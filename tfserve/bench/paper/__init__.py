@@ -1,1 +1,0 @@
-"""`tfserve bench paper`: the experiments of the TokenFlow paper in virtual time, on simulated hardware."""

@@ -1,0 +1,54 @@
+"""What a command logs: lines of text or of JSON, on the error stream."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import msgspec
+
+_TEXT = "%(asctime)s %(levelname)s %(message)s"
+_NAME = "tfserve"
+"""Of our own handler: one that a program has set up, it keeps."""
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as a JSON object: time (UTC, ISO 8601), level, logger, message, and the traceback of an error."""
+
+    def __init__(self, process: str = "") -> None:
+        super().__init__()
+        self._process = {"process": process} if process else {}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        fields = {"time": f"{seconds}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+        fields |= {"logger": record.name, "message": record.getMessage()} | self._process
+        if record.exc_info:
+            fields["error"] = self.formatException(record.exc_info)
+        return msgspec.json.encode({name: _valid(text) for name, text in fields.items()}).decode()
+
+
+def log_to_stderr(level: str = "info", layout: str = "text", process: str = "") -> None:
+    """Log what tfserve says from `level` on, and what libraries say from info on; `process` marks every line.
+
+    May be called again. Does nothing where the program has handlers of its own.
+    """
+    root = logging.getLogger()
+    ours = [handler for handler in root.handlers if handler.name == _NAME]
+    if root.handlers and not ours:
+        return
+    handler = ours[0] if ours else logging.StreamHandler()
+    handler.name = _NAME
+    text = logging.Formatter(_TEXT.replace("%(message)s", f"{process} %(message)s" if process else "%(message)s"))
+    handler.setFormatter(JsonFormatter(process) if layout == "json" else text)
+    if not ours:
+        root.addHandler(handler)
+    least = logging.getLevelNamesMapping()[level.upper()]
+    root.setLevel(max(least, logging.INFO))
+    logging.getLogger("tfserve").setLevel(least)
+
+
+def _valid(text: str) -> str:
+    """Text that JSON can hold: half a surrogate pair is shown as its code."""
+    return text.encode(errors="backslashreplace").decode()
