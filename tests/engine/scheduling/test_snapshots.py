@@ -111,3 +111,14 @@ def test_a_row_that_was_removed_can_not_be_written():
     table.remove("a")
     with pytest.raises(IndexError):
         table.num_computed[ref.index] = 1
+
+
+def test_a_policy_can_not_write_to_the_table():
+    world = World(0)
+    for action in ("add", "run"):
+        world.act(action, 3)
+    columns = world.snapshots.take(1.0).columns
+    for column in (columns.num_computed, columns.state, columns.reading.consumed):
+        with pytest.raises(ValueError):  # noqa: PT011 - the words are numpy's
+            column[0] = 7
+    world.check()

@@ -33,7 +33,7 @@ class Reading(NamedTuple):
 class Columns:
     """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
 
-    Arrays are views of the RequestTable: they are true until something is carried out, and policies only read them.
+    Arrays are views of the RequestTable: read only, and true until something is carried out.
     `num_output` counts the tokens that steps under way will sample: they come, whatever is decided now. `rate` is NaN
     for a request without a reader. `tenant` numbers the tenants from 0 (`num_tenants` are live, there may be gaps), and
     `weight` is the tenant's. `host_tokens` are on the host and acknowledged. `mean_output` is the average

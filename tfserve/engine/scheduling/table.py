@@ -74,7 +74,7 @@ class RequestTable:
         self._columns: dict[str, npt.NDArray[Any]] = {
             name: np.full(_FIRST_CAPACITY, default, dtype) for name, (dtype, default) in _COLUMNS.items()
         }
-        self._live: dict[str, npt.NDArray[Any]] = {}
+        self._views: dict[str, npt.NDArray[Any]] = {}
         self._ids: list[RequestId] = []
         self._refs: list[RowRef] = []
         self._row_of: dict[RequestId, int] = {}
@@ -98,10 +98,15 @@ class RequestTable:
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
         """The live part of a column; writing to it writes to the table. Valid until the next `add` or `remove`."""
-        column = self._live.get(name)
-        if column is None:
-            column = self._live[name] = self._columns[name][: len(self._ids)]
-        return column
+        return self._columns[name][: len(self._ids)]
+
+    def view(self, name: str) -> npt.NDArray[Any]:
+        """The same, read only."""
+        view = self._views.get(name)
+        if view is None:
+            view = self._views[name] = self[name]
+            view.flags.writeable = False
+        return view
 
     @property
     def ids(self) -> tuple[RequestId, ...]:
@@ -136,7 +141,7 @@ class RequestTable:
         self._ids.append(req)
         self._refs.append(ref)
         self._row_of[req] = row
-        self._live.clear()
+        self._views.clear()
         self._ids_now = None
         return ref
 
@@ -151,7 +156,7 @@ class RequestTable:
                 column[row] = column[last]
             self._ids[row], self._refs[row] = moved, ref
             self._row_of[moved] = ref.index = row
-        self._live.clear()
+        self._views.clear()
         self._ids_now = None
 
     def check(self) -> None:

@@ -168,16 +168,16 @@ class Tracker:
     @property
     def is_rate_assumed(self) -> Mask:
         """For each row, whether neither the request nor a report has said how fast it is read."""
-        return self.table["is_rate_assumed"]
+        return self.table.view("is_rate_assumed")
 
     def columns(self, now_s: float) -> Columns:
-        """The state of every live request at `now_s`. Arrays may be views: use it before the next event."""
-        table = self.table
-        c: dict[str, npt.NDArray[Any]] = {name: table[name] for name in _SNAPSHOT}
-        c["num_output"] = c["num_output"] + table["num_in_flight"]
+        """The state of every live request at `now_s`. Arrays are views, read only: use it before the next event."""
+        view = self.table.view
+        c: dict[str, npt.NDArray[Any]] = {name: view(name) for name in _SNAPSHOT}
+        c["num_output"] = c["num_output"] + view("num_in_flight")
         return Columns(
             now_s=now_s,
-            ids=table.ids,
+            ids=self.table.ids,
             **c,
             mean_output=self._mean_output,
             num_events=self._num_events,
@@ -185,12 +185,10 @@ class Tracker:
             num_tenants=len(self._tenants),
             num_added=self._num_added,
             total_preemptions=self.num_preemptions,
-            reading=Reading(
-                table["num_output"], table["consumed"], table["since_s"], table["stall_s"], table["read_area"]
-            ),
+            reading=Reading(*map(view, _READING)),
         )
 
-    def _play(self, rows: RowIndex | slice, now_s: float) -> Playback:
+    def _play(self, rows: RowIndex, now_s: float) -> Playback:
         table = self.table
         return play(
             now_s,
@@ -211,6 +209,7 @@ class Tracker:
         self.table["since_s"][rows] = now_s
 
 
+_READING = ("num_output", "consumed", "since_s", "stall_s", "read_area")
 _SNAPSHOT = (
     "seq",
     "arrival_s",
