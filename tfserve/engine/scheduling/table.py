@@ -18,7 +18,7 @@ _FIRST_CAPACITY = 64
 _REMOVED = sys.maxsize
 """Index of a row that was removed: no column has it."""
 
-_COLUMNS: dict[str, tuple[type, float]] = {
+COLUMNS: dict[str, tuple[type, float]] = {
     "seq": (np.int64, 0),
     "arrival_s": (np.float64, 0.0),
     "rate": (np.float64, np.nan),
@@ -72,7 +72,7 @@ class RequestTable:
 
     def __init__(self) -> None:
         self._columns: dict[str, npt.NDArray[Any]] = {
-            name: np.full(_FIRST_CAPACITY, default, dtype) for name, (dtype, default) in _COLUMNS.items()
+            name: np.full(_FIRST_CAPACITY, default, dtype) for name, (dtype, default) in COLUMNS.items()
         }
         self._views: dict[str, npt.NDArray[Any]] = {}
         self._ids: list[RequestId] = []
@@ -135,7 +135,7 @@ class RequestTable:
         if row == len(self._columns["seq"]):
             self._columns = {name: np.concatenate([c, np.empty_like(c)]) for name, c in self._columns.items()}
             self._open_cells()
-        for name, (_, default) in _COLUMNS.items():
+        for name, (_, default) in COLUMNS.items():
             self._columns[name][row] = values.get(name, default)
         ref = RowRef(self, row)
         self._ids.append(req)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from tfserve.arrays import Mask, RowIndex
 from tfserve.engine.scheduling.columns import Columns, Reading
 from tfserve.engine.scheduling.state import RequestState
-from tfserve.engine.scheduling.table import RequestTable, RowRef
+from tfserve.engine.scheduling.table import COLUMNS, RequestTable, RowRef
 from tfserve.engine.scheduling.tenant_numbers import TenantNumbers
 from tfserve.engine.scheduling.token_buffer import AUTO, Playback, estimated_rate, play, resolve_rate
 from tfserve.types import FASTEST_RATE, ONE_TENANT, RequestId, Tenant
@@ -21,6 +22,9 @@ _LENGTH_WEIGHT = 0.05
 
 _LEAST_READING_S = 1e-6
 """Least time that tokens are taken to be read in; a report may come at the moment of another."""
+
+_SNAPSHOT = tuple(field.name for field in fields(Columns) if field.name in COLUMNS)
+"""What a snapshot shows of the table."""
 
 
 class Tracker:
@@ -185,7 +189,7 @@ class Tracker:
             num_tenants=len(self._tenants),
             num_added=self._num_added,
             total_preemptions=self.num_preemptions,
-            reading=Reading(*map(view, _READING)),
+            reading=Reading(view("num_output"), *map(view, Reading._fields[1:])),
         )
 
     def _play(self, rows: RowIndex, now_s: float) -> Playback:
@@ -207,24 +211,3 @@ class Tracker:
         self.table["stall_s"][rows] = playback.stall_s
         self.table["consumed"][rows] = playback.consumed
         self.table["since_s"][rows] = now_s
-
-
-_READING = ("num_output", "consumed", "since_s", "stall_s", "read_area")
-_SNAPSHOT = (
-    "seq",
-    "arrival_s",
-    "rate",
-    "priority",
-    "tenant",
-    "weight",
-    "state",
-    "state_since_s",
-    "num_prompt",
-    "num_output",
-    "num_computed",
-    "max_tokens",
-    "device_blocks",
-    "host_tokens",
-    "num_preemptions",
-    "first_token_s",
-)
