@@ -148,15 +148,6 @@ class StepResult(msgspec.Struct, frozen=True):
 class InFlight(Protocol):
     """A launched step."""
 
-    @property
-    def fence(self) -> Fence:
-        """The step's number."""
-        ...
-
-    def ready(self) -> bool:
-        """True once `result` would not block."""
-        ...
-
     def result(self) -> StepResult:
         """The step's outcome; waits for the device. Raises what the step raised. Any one thread may ask."""
         ...

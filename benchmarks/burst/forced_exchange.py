@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.policies.sharing import exchange, out_of_blocks, resident_blocks
 from tfserve.engine.scheduling.policy import Decision, Snapshot
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.memory.transfers.worker_transfers import TierArrays
 from tfserve.plan import InFlight, Row, Runner, StepPlan
 
@@ -29,7 +29,7 @@ class Carousel:
     def decide(self, snapshot: Snapshot) -> Decision:
         """Fill a device that is empty; empty one whose residents have decoded long enough, or have no room left."""
         c = snapshot.columns
-        running = c.in_phase(Phase.RUNNING)
+        running = c.in_state(RequestState.RUNNING)
         if snapshot.is_decoding[running].all() and not c.is_loading.any():
             self._decoded += 1
         outside = np.flatnonzero(c.is_waiting | c.is_paused)
@@ -40,7 +40,7 @@ class Carousel:
         need = resident_blocks(snapshot, self._every + 2)
         free = snapshot.memory.num_blocks - int(need[c.is_loading].sum())
         come: list[int] = []
-        for row in outside[np.lexsort((c.seq[outside], c.phase_since_s[outside]))].tolist():
+        for row in outside[np.lexsort((c.seq[outside], c.state_since_s[outside]))].tolist():
             if need[row] > free:
                 break
             come.append(row)

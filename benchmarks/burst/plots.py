@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from benchmarks.burst.kept_timelines import KeptCell, TimelineFile
 from benchmarks.burst.report import COLUMNS, SPECIAL, Cell
+from tfserve.arrays import Floats
 from tfserve.bench.plots import save_figure
-from tfserve.engine.scheduling.qos import Floats, Served, reading_starts
+from tfserve.engine.scheduling.qos import Served, reading_starts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -35,13 +35,9 @@ from tfserve.engine.core.clock import RealClock
 from tfserve.engine.core.host_memory import open_host_tier
 from tfserve.engine.core.loop import EngineCore
 from tfserve.engine.core.step_worker import StepWorker
+from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
-from tfserve.engine.scheduling.offload_manager import OffloadManager
-from tfserve.engine.scheduling.policies import make_policy
-from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.machine import usable_cpus
-from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.memory.storage.device_pool import DevicePool
 from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.memory.transfers.worker_transfers import TierArrays
@@ -126,19 +122,14 @@ class Bench:
         )
         tier = open_host_tier(settings, pool, clock, None)
         budget, layout = settings.max_num_batched_tokens, pool.layout
-        options = OffloadOptions(granule_tokens=granule_of(self.block_size))
-        host = BlockPool(tier.num_blocks) if tier else None
-        kv = KVCacheManager(BlockPool(num_blocks), self.block_size, self.longest, host, options)
-        cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=args.requests)
-        offload = OffloadManager(kv, cost, tier.transfers if tier else None, layout.token_bytes)
-        scheduler = Scheduler(
-            make_policy(sched) if mode is None else Carousel(args.every, load=mode == "load"),
-            kv,
-            offload,
-            cost,
-            config=sched,
+        scheduler = make_scheduler(
+            sched,
+            KVMemory(self.block_size, num_blocks, tier.num_blocks if tier else 0),
+            CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=args.requests),
             max_num_seqs=args.requests,
             max_num_batched_tokens=budget,
+            transfers=tier.transfers if tier else None,
+            policy=None if mode is None else Carousel(args.every, load=mode == "load"),
         )
         inner = self.worker.call(
             ModelRunner,
@@ -191,7 +182,7 @@ class Bench:
                         flush=True,
                     )
         finally:
-            offload.close()
+            scheduler.close()
         loaded = core.stats().bytes_loaded / 2**20
         counts = [ended[str(i)] for i in range(args.requests)]
         return Run(dict(tokens), counts, loaded, witness.checked, witness.tokens, len(witness.wrong))

@@ -16,6 +16,7 @@ from benchmarks.gpu.rig import Rig, Shape
 from benchmarks.gpu.roofline import kernels_s, operations
 from tfserve.bench.roofline import floor_s
 from tfserve.engine.scheduling.cost_model import CostModel, StepSample
+from tfserve.engine.scheduling.table import RequestTable
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.memory.residency import KVState
@@ -275,16 +276,20 @@ class Preemption:
         blocks, short_blocks = (rig.blocks_for(n + ROOM) for n in (self._context, self._short))
         granule = min(GRANULE, rig.layout.block_size)
         num_host_blocks = 2 * blocks + 1
+        table = RequestTable()
         self._kv = KVCacheManager(
+            table,
             BlockPool(rig.pool.num_blocks),
             rig.layout.block_size,
             self._context,
             BlockPool(num_host_blocks),
-            OffloadOptions(write_through, True, granule),
+            options=OffloadOptions(write_through, True, granule),
         )
         self._others = min(shape.batches[-1], 16, (rig.pool.num_blocks - 1 - blocks) // short_blocks)
+        table.add("long")
         self._kv.extend("long", self._context, self._context)
         for i in range(self._others):
+            table.add(f"r{i}")
             self._kv.extend(f"r{i}", self._short + ROOM, self._short + ROOM)
         rig.seat([self._kv.view(f"r{i}").blocks for i in range(self._others)])
         self._during_s: list[float] = []

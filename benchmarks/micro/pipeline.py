@@ -34,16 +34,12 @@ from tfserve.engine.core.clock import RealClock
 from tfserve.engine.core.loop import EngineCore
 from tfserve.engine.core.step_worker import StepWorker
 from tfserve.engine.engine import Engine
+from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
-from tfserve.engine.scheduling.offload_manager import OffloadManager
-from tfserve.engine.scheduling.policies import make_policy
-from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.http.server import serve
 from tfserve.machine import usable_cpus
-from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
-from tfserve.plan import Fence, StepPlan, StepResult
+from tfserve.plan import StepPlan, StepResult
 from tfserve.types import EngineStats, SamplingParams
 
 DEPTHS = (1, 2)
@@ -168,11 +164,7 @@ class PassedStep:
     """plan.InFlight of a step that is over."""
 
     def __init__(self, outcome: StepResult) -> None:
-        self.fence: Fence = outcome.step
         self._outcome = outcome
-
-    def ready(self) -> bool:
-        return True
 
     def result(self) -> StepResult:
         return self._outcome
@@ -185,9 +177,6 @@ def measure_emulated(args: argparse.Namespace, depth: int) -> dict[str, Any]:
 
 
 def emulate(args: argparse.Namespace, depth: int, streams: int, step_s: float) -> dict[str, Any]:
-    config = SchedulerConfig(policy=args.policy)
-    kv = KVCacheManager(BlockPool(1 + streams * (2 + (args.prompt + args.tokens) // 16)), 16, 1024)
-    cost = CostModel(kv_bytes_per_token=1, max_num_seqs=streams)
     clock, worker = RealClock(), StepWorker()
     worker.serve(TimePassing(step_s))
     arrivals: dict[str, list[float]] = {}
@@ -203,12 +192,10 @@ def emulate(args: argparse.Namespace, depth: int, streams: int, step_s: float) -
             arrivals.setdefault(output.request_id, []).append(now_s)
 
     core = EngineCore(
-        scheduler=Scheduler(
-            make_policy(config),
-            kv,
-            OffloadManager(kv, cost, None, 1),
-            cost,
-            config=config,
+        scheduler=make_scheduler(
+            SchedulerConfig(policy=args.policy),
+            KVMemory(16, 1 + streams * (2 + (args.prompt + args.tokens) // 16)),
+            CostModel(kv_bytes_per_token=1, max_num_seqs=streams),
             max_num_seqs=streams,
             max_num_batched_tokens=max(512, streams),
         ),

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Columns, Phase
+from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.cost_model import CostModel, StepCoefficients
 from tfserve.engine.scheduling.policies.tenants import Tenants
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
 from tfserve.engine.scheduling.snapshots import Snapshots
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
@@ -56,7 +57,9 @@ class Bench:
         outputs = self.rng.integers(100, 1500, n)
         running = np.arange(n) < n // 2
         blocks = -(-(PROMPT + outputs) // BLOCK)
-        self.kv = KVCacheManager(BlockPool(int(blocks[running].sum() * 1.02) + 20), BLOCK, 4096, BlockPool(40 * n + 2))
+        self.kv = KVCacheManager(
+            self.tracker.table, BlockPool(int(blocks[running].sum() * 1.02) + 20), BLOCK, 4096, BlockPool(40 * n + 2)
+        )
         self.snapshots = Snapshots(self.kv, self.tracker, self.cost, max_num_seqs=n, max_num_batched_tokens=8192)
         # Paused ones first: they leave the device again.
         for is_running, output in sorted(zip(running.tolist(), outputs.tolist(), strict=True)):
@@ -76,7 +79,7 @@ class Bench:
         req = self._arrive()
         self.tracker.on_tokens([req], output, self.now_s - 50.0)
         self.tracker.on_played(req, output - int(self.rng.integers(10, min(output, 400))), self.now_s)
-        self.tracker.set_phase(req, Phase.RUNNING, self.now_s - 30.0)
+        self.tracker.set_state(req, RequestState.RUNNING, self.now_s - 30.0)
         self._compute([req], [PROMPT + output - 1])
         if not is_running:
             self._preempt(req, ResumeBy.LOAD)
@@ -101,13 +104,13 @@ class Bench:
             else:
                 self.kv.release(req)
             done = by is ResumeBy.RECOMPUTE or self.kv.view(req).state is KVState.DEVICE
-            self.tracker.set_phase(req, Phase.RUNNING if done else Phase.LOADING, self.now_s)
-        for req in snapshot.columns.ids_of(snapshot.columns.in_phase(Phase.LOADING)):
+            self.tracker.set_state(req, RequestState.RUNNING if done else RequestState.LOADING, self.now_s)
+        for req in snapshot.columns.ids_of(snapshot.columns.in_state(RequestState.LOADING)):
             self._end(self.kv.resume(req, self.kv.num_free_blocks))
             if self.kv.view(req).state is KVState.DEVICE:
-                self.tracker.set_phase(req, Phase.RUNNING, self.now_s)
+                self.tracker.set_state(req, RequestState.RUNNING, self.now_s)
         for req in decision.admit:
-            self.tracker.set_phase(req, Phase.RUNNING, self.now_s)
+            self.tracker.set_state(req, RequestState.RUNNING, self.now_s)
 
     def _preempt(self, req: RequestId, by: ResumeBy) -> None:
         if by is ResumeBy.LOAD:
@@ -115,12 +118,12 @@ class Bench:
         else:
             self.kv.release(req)
         kept = self.kv.view(req).state is not KVState.NONE
-        self.tracker.set_phase(req, Phase.PAUSED if kept else Phase.WAITING, self.now_s)
+        self.tracker.set_state(req, RequestState.PAUSED if kept else RequestState.WAITING, self.now_s)
 
     def _run_step(self) -> None:
         """Everybody on the device computes what it lacks and gets a token; what was written goes to the host."""
         c = self._columns()
-        rows = np.flatnonzero(c.phase == Phase.RUNNING)
+        rows = np.flatnonzero(c.state == RequestState.RUNNING)
         ids, missing = c.ids_of(rows), c.num_uncomputed[rows].tolist()
         done = self._compute(ids, missing)
         self.now_s += STEP_S

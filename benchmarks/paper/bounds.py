@@ -8,12 +8,12 @@ import msgspec
 import numpy as np
 
 from benchmarks.paper.cases import Case
-from tfserve.engine.scheduling.qos import Floats, Served, fluid_effective_throughput, prefill_bound_s
+from tfserve.arrays import Floats
+from tfserve.engine.scheduling.qos import TAU_FULL, TAU_ZERO, Served, fluid_effective_throughput, prefill_bound_s
 from tfserve.engine.simulation.engine import SimRequest
 from tfserve.engine.simulation.hardware import capacity, prefill_tokens_per_s
 
 _BINS = 1000
-_TAU_FULL, _TAU_ZERO = 0.1, 0.2
 
 
 class RowBounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,7 +91,7 @@ def fluid_of_run(served: Sequence[Served]) -> float:
         done += given
         # On average a bin's tokens are there for half of it.
         unread = np.maximum(done - read - rate * (until - since) / 2, 0.0)
-        weight = np.clip((_TAU_ZERO * n - unread) / ((_TAU_ZERO - _TAU_FULL) * n), 0.0, 1.0)
+        weight = np.clip((TAU_ZERO * n - unread) / ((TAU_ZERO - TAU_FULL) * n), 0.0, 1.0)
         effective += float((given * weight).sum())
         read = np.minimum(done, read + rate * (until - since))
     return effective / max(end - begin, 1e-6)

@@ -13,8 +13,9 @@ import numpy as np
 
 from benchmarks.paper.bounds import fluid_of_run
 from benchmarks.paper.cases import Case, Experiment
+from tfserve.arrays import Floats
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.qos import Floats, Served, buffer_sizes, effective_tokens, score
+from tfserve.engine.scheduling.qos import Served, buffer_sizes, effective_tokens, score
 from tfserve.engine.simulation.engine import Moment, SimEngine, SimRequest, SimRun
 from tfserve.engine.simulation.fitted import HostTime
 

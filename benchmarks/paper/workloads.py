@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.arrays import Floats, Ints
 from tfserve.engine.simulation.engine import SimRequest
 from tfserve.errors import TfserveError
 
@@ -17,9 +18,6 @@ _SIGMA = 0.2
 """Standard deviation of normal lengths, as a share of their mean."""
 
 _LEAST_TOKENS = 16
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 
 class Burst(msgspec.Struct, frozen=True, tag=True):

@@ -13,13 +13,9 @@ from dataclasses import dataclass, field
 from tests.copy_queues import CopyQueues
 from tfserve.config import SchedulerConfig
 from tfserve.engine.core.loop import EngineCore
+from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
-from tfserve.engine.scheduling.offload_manager import OffloadManager
-from tfserve.engine.scheduling.policies import make_policy
-from tfserve.engine.scheduling.scheduler import Scheduler
-from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.plan import NULL_BLOCK, Ack, Clock, Copy, Direction, Fence, RowInit, StepPlan, StepResult
 from tfserve.types import ONE_TENANT, SamplingParams
@@ -49,9 +45,6 @@ class WrongPlanError(BaseException):
 class FakeInFlight:
     runner: FakeRunner
     fence: Fence
-
-    def ready(self) -> bool:
-        return self.fence in self.runner.outcomes
 
     def result(self) -> StepResult:
         self.runner.run_until(self.fence)
@@ -246,22 +239,18 @@ class FakeEngine:
     ) -> None:
         config = SchedulerConfig(policy=policy, **scheduler)
         self.clock = FakeClock()
-        host = BlockPool(num_host_blocks) if num_host_blocks else None
-        options = OffloadOptions(config.write_through, config.load_evict_overlap)
-        self.kv = KVCacheManager(BlockPool(num_blocks), block_size, 8 * block_size, host, options)
         self.runner = FakeRunner(block_size, max_num_batched_tokens)
-        self.transfers = FakeTransfers(self.runner, speeds, fail_copies, bps) if host else None
-        self.cost = CostModel(kv_bytes_per_token=1, max_num_seqs=max_num_seqs, store_bps=bps, load_bps=bps)
-        self.scheduler = Scheduler(
-            make_policy(config),
-            self.kv,
-            OffloadManager(self.kv, self.cost, self.transfers, kv_bytes_per_token=1),
-            self.cost,
-            config=config,
+        self.transfers = FakeTransfers(self.runner, speeds, fail_copies, bps) if num_host_blocks else None
+        self.scheduler = make_scheduler(
+            config,
+            KVMemory(block_size, num_blocks, num_host_blocks),
+            CostModel(kv_bytes_per_token=1, max_num_seqs=max_num_seqs, store_bps=bps, load_bps=bps),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            transfers=self.transfers,
             gate=None if gate is None else gate(self.clock),
         )
+        self.kv = self.scheduler.kv
         self.messages: list[StepOutputs | StreamStates] = []
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, object] = {}

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tests.engine.scene import set_kv
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.cost_model import CostModel, StepCoefficients
 from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.policy import MemoryView, ResumeBy, Snapshot, held_back, held_on_device, write_order
 from tfserve.engine.scheduling.qos import Served, score
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.tracker import Tracker
 
 
@@ -126,11 +127,11 @@ class Driver:
             if end <= self.now:
                 del self.evictions[req]
                 self.free += blocks
-                self.tracker.update([req], host_tokens=tokens, device_blocks=0)
+                set_kv(self.tracker, [req], host_tokens=tokens, device_blocks=0)
         for req, end in list(self.loads.items()):
             if end <= self.now:
                 del self.loads[req]
-                self.tracker.set_phase(req, Phase.RUNNING, self.now)
+                self.tracker.set_state(req, RequestState.RUNNING, self.now)
 
     # -- carrying out
 
@@ -146,48 +147,48 @@ class Driver:
             self.rejected[req] = wait
             self.tracker.remove(req, completed=False)
         for req in decision.drop:
-            assert c.phase[row[req]] == Phase.PAUSED
+            assert c.state[row[req]] == RequestState.PAUSED
             _, blocks, _ = self.evictions.pop(req, (0.0, 0, 0))
             self.free += blocks
-            self.tracker.update([req], num_computed=0, device_blocks=0, host_tokens=0)
-            self.tracker.set_phase(req, Phase.WAITING, self.now)
+            set_kv(self.tracker, [req], num_computed=0, device_blocks=0, host_tokens=0)
+            self.tracker.set_state(req, RequestState.WAITING, self.now)
         for req, by in decision.preempt:
             i = row[req]
-            assert c.phase[i] == Phase.RUNNING
+            assert c.state[i] == RequestState.RUNNING
             self.preemptions[req] += 1
             computed, blocks, host = int(c.num_computed[i]), int(c.device_blocks[i]), int(c.host_tokens[i])
             if by is ResumeBy.RECOMPUTE:
                 self.free += blocks
-                self.tracker.update([req], num_computed=0, device_blocks=0, host_tokens=0)
-                self.tracker.set_phase(req, Phase.WAITING, self.now)
+                set_kv(self.tracker, [req], num_computed=0, device_blocks=0, host_tokens=0)
+                self.tracker.set_state(req, RequestState.WAITING, self.now)
                 continue
             clean = min(blocks, host // bs if host < computed else blocks)
             self.free += clean
-            self.tracker.set_phase(req, Phase.PAUSED, self.now)
-            self.tracker.update([req], device_blocks=blocks - clean)
+            self.tracker.set_state(req, RequestState.PAUSED, self.now)
+            set_kv(self.tracker, [req], device_blocks=blocks - clean)
             if blocks > clean:
                 end = self._transfer("out", computed - host)
                 self.evictions[req] = (end, blocks - clean, computed)
         for req, by in decision.resume:
             i = row[req]
-            assert c.phase[i] == Phase.PAUSED
+            assert c.state[i] == RequestState.PAUSED
             if req in self.evictions:  # the rest is still going out: let it, then come back
                 continue
             if by is ResumeBy.RECOMPUTE:
-                self.tracker.update([req], num_computed=0, host_tokens=0)
-                self.tracker.set_phase(req, Phase.RUNNING, self.now)
+                set_kv(self.tracker, [req], num_computed=0, host_tokens=0)
+                self.tracker.set_state(req, RequestState.RUNNING, self.now)
                 continue
             blocks = math.ceil(int(c.host_tokens[i]) / bs)
             if blocks > self.free:
                 continue
             self.free -= blocks
-            self.tracker.update([req], device_blocks=blocks)
-            self.tracker.set_phase(req, Phase.LOADING, self.now)
+            set_kv(self.tracker, [req], device_blocks=blocks)
+            self.tracker.set_state(req, RequestState.LOADING, self.now)
             self.loads[req] = self._transfer("in", int(c.host_tokens[i]))
         for req in decision.admit:
-            assert c.phase[row[req]] == Phase.WAITING
+            assert c.state[row[req]] == RequestState.WAITING
             self.admitted.append(req)
-            self.tracker.set_phase(req, Phase.RUNNING, self.now)
+            self.tracker.set_state(req, RequestState.RUNNING, self.now)
 
     def _transfer(self, way: str, tokens: int) -> float:
         start = max(self.link_s[way], self.now)
@@ -199,7 +200,7 @@ class Driver:
         c, snap = self.tracker.columns(self.now), self.snapshot()
         bs = self.machine.block_size
         decoding = snap.is_decoding & ~held_back(c, self.config.generate_ahead_s)
-        waits_for_decode = not decision.decode and bool(((c.phase == Phase.RUNNING) & ~snap.is_decoding).any())
+        waits_for_decode = not decision.decode and bool(((c.state == RequestState.RUNNING) & ~snap.is_decoding).any())
         rows = [] if waits_for_decode else np.flatnonzero(decoding).tolist()
         blocks_new = snap.next_step_blocks
         batch = []
@@ -212,10 +213,12 @@ class Driver:
             budget = min(budget, decision.prefill_tokens)
         where = {req: i for i, req in enumerate(c.ids)}
         first = [where[req] for req in decision.order if req in where]
-        others = [i for i in c.in_phase(Phase.RUNNING).tolist() if not snap.is_decoding[i] and i not in set(first)]
+        others = [
+            i for i in c.in_state(RequestState.RUNNING).tolist() if not snap.is_decoding[i] and i not in set(first)
+        ]
         chunks: list[tuple[int, int]] = []
         for i in first + others:
-            if c.phase[i] != Phase.RUNNING or snap.is_decoding[i]:
+            if c.state[i] != RequestState.RUNNING or snap.is_decoding[i]:
                 continue
             n = min(int(c.num_uncomputed[i]), budget)
             need = math.ceil((int(c.num_computed[i]) + n) / bs) - int(c.device_blocks[i])
@@ -241,7 +244,7 @@ class Driver:
         n = np.array([1] * len(batch) + [k for _, k in chunks])
         computed = c.num_computed[done] + n
         sampled = [i for i, k in zip(done, computed.tolist(), strict=True) if k == c.num_tokens[i]]
-        self.tracker.update([ids[i] for i in done], num_computed=computed, device_blocks=np.ceil(computed / bs))
+        set_kv(self.tracker, [ids[i] for i in done], num_computed=computed, device_blocks=np.ceil(computed / bs))
         self.tracker.on_tokens([ids[i] for i in sampled], 1, self.now)
         if self.config.offload and self.config.write_through:
             self._write_through(seconds)
@@ -255,16 +258,16 @@ class Driver:
         c, bs = self.tracker.columns(self.now), self.machine.block_size
         budget = int(seconds * self.machine.bps / self.machine.kv_bytes_per_token)
         dirty = (c.num_computed // bs - c.host_tokens // bs) * bs
-        if not (dirty[c.phase == Phase.RUNNING] > 0).any():
+        if not (dirty[c.state == RequestState.RUNNING] > 0).any():
             return
         where = {req: i for i, req in enumerate(c.ids)}
-        order = write_order(c) if self.config.priority_writes else c.ids_of(c.in_phase(Phase.RUNNING))
+        order = write_order(c) if self.config.priority_writes else c.ids_of(c.in_state(RequestState.RUNNING))
         for req in order:
             n = min(int(dirty[where[req]]), budget // bs * bs)
             if n > 0:
                 budget -= n
                 self.moved["out"] += n
-                self.tracker.update([req], host_tokens=int(c.host_tokens[where[req]]) // bs * bs + n)
+                set_kv(self.tracker, [req], host_tokens=int(c.host_tokens[where[req]]) // bs * bs + n)
 
     def _finish(self, req: str) -> None:
         self.free += int(self._column("device_blocks", req))
@@ -279,7 +282,7 @@ class Driver:
         _, release = held_on_device(self.tracker.columns(self.now), self.config.generate_ahead_s)
         ends += [] if release is None else [release + 1e-6]
         later = [t for t in ends if t > self.now]
-        running = self.tracker.columns(self.now).in_phase(Phase.RUNNING)
+        running = self.tracker.columns(self.now).in_state(RequestState.RUNNING)
         if len(running) and release is None and not self.loads and not self.evictions:
             c = self.tracker.columns(self.now)
             self._give_up(c.ids[running[-1]])
@@ -293,8 +296,8 @@ class Driver:
         self.forced += 1
         self.preemptions[req] += 1
         self.free += int(self._column("device_blocks", req))
-        self.tracker.update([req], num_computed=0, device_blocks=0, host_tokens=0)
-        self.tracker.set_phase(req, Phase.WAITING, self.now)
+        set_kv(self.tracker, [req], num_computed=0, device_blocks=0, host_tokens=0)
+        self.tracker.set_state(req, RequestState.WAITING, self.now)
 
     # -- accounts
 

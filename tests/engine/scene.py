@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
 from tfserve.engine.scheduling.policy import Decision, MemoryView, Snapshot
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.tracker import Tracker
 
 
@@ -36,6 +37,12 @@ class FlatCost:
 
     def gamma(self, mean_ctx, kv_tokens, prefill_per_output=0.0):
         return self.capacity
+
+
+def set_kv(tracker: Tracker, reqs: Sequence[str], **counters) -> None:
+    """Write `num_computed`, `device_blocks` or `host_tokens` of these requests, as the memory manager would."""
+    for name, values in counters.items():
+        tracker.table[name][tracker.table.rows(reqs)] = values
 
 
 @dataclass
@@ -64,33 +71,33 @@ class Scene:
     ):
         computed = prompt + output - 1
         self._started(req, unread_s, prompt, output, max_tokens, rate, **more)
-        self.tracker.set_phase(req, Phase.RUNNING, self.now_s - for_s)
+        self.tracker.set_state(req, RequestState.RUNNING, self.now_s - for_s)
         blocks = math.ceil(computed / self.block_size)
         self.held += blocks
-        self.tracker.update([req], num_computed=computed, device_blocks=blocks, host_tokens=computed if clean else 0)
+        set_kv(self.tracker, [req], num_computed=computed, device_blocks=blocks, host_tokens=computed if clean else 0)
         return self
 
     def prefilling(self, req, prompt=320, computed=0, rate=20.0, for_s=0.2, **more) -> Scene:
         self.tracker.add(req, arrival_s=self.now_s - for_s, num_prompt=prompt, max_tokens=100, rate=rate, **more)
-        self.tracker.set_phase(req, Phase.RUNNING, self.now_s - for_s)
+        self.tracker.set_state(req, RequestState.RUNNING, self.now_s - for_s)
         blocks = math.ceil(computed / self.block_size)
         self.held += blocks
-        self.tracker.update([req], num_computed=computed, device_blocks=blocks)
+        set_kv(self.tracker, [req], num_computed=computed, device_blocks=blocks)
         return self
 
     def paused(self, req, unread_s=5.0, prompt=32, output=200, max_tokens=1000, rate=20.0, for_s=3.0, **more):
         self._started(req, unread_s, prompt, output, max_tokens, rate, **more)
-        self.tracker.set_phase(req, Phase.PAUSED, self.now_s - for_s)
+        self.tracker.set_state(req, RequestState.PAUSED, self.now_s - for_s)
         computed = prompt + output - 1
-        self.tracker.update([req], num_computed=computed, host_tokens=computed)
+        set_kv(self.tracker, [req], num_computed=computed, host_tokens=computed)
         return self
 
     def loading(self, req, **kw) -> Scene:
         self.paused(req, **kw)
         c = self.tracker.columns(self.now_s)
         blocks = math.ceil(int(c.num_computed[c.ids.index(req)]) / self.block_size)
-        self.tracker.set_phase(req, Phase.LOADING, self.now_s)
-        self.tracker.update([req], device_blocks=blocks)
+        self.tracker.set_state(req, RequestState.LOADING, self.now_s)
+        set_kv(self.tracker, [req], device_blocks=blocks)
         self.held += blocks
         return self
 

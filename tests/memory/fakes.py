@@ -7,6 +7,7 @@ from collections import deque
 import numpy as np
 
 from tests.copy_queues import CopyQueues
+from tfserve.engine.scheduling.table import RequestTable, RowRef
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.memory.residency import KVState
@@ -80,6 +81,13 @@ class FakeDevice(CopyQueues):
         pass
 
 
+class OpenTable(RequestTable):
+    """A request gets its row when it is first asked for."""
+
+    def ref(self, req: str) -> RowRef:
+        return super().ref(req) if req in self else self.add(req)
+
+
 class FakeTiers:
     """A manager over a FakeDevice, driven as the core drives it, `depth` steps deep."""
 
@@ -95,8 +103,9 @@ class FakeTiers:
         options.setdefault("granule_tokens", block_size)
         self.device_pool = BlockPool(num_blocks)
         self.host_pool = BlockPool(num_host_blocks) if num_host_blocks else None
+        self.table = OpenTable()
         self.kv = KVCacheManager(
-            self.device_pool, block_size, 8 * block_size, self.host_pool, OffloadOptions(**options)
+            self.table, self.device_pool, block_size, 8 * block_size, self.host_pool, options=OffloadOptions(**options)
         )
         self.device = FakeDevice(num_blocks, num_host_blocks or 2, block_size, honour_after)
         self.depth = depth

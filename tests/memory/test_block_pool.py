@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from tfserve.engine.scheduling.table import RequestTable
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 
@@ -64,7 +65,10 @@ def test_check_notices_a_lost_block():
 
 
 def test_manager_gives_just_the_blocks_a_request_needs():
-    kv = KVCacheManager(BlockPool(8), block_size=4, run_tokens=16)
+    table = RequestTable()
+    for req in ("a", "b"):
+        table.add(req)
+    kv = KVCacheManager(table, BlockPool(8), block_size=4, run_tokens=16)
     assert len(kv.extend("a", 5, 20)) == 2
     assert kv.extend("a", 3, 20) == ()
     assert len(kv.extend("a", 1, 20)) == 1

@@ -28,7 +28,6 @@ class Scene:
         self.tiers = FakeTiers(num_blocks=DEVICE_BLOCKS, block_size=4, **options)
         self.live: list[str] = []
         self.num_arrived = 0
-        self.rows: dict[str, int] = {}
 
     def among(self, pick: int, *states: KVState) -> str | None:
         able = [req for req in self.live if self.tiers.state(req) in states]
@@ -78,6 +77,7 @@ class Scene:
             req = self.live.pop(pick % len(self.live))
             self.tiers.kv.release(req)
             assert self.tiers.state(req) is KVState.NONE
+            self.tiers.table.remove(req)
 
     def transfer(self, direction: Direction, moves: int, acks: int) -> None:
         for _ in range(moves):
@@ -97,13 +97,14 @@ class Scene:
         self.check_columns()
 
     def check_columns(self) -> None:
-        """Whoever only follows those that move has the counters that looking everybody up gives."""
-        kv = self.tiers.kv
-        self.rows |= kv.take_moved()
-        looked_up = kv.columns(self.live)
-        followed = kv.columns_at([self.rows.get(req, 0) for req in self.live])
-        for name in ("state", "num_tokens", "num_host_tokens", "num_device_blocks"):
-            assert getattr(followed, name).tolist() == getattr(looked_up, name).tolist()
+        """The table's rows move when a request leaves; each is that of its request all the same."""
+        table = self.tiers.table
+        table.check()
+        assert sorted(table.ids) == sorted(self.live)
+        views = [self.tiers.kv.view(req) for req in table.ids]
+        assert table["num_computed"].tolist() == [view.num_tokens for view in views]
+        assert table["host_tokens"].tolist() == [view.num_host_tokens for view in views]
+        assert table["device_blocks"].tolist() == [view.num_device_blocks for view in views]
 
     def end(self) -> None:
         """From any state: all pause, then one after the other comes back whole; then all leave nothing behind."""

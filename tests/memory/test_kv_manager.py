@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from tests.memory.fakes import FakeTiers
+from tfserve.engine.scheduling.table import RequestTable
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import TRANSITIONS, KVState
@@ -330,19 +330,14 @@ def test_columns_tell_for_many_requests_what_views_tell_for_one():
     tiers.preempt("2")
     tiers.drain()
     tiers.step({"4": 37})
-    reqs = ["3", "unknown", "2", "1"]
-    columns = tiers.kv.columns(reqs)
-    for index, req in enumerate(reqs):
-        view = tiers.kv.view(req)
-        assert columns.state[index] == view.state
-        assert columns.num_tokens[index] == view.num_tokens
-        assert columns.num_host_tokens[index] == view.num_host_tokens
-        assert columns.num_dirty_tokens[index] == view.num_dirty_tokens
-        assert columns.num_blocks[index] == view.num_blocks
-        assert columns.num_device_blocks[index] == view.num_device_blocks
-    assert columns.num_clean_blocks.tolist() == [2, 0, 3, 2]
-    assert columns.num_missing_blocks.tolist() == [0, 0, 2, 0]
-    assert columns.num_tokens.dtype == np.int64
+    table = tiers.table
+    for req in ("3", "2", "1", "4"):
+        view, row = tiers.kv.view(req), table.row(req)
+        assert table["num_computed"][row] == view.num_tokens
+        assert table["host_tokens"][row] == view.num_host_tokens
+        assert table["device_blocks"][row] == view.num_device_blocks
+    assert tiers.kv.view("unknown").num_tokens == 0
+    assert "unknown" not in table
 
 
 def test_illegal_moves_are_errors():
@@ -350,6 +345,8 @@ def test_illegal_moves_are_errors():
     tiers.step({"1": 4})
     with pytest.raises(AssertionError, match="nothing to resume in KV state DEVICE"):
         tiers.resume("1")
+    with pytest.raises(AssertionError, match="2: nothing to resume"):
+        tiers.resume("2")
     tiers.preempt("1")
     with pytest.raises(AssertionError, match="cannot run in KV state STORING"):
         tiers.kv.extend("1", 1, 5)
@@ -358,7 +355,7 @@ def test_illegal_moves_are_errors():
     with pytest.raises(AssertionError, match="still needs it"):
         tiers.kv.cancelled({CopyId(0)})
     with pytest.raises(ValueError, match="must divide"):
-        KVCacheManager(BlockPool(4), block_size=48, run_tokens=48)
+        KVCacheManager(RequestTable(), BlockPool(4), block_size=48, run_tokens=48)
 
 
 def test_every_state_can_be_left_and_reached():

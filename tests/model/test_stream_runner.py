@@ -8,16 +8,9 @@ from tfserve.model.stream_runner import TimedFlight
 from tfserve.plan import Fence, StepResult
 
 
-@dataclass
 class Flight:
-    fence = Fence(7)
-    over: bool = False
-
-    def ready(self) -> bool:
-        return self.over
-
     def result(self) -> StepResult:
-        return StepResult(self.fence, (5,), (None,), device_s=9.0, idle_s=9.0)
+        return StepResult(Fence(7), (5,), (None,), device_s=9.0, idle_s=9.0)
 
 
 @dataclass
@@ -26,9 +19,6 @@ class Event:
 
     at_ms: float
     reached: bool = False
-
-    def query(self) -> bool:
-        return self.reached
 
     def synchronize(self) -> None:
         self.reached = True
@@ -47,12 +37,7 @@ def test_times_are_the_devices() -> None:
     assert results[1].tokens == (5,)
 
 
-def test_it_is_over_when_the_device_is_and_its_tokens_are_here() -> None:
-    inner, end = Flight(), Event(2.0)
-    flight = TimedFlight(inner, None, Event(1.0), end)
-    assert flight.fence == 7
-    assert not flight.ready()
-    end.reached = True
-    assert not flight.ready()
-    inner.over = True
-    assert flight.ready()
+def test_its_result_waits_for_the_end_of_the_device() -> None:
+    end = Event(2.0)
+    assert TimedFlight(Flight(), None, Event(1.0), end).result().step == 7
+    assert end.reached

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from tfserve.arrays import Floats
 from tfserve.bench.report import write_json
 from tfserve.engine.core.step_trace import Trace, read_trace
-from tfserve.engine.scheduling.qos import Floats
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.engine.simulation.engine import SimEngine, SimRequest
 from tfserve.engine.simulation.fitted import FittedProfile, MeasuredCost, fit, fit_error

@@ -13,7 +13,7 @@ class BlockPool:
     """A set of numbered blocks with reference counts; block 0 is reserved (plan.NULL_BLOCK).
 
     Free blocks are one byte each in a bytearray, so that finding a run of them is a substring search at C speed.
-    Adjacent blocks matter: attention reads a contiguous request without a gather, and transfers merge runs.
+    Adjacent blocks matter: transfers move a run of neighbours as one copy.
     """
 
     def __init__(self, num_blocks: int) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
-import numpy.typing as npt
 
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.copy_ledger import CopyInFlight, CopyLedger
 from tfserve.memory.device_tier import DeviceTier
 from tfserve.memory.host_tier import HostTier
-from tfserve.memory.kv_columns import KVColumns, ResidencyTable
-from tfserve.memory.residency import PAUSED, RESUMING, KVBlock, KVState, KVView, Residency
+from tfserve.memory.kv_counters import KVCounters
+from tfserve.memory.residency import NO_KV, PAUSED, RESUMING, KVBlock, KVState, KVView, Residency
 from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
 from tfserve.types import RequestId
 
@@ -51,16 +50,20 @@ class KVCacheManager:
     the request's tail: `view(req).num_tokens` says what is left, the rest is computed again. Host copies of paused
     requests are never taken. So a preemption always frees device memory and nothing waits for host memory.
 
+    How much KV each request has is written to `counters`, and kept nowhere else.
+
     `run_tokens` bounds the contiguous stretch that a new request is placed in, so that a few long limits do not
     scatter everybody else.
     """
 
     def __init__(
         self,
+        counters: KVCounters,
         pool: BlockPool,
         block_size: int,
         run_tokens: int,
         host: BlockPool | None = None,
+        *,
         options: OffloadOptions | None = None,
     ) -> None:
         self.block_size = block_size
@@ -73,7 +76,7 @@ class KVCacheManager:
             raise ValueError(f"granule_tokens {self._granule} must divide the block size {block_size}")
         self._max_run = max(1, run_tokens // block_size)
         self._requests: dict[RequestId, Residency] = {}
-        self._table = ResidencyTable()
+        self._counters = counters
         self._copies = CopyLedger(pool, self._host.pool)
         self._step = Fence(0)
         self._write_order: Sequence[RequestId] = ()
@@ -113,21 +116,7 @@ class KVCacheManager:
 
     def view(self, req: RequestId) -> KVView:
         """Where `req`'s KV is; live. A request without KV is a view of zero tokens in state NONE."""
-        return self._requests.get(req) or Residency(req, self._table)
-
-    def columns(self, reqs: Iterable[RequestId]) -> KVColumns:
-        """The counters of many requests at once, in the order given."""
-        get, nothing = self._requests.get, Residency("", self._table)
-        return self._table.gather([get(req, nothing).row for req in reqs], self.block_size)
-
-    def take_moved(self) -> dict[RequestId, int]:
-        """For requests that got KV or lost all of it since the last call: the row of their counters, 0 without KV."""
-        moved, self._table.moved = self._table.moved, {}
-        return moved
-
-    def columns_at(self, rows: npt.ArrayLike) -> KVColumns:
-        """As `columns`, for rows kept up to date with `take_moved`: no look-up per request."""
-        return self._table.gather(rows, self.block_size)
+        return self._requests.get(req) or NO_KV
 
     def begin_step(self, step: Fence) -> None:
         """What follows is planned for `step`: `extend` makes room that it writes."""
@@ -139,7 +128,7 @@ class KVCacheManager:
         The new blocks in order, or None (and no change) if too few are free. `expected_tokens` is how long the request
         may become: it only decides where its first block goes.
         """
-        kv = self._requests.get(req) or Residency(req, self._table)
+        kv = self._requests.get(req) or Residency(req, self._counters)
         state = kv.state
         if state is not KVState.DEVICE and state is not KVState.NONE:
             raise AssertionError(f"{req}: cannot run in KV state {state.name}")
@@ -217,7 +206,9 @@ class KVCacheManager:
 
         In state PARTIAL call again, once blocks are free or stores have ended. The request may run in state DEVICE.
         """
-        kv = self._requests.get(req) or Residency(req, self._table)
+        kv = self._requests.get(req)
+        if kv is None:
+            raise AssertionError(f"{req}: nothing to resume, it has no KV")
         if kv.state in PAUSED:
             for block in kv.blocks_by_index:
                 if block.dev is not None:
@@ -279,6 +270,8 @@ class KVCacheManager:
         for req, kv in self._requests.items():
             if kv.req != req or kv.state is KVState.NONE:
                 raise AssertionError(f"{req}: listed without KV")
+            if kv.row is not self._counters.ref(req):
+                raise AssertionError(f"{req}: its counters are in the row of another request")
             kv.check(self.block_size)
         self._device.check(self._requests.values(), [flight.copy.dev for flight in self._copies])
         self._host.check(self._requests.values(), [flight.copy.host for flight in self._copies])

@@ -32,10 +32,6 @@ class TokenScores:
         self._counts = counts
         self._arriving = Download(tokens, (picked - norm)[:, 0], best_tokens, best - norm)
 
-    def ready(self) -> bool:
-        """True once `read` would not wait."""
-        return self._arriving.ready()
-
     def read(self) -> list[TokenLogprob]:
         """An entry for each row; waits for the device."""
         columns = zip(self._counts, *self._arriving.lists(), strict=True)
@@ -52,10 +48,6 @@ class PromptScores:
     req: RequestId
     start: int
     parts: tuple[TokenScores, ...]
-
-    def ready(self) -> bool:
-        """True once `read` would not wait."""
-        return all(part.ready() for part in self.parts)
 
     def read(self) -> PromptLogprobs:
         """What the step's result says of them; waits for the device."""

@@ -69,7 +69,7 @@ class ModelRunner:
         except failures() as error:
             self._scrub(plan.seqs)
             self._ended_s = time.perf_counter()
-            return FailedStep(plan.step, error)
+            return FailedStep(error)
         # On a CPU the step has run by now, so wall time is the device's; StreamRunner knows a GPU's.
         self._ended_s = time.perf_counter()
         return LaunchedStep(
@@ -141,10 +141,6 @@ class LaunchedStep:
     device_s: float = 0.0
     idle_s: float = 0.0
 
-    def ready(self) -> bool:
-        """True once all that `result` reads has arrived."""
-        return (self.sampled is None or self.sampled.ready()) and all(scores.ready() for scores in self.prompts)
-
     def result(self) -> StepResult:
         """What the step produced; waits for the device."""
         chosen = Choices((), (), ()) if self.sampled is None else self.sampled.read()
@@ -163,12 +159,7 @@ class LaunchedStep:
 class FailedStep:
     """A step that raised."""
 
-    fence: Fence
     error: BaseException
-
-    def ready(self) -> bool:
-        """True: the step is over."""
-        return True
 
     def result(self) -> StepResult:
         """Raise what the step raised."""

@@ -46,10 +46,6 @@ class Sampled:
     asking: list[int]
     scores: TokenScores | None
 
-    def ready(self) -> bool:
-        """True once `read` would not wait."""
-        return self.chosen.ready() and (self.scores is None or self.scores.ready())
-
     def read(self) -> Choices:
         """The same on the host."""
         tokens, usable = self.chosen.lists()

@@ -56,10 +56,6 @@ class Download:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def ready(self) -> bool:
-        """True once `lists` would not wait."""
-        return self._arrived is None or self._arrived.query()
-
     def lists(self) -> list[list[Any]]:
         """Each tensor as (nested) lists; waits for the device."""
         if self._arrived is not None:

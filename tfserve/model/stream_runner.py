@@ -51,15 +51,6 @@ class TimedFlight:
         self._inner = inner
         self._before, self._begin, self._end = before, begin, end
 
-    @property
-    def fence(self) -> Fence:
-        """The step's number."""
-        return self._inner.fence
-
-    def ready(self) -> bool:
-        """True once the device has reached the step's end."""
-        return self._inner.ready() and self._end.query()
-
     def result(self) -> StepResult:
         """The step's outcome; waits for the device."""
         result = self._inner.result()

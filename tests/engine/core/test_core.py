@@ -8,8 +8,8 @@ import pytest
 
 from tests.engine.fakes import FakeEngine, expected_output, next_token
 from tests.panics import PanicException
-from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.policy import Decision, Snapshot
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.messages import AbortRequest
 from tfserve.types import FinishReason
 
@@ -199,7 +199,7 @@ class OnlyDecodes:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         c = snapshot.columns
-        return Decision(admit=c.ids_of(c.in_phase(Phase.WAITING)), prefill_tokens=0)
+        return Decision(admit=c.ids_of(c.in_state(RequestState.WAITING)), prefill_tokens=0)
 
 
 def test_prompts_run_when_there_are_no_decodes_to_go_first(monkeypatch):

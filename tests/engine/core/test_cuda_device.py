@@ -36,7 +36,7 @@ def test_the_largest_step_spends_the_whole_budget_on_as_many_prompts_as_fit(seqs
 def test_a_largest_step_without_room_says_what_to_set():
     class Full:
         def launch(self, plan):
-            return FailedStep(plan.step, torch.OutOfMemoryError("CUDA out of memory"))
+            return FailedStep(torch.OutOfMemoryError("CUDA out of memory"))
 
         def close(self):
             pass

@@ -6,7 +6,8 @@ import pytest
 
 from tests.engine.fakes import FakeEngine, expected_output
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
-from tfserve.engine.scheduling.tracker import Phase, Tracker
+from tfserve.engine.scheduling.state import RequestState
+from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.residency import KVState
 from tfserve.messages import AbortRequest, AddRequest, Shutdown
 from tfserve.plan import Direction
@@ -26,7 +27,7 @@ class Script:
     def decide(self, snapshot: Snapshot) -> Decision:
         number, self.num_calls = self.num_calls, self.num_calls + 1
         c = snapshot.columns
-        return self.decisions.get(number, Decision(admit=c.ids_of(c.in_phase(Phase.WAITING))))
+        return self.decisions.get(number, Decision(admit=c.ids_of(c.in_state(RequestState.WAITING))))
 
 
 @pytest.fixture(autouse=True)

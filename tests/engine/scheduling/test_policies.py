@@ -138,7 +138,7 @@ def test_andes_keeps_its_preemptions_to_one_per_request():
     scene.running("full", unread_s=9.5).running("low", unread_s=1.0).waiting("new", prompt=200, for_s=3.0)
     for _ in range(3):
         for phase in (2, 1):
-            scene.tracker.set_phase("low", phase, scene.now_s)
+            scene.tracker.set_state("low", phase, scene.now_s)
     assert decide("andes", scene).preempt == ()
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.scene import FlatCost, Scene, decide
+from tests.engine.scene import FlatCost, Scene, decide, set_kv
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
 from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
+from tfserve.engine.scheduling.state import RequestState
 
 # -- capacity and overload
 
@@ -95,7 +95,7 @@ def test_the_fallback_ends_with_a_tenth_to_spare():
 
     def room(gamma: float) -> int:
         snapshot = Scene(cost=FlatCost(gamma=gamma)).running("a").waiting("b").snapshot()
-        newcomer = snapshot.columns.in_phase(Phase.WAITING)
+        newcomer = snapshot.columns.in_state(RequestState.WAITING)
         load = measure(snapshot, config)
         working_set.size = 10.0
         return working_set.room_for(newcomer, load, snapshot, config)
@@ -178,8 +178,8 @@ def test_a_wait_for_a_first_token_excuses_a_little_stalling():
     # 46 tokens 2 s ago: 0.3 s are left, and nobody has stalled.
     scene.tracker.add("a", arrival_s=scene.now_s - 3, num_prompt=32, max_tokens=1000, rate=20.0)
     scene.tracker.on_tokens(["a"], 46, scene.now_s - 2)
-    scene.tracker.set_phase("a", Phase.RUNNING, scene.now_s - 3)
-    scene.tracker.update(["a"], num_computed=77, device_blocks=5)
+    scene.tracker.set_state("a", RequestState.RUNNING, scene.now_s - 3)
+    set_kv(scene.tracker, ["a"], num_computed=77, device_blocks=5)
     scene.held += 5
     scene.prefilling("p", for_s=2.0)
     for share, excused_s in ((0.0, 0.0), (0.05, 0.1), (0.1, 0.2)):
@@ -189,5 +189,5 @@ def test_a_wait_for_a_first_token_excuses_a_little_stalling():
 
 def test_first_tokens_come_before_recomputing():
     scene = Scene().running("again", unread_s=0.0).prefilling("new")
-    scene.tracker.update(["again"], num_computed=0)
+    set_kv(scene.tracker, ["again"], num_computed=0)
     assert decide(scene).order == ("new", "again")

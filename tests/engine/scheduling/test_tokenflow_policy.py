@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.scene import FlatCost, Scene, decide
+from tests.engine.scene import FlatCost, Scene, decide, set_kv
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow, is_stressed
 from tfserve.engine.scheduling.policy import ResumeBy
@@ -87,7 +87,7 @@ def test_whoever_nobody_reads_leaves_before_readers_do():
 def test_nobody_is_displaced_who_would_run_dry_meanwhile():
     scene = Scene(num_blocks=30).running("a", unread_s=2.5).running("b", unread_s=2.5).waiting("new", for_s=30.0)
     scene.cost = FlatCost(out_s=1.0, back_s=1.0, prefill=1.0)
-    scene.tracker.update(["a", "b"], host_tokens=0)
+    set_kv(scene.tracker, ["a", "b"], host_tokens=0)
     # 1.5 x (1 + 1 + 0.5) s of playback are needed.
     assert decide(scene).admit == ()
     assert decide(scene, buffer_conservativeness=0.9).admit == ("new",)

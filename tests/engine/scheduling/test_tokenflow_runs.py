@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.policy_driver import CPU, Ask, Driver, Machine, burst
-from tests.engine.scene import FlatCost, Scene
+from tests.engine.scene import FlatCost, Scene, set_kv
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Phase
 from tfserve.engine.scheduling.cost_model import StepCoefficients
 from tfserve.engine.scheduling.policies.headroom import gain
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
 from tfserve.engine.scheduling.policy import ResumeBy
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.tracker import Tracker
 
 # -- the paper's example
@@ -40,10 +40,10 @@ class TwoSlots:
                     self.tracker.add(req, arrival_s=now, num_prompt=1, max_tokens=100_000, rate=rate)
             self._apply(self.policy.decide(self._snapshot(now)), now)
             c = self.tracker.columns(now)
-            running = c.ids_of(c.in_phase(Phase.RUNNING))
+            running = c.ids_of(c.in_state(RequestState.RUNNING))
             assert len(running) <= 2
             self.tracker.on_tokens(running, 1, now + 1 / 40)
-            self.tracker.update(running, num_computed=self._tokens(running, now), device_blocks=1)
+            set_kv(self.tracker, running, num_computed=self._tokens(running, now), device_blocks=1)
 
     def _tokens(self, reqs, now):
         c = self.tracker.columns(now)
@@ -59,12 +59,12 @@ class TwoSlots:
         for req, by in decision.preempt:
             assert by is ResumeBy.LOAD
             self.events.append((now, "preempt", req))
-            self.tracker.set_phase(req, Phase.PAUSED, now)
-            self.tracker.update([req], device_blocks=0, host_tokens=self._tokens([req], now))
+            self.tracker.set_state(req, RequestState.PAUSED, now)
+            set_kv(self.tracker, [req], device_blocks=0, host_tokens=self._tokens([req], now))
         for req in [req for req, _ in decision.resume] + list(decision.admit):
             self.events.append((now, "run", req))
-            self.tracker.set_phase(req, Phase.RUNNING, now)
-            self.tracker.update([req], device_blocks=1, host_tokens=0)
+            self.tracker.set_state(req, RequestState.RUNNING, now)
+            set_kv(self.tracker, [req], device_blocks=1, host_tokens=0)
 
 
 def test_the_papers_figure_6():
@@ -227,8 +227,8 @@ def assert_nobody_starves(driver: Driver, bound_s: float = 10.0) -> None:
     c = driver.tracker.columns(driver.now)
     assert (c.dry_s[c.has_started] < bound_s).all()
     assert (driver.now - c.arrival_s[c.has_reader & ~c.has_started] < bound_s).all()
-    away = ~c.has_reader & (c.phase != int(Phase.RUNNING))
-    assert (driver.now - c.phase_since_s[away] < bound_s + SchedulerConfig().background_patience_s).all()
+    away = ~c.has_reader & (c.state != int(RequestState.RUNNING))
+    assert (driver.now - c.state_since_s[away] < bound_s + SchedulerConfig().background_patience_s).all()
 
 
 def test_requests_of_one_kind_get_first_tokens_in_order_of_arrival():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tfserve.engine.scheduling.columns import Phase
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.errors import RequestError
 
@@ -194,15 +194,15 @@ def test_rows_stay_dense_and_keep_their_values_when_requests_leave():
 def test_phases_in_order_of_arrival_and_preemptions_counted():
     tracker = tracker_with(a=1, b=1, c=1)
     for req in ("c", "a"):
-        tracker.set_phase(req, Phase.RUNNING, 1.0)
+        tracker.set_state(req, RequestState.RUNNING, 1.0)
     events = tracker.columns(1.0).num_events
-    tracker.set_phase("a", Phase.PAUSED, 2.0)
-    tracker.set_phase("a", Phase.LOADING, 3.0)
-    tracker.set_phase("a", Phase.RUNNING, 4.0)
+    tracker.set_state("a", RequestState.PAUSED, 2.0)
+    tracker.set_state("a", RequestState.LOADING, 3.0)
+    tracker.set_state("a", RequestState.RUNNING, 4.0)
     c = tracker.columns(5.0)
-    assert c.ids_of(c.in_phase(Phase.RUNNING)) == ("a", "c")
+    assert c.ids_of(c.in_state(RequestState.RUNNING)) == ("a", "c")
     assert c.num_preemptions[c.ids.index("a")] == c.total_preemptions == 1
-    assert c.phase_since_s[c.ids.index("a")] == 4.0
+    assert c.state_since_s[c.ids.index("a")] == 4.0
     assert c.num_events == events + 1  # the completed load
 
 

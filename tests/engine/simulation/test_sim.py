@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tfserve.engine.scheduling.table import RequestTable
 from tfserve.engine.simulation.clock import SimClock
 from tfserve.engine.simulation.runner import SimRunner, sim_token
 from tfserve.engine.simulation.transfers import SimLinks, SimTransfers
@@ -77,11 +78,11 @@ def test_a_step_costs_what_its_batch_costs_and_follows_the_one_before():
     first = runner.launch(plan(0, decode, prefill, n_decode=1))
     second = runner.launch(plan(1, decode, n_decode=1))
     assert asked == [(1, 10, 6, 6 * 7.0), (1, 10, 0, 0)]
-    assert not first.ready()
+    assert clock.now() == 0.0
     result = first.result()
     assert (clock.now(), result.device_s, result.tokens) == (0.5, 0.5, (sim_token("a", 10, 100),))
-    assert (first.ready(), second.ready(), second.fence) == (True, False, 1)
-    assert second.result().idle_s == 0.0
+    follower = second.result()
+    assert (follower.step, follower.idle_s) == (1, 0.0)
     assert clock.now() == 1.0
     clock.advance_to(1.25)
     assert runner.launch(plan(2, decode, n_decode=1)).result().idle_s == 0.25
@@ -137,9 +138,11 @@ def test_directions_that_contend_slow_each_other_down():
 def swap_s(num_blocks: int = 8, **options) -> tuple[float, int]:
     """Virtual seconds from preempting one request to having another of equal size back; and blocks stored in them."""
     clock = SimClock()
-    kv = KVCacheManager(
-        BlockPool(num_blocks + 1), BLOCK, 64 * BLOCK, BlockPool(4 * num_blocks), OffloadOptions(**options)
-    )
+    table = RequestTable()
+    for req in ("back", "away"):
+        table.add(req)
+    device, host = BlockPool(num_blocks + 1), BlockPool(4 * num_blocks)
+    kv = KVCacheManager(table, device, BLOCK, 64 * BLOCK, host, options=OffloadOptions(**options))
     transfers = SimTransfers(clock, SimLinks(store_bytes_per_s=1e6, load_bytes_per_s=1e6), TOKEN_BYTES)
 
     def settle():

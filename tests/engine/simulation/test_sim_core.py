@@ -7,16 +7,12 @@ import pytest
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.core.loop import EngineCore
+from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
-from tfserve.engine.scheduling.offload_manager import OffloadManager
-from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.qos import Served, score
-from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.engine.simulation.clock import SimClock
 from tfserve.engine.simulation.runner import SimRunner, sim_token
 from tfserve.engine.simulation.transfers import SimLinks, SimTransfers
-from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.messages import AddRequest, StepOutputs
 from tfserve.plan import Direction
 from tfserve.types import SamplingParams
@@ -46,18 +42,15 @@ class SimEngine:
         self.times: dict[str, object] = {}
         self.token_s: dict[str, list[float]] = {}
         config = SchedulerConfig(**scheduler)
-        kv = KVCacheManager(BlockPool(num_blocks), 16, 1024, BlockPool(num_host_blocks) if num_host_blocks else None)
         links = SimLinks(store_bytes_per_s=1e9, load_bytes_per_s=1e9, contention=1.3)
         transfers = SimTransfers(self.clock, links, TOKEN_BYTES) if num_host_blocks else None
-        cost = CostModel(kv_bytes_per_token=TOKEN_BYTES, max_num_seqs=max_num_seqs, store_bps=1e9, load_bps=1e9)
-        self.scheduler = Scheduler(
-            make_policy(config),
-            kv,
-            OffloadManager(kv, cost, transfers, TOKEN_BYTES),
-            cost,
-            config=config,
+        self.scheduler = make_scheduler(
+            config,
+            KVMemory(16, num_blocks, num_host_blocks),
+            CostModel(kv_bytes_per_token=TOKEN_BYTES, max_num_seqs=max_num_seqs, store_bps=1e9, load_bps=1e9),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=64,
+            transfers=transfers,
         )
         self.core = EngineCore(
             scheduler=self.scheduler,

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,32 +15,31 @@ from tfserve.config import EngineConfig
 from tfserve.engine.core.calibration import calibrate
 from tfserve.engine.core.clock import RealClock
 from tfserve.engine.core.cuda_device import cuda_runner, measure_kv_bytes
-from tfserve.engine.core.host_memory import open_host_tier
+from tfserve.engine.core.host_memory import HostTierMemory, open_host_tier
 from tfserve.engine.core.loop import EngineCore
 from tfserve.engine.core.step_trace import StepTrace, TraceHead
 from tfserve.engine.core.step_worker import StepWorker
+from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
-from tfserve.engine.scheduling.offload_manager import OffloadManager
-from tfserve.engine.scheduling.policies import make_policy
-from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.errors import ConfigError, ModelError
 from tfserve.machine import available_bytes, usable_cpus
-from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
+from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.storage.device_pool import DevicePool
 from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.messages import StepOutputs, StreamStates
 from tfserve.model.attention import select_backend
-from tfserve.model.attention.base import PagedKV
+from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import ModelConfig, load_model_config
+from tfserve.model.decoder import Decoder
 from tfserve.model.fields import loading
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
 from tfserve.model.stream_runner import StreamRunner
-from tfserve.model.token_masks import open_masks
+from tfserve.model.token_masks import TokenMasks, open_masks
 from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
+from tfserve.plan import Clock, Runner
 from tfserve.types import EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,68 @@ def build_core(
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model, on the device and in the dtype that it runs in, and what its outputs need."""
+
+    config: ModelConfig
+    device: str
+    dtype: str
+    threads: int
+    backend: AttentionBackend
+    model: Decoder
+    tokenizer: Tokenizer
+    eos_token_ids: tuple[int, ...]
+    masks: TokenMasks | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    """KV memory on the device, and the longest context that it is to hold."""
+
+    pool: DevicePool
+    max_model_len: int
+
+
 def _build(
     config: EngineConfig, emit: Callable[[StepOutputs | StreamStates], None], worker: StepWorker | None
 ) -> tuple[EngineCore, EngineInfo]:
     """Everything, on the thread that is to run the steps; with a worker, the calling thread is the worker's."""
     started_s = time.monotonic()
+    loaded = _load(config)
+    stream = torch.cuda.Stream() if loaded.device == "cuda" else None
+    cache = _reserve(config, loaded, stream)
+    runner = _runner(config, loaded, cache, stream)
+    clock = RealClock()
+    tier = open_host_tier(config, cache.pool, clock, runner if isinstance(runner, StreamRunner) else None)
+    scheduler = make_scheduler(
+        config.scheduler,
+        KVMemory(cache.pool.layout.block_size, cache.pool.num_blocks, tier.num_blocks if tier else 0),
+        _timed(config, cache, runner, clock),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        transfers=tier.transfers if tier else None,
+        gate=_gate(config, loaded.masks, clock),
+    )
+    if worker is not None:
+        worker.serve(runner)
+    core = EngineCore(
+        scheduler=scheduler,
+        runner=worker or runner,
+        clock=clock,
+        tokenizer=loaded.tokenizer,
+        eos_token_ids=loaded.eos_token_ids,
+        seed=config.seed,
+        emit=emit,
+        pipeline_depth=config.pipeline_depth,
+        debug_checks=config.debug_checks,
+        trace=_trace(config, loaded.device, scheduler.kv, cache.pool.layout.token_bytes),
+    )
+    return core, _info(config, loaded, cache, tier, time.monotonic() - started_s)
+
+
+def _load(config: EngineConfig) -> _Loaded:
+    """The model, checked against the device and its memory before its weights are read."""
     path = Path(config.model)
     with loading(path):
         model_config = load_model_config(path)
@@ -77,7 +134,6 @@ def _build(
     dtype = _dtype(config, model_config, device)
     threads = _set_threads(config, device)
     backend = select_backend(config.attention_backend, device=device, dtype=dtype, head_dim=model_config.head_dim)
-    block_size = backend.block_size(config.block_size)
     if device == "cpu":
         _check_weights(config, model_config, dtype)
     kind = config.quantization or dtype
@@ -97,93 +153,92 @@ def _build(
             quantized_dir=None if config.quantization is None else _quantized_dir(),
         )
         masks = opening.result()
+    return _Loaded(model_config, device, dtype, threads, backend, model, tokenizer, eos_token_ids, masks)
+
+
+def _reserve(config: EngineConfig, loaded: _Loaded, stream: torch.cuda.Stream | None) -> _Cache:
+    """KV memory on the device: as much as is asked for, or as the largest step leaves free on a GPU."""
+    block_size = loaded.backend.block_size(config.block_size)
     layout = KVLayout.for_device(
-        device,
-        dtype,
-        num_layers=model_config.num_hidden_layers,
+        loaded.device,
+        loaded.dtype,
+        num_layers=loaded.config.num_hidden_layers,
         block_size=block_size,
-        num_kv_heads=model_config.num_key_value_heads,
-        head_dim=model_config.head_dim,
+        num_kv_heads=loaded.config.num_key_value_heads,
+        head_dim=loaded.config.head_dim,
     )
-    stream = torch.cuda.Stream() if device == "cuda" else None
     measured_bytes = None
     if stream is not None and config.num_gpu_blocks_override is None:
-        measured_bytes = measure_kv_bytes(model, layout, backend, config, stream)
-    num_blocks = _num_blocks(config, layout, device, measured_bytes)
-    max_model_len = _max_model_len(config, model_config, num_blocks, block_size)
+        measured_bytes = measure_kv_bytes(loaded.model, layout, loaded.backend, config, stream)
+    num_blocks = _num_blocks(config, layout, loaded.device, measured_bytes)
+    max_model_len = _max_model_len(config, loaded.config, num_blocks, block_size)
     _check_rows(config, max_model_len, block_size)
     logger.info("Reserving the KV cache: %d blocks of %d tokens", num_blocks, block_size)
-    device_pool = DevicePool(layout, num_blocks, device)
-    kv = PagedKV(device_pool.layers())
-    runner: ModelRunner | StreamRunner
+    return _Cache(DevicePool(layout, num_blocks, loaded.device), max_model_len)
+
+
+def _runner(
+    config: EngineConfig, loaded: _Loaded, cache: _Cache, stream: torch.cuda.Stream | None
+) -> ModelRunner | StreamRunner:
+    """What runs the steps: on a GPU, on `stream`."""
+    model, backend, kv = loaded.model, loaded.backend, PagedKV(cache.pool.layers())
+    max_model_len, masks = cache.max_model_len, loaded.masks
     if stream is None:
-        runner = ModelRunner(
+        return ModelRunner(
             model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, masks=masks
         )
-    else:
-        runner = cuda_runner(model, kv, backend, config, max_model_len=max_model_len, stream=stream, masks=masks)
-    # A new request's stretch of blocks: enough for its length, but never more than its share of the pool.
-    run_tokens = min(max_model_len, num_blocks * block_size // config.max_num_seqs)
-    clock = RealClock()
-    tier = open_host_tier(config, device_pool, clock, runner if isinstance(runner, StreamRunner) else None)
-    sched = config.scheduler
-    manager = KVCacheManager(
-        BlockPool(num_blocks),
-        block_size,
-        run_tokens,
-        BlockPool(tier.num_blocks) if tier else None,
-        OffloadOptions(sched.write_through, sched.load_evict_overlap, granule_of(block_size)),
-    )
-    cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=config.max_num_seqs)
+    return cuda_runner(model, kv, backend, config, max_model_len=max_model_len, stream=stream, masks=masks)
+
+
+def _timed(config: EngineConfig, cache: _Cache, runner: Runner, clock: Clock) -> CostModel:
+    """A cost model that has seen the runner's steps."""
+    layout = cache.pool.layout
     logger.info("Warming up: timing steps of several sizes")
-    calibrate(cost, runner, clock, config, num_blocks=num_blocks, block_size=block_size, max_model_len=max_model_len)
-    scheduler = Scheduler(
-        make_policy(sched),
-        manager,
-        OffloadManager(manager, cost, tier.transfers if tier else None, layout.token_bytes),
+    cost = CostModel(kv_bytes_per_token=layout.token_bytes, max_num_seqs=config.max_num_seqs)
+    calibrate(
         cost,
-        config=sched,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        gate=None if masks is None else GrammarGate(masks.compiler, clock, max_held=max(32, config.max_num_seqs)),
+        runner,
+        clock,
+        config,
+        num_blocks=cache.pool.num_blocks,
+        block_size=layout.block_size,
+        max_model_len=cache.max_model_len,
     )
-    if worker is not None:
-        worker.serve(runner)
-    core = EngineCore(
-        scheduler=scheduler,
-        runner=worker or runner,
-        clock=clock,
-        tokenizer=tokenizer,
-        eos_token_ids=eos_token_ids,
-        seed=config.seed,
-        emit=emit,
-        pipeline_depth=config.pipeline_depth,
-        debug_checks=config.debug_checks,
-        trace=_trace(config, device, manager, layout.token_bytes),
-    )
-    info = EngineInfo(
+    return cost
+
+
+def _gate(config: EngineConfig, masks: TokenMasks | None, clock: Clock) -> GrammarGate | None:
+    """Where requests wait for their grammar, if outputs can be held to one."""
+    return None if masks is None else GrammarGate(masks.compiler, clock, max_held=max(32, config.max_num_seqs))
+
+
+def _info(
+    config: EngineConfig, loaded: _Loaded, cache: _Cache, tier: HostTierMemory | None, load_s: float
+) -> EngineInfo:
+    """What was loaded, for the front and the banner."""
+    layout = cache.pool.layout
+    return EngineInfo(
         model=config.served_model_name or config.model,
-        architecture=model_config.architecture,
-        num_parameters=model_config.num_parameters,
-        dtype=dtype,
+        architecture=loaded.config.architecture,
+        num_parameters=loaded.config.num_parameters,
+        dtype=loaded.dtype,
         quantization=config.quantization,
-        device=device,
-        attention_backend=backend.name,
+        device=loaded.device,
+        attention_backend=loaded.backend.name,
         policy=config.scheduler.policy,
-        max_model_len=max_model_len,
+        max_model_len=cache.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
-        vocab_size=model_config.vocab_size,
-        block_size=block_size,
-        num_blocks=num_blocks,
+        vocab_size=loaded.config.vocab_size,
+        block_size=layout.block_size,
+        num_blocks=cache.pool.num_blocks,
         kv_bytes_per_token=layout.token_bytes,
-        threads=threads,
-        load_s=time.monotonic() - started_s,
+        threads=loaded.threads,
+        load_s=load_s,
         num_host_blocks=tier.num_blocks if tier else 0,
         host_tier_reason=tier.reason if tier else "",
-        grammars=masks is not None,
+        grammars=loaded.masks is not None,
     )
-    return core, info
 
 
 def _trace(config: EngineConfig, device: str, kv: KVCacheManager, token_bytes: int) -> StepTrace | None:

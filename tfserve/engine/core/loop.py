@@ -13,7 +13,7 @@ from itertools import compress
 import msgspec
 
 from tfserve.engine.core.step_trace import CopyTotals, StepTrace
-from tfserve.engine.scheduling.request import Finish, Request, RequestState
+from tfserve.engine.scheduling.request import Finish, Request
 from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.errors import failures
 from tfserve.messages import (
@@ -277,7 +277,7 @@ class EngineCore:
         """Give those who still want them their tokens, wherever they are by now."""
         now_s = self._clock.now()
         sampled = [launched.requests[seq.req] for seq in launched.plan.seqs if seq.sample]
-        wanted = [request.state is not RequestState.FINISHED for request in sampled]
+        wanted = [not request.is_finished for request in sampled]
         failed = dict(result.failed)
         for scored in result.prompt_logprobs:
             launched.requests[scored.req].note_prompt(scored)
@@ -320,7 +320,7 @@ class EngineCore:
     def _fail(self, launched: _Launched, error: str) -> None:
         """End every request the failed step touched; those that merely took a row in it too, for it may be unset."""
         for req, request in launched.requests.items():
-            if request.state is not RequestState.FINISHED:
+            if not request.is_finished:
                 self._finish(request, FinishReason.ERROR, TokenOutput(req, error=error))
 
     def _reject(self, request: Request, wait_s: float) -> None:
@@ -330,15 +330,15 @@ class EngineCore:
 
     def _finish(self, request: Request, reason: FinishReason, last: TokenOutput | None = None) -> None:
         """Free everything the request holds and tell the front, with what it produced last."""
-        request.finished_s = self._clock.now()
-        request.stall_s = self._scheduler.stall_s(request, request.finished_s)
+        finished_s = self._clock.now()
+        times = self._scheduler.times(request, finished_s)
         self._scheduler.finish(request, completed=reason in (FinishReason.STOP, FinishReason.LENGTH))
         del self._requests[request.id]
         self._num_finished += 1
         if self._trace is not None:
-            self._trace.on_finished(request, request.finished_s)
+            self._trace.on_finished(request, finished_s, times.num_preemptions)
         last = last or TokenOutput(request.id)
-        self._outputs.append(msgspec.structs.replace(last, finish_reason=reason, times=request.times))
+        self._outputs.append(msgspec.structs.replace(last, finish_reason=reason, times=times))
 
     def _copied(self) -> list[CopyTotals]:
         """Totals of both directions, for the trace."""

@@ -143,7 +143,7 @@ class StepTrace:
             )
         )
 
-    def on_finished(self, request: Request, finished_s: float) -> None:
+    def on_finished(self, request: Request, finished_s: float, num_preemptions: int) -> None:
         """A request has ended, however it did."""
         self._write(
             TraceRequest(
@@ -154,7 +154,7 @@ class StepTrace:
                 rate=request.rate,
                 first_token_s=request.first_token_s,
                 finished_s=finished_s,
-                num_preemptions=request.num_preemptions,
+                num_preemptions=num_preemptions,
                 priority=request.priority,
             )
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
 
-from tfserve.plan import Fence, InFlight, Runner, StepPlan, StepResult
+from tfserve.plan import InFlight, Runner, StepPlan, StepResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class StepWorker:
 
     def launch(self, plan: StepPlan) -> InFlight:
         """Queue a step behind those before it."""
-        return QueuedStep(plan.step, self._submit(functools.partial(self._launch, plan)))
+        return QueuedStep(self._submit(functools.partial(self._launch, plan)))
 
     def close(self) -> None:
         """Wait for the steps that are queued and end the thread."""
@@ -78,12 +78,7 @@ class StepWorker:
 class QueuedStep:
     """A step that the thread launches, or has launched."""
 
-    fence: Fence
     launched: Future[InFlight]
-
-    def ready(self) -> bool:
-        """True once the step is over."""
-        return self.launched.done() and self.launched.result().ready()
 
     def result(self) -> StepResult:
         """What the step produced; waits for it, and raises what it raised."""

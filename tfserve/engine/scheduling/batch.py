@@ -70,7 +70,7 @@ class BatchBuilder:
         if new_blocks is None or request.row is None:
             return False
         tokens = None if request.device_has_token else tuple(request.token_ids[start : start + n])
-        seqs.append(SeqStep(request.id, request.row, start, n, request.plan(n), tokens, new_blocks))
+        seqs.append(SeqStep(request.id, request.row, start, n, request.plan(), tokens, new_blocks))
         return True
 
 

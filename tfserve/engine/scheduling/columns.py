@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,28 +10,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats, Playback, play
+from tfserve.arrays import Floats, Ints, Mask, RowIndex
+from tfserve.engine.scheduling.state import RequestState
+from tfserve.engine.scheduling.token_buffer import Playback, play
 from tfserve.types import RequestId
 
-Ints = npt.NDArray[np.int64]
-Mask = npt.NDArray[np.bool_]
-
-
-class Phase(enum.IntEnum):
-    """Where a request's KV is. WAITING: nowhere. RUNNING: on the device, with a row.
-
-    PAUSED: on the host, perhaps some of it still on the device. LOADING: on its way back, device blocks reserved.
-    """
-
-    WAITING = 0
-    RUNNING = 1
-    PAUSED = 2
-    LOADING = 3
-
-
 # Comparing an array with an enum member takes longer than the comparison.
-_WAITING, _RUNNING, _PAUSED, _LOADING = map(int, Phase)
+_WAITING, _RUNNING, _PAUSED, _LOADING = map(int, tuple(RequestState)[:4])
 
 
 class Reading(NamedTuple):
@@ -49,6 +33,7 @@ class Reading(NamedTuple):
 class Columns:
     """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
 
+    Arrays are views of the RequestTable: read only, and true until something is carried out.
     `num_output` counts the tokens that steps under way will sample: they come, whatever is decided now. `rate` is NaN
     for a request without a reader. `tenant` numbers the tenants from 0 (`num_tenants` are live, there may be gaps), and
     `weight` is the tenant's. `host_tokens` are on the host and acknowledged. `mean_output` is the average
@@ -66,8 +51,8 @@ class Columns:
     priority: Ints
     tenant: Ints
     weight: Floats
-    phase: npt.NDArray[np.int8]
-    phase_since_s: Floats
+    state: npt.NDArray[np.int8]
+    state_since_s: Floats
     num_prompt: Ints
     num_output: Ints
     num_computed: Ints
@@ -90,25 +75,25 @@ class Columns:
     @cached_property
     def is_waiting(self) -> Mask:
         """Requests without KV."""
-        mask: Mask = self.phase == _WAITING
+        mask: Mask = self.state == _WAITING
         return mask
 
     @cached_property
     def is_running(self) -> Mask:
         """Requests on the device."""
-        mask: Mask = self.phase == _RUNNING
+        mask: Mask = self.state == _RUNNING
         return mask
 
     @cached_property
     def is_paused(self) -> Mask:
         """Requests off the device, their KV on the host."""
-        mask: Mask = self.phase == _PAUSED
+        mask: Mask = self.state == _PAUSED
         return mask
 
     @cached_property
     def is_loading(self) -> Mask:
         """Requests whose KV is on its way back."""
-        mask: Mask = self.phase == _LOADING
+        mask: Mask = self.state == _LOADING
         return mask
 
     @cached_property
@@ -182,11 +167,11 @@ class Columns:
         seconds[np.isnan(self.rate)] = np.inf
         return seconds
 
-    def in_phase(self, phase: Phase) -> Rows:
-        """Rows in a phase, in order of arrival."""
-        rows = np.flatnonzero(self.phase == int(phase))
+    def in_state(self, state: RequestState) -> RowIndex:
+        """Rows in a state, in order of arrival."""
+        rows = np.flatnonzero(self.state == int(state))
         return rows[np.argsort(self.seq[rows])]
 
-    def ids_of(self, rows: Rows | Sequence[int]) -> tuple[RequestId, ...]:
+    def ids_of(self, rows: RowIndex | Sequence[int]) -> tuple[RequestId, ...]:
         """The requests of these rows, in their order."""
         return tuple(self.ids[row] for row in rows)

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.arrays import Floats
 from tfserve.engine.scheduling.step_fit import fit_law
-from tfserve.engine.scheduling.token_buffer import Floats
 from tfserve.plan import Ack, Direction
 
 _WINDOW = 256
@@ -88,7 +88,7 @@ class CostModel:
         load_bps: float = 5e9,
     ) -> None:
         prior = prior or StepCoefficients()
-        self._kv_bytes_per_token = kv_bytes_per_token
+        self.kv_bytes_per_token = kv_bytes_per_token
         self._max_num_seqs = max_num_seqs
         self._prior = np.array(msgspec.structs.astuple(prior), np.float64)
         self._strength: Floats | float = _OPEN
@@ -131,7 +131,7 @@ class CostModel:
     def copy_s(self, direction: Direction, num_tokens: npt.ArrayLike) -> Floats:
         """Seconds that the link needs for this many tokens of KV, queueing not included; elementwise."""
         n = np.asarray(num_tokens, np.float64)
-        return n * (self._kv_bytes_per_token / self.bandwidth(direction))
+        return n * (self.kv_bytes_per_token / self.bandwidth(direction))
 
     def switch_s(
         self, evict_tokens: npt.ArrayLike, load_tokens: npt.ArrayLike, num_tokens: npt.ArrayLike

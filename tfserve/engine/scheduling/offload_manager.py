@@ -19,15 +19,13 @@ class OffloadManager:
     what the link has done so far.
     """
 
-    def __init__(
-        self, kv: KVCacheManager, cost: CostModel, transfers: TransferEngine | None, kv_bytes_per_token: int
-    ) -> None:
+    def __init__(self, kv: KVCacheManager, cost: CostModel, transfers: TransferEngine | None) -> None:
         if (transfers is None) != (kv.num_host_blocks == 0):
             raise ValueError("a host tier needs transfers, and transfers a host tier")
         self._kv = kv
         self._cost = cost
         self._transfers = transfers
-        self._token_bytes = kv_bytes_per_token
+        self._token_bytes = cost.kv_bytes_per_token
         self._stores: list[Copy] = []
         self._loads: list[Copy] = []
         self._under_way: dict[CopyId, Copy] = {}

@@ -11,9 +11,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.scheduling.columns import Columns, Ints, Mask
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
+from tfserve.arrays import Floats, Ints, Mask, RowIndex
+from tfserve.engine.scheduling.columns import Columns
 from tfserve.plan import Direction
 from tfserve.types import RequestId
 
@@ -166,7 +165,7 @@ def held_back(columns: Columns, generate_ahead_s: float | None) -> Mask:
     return columns.has_reader & (columns.time_to_empty_s > generate_ahead_s)
 
 
-def held_on_device(columns: Columns, generate_ahead_s: float | None) -> tuple[Rows, float | None]:
+def held_on_device(columns: Columns, generate_ahead_s: float | None) -> tuple[RowIndex, float | None]:
     """Requests held back on the device, and when the first of them may go on (None if there are none).
 
     The loop may sleep until then.

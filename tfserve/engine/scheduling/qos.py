@@ -11,11 +11,10 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from tfserve.arrays import Floats
 
-_TAU_FULL, _TAU_ZERO = 0.1, 0.2
+TAU_FULL, TAU_ZERO = 0.1, 0.2
 """Share of a request's output that may be unread before a token counts less, and before it counts nothing."""
 
 PATIENCE_S = 1.3
@@ -111,7 +110,7 @@ def effective_tokens(request: Served) -> float:
     n = len(request.token_s)
     if math.isnan(request.rate):
         return float(n)
-    return float(token_weights(request, _TAU_FULL * n, _TAU_ZERO * n).sum())
+    return float(token_weights(request, TAU_FULL * n, TAU_ZERO * n).sum())
 
 
 def on_time_tokens(request: Served) -> int:
@@ -224,7 +223,7 @@ def fluid_effective_throughput(requests: Sequence[Served], capacity: float) -> f
         done += step
         consumed = np.minimum(done, consumed + demand * dt * (done > 0))
         unread = done - consumed
-        weight = np.clip((_TAU_ZERO * n - unread) / np.maximum((_TAU_ZERO - _TAU_FULL) * n, 1e-12), 0.0, 1.0)
+        weight = np.clip((TAU_ZERO * n - unread) / np.maximum((TAU_ZERO - TAU_FULL) * n, 1e-12), 0.0, 1.0)
         effective += step * np.where(reads, weight, 1.0)
         now += dt
         last = now if step.any() else last

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.batch import BatchBuilder, sample_of
-from tfserve.engine.scheduling.columns import Columns, Phase
 from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
 from tfserve.engine.scheduling.offload_manager import OffloadManager
@@ -18,18 +17,27 @@ from tfserve.engine.scheduling.policy import (
     held_on_device,
     write_order,
 )
-from tfserve.engine.scheduling.request import Request, RequestState
+from tfserve.engine.scheduling.request import Request
 from tfserve.engine.scheduling.rows import Rows
 from tfserve.engine.scheduling.snapshots import Snapshots
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.stream_states import state_before_queue, stream_states
 from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import PAUSED, RESUMING, KVState
 from tfserve.plan import Fence, StepPlan
-from tfserve.types import RequestId, StreamState
+from tfserve.types import RequestId, RequestTimes, StreamState
 
 _AFTER_RELEASE_S = 1e-4
 """A held-back reader is released this much late, so that it is released when the loop wakes for it."""
+
+_KV_STATES = {
+    RequestState.WAITING: (KVState.NONE,),
+    RequestState.RUNNING: (KVState.DEVICE, KVState.NONE),
+    RequestState.PAUSED: PAUSED,
+    RequestState.LOADING: RESUMING,
+}
+"""Where the KV of a live request may be, in each of its states."""
 
 
 class Scheduler:
@@ -52,18 +60,16 @@ class Scheduler:
         offload: OffloadManager,
         cost: CostModel,
         *,
+        tracker: Tracker,
         config: SchedulerConfig,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         gate: GrammarGate | None = None,
     ) -> None:
-        self.waiting: dict[RequestId, Request] = {}
-        self.running: dict[RequestId, Request] = {}
-        self.paused: dict[RequestId, Request] = {}
-        self.loading: dict[RequestId, Request] = {}
+        self._by_state: dict[RequestState, dict[RequestId, Request]] = {state: {} for state in _KV_STATES}
+        self.waiting, self.running, self.paused, self.loading = self._by_state.values()
         self.kv = kv
         self.offload = offload
-        self.num_preemptions = 0
         self.num_dropped = 0
         self.rejected: tuple[tuple[Request, float], ...] = ()
         self.unservable: Sequence[tuple[Request, str]] = ()
@@ -73,25 +79,24 @@ class Scheduler:
         self._tenants = Tenants(config)
         self._cost = cost
         self._config = config
-        self._tracker = Tracker(config.default_rate, config.max_rate)
+        self._tracker = tracker
         self._snapshots = Snapshots(
-            kv, self._tracker, cost, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            kv, tracker, cost, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
         self._rows = Rows(max_num_seqs)
         self._batch = BatchBuilder(kv, max_num_batched_tokens)
         self._steps_under_way = 0
         self._started: list[RequestId] = []
-        self._by_state = {
-            RequestState.WAITING: (self.waiting, Phase.WAITING),
-            RequestState.RUNNING: (self.running, Phase.RUNNING),
-            RequestState.PAUSED: (self.paused, Phase.PAUSED),
-            RequestState.LOADING: (self.loading, Phase.LOADING),
-        }
 
     @property
     def has_work(self) -> bool:
         """True while any request is unfinished."""
         return bool(self.running or self.num_waiting or self.paused or self.loading)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a request was taken off the device."""
+        return self._tracker.num_preemptions
 
     @property
     def num_waiting(self) -> int:
@@ -110,7 +115,7 @@ class Scheduler:
 
     def _queue(self, request: Request) -> None:
         self.waiting[request.id] = request
-        self._tracker.add(
+        request.entry = self._tracker.add(
             request.id,
             arrival_s=request.arrival_s,
             num_prompt=request.num_prompt_tokens,
@@ -124,14 +129,13 @@ class Scheduler:
     def finish(self, request: Request, *, completed: bool) -> None:
         """Take a request out, wherever it is, and free its row and blocks; `completed`: it ended as it should."""
         if self._gate is not None and self._gate.leave(request):
-            request.state = RequestState.FINISHED
+            request.is_finished = True
             return
         if request.row is not None:
             self._rows.leave(request)
         self.kv.release(request.id)
-        group, _ = self._by_state[request.state]
-        del group[request.id]
-        request.state = RequestState.FINISHED
+        del self._by_state[request.state][request.id]
+        request.is_finished = True
         self._tracker.remove(request.id, completed=completed)
 
     def take_started(self) -> list[RequestId]:
@@ -144,9 +148,18 @@ class Scheduler:
         if not self._is_gated(request):
             self._tracker.on_played(request.id, num_tokens, now_s)
 
-    def stall_s(self, request: Request, now_s: float) -> float | None:
-        """How long the reader of a live request has had nothing to read since its first token; None if not known."""
-        return None if self._is_gated(request) else self._tracker.stall_s(request.id, now_s)
+    def times(self, request: Request, now_s: float) -> RequestTimes:
+        """The time stamps of a live request that ends now."""
+        if self._is_gated(request):
+            return RequestTimes(request.arrival_s, finished_s=now_s)
+        return RequestTimes(
+            request.arrival_s,
+            request.first_scheduled_s,
+            request.first_token_s,
+            now_s,
+            request.num_preemptions,
+            self._tracker.stall_s(request.id, now_s),
+        )
 
     def streams(self, now_s: float) -> list[StreamState]:
         """Every live request, in order of arrival."""
@@ -175,6 +188,8 @@ class Scheduler:
         held = frozenset(columns.ids_of(held_rows))
         decision = self._tenants.decide(self._policy, snapshot)
         held |= decision.hold
+        # Before anything is carried out: the columns are views.
+        write_first = write_order(columns) if self.offload.enabled and self._config.priority_writes else None
         self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
         seqs, n_decode = self._batch.build(self.running, decision, held)
         while not seqs and self._unblock(held, now_s):
@@ -182,7 +197,8 @@ class Scheduler:
         if self.offload.enabled and self.running:
             work = sample_of(seqs, n_decode, 0.0)
             predicted_s = self._cost.step_s(work.n_decode, work.decode_ctx, work.n_prefill, work.prefill_ctx)
-            self.offload.write_through(self._write_order(columns), predicted_s if seqs else None)
+            order = columns.ids_of(columns.in_state(RequestState.RUNNING)) if write_first is None else write_first
+            self.offload.write_through(order, predicted_s if seqs else None)
         refused = ((self.waiting.get(req), wait_s) for req, wait_s in decision.reject)
         # Whoever has been let in once was promised an answer.
         self.rejected = tuple((r, wait_s) for r, wait_s in refused if r is not None and r.first_scheduled_s is None)
@@ -210,19 +226,22 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise AssertionError unless queues, rows and blocks agree with each other."""
+        self._tracker.table.check()
         self.kv.check()
-        self._snapshots.check()
         self._rows.check(list(self.running.values()))
-        for request in self.running.values():
-            view = self.kv.view(request.id)
-            if view.num_tokens != request.num_computed_tokens or view.state not in (KVState.DEVICE, KVState.NONE):
-                raise AssertionError(f"{request.id}: its blocks have room for other than its computed tokens")
-        for group, states in ((self.waiting, (KVState.NONE,)), (self.paused, PAUSED), (self.loading, RESUMING)):
+        for state, group in self._by_state.items():
             for request in group.values():
-                state = self.kv.view(request.id).state
-                if request.row is not None or state not in states:
+                view = self.kv.view(request.id)
+                if view.num_tokens != request.num_computed_tokens:
+                    raise AssertionError(f"{request.id}: its blocks have room for other than its computed tokens")
+                has_row = request.row is not None
+                if (
+                    request.state is not state
+                    or has_row is not (state is RequestState.RUNNING)
+                    or view.state not in _KV_STATES[state]
+                ):
                     raise AssertionError(
-                        f"{request.id} is {request.state.name} with KV {state.name}, row {request.row}"
+                        f"{request.id} is {request.state.name} with KV {view.state.name}, row {request.row}"
                     )
 
     def close(self) -> None:
@@ -240,9 +259,6 @@ class Scheduler:
             ready, self.unservable = self._gate.poll()
             for request in ready:
                 self._queue(request)
-
-    def _write_order(self, columns: Columns) -> Sequence[RequestId]:
-        return write_order(columns) if self._config.priority_writes else columns.ids_of(columns.in_phase(Phase.RUNNING))
 
     def _carry_out(self, decision: Decision, reserved: int, now_s: float) -> None:
         """Drop, preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step.
@@ -271,8 +287,6 @@ class Scheduler:
     def _preempt(self, request: Request, by: ResumeBy, now_s: float) -> None:
         """Take a request off the device; it keeps its KV if that is wanted and there is room on the host."""
         self._rows.leave(request)
-        request.num_preemptions += 1
-        self.num_preemptions += 1
         if by is ResumeBy.LOAD:
             self.offload.preempt(request.id)
         else:
@@ -310,7 +324,6 @@ class Scheduler:
         if request.num_in_flight:
             raise AssertionError(f"{request.id}: takes a row while a step still samples for it")
         view = self.kv.view(request.id)
-        request.num_computed_tokens = view.num_tokens
         request.device_has_token = False
         self._rows.enter(request, view.blocks)
         if request.first_scheduled_s is None:
@@ -322,14 +335,10 @@ class Scheduler:
 
     def _move(self, request: Request, state: RequestState, now_s: float) -> None:
         """Change a request's state, and with it the group it is in."""
-        before, _ = self._by_state[request.state]
-        after, phase = self._by_state[state]
-        del before[request.id]
-        after[request.id] = request
-        request.state = state
-        self._tracker.set_phase(request.id, phase, now_s)
+        del self._by_state[request.state][request.id]
+        self._by_state[state][request.id] = request
+        self._tracker.set_state(request.id, state, now_s)
         if state is RequestState.WAITING:
-            request.num_computed_tokens = 0
             request.device_has_token = False
 
     def _unblock(self, held: Collection[RequestId], now_s: float) -> bool:

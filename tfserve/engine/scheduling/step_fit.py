@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tfserve.engine.scheduling.token_buffer import Floats
+from tfserve.arrays import Floats
 
 _MOST_EXCHANGES = 20
 """Rounds of a fit; six coefficients need fewer."""

@@ -7,16 +7,18 @@ from typing import Literal
 
 import numpy as np
 
-from tfserve.engine.scheduling.columns import Columns, Mask, Phase
+from tfserve.arrays import Mask
+from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.request import Request
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.token_buffer import AUTO, resolve_rate
 from tfserve.types import StreamState
 
 _NAMES: dict[int, Literal["waiting", "running", "paused", "loading"]] = {
-    int(Phase.WAITING): "waiting",
-    int(Phase.RUNNING): "running",
-    int(Phase.PAUSED): "paused",
-    int(Phase.LOADING): "loading",
+    int(RequestState.WAITING): "waiting",
+    int(RequestState.RUNNING): "running",
+    int(RequestState.PAUSED): "paused",
+    int(RequestState.LOADING): "loading",
 }
 
 
@@ -29,7 +31,7 @@ def stream_states(columns: Columns, is_rate_assumed: Mask, now_s: float) -> list
     order = np.argsort(c.seq)
     table = zip(
         c.ids_of(order),
-        c.phase[order].tolist(),
+        c.state[order].tolist(),
         (now_s - c.arrival_s[order]).tolist(),
         c.num_prompt[order].tolist(),
         c.num_output[order].tolist(),

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UnsetType
 
+from tfserve.arrays import Floats
 from tfserve.errors import RequestError
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE, ConsumptionRate
-
-Floats = npt.NDArray[np.float64]
 
 NAMED_RATES = {"listen": 4.0, "read": 6.0, "fast": 12.0}
 """Tokens/s of the names a request may use for its rate; "auto" starts at the default and follows feedback."""

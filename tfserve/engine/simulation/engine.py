@@ -10,16 +10,13 @@ import numpy as np
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.core.calibration import calibrate
 from tfserve.engine.core.loop import EngineCore
+from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
-from tfserve.engine.scheduling.offload_manager import OffloadManager
-from tfserve.engine.scheduling.policies import OFFLOADING, make_policy
+from tfserve.engine.scheduling.policies import OFFLOADING
 from tfserve.engine.scheduling.qos import Served
-from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.engine.simulation.clock import SimClock
 from tfserve.engine.simulation.runner import SimRunner, StepCost
 from tfserve.engine.simulation.transfers import SimLinks, SimTransfers
-from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.plan import Direction, StepPlan
 from tfserve.types import ConsumptionRate, EngineStats, RequestId, SamplingParams
@@ -99,23 +96,15 @@ class SimEngine:
         self._moments: list[Moment] = []
         self._last: EngineStats | None = None
         self._index: dict[RequestId, int] = {f"r{index}": index for index in range(len(requests))}
-        kv = KVCacheManager(
-            BlockPool(machine.kv_tokens // machine.block_size + 1),
-            machine.block_size,
-            machine.kv_tokens // machine.max_num_seqs,
-            _host_pool(machine, config),
-            OffloadOptions(config.write_through, config.load_evict_overlap, granule_of(machine.block_size)),
-        )
-        cost = _calibrated(machine)
-        transfers = SimTransfers(self._clock, machine.links, machine.kv_bytes_per_token) if kv.num_host_blocks else None
-        self._scheduler = Scheduler(
-            make_policy(config),
-            kv,
-            OffloadManager(kv, cost, transfers, machine.kv_bytes_per_token),
-            cost,
-            config=config,
+        memory = _memory(machine, config)
+        has_host = memory.num_host_blocks > 0
+        self._scheduler = make_scheduler(
+            config,
+            memory,
+            _calibrated(machine, memory),
             max_num_seqs=machine.max_num_seqs,
             max_num_batched_tokens=machine.max_num_batched_tokens,
+            transfers=SimTransfers(self._clock, machine.links, machine.kv_bytes_per_token) if has_host else None,
         )
         ends = {req: requests[i].prompt_tokens + requests[i].output_tokens - 1 for req, i in self._index.items()}
         self._core = EngineCore(
@@ -173,15 +162,16 @@ class SimEngine:
             self._moments.append(Moment(now_s, stats.num_waiting, stats.num_running, paused))
 
 
-def _host_pool(machine: SimMachine, config: SchedulerConfig) -> BlockPool | None:
-    """The host tier, for policies that use one."""
-    num_blocks = machine.host_kv_tokens // machine.block_size
-    if not config.offload or config.policy not in OFFLOADING or num_blocks == 0:
-        return None
-    return BlockPool(num_blocks + 1)
+def _memory(machine: SimMachine, config: SchedulerConfig) -> KVMemory:
+    """The machine's KV memory; a host tier is for policies that use one."""
+    num_host_blocks = machine.host_kv_tokens // machine.block_size
+    has_host = config.offload and config.policy in OFFLOADING and num_host_blocks > 0
+    return KVMemory(
+        machine.block_size, machine.kv_tokens // machine.block_size + 1, num_host_blocks + 1 if has_host else 0
+    )
 
 
-def _calibrated(machine: SimMachine) -> CostModel:
+def _calibrated(machine: SimMachine, memory: KVMemory) -> CostModel:
     """A cost model that has seen the steps that a real engine runs before its first request."""
     cost = CostModel(kv_bytes_per_token=machine.kv_bytes_per_token, max_num_seqs=machine.max_num_seqs)
     config = EngineConfig(
@@ -193,8 +183,8 @@ def _calibrated(machine: SimMachine) -> CostModel:
         SimRunner(clock, machine.step_s, _VOCAB_SIZE),
         clock,
         config,
-        num_blocks=machine.kv_tokens // machine.block_size + 1,
-        block_size=machine.block_size,
+        num_blocks=memory.num_blocks,
+        block_size=memory.block_size,
         max_model_len=machine.kv_tokens,
     )
     return cost

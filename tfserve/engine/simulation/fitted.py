@@ -9,10 +9,10 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
+from tfserve.arrays import Floats
 from tfserve.engine.core.step_trace import Trace, TraceStep
 from tfserve.engine.scheduling.cost_model import StepCoefficients, StepSample
 from tfserve.engine.scheduling.step_fit import fit_law
-from tfserve.engine.scheduling.token_buffer import Floats
 from tfserve.engine.simulation.engine import SimMachine
 from tfserve.engine.simulation.runner import StepCost
 from tfserve.engine.simulation.transfers import SimLinks

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from tfserve.engine.simulation.clock import SimClock
-from tfserve.plan import Fence, StepPlan, StepResult
+from tfserve.plan import StepPlan, StepResult
 from tfserve.types import RequestId
 
 
@@ -35,15 +35,6 @@ class SimInFlight:
         self._result = result
         self._end_s = end_s
         self._clock = clock
-
-    @property
-    def fence(self) -> Fence:
-        """The step's number."""
-        return self._result.step
-
-    def ready(self) -> bool:
-        """True once virtual time has reached the step's end."""
-        return self._clock.now() >= self._end_s
 
     def result(self) -> StepResult:
         """Let time pass to the step's end."""

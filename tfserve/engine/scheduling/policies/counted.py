@@ -39,7 +39,7 @@ def as_counted(snapshot: Snapshot, share: float) -> Snapshot:
     if not is_over.any():
         return snapshot
     reading, first_s = c.reading, c.first_token_s
-    away_s = np.where(c.is_running, 0.0, c.now_s - c.phase_since_s)
+    away_s = np.where(c.is_running, 0.0, c.now_s - c.state_since_s)
     lacked_s = c.now_s - first_s - reading.generated / share
     since_s = first_s + np.maximum(lacked_s - away_s, 0.0)
     # Before the first token nothing is read.

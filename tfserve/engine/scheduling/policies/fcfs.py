@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfserve.arrays import Ints, RowIndex
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Ints, Phase
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
-from tfserve.engine.scheduling.table import Rows
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.types import RequestId
 
 _RETRACT_AHEAD_STEPS = 20
@@ -32,7 +32,7 @@ class Fcfs:
     def decide(self, snapshot: Snapshot) -> Decision:
         """Preempt what the next decode step has no blocks for, else admit what fits."""
         c = snapshot.columns
-        running = c.in_phase(Phase.RUNNING)
+        running = c.in_state(RequestState.RUNNING)
         if not len(running):
             self.ratio = self._config.reserve_ratio
         victims = self._overflow(snapshot, running)
@@ -45,7 +45,7 @@ class Fcfs:
             admit=admit, preempt=tuple((req, ResumeBy.RECOMPUTE) for req in c.ids_of(victims)), decode=decode
         )
 
-    def _overflow(self, snapshot: Snapshot, running: Rows) -> list[int]:
+    def _overflow(self, snapshot: Snapshot, running: RowIndex) -> list[int]:
         """Running requests to preempt so that the others' next tokens have blocks; one always stays."""
         c = snapshot.columns
         missing = int(snapshot.next_step_blocks[running].sum()) - snapshot.memory.num_free_blocks
@@ -61,7 +61,7 @@ class Fcfs:
             self._on_overflow(c.num_output[keep], c.num_remaining[keep])
         return victims
 
-    def _keep_order(self, snapshot: Snapshot, running: Rows) -> Rows:
+    def _keep_order(self, snapshot: Snapshot, running: RowIndex) -> RowIndex:
         """Positions in `running`, those to preempt first at the end."""
         c = snapshot.columns
         return np.lexsort((c.num_prompt[running], -c.num_output[running]))
@@ -99,11 +99,11 @@ class FcfsGreedy(Fcfs):
         """Preempt what the next decode step has no blocks for, else admit whose prompt fits."""
         self.ratio = 0.0
         c = snapshot.columns
-        victims = self._overflow(snapshot, c.in_phase(Phase.RUNNING))
+        victims = self._overflow(snapshot, c.in_state(RequestState.RUNNING))
         admit = () if victims else admissible(snapshot, 0.0, 0)
         return Decision(admit=admit, preempt=tuple((req, ResumeBy.RECOMPUTE) for req in c.ids_of(victims)))
 
-    def _keep_order(self, snapshot: Snapshot, running: Rows) -> Rows:
+    def _keep_order(self, snapshot: Snapshot, running: RowIndex) -> RowIndex:
         return np.argsort(snapshot.columns.seq[running])
 
     def _on_overflow(self, num_output: Ints, num_remaining: Ints) -> None:
@@ -117,7 +117,7 @@ def admissible(snapshot: Snapshot, ratio: float, clip: int | None) -> tuple[Requ
     one may generate. Paused requests count with all their KV: they were promised it.
     """
     c, free_rows = snapshot.columns, snapshot.num_free_rows
-    waiting = c.in_phase(Phase.WAITING)[: max(free_rows, 0)]
+    waiting = c.in_state(RequestState.WAITING)[: max(free_rows, 0)]
     if not len(waiting):
         return ()
     remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)

@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tfserve.arrays import Floats
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.columns import Columns
-from tfserve.engine.scheduling.token_buffer import Floats
-
-_TAU_FULL, _TAU_ZERO = 0.1, 0.2
-"""A token is worth 1 up to this share of the output unread, 0 from the second on (engine/scheduling/qos.py)."""
+from tfserve.engine.scheduling.qos import TAU_FULL, TAU_ZERO
 
 _WELL_AHEAD = 0.125
 """Unread share of the output from which on another token has lost a quarter of its value. In simulation, 0.15 means
@@ -36,7 +34,7 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     if c.has_reader.all():
         return reading
     away = c.is_waiting | c.is_paused
-    background = background_patience_s - np.where(away, now_s - c.phase_since_s, 0.0)
+    background = background_patience_s - np.where(away, now_s - c.state_since_s, 0.0)
     return np.where(~c.has_reader, background, reading)
 
 
@@ -63,7 +61,7 @@ def gain(
         after = np.maximum(unread - rate * overhead_s, 0.0)
         ahead_s = np.where(reads, left * speed / rate, left)
     length = np.maximum(expected_output, 1.0)
-    value = (_TAU_ZERO - after / length) / (_TAU_ZERO - _TAU_FULL)
+    value = (TAU_ZERO - after / length) / (TAU_ZERO - TAU_FULL)
     value = np.minimum(np.maximum(value, 0.0), 1.0)
     idle = np.exp(np.minimum((interval - headroom) / config.buffer_scale_s, _MAX_EXPONENT))
     penalty = idle * (1.0 - np.exp(ahead_s / -config.buffer_scale_s))

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from tfserve.arrays import Floats, Ints, Mask, RowIndex
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Ints, Mask, Phase
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot, held_back
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
+from tfserve.engine.scheduling.state import RequestState
 from tfserve.types import RequestId
 
 _EVENT_GAPS = 25
@@ -100,7 +99,7 @@ class Sizes:
     max_rows: int
 
 
-def fill(order: Rows, sizes: Sizes) -> Rows:
+def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
     """Rows of `order`, best first, that fit together; one that does not is passed over. Never empty if any exist."""
     chosen: list[int] = []
     free = sizes.capacity
@@ -165,13 +164,13 @@ class TimeShared:
             self._exchange_s = snapshot.now_s + self._config.schedule_interval_s
             decision = self._pass(snapshot, self._sizes(snapshot))
         elif self._ticker.due(snapshot.now_s, c.num_events) or out_of_blocks(snapshot):
-            decision = self._pass(snapshot, self._sizes(snapshot), keep=c.in_phase(Phase.RUNNING))
+            decision = self._pass(snapshot, self._sizes(snapshot), keep=c.in_state(RequestState.RUNNING))
         else:
             return Decision(wake_s=self._exchange_s)
         self._ticker.ran(snapshot.now_s, c.num_events)
         return msgspec.structs.replace(decision, wake_s=self._exchange_s)
 
-    def rank(self, snapshot: Snapshot, sizes: Sizes) -> Rows:
+    def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:
         """All rows but those being loaded, best first; `fill` takes the first that fit."""
         raise NotImplementedError
 
@@ -181,7 +180,7 @@ class TimeShared:
         capacity = usable_blocks(snapshot, self._config.watermark) - int(need[loading].sum())
         return Sizes(need, capacity, snapshot.max_num_seqs - int(np.count_nonzero(loading)))
 
-    def _pass(self, snapshot: Snapshot, sizes: Sizes, keep: Rows | None = None) -> Decision:
+    def _pass(self, snapshot: Snapshot, sizes: Sizes, keep: RowIndex | None = None) -> Decision:
         """Fill the device by rank, with `keep` in front, and say what that changes."""
         c = snapshot.columns
         order = self.rank(snapshot, sizes)
@@ -190,7 +189,7 @@ class TimeShared:
         resident = np.isin(order, keep)
         order = np.concatenate([order[resident], order[~resident]])
         chosen = fill(order, sizes)
-        running = c.in_phase(Phase.RUNNING)
+        running = c.in_state(RequestState.RUNNING)
         leave = running[~np.isin(running, chosen)]
         come = chosen[~c.is_running[chosen]]
         _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.offload)
@@ -199,7 +198,7 @@ class TimeShared:
             self._output_then[c.ids[row]] = int(c.num_output[row])
         return exchange(snapshot, leave.tolist(), come.tolist(), by_host=by_host, loads=loads)
 
-    def _catching_up(self, snapshot: Snapshot) -> Rows:
+    def _catching_up(self, snapshot: Snapshot) -> RowIndex:
         """Residents still computing what they came for, up to the token after it, unless that is held back.
 
         They would leave with nothing gained, again and again.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from tfserve.engine.scheduling.columns import Ints
+from tfserve.arrays import Floats, Ints
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
-from tfserve.engine.scheduling.token_buffer import Floats
 
 _LEAST_CHUNK = 64
 """Prompt tokens of each tenant in a step of several tenants' prompts, at least: a shorter step saves little."""

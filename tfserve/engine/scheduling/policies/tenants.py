@@ -13,15 +13,14 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
+from tfserve.arrays import Floats, Ints, RowIndex
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Columns, Ints
+from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.policies import OFFLOADING
 from tfserve.engine.scheduling.policies.headroom import headroom_s
 from tfserve.engine.scheduling.policies.sharing import exchange, resident_blocks, return_s, round_trip_s, usable_blocks
 from tfserve.engine.scheduling.policies.tenant_prompts import share_prompts, with_prompts
 from tfserve.engine.scheduling.policy import Decision, Policy, Snapshot
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
 
 _MOST_CREDIT_S = 1.0
 """How long tenants that hold little may run alone at a stretch."""
@@ -164,7 +163,7 @@ class Holdings:
         numbers = np.arange(len(self.seats))
         return self.levels(numbers, np.zeros_like(numbers), np.zeros_like(numbers))
 
-    def worse_off(self, columns: Columns, rows: Rows) -> Rows:
+    def worse_off(self, columns: Columns, rows: RowIndex) -> RowIndex:
         """Those of `rows` whose tenant would hold no more with them than another one holds now."""
         now = self.now
         richest = int(now.argmax())
@@ -174,7 +173,7 @@ class Holdings:
         return rows[self.levels(tenant, np.ones_like(tenant), self.need[rows]) <= others[tenant]]
 
 
-def fair_turn(columns: Columns, holdings: Holdings) -> Rows:
+def fair_turn(columns: Columns, holdings: Holdings) -> RowIndex:
     """Waiting rows in the order in which tenants' levels rise least; within a tenant in order of arrival."""
     c = columns
     rows = np.flatnonzero(c.is_waiting)
@@ -190,7 +189,7 @@ def fair_turn(columns: Columns, holdings: Holdings) -> Rows:
     return rows[np.lexsort((c.seq[rows], holdings.levels(tenant, seats, blocks)))]
 
 
-def in_fair_order(columns: Columns, turn: Rows) -> Columns:
+def in_fair_order(columns: Columns, turn: RowIndex) -> Columns:
     """The columns with waiting requests as if they had come in the order of `turn`.
 
     None comes earlier than it did. Priorities count within a tenant only: the best one of each tenant is 0.
@@ -198,18 +197,18 @@ def in_fair_order(columns: Columns, turn: Rows) -> Columns:
     c = columns
     if not len(turn):
         return c
-    seq, arrival_s, since_s, priority = c.seq.copy(), c.arrival_s.copy(), c.phase_since_s.copy(), c.priority.copy()
+    seq, arrival_s, since_s, priority = c.seq.copy(), c.arrival_s.copy(), c.state_since_s.copy(), c.priority.copy()
     seq[turn] = np.sort(c.seq[turn])
     arrival_s[turn] = np.maximum.accumulate(c.arrival_s[turn])
-    since_s[turn] = np.maximum.accumulate(c.phase_since_s[turn])
+    since_s[turn] = np.maximum.accumulate(c.state_since_s[turn])
     rows = turn[np.lexsort((c.priority[turn], c.tenant[turn]))]
     is_first = np.diff(c.tenant[rows], prepend=-1) != 0
     rank = np.cumsum(is_first | (np.append(False, c.priority[rows][1:] != c.priority[rows][:-1])))
     priority[rows] = rank - np.repeat(rank[is_first], np.diff(np.flatnonzero(is_first), append=len(rows)))
-    return replace(c, seq=seq, arrival_s=arrival_s, phase_since_s=since_s, priority=priority)
+    return replace(c, seq=seq, arrival_s=arrival_s, state_since_s=since_s, priority=priority)
 
 
-def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, turn: Rows) -> Decision | None:
+def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, turn: RowIndex) -> Decision | None:
     """Exchanges that make the holdings of tenants more even; None if there are none to make.
 
     A request that waits, or whose reader is about to run dry, comes in the place of requests of a tenant that still

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfserve.arrays import Floats, Mask, RowIndex
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Mask
 from tfserve.engine.scheduling.policies.sharing import Sizes, TimeShared, fill, stream_speed
 from tfserve.engine.scheduling.policy import Snapshot
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
 
 _TTFT_S = 1.0
 """When the ideal delivery curve of a request starts, after its arrival (the paper's expected TTFT)."""
@@ -30,7 +28,7 @@ class Andes(TimeShared):
         super().__init__(config)
         self._default_rate = config.default_rate
 
-    def rank(self, snapshot: Snapshot, sizes: Sizes) -> Rows:
+    def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:
         """By QoE gain per token; once the preemptions are used up, residents come first whatever they gain."""
         c = snapshot.columns
         served = _qoe(snapshot, self._default_rate, np.ones(len(c), np.bool_))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfserve.arrays import RowIndex
 from tfserve.engine.scheduling.policies.sharing import Sizes, TimeShared
 from tfserve.engine.scheduling.policy import Snapshot
-from tfserve.engine.scheduling.table import Rows
 
 
 class RoundRobin(TimeShared):
     """Everybody in turn: those off the device longest come, those on it longest go; blind to buffers."""
 
-    def rank(self, snapshot: Snapshot, sizes: Sizes) -> Rows:  # noqa: ARG002 - Andes looks at them
+    def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:  # noqa: ARG002 - Andes looks at them
         """Unfinished prompts keep their place; then whoever is out, longest first; then residents, latest first."""
         c = snapshot.columns
         running = c.is_running
         turn = np.where(running, np.where(snapshot.is_decoding, 2, 0), 1)
-        since = np.where(running, -c.phase_since_s, c.phase_since_s)
+        since = np.where(running, -c.state_since_s, c.state_since_s)
         order = np.lexsort((c.seq, since, turn))
         return order[~c.is_loading[order]]
 
@@ -25,7 +25,7 @@ class RoundRobin(TimeShared):
 class EarliestUnderflow(TimeShared):
     """Smallest buffer in seconds first, nothing else; no first token yet is an empty buffer."""
 
-    def rank(self, snapshot: Snapshot, sizes: Sizes) -> Rows:  # noqa: ARG002 - Andes looks at them
+    def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:  # noqa: ARG002 - Andes looks at them
         """By time to empty, then by arrival."""
         c = snapshot.columns
         order = np.lexsort((c.seq, c.time_to_empty_s))

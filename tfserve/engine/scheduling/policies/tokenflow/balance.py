@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from tfserve.arrays import Floats, Mask, RowIndex
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.columns import Mask
 from tfserve.engine.scheduling.policies.headroom import gain, headroom_s, loss_order
 from tfserve.engine.scheduling.policies.sharing import (
     exchange,
@@ -22,8 +22,6 @@ from tfserve.engine.scheduling.policies.tokenflow.far_ahead import is_far_ahead
 from tfserve.engine.scheduling.policies.tokenflow.prefill import pending_tokens
 from tfserve.engine.scheduling.policies.tokenflow.victims import Victims, Way
 from tfserve.engine.scheduling.policy import Decision, Snapshot
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
 
 _MOST_EXCHANGES = 64
 """Exchanges considered in one pass; the rest waits for the next."""
@@ -88,7 +86,7 @@ class Balance:
         """Residents that decode and have had their minimum stay, those who lose least first."""
         snapshot, config = self._snapshot, self._config
         c = snapshot.columns
-        stayed_s = snapshot.now_s - c.phase_since_s
+        stayed_s = snapshot.now_s - c.state_since_s
         rows = np.flatnonzero(snapshot.is_decoding & (stayed_s >= self._stay_s - 1e-9))
         gains = self._gains(rows)
         loss = loss_order(
@@ -144,7 +142,7 @@ class Balance:
     def _take_off_reluctant(self, willing: list[int]) -> None:
         """Nobody can go unnoticed: who has most to read suffers least; who must recompute, if it has just come."""
         others = np.setdiff1d(np.flatnonzero(self._running), willing)
-        latest = np.where(self._round_trip[1], 0.0, -self._snapshot.columns.phase_since_s)
+        latest = np.where(self._round_trip[1], 0.0, -self._snapshot.columns.state_since_s)
         order = others[np.lexsort((-self.headroom[others], latest[others]))]
         for row in order[:-1].tolist():
             if self._spare >= 0:
@@ -178,7 +176,7 @@ class Balance:
         has_reader = self._snapshot.columns.has_reader
         self._lacks_memory = any(not has_reader[row] and row not in came for row in due.tolist())
 
-    def let_in(self, newcomers: Rows) -> bool:
+    def let_in(self, newcomers: RowIndex) -> bool:
         """Admit in this order while there is memory, or victims that survive it; True if one is left for memory.
 
         The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. Nobody
@@ -231,7 +229,7 @@ class Balance:
             row = int(away[0])
             self._put_on(row, int(self._need[row]), [])
 
-    def _worth_returning(self) -> Rows:
+    def _worth_returning(self) -> RowIndex:
         """Those off the device but for readers far ahead that have given their KV up, while others are served.
 
         Computed again, they would be in the way of the next newcomer, with nothing gained for their readers.
@@ -246,7 +244,7 @@ class Balance:
             return self._away
         return self._away[~(dropped & far[self._away])]
 
-    def _fill_up_with(self, rows: Rows, least: float) -> None:
+    def _fill_up_with(self, rows: RowIndex, least: float) -> None:
         came = set(self.coming)
         columns = [values[rows].tolist() for values in (self._need, self._stay_s)]
         for row, need, stay_s in zip(rows.tolist(), *columns, strict=True):
@@ -289,7 +287,7 @@ class Balance:
         recompute_s = self._return_s[row] + np.where(by_host, 0.0, switch_s)[gone].sum()
         return float(_STAY_PER_RECOMPUTE * recompute_s)
 
-    def _gains(self, rows: Rows) -> Floats:
+    def _gains(self, rows: RowIndex) -> Floats:
         """What running each of these over idling it is worth."""
         c = self._snapshot.columns
         return gain(
@@ -302,13 +300,13 @@ class Balance:
             speed=self._speed,
         )
 
-    def _by_gain(self, rows: Rows) -> tuple[Rows, Floats]:
+    def _by_gain(self, rows: RowIndex) -> tuple[RowIndex, Floats]:
         """These rows and their gains, most gain first; where nothing is to be gained, the emptier buffer."""
         gains = self._gains(rows)
         order = np.lexsort((self.headroom[rows], -gains))
         return rows[order], gains[order]
 
-    def _in_priority(self, rows: Rows, gains: Floats) -> Rows:
+    def _in_priority(self, rows: RowIndex, gains: Floats) -> RowIndex:
         """Readers by gain, then the others by priority, then by gain."""
         c = self._snapshot.columns
         background = np.isnan(c.rate[rows])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tfserve.engine.scheduling.columns import Mask
+from tfserve.arrays import Mask
 from tfserve.engine.scheduling.policy import Snapshot
 from tfserve.types import RequestId
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from tfserve.arrays import Floats, RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.counted import as_counted, stream_share
 from tfserve.engine.scheduling.policies.fcfs import admissible
@@ -15,8 +16,6 @@ from tfserve.engine.scheduling.policies.tokenflow.far_ahead import to_drop
 from tfserve.engine.scheduling.policies.tokenflow.prefill import PromptShare, pending_tokens, prefill_order
 from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.scheduling.policy import Decision, Snapshot
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
 from tfserve.types import RequestId
 
 _ROUNDING_S = 1e-6
@@ -150,7 +149,7 @@ def is_stressed(snapshot: Snapshot, critical_s: float) -> bool:
     return bool((c.has_started & (c.time_to_empty_s < critical_s)).any())
 
 
-def _newcomers(snapshot: Snapshot, headroom: Floats) -> Rows:
+def _newcomers(snapshot: Snapshot, headroom: Floats) -> RowIndex:
     """Requests not let in yet: first come first served, those without a reader behind until their patience is over."""
     rows = np.flatnonzero(~snapshot.is_member)
     if not len(rows):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from tfserve.arrays import Floats, RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policy import Snapshot, held_back
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
 
 _WORTH = 5.0
 """Prompts take this many times as long as it takes a step to have any, at least."""
@@ -22,7 +21,7 @@ def pending_tokens(snapshot: Snapshot) -> int:
     return int(np.dot(c.num_uncomputed, c.is_running & ~snapshot.is_decoding))
 
 
-def prefill_order(snapshot: Snapshot, headroom: Floats) -> Rows:
+def prefill_order(snapshot: Snapshot, headroom: Floats) -> RowIndex:
     """Running requests with tokens to compute: first tokens in order of urgency, then those that recompute."""
     c = snapshot.columns
     rows = np.flatnonzero(c.is_running & ~snapshot.is_decoding)

@@ -6,9 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from tfserve.engine.scheduling.columns import Ints, Mask
-from tfserve.engine.scheduling.table import Rows
-from tfserve.engine.scheduling.token_buffer import Floats
+from tfserve.arrays import Floats, Ints, Mask, RowIndex
 
 Way = Literal["affords", "survives"]
 
@@ -23,7 +21,7 @@ class Victims:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowIndex,
         headroom: Floats,
         gain: Floats,
         need: Ints,

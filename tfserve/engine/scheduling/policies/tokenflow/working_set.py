@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tfserve.arrays import RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import is_far_ahead
 from tfserve.engine.scheduling.policy import Snapshot
-from tfserve.engine.scheduling.table import Rows
 from tfserve.plan import Direction
 
 _LEAVE_FALLBACK = 0.9
@@ -83,7 +83,7 @@ class WorkingSet:
         c = snapshot.columns
         self.size = max(self.size, float(np.count_nonzero(c.is_running | c.is_loading)))
 
-    def room_for(self, newcomers: Rows, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> int:
+    def room_for(self, newcomers: RowIndex, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> int:
         """How many of `newcomers`, in this order, may join: the set has room and all rates together can be met.
 
         When they cannot, admission falls back until they can be met with a tenth to spare. An empty node lets the first
@@ -107,7 +107,7 @@ class WorkingSet:
 
 
 def predicted_wait_s(
-    snapshot: Snapshot, config: SchedulerConfig, num_ahead: int | None = None, joining: Rows | None = None
+    snapshot: Snapshot, config: SchedulerConfig, num_ahead: int | None = None, joining: RowIndex | None = None
 ) -> float:
     """Seconds until the node could promise to feed one more reader, behind `num_ahead` waiting ones (None: all).
 
