@@ -23,7 +23,7 @@ from tfserve.model.models.base import (
 )
 from tfserve.model.quantized_cache import QuantizedCache
 from tfserve.model.rope import interleave_halves
-from tfserve.model.smoothing import Smoother, calibration_ids
+from tfserve.model.smoothquant import Smoother, calibration_ids
 from tfserve.model.weights import Tensors, fill
 
 
