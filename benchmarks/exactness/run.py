@@ -50,8 +50,8 @@ from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import load_model_config
 from tfserve.model.forward_batch import BlockTables, build_batch
+from tfserve.model.hub import resolve_model
 from tfserve.model.loader import load_model
-from tfserve.model.resolve import resolve_model
 from tfserve.model.runner import ModelRunner
 from tfserve.model.token_draw import uniform
 from tfserve.model.tokenizer import Tokenizer

@@ -370,7 +370,7 @@ def report(args: argparse.Namespace, rate: float, result: dict[str, Any], sent: 
 
 
 def _token_id(model: str) -> tuple[str, int]:
-    from tfserve.model.resolve import resolve_model
+    from tfserve.model.hub import resolve_model
     from tfserve.model.tokenizer import Tokenizer
 
     path = resolve_model(model)

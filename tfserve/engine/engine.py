@@ -38,7 +38,7 @@ from tfserve.messages import (
 from tfserve.model.config import load_model_config
 from tfserve.model.detokenizer import Detokenizer
 from tfserve.model.fields import loading
-from tfserve.model.resolve import resolve_model
+from tfserve.model.hub import resolve_model
 from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import (
     ONE_TENANT,

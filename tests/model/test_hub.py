@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from tfserve.errors import DownloadError, ModelError
-from tfserve.model.resolve import resolve_model
+from tfserve.model.hub import resolve_model
 
 
 def test_a_local_directory_is_itself(tmp_path: Path) -> None:
