@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tfserve.model.attention.bag_decode import BagDecode
 from tfserve.model.attention.base import PagedKV
+from tfserve.model.attention.embedding_bag_attention import EmbeddingBagAttention
 from tfserve.model.forward_batch import ForwardBatch
 
 
@@ -20,7 +20,7 @@ class TorchBackend:
     """Decodes as one call over the whole batch, prefills as one call per sequence.
 
     Keys and values need no particular layout. Decode in float32 on the CPU is several times faster with the layout that
-    BagDecode reads; everything else gathers the blocks and runs scaled_dot_product_attention.
+    EmbeddingBagAttention reads; everything else gathers the blocks and runs scaled_dot_product_attention.
     """
 
     name = "torch"
@@ -36,7 +36,7 @@ class TorchBackend:
         n = batch.num_decodes
         decode: DecodePart | None = None
         if n:
-            part = BagDecode if BagDecode.can_read(kv) else GatherDecode
+            part = EmbeddingBagAttention if EmbeddingBagAttention.can_read(kv) else GatherDecode
             decode = part(batch.block_tables[:n], batch.context_lens[:n], kv)
         return TorchStep(batch, kv, decode, _chunks(batch, kv))
 

@@ -21,7 +21,7 @@ _SHRINK = 0.7
 """A sequence this much shorter than the longest of its bucket opens the next: padding costs time in softmax and V."""
 
 
-class BagDecode:
+class EmbeddingBagAttention:
     """One query for each of R sequences. Sequences are sorted by length into buckets that share a padded length."""
 
     @staticmethod
