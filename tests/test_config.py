@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from tfserve import config as config_module
+from tfserve.cli_config import OTHER_VARIABLES, config_from_args, environment_settings, parse_settings
 from tfserve.config import SETTINGS, EngineConfig, SchedulerConfig, config_from, load_config, variable_of
-from tfserve.config_words import OTHER_VARIABLES, config_from_args, environment_settings, parse_settings
 from tfserve.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -300,7 +300,7 @@ def test_a_renamed_setting_is_taken_by_its_old_name_with_a_warning(tmp_path, mon
     monkeypatch.setattr(
         config_module, "RENAMED", {"scheduler.old_gap_s": "scheduler.swap_gap_s", "seats": "max_num_seqs"}
     )
-    monkeypatch.setattr("tfserve.config_words.RENAMED", config_module.RENAMED)
+    monkeypatch.setattr("tfserve.cli_config.RENAMED", config_module.RENAMED)
     caplog.set_level(logging.WARNING)
     (tmp_path / "serve.yaml").write_text("model: m\nscheduler: {old_gap_s: 7}\nseats: 5\n")
     in_file = load_config(tmp_path / "serve.yaml", {})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tfserve.cli_config import config_from_args, parse_settings
 from tfserve.config import load_config
-from tfserve.config_words import config_from_args, parse_settings
 from tfserve.errors import ConfigError
 
 

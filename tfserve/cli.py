@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tfserve import __version__
-from tfserve.config_words import config_from_args, settings_help, split_settings
+from tfserve.cli_config import config_from_args, settings_help, split_settings
 from tfserve.errors import TfserveError
 from tfserve.logs import log_to_stderr
 from tfserve.std_streams import drop_output, open_closed

@@ -12,7 +12,7 @@ from tfserve.bench.replay import add_replay_parsers
 from tfserve.bench.report import write_json
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
 from tfserve.bench.workload import parse_clamp, parse_positive, parse_rate, parse_rate_mix, parse_request_rate
-from tfserve.config_words import config_from_args
+from tfserve.cli_config import config_from_args
 from tfserve.logs import log_to_stderr
 
 T = TypeVar("T")
