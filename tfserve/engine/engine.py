@@ -16,10 +16,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
-from tfserve.engine.frontend.delivery import Delivery, Questions, Sink
 from tfserve.engine.frontend.finish_pace import FinishPace
 from tfserve.engine.frontend.lifetime import disown_in_fork, weakly
 from tfserve.engine.frontend.link import Connect, connect
+from tfserve.engine.frontend.output_router import OutputRouter, Questions, Sink
 from tfserve.engine.frontend.preparation import Conversation, RequestPreparer
 from tfserve.engine.frontend.prompts import Prompt, as_batch
 from tfserve.engine.frontend.stream import Collector, OutputBuffer, RequestStream
@@ -88,7 +88,7 @@ class Engine:
         with loading(path):
             load_model_config(path)
             self.tokenizer = Tokenizer.from_dir(path, self.config.server.control_tokens_in_messages)
-        self._delivery = Delivery()
+        self._router = OutputRouter()
         self._own_ids = map(f"{_OWN_IDS}{{}}".format, itertools.count())
         self._questions = Questions()
         self._on_step: list[Callable[[StepOutputs], None]] = []
@@ -261,10 +261,8 @@ class Engine:
             raise EngineStalledError(
                 f"no progress: the engine takes no messages, the last step was {silent_s:.0f} s ago"
             )
-        if self._delivery and silent_s > _NO_PROGRESS_S:
-            raise EngineStalledError(
-                f"no progress for {silent_s:.0f} s with {len(self._delivery)} requests outstanding"
-            )
+        if self._router and silent_s > _NO_PROGRESS_S:
+            raise EngineStalledError(f"no progress for {silent_s:.0f} s with {len(self._router)} requests outstanding")
 
     def on_step(self, callback: Callable[[StepOutputs], None]) -> None:
         """Have `callback` called with every step's message, from the link's thread: for metrics. It must not block."""
@@ -311,7 +309,7 @@ class Engine:
         return streams
 
     def _free_id(self, request_id: RequestId) -> RequestId:
-        if (name := as_id(request_id, _OWN_IDS)) in self._delivery:
+        if (name := as_id(request_id, _OWN_IDS)) in self._router:
             raise id_in_use(name)
         return name
 
@@ -324,26 +322,26 @@ class Engine:
         with self._state_lock:
             if self._death is not None:
                 raise EngineDeadError(self._death)
-            if not self._delivery:
+            if not self._router:
                 self._last_news_s = time.monotonic()
                 self._finish_pace.on_work(self._last_news_s)
             # Again, under the lock: another thread may have taken one since.
             for request_id in message.request_ids:
-                if request_id in self._delivery:
+                if request_id in self._router:
                     raise id_in_use(request_id)
             for request_id, sink in zip(message.request_ids, sinks, strict=True):
-                self._delivery.add(request_id, sink, message.tenant)
+                self._router.add(request_id, sink, message.tenant)
         try:
             # A blocking caller may wait for room; an event loop has others to serve.
             self._link.send(message, None if sink.loop is None else 0.0)
         except BaseException:
             for request_id in message.request_ids:
-                self._delivery.discard(request_id)
+                self._router.discard(request_id)
             raise
 
     def _tell(self, request_id: RequestId, message: ToCore) -> None:
         """Send a message about a live request; nobody is left to hear one about another. Raises EngineStalledError."""
-        if request_id in self._delivery and self._death is None:
+        if request_id in self._router and self._death is None:
             try:
                 self._link.send(message)
             except EngineStalledError:
@@ -356,11 +354,11 @@ class Engine:
         check_tenant(tenant)
         limit = self.config.server.max_queued_requests
         stats = self.stats()
-        num_live = len(self._delivery) + num_new - 1
+        num_live = len(self._router) + num_new - 1
         waiting = num_live - stats.num_running - stats.num_paused - stats.num_loading
         # A burst that has not been scheduled yet counts as waiting, but has room to run.
         room = self.info.max_num_seqs + limit
-        if waiting >= limit and num_live >= room and self._delivery.has_share(tenant, num_new, room):
+        if waiting >= limit and num_live >= room and self._router.has_share(tenant, num_new, room):
             retry_after_s = self._finish_pace.wait_s(waiting - limit + 1)
             raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
 
@@ -376,7 +374,7 @@ class Engine:
         for output in message.outputs:
             if output.finish_reason is not None:
                 self._finish_pace.on_finish(self._last_news_s)
-        for request_id in self._delivery.hand_out(message, self._last_news_s):
+        for request_id in self._router.hand_out(message, self._last_news_s):
             self.abort(request_id)
 
     def _die(self, reason: str) -> None:
@@ -395,5 +393,5 @@ class Engine:
 
     def _release(self, reason: str) -> None:
         """End every open stream, and every question, with the news."""
-        self._delivery.release_all(reason)
+        self._router.release_all(reason)
         self._questions.release_all(reason)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Sink = RequestStream | Collector
 
 
-class Mailbox:
+class LoopQueue:
     """What the link's thread leaves for the streams of one event loop: one wake-up however much comes meanwhile.
 
     A loop that is behind finds several steps at once, and each stream then tells its reader only once.
@@ -65,13 +65,13 @@ class Mailbox:
                 logger.exception("the reader of request %s failed", stream.request_id)
 
 
-class Delivery:
+class OutputRouter:
     """The readers of every live request. `add` and `discard` from any thread, the rest from the link's."""
 
     def __init__(self) -> None:
         self._sinks: dict[RequestId, Sink] = {}
         self._tenants: dict[RequestId, Tenant] = {}
-        self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+        self._queues: dict[asyncio.AbstractEventLoop, LoopQueue] = {}
 
     def __len__(self) -> int:
         return len(self._sinks)
@@ -81,9 +81,9 @@ class Delivery:
 
     def add(self, request_id: RequestId, sink: Sink, tenant: Tenant = ONE_TENANT) -> None:
         """Deliver what comes for this request to `sink`, until it ends."""
-        if sink.loop is not None and sink.loop not in self._mailboxes:
-            open_ones = {loop: box for loop, box in self._mailboxes.items() if not box.is_closed}
-            self._mailboxes = {**open_ones, sink.loop: Mailbox(sink.loop)}
+        if sink.loop is not None and sink.loop not in self._queues:
+            open_ones = {loop: queue for loop, queue in self._queues.items() if not queue.is_closed}
+            self._queues = {**open_ones, sink.loop: LoopQueue(sink.loop)}
         self._tenants[request_id] = tenant
         self._sinks[request_id] = sink
 
@@ -120,7 +120,7 @@ class Delivery:
             if loop.is_closed():
                 orphans += {stream.request_id for stream, _ in step}
             else:
-                self._mailboxes[loop].leave(step)
+                self._queues[loop].leave(step)
         return orphans
 
     def release_all(self, reason: str) -> None:
