@@ -15,7 +15,7 @@ from typing import Self
 import psutil
 
 from tests.http.test_server import free_port
-from tfserve.engine.frontend.link import CORE_MODULE
+from tfserve.engine.frontend.core_client import CORE_MODULE
 
 
 class Server:

@@ -8,7 +8,7 @@ import pytest
 from tfserve import cli
 from tfserve.config import SETTINGS, EngineConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.frontend.link import _startup_error
+from tfserve.engine.frontend.core_client import _startup_error
 from tfserve.errors import (
     ConfigError,
     DownloadError,

@@ -1,6 +1,6 @@
 """What the HTTP side costs and where it ends: `python -m benchmarks.micro.http_speed [--rate 20000] ...`.
 
-The real server (its own process, real tokenizer, real SSE) gets tokens from a process that speaks the engine's link
+The real server (its own process, real tokenizer, real SSE) gets tokens from a process that speaks the engine's
 protocol and nothing else: one message per step, a token for each live stream, `--rate` tokens/s in all. The client is a
 third process: raw sockets, one epoll loop. Printed: tokens/s delivered, CPU of the server's process per token (user and
 system, all threads; CPU time, so that a busy machine does not count), tokens per write, and the latency that the
@@ -38,7 +38,7 @@ import psutil
 
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.frontend.link import ProcessLink
+from tfserve.engine.frontend.core_client import ProcessClient
 from tfserve.http.server import serve
 from tfserve.messages import (
     AbortRequest,
@@ -154,7 +154,7 @@ class NullEngine:
 
 
 def run_null_engine(fd: int) -> None:
-    """The process behind the link."""
+    """The process behind the protocol."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     conn = Connection(fd)
     config = msgspec.msgpack.decode(conn.recv_bytes(), type=EngineConfig)
@@ -199,8 +199,8 @@ def run_server(args: argparse.Namespace) -> int:
 
 
 def _load(config: EngineConfig) -> Engine:
-    link = functools.partial(ProcessLink, module="benchmarks.micro.http_speed_engine")
-    return Engine(config, link)
+    connect = functools.partial(ProcessClient, module="benchmarks.micro.http_speed_engine")
+    return Engine(config, connect)
 
 
 # The client.

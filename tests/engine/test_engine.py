@@ -44,7 +44,7 @@ def engine(request, model_dir):
 
 
 def engine_pid(engine: Engine) -> int:
-    return engine._link.pid
+    return engine._client.pid
 
 
 def test_batched_requests_get_what_they_get_alone(engine):
@@ -428,7 +428,7 @@ def test_killed_front_leaves_no_engine(model_dir, tmp_path):
         "from tfserve.config import EngineConfig\n"
         "from tfserve.engine.engine import Engine\n"
         f"engine = Engine(EngineConfig(model={str(model_dir)!r}, max_model_len=256, engine_process='on'))\n"
-        "print(engine._link.pid, flush=True)\n"
+        "print(engine._client.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     import subprocess

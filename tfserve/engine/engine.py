@@ -16,9 +16,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from tfserve.config import EngineConfig
+from tfserve.engine.frontend.core_client import Connect, connect
 from tfserve.engine.frontend.finish_pace import FinishPace
 from tfserve.engine.frontend.lifetime import disown_in_fork, weakly
-from tfserve.engine.frontend.link import Connect, connect
 from tfserve.engine.frontend.output_router import OutputRouter, Questions, Sink
 from tfserve.engine.frontend.preparation import Conversation, RequestPreparer
 from tfserve.engine.frontend.prompts import Prompt, as_batch
@@ -71,10 +71,10 @@ class Engine:
     that cannot be loaded. Use as a context manager, or call `shutdown`; an engine that nothing refers to any more, or
     that the program leaves behind, ends too. It belongs to the process that made it: in a fork it is dead.
     `config` may be just the model: a directory, a hub id, or "demo", which is prepared where it is not there yet.
-    `link` starts the core; benchmarks give theirs.
+    `connect` starts the core; benchmarks give theirs.
     """
 
-    def __init__(self, config: EngineConfig | str | Path, link: Connect = connect) -> None:
+    def __init__(self, config: EngineConfig | str | Path, connect: Connect = connect) -> None:
         if not isinstance(config, EngineConfig):
             config = EngineConfig(model=str(config))
         with loading(Path(config.model)):
@@ -98,11 +98,11 @@ class Engine:
         self._death: str | None = None
         self._on_death: list[Callable[[str], None]] = []
         self._state_lock = threading.Lock()
-        # The link does not keep this object alive, so that its end can end the core.
-        self._link = link(self.config, weakly(self._deliver), weakly(self._die))
-        self._end = weakref.finalize(self, self._link.close, _DROPPED_S)
+        # The client does not keep this object alive, so that its end can end the core.
+        self._client = connect(self.config, weakly(self._deliver), weakly(self._die))
+        self._end = weakref.finalize(self, self._client.close, _DROPPED_S)
         disown_in_fork(self)
-        self.info: EngineInfo = self._link.info
+        self.info: EngineInfo = self._client.info
         self._prepare = RequestPreparer(self.tokenizer, self.info, config.scheduler.default_rate)
 
     def __enter__(self) -> Self:
@@ -240,7 +240,7 @@ class Engine:
             # Only now: an end that comes later releases the question.
             if self._death is not None:
                 raise EngineDeadError(self._death)
-            self._link.send(ListStreams(query))
+            self._client.send(ListStreams(query))
             return await answer
         finally:
             self._questions.forget(query)
@@ -257,7 +257,7 @@ class Engine:
         if self._death is not None:
             raise EngineDeadError(self._death)
         silent_s = time.monotonic() - self._last_news_s
-        if self._link.is_full:
+        if self._client.is_full:
             raise EngineStalledError(
                 f"no progress: the engine takes no messages, the last step was {silent_s:.0f} s ago"
             )
@@ -265,7 +265,7 @@ class Engine:
             raise EngineStalledError(f"no progress for {silent_s:.0f} s with {len(self._router)} requests outstanding")
 
     def on_step(self, callback: Callable[[StepOutputs], None]) -> None:
-        """Have `callback` called with every step's message, from the link's thread: for metrics. It must not block."""
+        """Call `callback` with every step's message, in the client's thread: for metrics. It must not block."""
         self._on_step.append(callback)
 
     def on_death(self, callback: Callable[[str], None]) -> None:
@@ -282,7 +282,7 @@ class Engine:
             self._death = self._death or "the engine was shut down"
         if self._end.detach() is None:
             return
-        self._link.close(timeout_s)
+        self._client.close(timeout_s)
         self._release("the engine was shut down")
 
     def disown(self) -> None:
@@ -333,7 +333,7 @@ class Engine:
                 self._router.add(request_id, sink, message.tenant)
         try:
             # A blocking caller may wait for room; an event loop has others to serve.
-            self._link.send(message, None if sink.loop is None else 0.0)
+            self._client.send(message, None if sink.loop is None else 0.0)
         except BaseException:
             for request_id in message.request_ids:
                 self._router.discard(request_id)
@@ -343,7 +343,7 @@ class Engine:
         """Send a message about a live request; nobody is left to hear one about another. Raises EngineStalledError."""
         if request_id in self._router and self._death is None:
             try:
-                self._link.send(message)
+                self._client.send(message)
             except EngineStalledError:
                 raise
             except EngineDeadError:
@@ -363,7 +363,7 @@ class Engine:
             raise QueueFullError(f"{waiting} requests wait already (limit {limit}); try again later", retry_after_s)
 
     def _deliver(self, message: StepOutputs | StreamStates) -> None:
-        """Take a message of the core, in the link's thread."""
+        """Take a message of the core, in the client's thread."""
         if isinstance(message, StreamStates):
             self._questions.answer(message)
             return

@@ -1,4 +1,4 @@
-"""The engine process: `python -m tfserve.engine.core.process FD`, started by ProcessLink and by nobody else.
+"""The engine process: `python -m tfserve.engine.core.process FD`, started by ProcessClient and by nobody else.
 
 FD is one end of a socket pair. The first frame is the EngineConfig, the answer is Ready or Failed; then ToCore frames
 come in and StepOutputs go out. When the other end closes, for whatever reason, this process ends at once.

@@ -36,13 +36,13 @@ _at_exit: weakref.WeakSet[Closable] = weakref.WeakSet()
 _at_fork: weakref.WeakSet[Disownable] = weakref.WeakSet()
 
 
-def close_at_exit(link: Closable) -> None:
-    """Close `link` when the program leaves, if it is still alive.
+def close_at_exit(client: Closable) -> None:
+    """Close `client` when the program leaves, if it is still alive.
 
     A thread that comes back from torch's C++ while the interpreter ends is unwound by force, and C++ then ends the
     process with SIGABRT in place of its own exit code.
     """
-    _at_exit.add(link)
+    _at_exit.add(client)
 
 
 def disown_in_fork(owner: Disownable) -> None:
@@ -63,11 +63,11 @@ def weakly(method: Callable[[T], None]) -> Callable[[T], None]:
 
 @atexit.register
 def _close_all() -> None:
-    links = list(_at_exit)
+    clients = list(_at_exit)
     try:
         for timeout_s in (0.0, _EXIT_S):  # first all are asked, then each is waited for
-            for link in links:
-                link.close(timeout_s)
+            for client in clients:
+                client.close(timeout_s)
     except KeyboardInterrupt:
         # Impatience: leave without the interpreter's own end.
         for stream in (sys.stdout, sys.stderr):

@@ -69,7 +69,7 @@ class Outbox:
         while (frame := self._next()) is not None:
             try:
                 self._conn.send_bytes(frame)
-            except OSError:  # the link's reader tells why
+            except OSError:  # the client's reader tells why
                 with self._changed:
                     self._end()
                 return

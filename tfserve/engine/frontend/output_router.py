@@ -1,6 +1,6 @@
 """Where what the core says goes: outputs to the requests' readers, answers to those who asked. Torch-free.
 
-The core speaks in the link's thread; readers live on event loops, or wait in threads of their own.
+The core speaks in the client's thread; readers live on event loops, or wait in threads of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Sink = RequestStream | Collector
 
 
 class LoopQueue:
-    """What the link's thread leaves for the streams of one event loop: one wake-up however much comes meanwhile.
+    """What the client's thread leaves for the streams of one event loop: one wake-up however much comes meanwhile.
 
     A loop that is behind finds several steps at once, and each stream then tells its reader only once.
     """
@@ -66,7 +66,7 @@ class LoopQueue:
 
 
 class OutputRouter:
-    """The readers of every live request. `add` and `discard` from any thread, the rest from the link's."""
+    """The readers of every live request. `add` and `discard` from any thread, the rest from the client's."""
 
     def __init__(self) -> None:
         self._sinks: dict[RequestId, Sink] = {}

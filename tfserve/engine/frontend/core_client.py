@@ -43,13 +43,13 @@ about 5 ms (measured with SmolLM2-135M in float32).
 class Connect(Protocol):
     """Starts a core, or finds one."""
 
-    def __call__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+    def __call__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreClient:
         """Wait until the core is ready. Raises ConfigError or ModelError."""
         ...
 
 
-class CoreLink(Protocol):
-    """A running core. `deliver` and `on_death` (given at construction) are called from a thread of the link."""
+class CoreClient(Protocol):
+    """A running core. `deliver` and `on_death` (given at construction) are called from a thread of the client."""
 
     info: EngineInfo
 
@@ -71,14 +71,14 @@ class CoreLink(Protocol):
         ...
 
 
-def connect(config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+def connect(config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreClient:
     """Start a core as `config.engine_process` says and wait until it is ready. Raises ConfigError or ModelError."""
     if config.engine_process == "on":
-        return ProcessLink(config, deliver, on_death)
-    return ThreadLink(config, deliver, on_death)
+        return ProcessClient(config, deliver, on_death)
+    return ThreadClient(config, deliver, on_death)
 
 
-class ThreadLink:
+class ThreadClient:
     """The core in a daemon thread: nothing is encoded, `deliver` runs in the core's thread.
 
     The model is loaded in that thread too: torch on a CPU keeps OpenMP threads for every thread that computes,
@@ -102,17 +102,17 @@ class ThreadLink:
 
     @property
     def is_full(self) -> bool:
-        """See CoreLink. Never: what waits is objects of this process that its caller has made."""
+        """See CoreClient. Never: what waits is objects of this process that its caller has made."""
         return False
 
     def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:  # noqa: ARG002 - there is always room
-        """See CoreLink."""
+        """See CoreClient."""
         if self._inbox is None or not self._thread.is_alive():
             raise EngineDeadError("the engine thread has ended")
         self._inbox.put(message)
 
     def close(self, timeout_s: float) -> None:
-        """See CoreLink. A thread cannot be killed: one that is still in a step after the timeout is left to finish."""
+        """See CoreClient. A thread cannot be killed: one still in a step after the timeout is left to finish."""
         self._ask_to_end()
         # The interpreter may drop an Engine in any thread.
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -148,7 +148,7 @@ class ThreadLink:
         core.close()
 
 
-class ProcessLink:
+class ProcessClient:
     """The core in a process of its own, over a socket pair that is also the life line: whoever sees it close ends.
 
     The child is started by subprocess, not by multiprocessing, so that user scripts need no __main__ guard and the
@@ -190,11 +190,11 @@ class ProcessLink:
 
     @property
     def is_full(self) -> bool:
-        """See CoreLink."""
+        """See CoreClient."""
         return self._outbox.is_full
 
     def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:
-        """See CoreLink."""
+        """See CoreClient."""
         frame = msgspec.msgpack.encode(message)
         if isinstance(message, AbortRequest | Shutdown):
             # A request ends a few times at most, so these need no limit; and they make room.
@@ -203,7 +203,7 @@ class ProcessLink:
             self._outbox.put_in_turn(frame, patience_s)
 
     def close(self, timeout_s: float) -> None:
-        """See CoreLink. A process that does not end in time is killed."""
+        """See CoreClient. A process that does not end in time is killed."""
         self._closing = True
         try:
             self.send(Shutdown())
