@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 NOT_TRIED = re.compile(r"pip|tfserve|torch|triton|(nvidia|cuda)-.*")
 """Packages that no lock has."""
 
-MOST_TESTS = 20
+MAX_TESTS = 20
 """Failed tests that are repeated: one package breaks many tests, seldom many packages one each."""
 
 COLLECTION = "the collection of tests"
@@ -101,7 +101,7 @@ def main(lock_file: str, cache: str) -> None:
 
 def report(failed: Sequence[str], differing: Sequence[str], lock: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Repeat failed tests with one package after another as in the lock, and print what that changes."""
-    tests = failed[:MOST_TESTS]
+    tests = failed[:MAX_TESTS]
     print(
         f"Repeating {len(tests)} of {len(failed)} failed tests with one of them at a time as in the lock:", flush=True
     )

@@ -15,10 +15,10 @@ import yaml
 
 from tfserve.errors import ConfigError
 
-_MOST_BYTES = 1 << 20
+_MAX_BYTES = 1 << 20
 """A configuration takes a few thousand; a model given by mistake is not read to its end."""
 
-_MOST_DIGITS = 100
+_MAX_DIGITS = 100
 """Python refuses to write integers of several thousand, also in an error's message."""
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
     def read_int(self, node: yaml.ScalarNode) -> int:
         """An integer in decimal, or with 0o or 0x before it."""
         text = self.construct_scalar(node)
-        if len(text) > _MOST_DIGITS:
+        if len(text) > _MAX_DIGITS:
             raise _mistake(node, f"an integer of {len(text)} digits is no setting")
         return int(text, 0 if text[:2] in {"0o", "0x"} else 10)
 
@@ -137,10 +137,10 @@ def read_file(path: Path) -> bytes:
     """The bytes of a configuration file. Raises ConfigError naming it."""
     try:
         with path.open("rb") as file:
-            raw = file.read(_MOST_BYTES + 1)
+            raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError("", f"cannot read {path}: {error.strerror}") from None
-    if len(raw) > _MOST_BYTES:
+    if len(raw) > _MAX_BYTES:
         raise ConfigError("", f"{path} is larger than 1 MiB: that is no configuration")
     return raw
 

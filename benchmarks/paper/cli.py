@@ -21,7 +21,7 @@ from benchmarks.paper.summary import summarize
 from tfserve.bench.plots import require_matplotlib
 from tfserve.errors import TfserveError
 
-_MOST_WORKERS = 2
+_MAX_WORKERS = 2
 _LOG_EVERY_S = 30.0
 
 
@@ -36,7 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a few experiments, one seed: under two minutes")
     add("--only", action="append", metavar="ROW", help="only this experiment, as 4090-a or load; may be repeated")
     add("--seeds", type=int, help="at most this many seeds of each experiment")
-    add("--workers", type=int, default=min(_MOST_WORKERS, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    add("--workers", type=int, default=min(_MAX_WORKERS, os.cpu_count() or 1), help="processes (default: %(default)s)")
     add("--long-answers", action="store_true", help="read the paper's short on the RTX 4090 as 512 in, 2048 out")
     add("--no-plots", action="store_true", help="write no PNG (matplotlib is then not needed)")
     return parser.parse_args(argv)

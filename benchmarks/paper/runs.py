@@ -18,7 +18,7 @@ from tfserve.engine.scheduling.qos import Floats, Served, buffer_sizes, effectiv
 from tfserve.engine.simulation.engine import Moment, SimEngine, SimRequest, SimRun
 from tfserve.engine.simulation.fitted import HostTime
 
-_MOST_MOMENTS = 400
+_MAX_MOMENTS = 400
 _NUM_TIMELINES = 12
 _TIMELINE_POINTS = 120
 _NUM_FANS = 80
@@ -193,7 +193,7 @@ def _detail(run: SimRun) -> Detail:
     for request in answered[:: max(1, len(answered) // _NUM_FANS)][:_NUM_FANS]:
         times, counts = _curve(request.token_s - request.token_s[0], _FAN_POINTS)
         fans.append((request.rate, times, counts))
-    step = -(-len(run.moments) // _MOST_MOMENTS)
+    step = -(-len(run.moments) // _MAX_MOMENTS)
     return Detail(
         ttft_s=sorted(round(float(request.token_s[0] - request.arrival_s), _DIGITS) for request in answered),
         moments=run.moments[:: max(1, step)],

@@ -16,7 +16,7 @@ from tfserve.errors import TfserveError
 _SIGMA = 0.2
 """Standard deviation of normal lengths, as a share of their mean."""
 
-_LEAST_TOKENS = 16
+_MIN_TOKENS = 16
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -136,7 +136,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 def _normal(mean: int, count: int, random: np.random.Generator) -> Ints:
     values = np.rint(random.normal(mean, _SIGMA * mean, count))
-    return np.clip(values, _LEAST_TOKENS, 2 * mean).astype(np.int64)
+    return np.clip(values, _MIN_TOKENS, 2 * mean).astype(np.int64)
 
 
 def read_columns(file: str, columns: tuple[str, ...]) -> npt.NDArray[Any]:

@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "server": {"max_queued_requests": 25, "keep_alive_s": 0.2, "drain_timeout": 0.5, "log_interval_s": 1.0},
 }
 
-MOST_AT_ONCE = 80
+MAX_AT_ONCE = 80
 CALM_S = 30.0
 """How long the engine has to be empty once nobody comes any more."""
 
@@ -131,7 +131,7 @@ async def _crowd(visitors: Visitors, rng: random.Random, memory: Memory, seconds
         if now_s > sampled_s + 1 and not visitors.is_closing:
             memory.sample()
             sampled_s = now_s
-        if len(open_visits) < MOST_AT_ONCE:
+        if len(open_visits) < MAX_AT_ONCE:
             visit = asyncio.ensure_future(visitors.one())
             open_visits.add(visit)
             visit.add_done_callback(open_visits.discard)

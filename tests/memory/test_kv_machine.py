@@ -14,8 +14,8 @@ from tfserve.memory.residency import PAUSED, KVState
 from tfserve.plan import Direction
 
 DEVICE_BLOCKS = 9
-MOST_TOKENS = 25
-MOST_LIVE = 5
+MAX_TOKENS = 25
+MAX_LIVE = 5
 
 
 class Scene:
@@ -35,7 +35,7 @@ class Scene:
         return able[pick % len(able)] if able else None
 
     def arrive(self, n: int) -> None:
-        if len(self.live) < MOST_LIVE:
+        if len(self.live) < MAX_LIVE:
             req = str(self.num_arrived)
             self.num_arrived += 1
             self.live.append(req)
@@ -49,9 +49,9 @@ class Scene:
             for req in self.live
             if self.tiers.state(req) in (KVState.DEVICE, KVState.NONE)
             and req != left_out
-            and self.tiers.kv.view(req).num_tokens < MOST_TOKENS
+            and self.tiers.kv.view(req).num_tokens < MAX_TOKENS
         ]
-        order = self.live[pick % MOST_LIVE :] + self.live[: pick % MOST_LIVE]
+        order = self.live[pick % MAX_LIVE :] + self.live[: pick % MAX_LIVE]
         self.tiers.step(dict.fromkeys(chosen, n), order, budget)
 
     def preempt(self, pick: int) -> None:

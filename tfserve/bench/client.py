@@ -34,7 +34,7 @@ _PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/
 _TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 _DETAIL_CHARS = 300
 _LISTING_S = 30.0
-_MOST_TOKENS = 1_000_000
+_MAX_TOKENS = 1_000_000
 
 _GOODBYE_S = 1.0
 """How long a server has to end a response whose last event has come."""
@@ -280,7 +280,7 @@ def _take_usage(usage: object, record: RequestRecord) -> int:
     output_tokens = _whole(usage.get("completion_tokens"))
     if output_tokens is None:
         return 1
-    if not 0 <= output_tokens <= _MOST_TOKENS:
+    if not 0 <= output_tokens <= _MAX_TOKENS:
         raise _StreamError("malformed", f"the usage counts {output_tokens} completion tokens")
     # Usage that comes only at the end says nothing about its own chunk; a running one does, from the first chunk on.
     running = record.output_tokens is not None or not record.chunks

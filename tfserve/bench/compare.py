@@ -32,7 +32,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("client CPU, s", "client_cpu_s"),
 )
 
-_MOST = 1e300
+_MAX = 1e300
 """Beyond it is no figure, but NaN or infinity."""
 
 _WORKLOAD = (
@@ -97,7 +97,7 @@ def comparison(a: Result, b: Result) -> str:
 def _find(tree: Any, where: str) -> float | None:
     for key in where.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, int | float) and abs(tree) < _MOST else None
+    return tree if isinstance(tree, int | float) and abs(tree) < _MAX else None
 
 
 def _show(value: float | None) -> str:

@@ -18,7 +18,7 @@ from tfserve.model.models.base import ModelConfig, stored_tensors
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_MOST_HEADER_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 16 * 2**20
 """Largest header of a file, which names its tensors; those of the largest models have some hundred thousand bytes."""
 
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
@@ -89,8 +89,8 @@ class Checkpoint:
         try:
             with path.open("rb") as raw:
                 header_bytes = int.from_bytes(raw.read(8), "little")
-            if header_bytes > _MOST_HEADER_BYTES:
-                raise ValueError(f"its header has {header_bytes} bytes, and may have {_MOST_HEADER_BYTES}")
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {header_bytes} bytes, and may have {_MAX_HEADER_BYTES}")
             return self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
         except failures() as error:
             size = path.stat().st_size

@@ -10,14 +10,14 @@ from tfserve.errors import ModelError
 from tfserve.model.fields import Fields, is_absent, one_line, read_fields, shown
 from tfserve.model.models.base import FAMILIES, DTypeName, Llama3RopeScaling, ModelConfig
 
-__all__ = ["MOST", "Llama3RopeScaling", "ModelConfig", "load_model_config", "read_model_config"]
+__all__ = ["MAX_SIZES", "Llama3RopeScaling", "ModelConfig", "load_model_config", "read_model_config"]
 
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
 
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """What GPTQ, AWQ and ModelOpt tools write beside weights of theirs; not all of them write it into config.json too."""
 
-MOST = {
+MAX_SIZES = {
     "vocab_size": 2**22,
     "hidden_size": 2**18,
     "intermediate_size": 2**20,
@@ -90,7 +90,7 @@ def read_model_config(fields: Fields, generation: Fields) -> ModelConfig:
 
 
 def _size(fields: Fields, key: str, default: int | None = None) -> int:
-    return fields.integer(key, default, most=MOST[key])
+    return fields.integer(key, default, most=MAX_SIZES[key])
 
 
 def _architecture(fields: Fields) -> str:

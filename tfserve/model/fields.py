@@ -15,10 +15,10 @@ from tfserve.errors import ModelError, TfserveError, failures
 
 logger = logging.getLogger(__name__)
 
-_MOST_BYTES = 8 * 2**20
+_MAX_BYTES = 8 * 2**20
 """Largest JSON file or chat template that is read. As Python objects it may take fifty times as much."""
 
-_MOST = 2**31 - 1
+_MAX = 2**31 - 1
 """Largest size that a checkpoint may name."""
 
 _FINITE = 3e38
@@ -54,11 +54,11 @@ class Fields:
         """Whatever the file holds, None if absent."""
         return self._values.get(key)
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
+    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = _MAX) -> int:
         """An integer in [least, most]; 2.0 and true are none. The default is checked too."""
         value = self._required(key, default)
         if not is_integer(value, least, most):
-            if least == 1 and not is_integer(value, 1, _MOST):
+            if least == 1 and not is_integer(value, 1, _MAX):
                 raise self.error(f"{key} must be a positive integer, got {shown(value)}")
             raise self.error(f"{key} must be an integer in [{least}, {most}], got {shown(value)}")
         return int(value)
@@ -66,7 +66,7 @@ class Fields:
     def integers(self, key: str) -> list[int]:
         """A list of integers."""
         value = self._required(key, None)
-        if not isinstance(value, list) or not all(is_integer(item, -_MOST, _MOST) for item in value):
+        if not isinstance(value, list) or not all(is_integer(item, -_MAX, _MAX) for item in value):
             raise self.wrong(key, "a list of integers")
         return value
 
@@ -144,7 +144,7 @@ def read_fields(path: Path, *, optional: bool = False) -> Fields:
 
 def read_text(path: Path) -> str:
     """The text in the file `path`. Raises ModelError if it cannot be read, is too large or is not UTF-8."""
-    require_file(path, _MOST_BYTES)
+    require_file(path, _MAX_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

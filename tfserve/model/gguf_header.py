@@ -20,15 +20,15 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: 
 
 _STRING, _ARRAY = 8, 9
 
-_MOST_ENTRIES = 65_536
+_MAX_ENTRIES = 65_536
 """Keys, and tensors, of a file."""
 
-_MOST_ITEMS = 2_000_000
+_MAX_ITEMS = 2_000_000
 """Items of all arrays together: a vocabulary of 500,000 tokens has about 1.5 million."""
 
-_MOST_TEXT_BYTES = 2**24
-_MOST_HEADER_BYTES = 2**28
-_MOST_DIMS = 4
+_MAX_TEXT_BYTES = 2**24
+_MAX_HEADER_BYTES = 2**28
+_MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
 
 QuantSizes = Mapping[int, tuple[int, int]]
@@ -57,7 +57,7 @@ class _Header:
             )
         if self._number("I", "version") & 0xFFFF == 0:
             self._order = ">"  # the number has its bytes the other way round
-        num_tensors, num_keys = (self._count(name, _MOST_ENTRIES) for name in ("tensor_count", "metadata_kv_count"))
+        num_tensors, num_keys = (self._count(name, _MAX_ENTRIES) for name in ("tensor_count", "metadata_kv_count"))
         for number in range(num_keys):
             key = self._text(f"key {number}")
             kind = self._number("I", key)
@@ -71,7 +71,7 @@ class _Header:
     def _tensor(self, number: int, sizes: QuantSizes) -> tuple[int, int, str]:
         """Where a tensor's data begin and end, from the end of the header, and its name."""
         name = self._text(f"tensor {number}")
-        num_dims = self._count(name, _MOST_DIMS, "I")
+        num_dims = self._count(name, _MAX_DIMS, "I")
         dims = [self._number("Q", name) for _ in range(num_dims)]
         kind, start = self._number("I", name), self._number("Q", name)
         if kind not in sizes:
@@ -105,13 +105,13 @@ class _Header:
         of = self._number("I", key)
         if of not in _SCALARS and of != _STRING:
             raise self._wrong(key, f"is an array of a type that is not supported ({of})")
-        count = self._count(key, _MOST_ITEMS)
+        count = self._count(key, _MAX_ITEMS)
         self._num_items += count
-        if self._num_items > _MOST_ITEMS:
-            raise self._wrong(key, f"brings all arrays to more than {_MOST_ITEMS} items")
+        if self._num_items > _MAX_ITEMS:
+            raise self._wrong(key, f"brings all arrays to more than {_MAX_ITEMS} items")
         if of == _STRING:
             for _ in range(count):
-                self._skip(self._count(key, _MOST_TEXT_BYTES), key)
+                self._skip(self._count(key, _MAX_TEXT_BYTES), key)
         else:
             self._skip(count * struct.calcsize(_SCALARS[of]), key)
         return None
@@ -127,7 +127,7 @@ class _Header:
         return number
 
     def _text(self, key: str) -> str:
-        return self._read(self._count(key, _MOST_TEXT_BYTES), key).decode(errors="replace")
+        return self._read(self._count(key, _MAX_TEXT_BYTES), key).decode(errors="replace")
 
     def _read(self, length: int, key: str) -> bytes:
         self._skip(length, key)
@@ -138,8 +138,8 @@ class _Header:
         end = self._file.seek(length, 1)
         if end > self._size:
             raise self._wrong(key, "goes beyond the end of the file")
-        if end > _MOST_HEADER_BYTES:
-            raise self._wrong(key, f"makes the header longer than {_MOST_HEADER_BYTES} bytes")
+        if end > _MAX_HEADER_BYTES:
+            raise self._wrong(key, f"makes the header longer than {_MAX_HEADER_BYTES} bytes")
 
     def _wrong(self, key: str, what: str) -> ModelError:
         return ModelError(f"{self._path} is not a whole GGUF file: {one_line(shown(key))} {what}; download it again")

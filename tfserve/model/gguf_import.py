@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from tfserve.errors import ModelError
-from tfserve.model.config import MOST, ModelConfig, read_model_config
+from tfserve.model.config import MAX_SIZES, ModelConfig, read_model_config
 from tfserve.model.fields import Fields, loading
 from tfserve.model.gguf_file import GgufFile
 from tfserve.model.gguf_tokenizer import write_tokenizer
@@ -79,9 +79,9 @@ def _family(source: GgufFile) -> Family:
 def _model_config(source: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
     """Hugging Face's config.json in the spelling that every release of transformers reads."""
     fields, key = source.fields, source.key
-    hidden = fields.integer(key("embedding_length"), most=MOST["hidden_size"])
-    heads = fields.integer(key("attention.head_count"), most=MOST["num_attention_heads"])
-    head_dim = fields.integer(key("attention.key_length"), hidden // heads, most=MOST["head_dim"])
+    hidden = fields.integer(key("embedding_length"), most=MAX_SIZES["hidden_size"])
+    heads = fields.integer(key("attention.head_count"), most=MAX_SIZES["num_attention_heads"])
+    head_dim = fields.integer(key("attention.key_length"), hidden // heads, most=MAX_SIZES["head_dim"])
     rotary = fields.integer(key("rope.dimension_count"), head_dim)
     if rotary != head_dim:
         raise ModelError(
@@ -93,12 +93,12 @@ def _model_config(source: GgufFile, family: Family, dtype: str) -> dict[str, Any
         "torch_dtype": dtype,
         "vocab_size": _vocab_size(source),
         "hidden_size": hidden,
-        "intermediate_size": fields.integer(key("feed_forward_length"), most=MOST["intermediate_size"]),
+        "intermediate_size": fields.integer(key("feed_forward_length"), most=MAX_SIZES["intermediate_size"]),
         "num_hidden_layers": _num_layers(source),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(source),
         "head_dim": head_dim,
-        "max_position_embeddings": fields.integer(key("context_length"), most=MOST["max_position_embeddings"]),
+        "max_position_embeddings": fields.integer(key("context_length"), most=MAX_SIZES["max_position_embeddings"]),
         "rms_norm_eps": _shortest(fields.number(key("attention.layer_norm_rms_epsilon"))),
         "rope_theta": _shortest(fields.number(key("rope.freq_base"), 10000.0)),
         "hidden_act": "silu",
@@ -134,7 +134,7 @@ def _vocab_size(source: GgufFile) -> int:
 
 
 def _num_layers(source: GgufFile) -> int:
-    return source.fields.integer(source.key("block_count"), most=MOST["num_hidden_layers"])
+    return source.fields.integer(source.key("block_count"), most=MAX_SIZES["num_hidden_layers"])
 
 
 def _kv_heads(source: GgufFile) -> int:

@@ -34,7 +34,7 @@ _PART = ".part"
 _ABANDONED_S = 3600.0
 """What ends so is being written; after this time without a change, no more."""
 
-_MOST_JSON_BYTES = 2**27
+_MAX_JSON_BYTES = 2**27
 """Larger files of JSON are nothing that a checkpoint is made of (tokenizer.py)."""
 
 _FORMAT = 2
@@ -135,7 +135,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def _fingerprint(model_dir: Path) -> str:
     """Changes with the weights, the model's shape, and the tokenizer that the smoothing text goes through."""
-    texts = (path for path in model_dir.glob("*.json") if path.is_file() and path.stat().st_size <= _MOST_JSON_BYTES)
+    texts = (path for path in model_dir.glob("*.json") if path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES)
     files = sorted((*weight_files(model_dir), *texts))
     chunks = [(path, start) for path in files for start in range(0, path.stat().st_size, _CHUNK_BYTES)]
     with ThreadPoolExecutor(_num_threads()) as pool:

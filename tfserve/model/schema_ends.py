@@ -14,7 +14,7 @@ from urllib.parse import unquote
 _ANYTHING = True
 """The schema that every text satisfies; stands for what this module does not follow."""
 
-_MOST_TOGETHER = 32
+_MAX_TOGETHER = 32
 """Schemas looked at together with one: what is split among more is not followed, so that the time stays linear."""
 
 
@@ -86,7 +86,7 @@ def _together(part: Mapping[str, Any], document: SchemaDocument) -> list[Mapping
     for each in found:  # grows meanwhile
         others = _list(each, "allOf") + ([document.target(each["$ref"])] if isinstance(each.get("$ref"), str) else [])
         for other in others:
-            if len(found) == _MOST_TOGETHER:
+            if len(found) == _MAX_TOGETHER:
                 return found
             if isinstance(other, Mapping) and id(other) not in known and not document.is_foreign(other):
                 known.add(id(other))

@@ -22,13 +22,13 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MOST_SECONDS = 2.0
+MAX_SECONDS = 2.0
 """CPU time of one rendering. A conversation of thousands of messages takes some tenths."""
 
-MOST_CHARS = 200_000_000
+MAX_CHARS = 200_000_000
 """Characters of all texts that one rendering makes, intermediate ones included."""
 
-_MOST_BITS = 4096
+_MAX_BITS = 4096
 """Longest integer that a template may compute."""
 
 _CHECK_EVERY = 64
@@ -130,7 +130,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             return self._meter.made(left + right)
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            if bits > _MOST_BITS:
+            if bits > _MAX_BITS:
                 raise TemplateLimitError("it computes an integer that is too long")
         elif operator == "%" and isinstance(left, str | bytes):
             self._meter.expect(operator, [left, right])
@@ -218,15 +218,15 @@ class _Meter(threading.local):
 
     def restart(self) -> None:
         """All of both limits."""
-        self._chars = MOST_CHARS
+        self._chars = MAX_CHARS
         self._operations = 0
-        self._end_s = time.thread_time() + MOST_SECONDS
+        self._end_s = time.thread_time() + MAX_SECONDS
 
     def count(self, chars: int) -> None:
         """One operation that makes `chars` characters (or items). Raises TemplateLimitError."""
         self._chars -= chars
         if self._chars < 0:
-            raise TemplateLimitError(f"it makes more than {MOST_CHARS} characters of text")
+            raise TemplateLimitError(f"it makes more than {MAX_CHARS} characters of text")
         self._operations += 1
         if self._operations % _CHECK_EVERY == 0:
             self._check_time()
@@ -234,7 +234,7 @@ class _Meter(threading.local):
     def size(self, value: Any) -> int:
         """Characters of a value written as text, about; not more than the limit is looked at."""
         size, left, looked_at = 0, [value], 0
-        while left and size <= MOST_CHARS:
+        while left and size <= MAX_CHARS:
             item = left.pop()
             if isinstance(item, str | bytes):
                 size += len(item) + _QUOTES
@@ -279,7 +279,7 @@ class _Meter(threading.local):
 
     def _check_time(self) -> None:
         if time.thread_time() > self._end_s:
-            raise TemplateLimitError(f"it computes for more than {MOST_SECONDS:.0f} s")
+            raise TemplateLimitError(f"it computes for more than {MAX_SECONDS:.0f} s")
 
 
 def _has_unknown_width(text: str, name: str) -> bool:

@@ -30,18 +30,18 @@ _PIECES_AT_ONCE = 1000
 
 _LONG_TEXT_CHARS = 4096
 
-_MOST_BYTES = 128 * 2**20
+_MAX_BYTES = 128 * 2**20
 """Largest file of a tokenizer; those of 250,000 tokens have about 35 MB."""
 
 _TOKENIZER_SUFFIXES = frozenset((".json", ".txt", ".model", ".jinja"))
 
-_MOST_CHARS_PER_TOKEN = 8
+_MAX_CHARS_PER_TOKEN = 8
 """A text with more characters a token than this is rare: English has four or five."""
 
 _CUT_TOKENS = 16
 """More tokens than a word or a special token that is cut in two can gain."""
 
-_MOST_GROWTH = 16
+_MAX_GROWTH = 16
 """How many times as long a normalizer may make a text; most keep its length."""
 
 _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
@@ -97,7 +97,7 @@ class Tokenizer:
             backend, defaults = _convert(model_dir)
             special_tokens = defaults | special_tokens
         else:
-            require_file(source, _MOST_BYTES)
+            require_file(source, _MAX_BYTES)
             try:
                 backend = Backend.from_file(str(source))
             except failures() as error:  # the library raises bare Exception
@@ -187,7 +187,7 @@ class Tokenizer:
         It is tokenised piece by piece, and only as far as it takes to know: tokenising needs a hundred bytes a
         character. Raises RequestError as `encode`.
         """
-        if len(text) <= _MOST_CHARS_PER_TOKEN * most:
+        if len(text) <= _MAX_CHARS_PER_TOKEN * most:
             return False
         num_tokens, begin = 0, 0
         while begin < len(text) and num_tokens <= most:
@@ -315,15 +315,15 @@ def _require_little_growth(backend: Backend, source: Path) -> None:
         step = left.pop()
         left += step.get("normalizers", ())
         growth *= max(len(step.get("content", "")), len(step.get("prepend", "")), 1)
-    if growth > _MOST_GROWTH:
-        raise ModelError(f"{source}: its normalizer can make a text more than {_MOST_GROWTH} times as long; correct it")
+    if growth > _MAX_GROWTH:
+        raise ModelError(f"{source}: its normalizer can make a text more than {_MAX_GROWTH} times as long; correct it")
 
 
 def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
     """Let transformers build the tokenizer from older files (vocab.json and merges.txt, tokenizer.model)."""
     for path in model_dir.iterdir():
         if path.suffix in _TOKENIZER_SUFFIXES:
-            require_file(path, _MOST_BYTES)
+            require_file(path, _MAX_BYTES)
     try:
         from transformers import AutoTokenizer
     except ImportError:

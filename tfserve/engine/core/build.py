@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _ROW_BYTES = 1024
 """About what a row takes beside its block table: sampling parameters, its place in the scheduler's lists."""
 
-_MOST_FOR_ROWS = 0.05
+_MAX_FOR_ROWS = 0.05
 """Share of the free memory that such tables may take."""
 
 
@@ -284,7 +284,7 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_by
 def _check_rows(config: EngineConfig, max_model_len: int, block_size: int) -> None:
     """Raise ConfigError if there is no memory for the tables of `max_num_seqs` rows."""
     row_bytes = _ROW_BYTES + 4 * -(-max_model_len // block_size)
-    most = int(available_bytes() * _MOST_FOR_ROWS / row_bytes)
+    most = int(available_bytes() * _MAX_FOR_ROWS / row_bytes)
     if config.max_num_seqs > most:
         raise ConfigError(
             "max_num_seqs",

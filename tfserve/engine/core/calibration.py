@@ -10,7 +10,7 @@ from tfserve.engine.scheduling.cost_model import CostModel, StepSample
 from tfserve.plan import BlockId, Clock, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 
-_MOST_S = 0.5
+_MAX_S = 0.5
 """No step that could be missed starts after this long, the first one, which also warms up, not counted."""
 
 _NEEDED = 5
@@ -68,7 +68,7 @@ def calibrate(
         plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
         result = runner.launch(plan).result()
         if number == 0:
-            end_s = clock.now() + _MOST_S
+            end_s = clock.now() + _MAX_S
         else:
             samples.append(sample_of(plan.seqs, n_decode, result.device_s))
     start = _PROMPT + 1 + chunk

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _PER_DEVICE_BLOCK = 4
 """Host blocks per device block, where memory allows: five times as many readers are under way as the device holds."""
 
-_MOST_PINNED_BYTES = 64 * 2**30
+_MAX_PINNED_BYTES = 64 * 2**30
 """Most memory that is pinned unasked: the driver takes about half a second for each GiB (estimated)."""
 
 _CHUNK_BYTES = 2**30
@@ -82,7 +82,7 @@ def default_host_blocks(device_blocks: int, block_bytes: int, available: int, *,
     if pinned:
         limits += [
             (available // 2 // block_bytes, "half of the free memory"),
-            (_MOST_PINNED_BYTES // block_bytes, f"no more than {_MOST_PINNED_BYTES // 2**30} GiB is pinned unasked"),
+            (_MAX_PINNED_BYTES // block_bytes, f"no more than {_MAX_PINNED_BYTES // 2**30} GiB is pinned unasked"),
         ]
     else:
         limits.append((available // 4 // block_bytes, "a quarter of the free memory"))

@@ -34,7 +34,7 @@ from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams, 
 
 logger = logging.getLogger(__name__)
 
-_LEAST_SLEEP_S = 0.002
+_MIN_SLEEP_S = 0.002
 """The loop sleeps at least this long when nothing can run, whatever a policy asks for: it must never spin."""
 
 
@@ -174,7 +174,7 @@ class EngineCore:
         """Wait for a message, an acknowledgement, or the moment that the scheduler wants to be asked again."""
         self._slept = True
         wake_s = self._scheduler.wake_s
-        self._clock.wait(None if wake_s is None else max(wake_s, self._clock.now() + _LEAST_SLEEP_S))
+        self._clock.wait(None if wake_s is None else max(wake_s, self._clock.now() + _MIN_SLEEP_S))
 
     def stats(self) -> EngineStats:
         """The present state in numbers."""

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 
 from tfserve.errors import EngineDeadError, EngineStalledError
 
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 """What may wait for an engine that does not read; a living one leaves next to nothing waiting."""
 
 _FRAME_BYTES = 256
@@ -21,7 +21,7 @@ class Outbox:
     `put` from any thread.
     """
 
-    def __init__(self, conn: Connection, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, conn: Connection, most_bytes: int = MAX_BYTES) -> None:
         self._conn = conn
         self._most_bytes = most_bytes
         self._frames: deque[bytes] = deque()

@@ -19,7 +19,7 @@ from tfserve.engine.simulation.transfers import SimLinks
 from tfserve.errors import TfserveError
 from tfserve.plan import StepPlan
 
-_LEAST_STEPS = 50
+_MIN_STEPS = 50
 
 _IDLE = 10.0
 """A pause between steps this many times the usual one was not work: the loop slept."""
@@ -27,13 +27,13 @@ _IDLE = 10.0
 _UNKNOWN_BYTES_PER_S = 5e9
 """Of a link on which nothing was copied."""
 
-_LEAST_SCALE = np.array([5e-3, 5e-4, 1e-6, 5e-4, 1e-6, 1e-2])
+_MIN_SCALE = np.array([5e-3, 5e-4, 1e-6, 5e-4, 1e-6, 1e-2])
 """Coefficients as a CPU has them, whose steps are a thousand times those of a GPU."""
 
 _PRIOR_STRENGTH = 1e-6
 """It only decides what steps leave wholly open."""
 
-_LEAST_ALIKE = 4
+_MIN_ALIKE = 4
 """Steps of about a size that can say how far off the law is at that size."""
 
 
@@ -125,8 +125,8 @@ class HostTime:
 def fit(trace: Trace) -> FittedProfile:
     """Fit a profile: every other step teaches, the rest tests. Raises TfserveError for a trace that is too short."""
     steps = trace.timed_steps
-    if len(steps) < _LEAST_STEPS:
-        raise TfserveError(f"a trace of {len(steps)} steps is too short to fit; {_LEAST_STEPS} are needed")
+    if len(steps) < _MIN_STEPS:
+        raise TfserveError(f"a trace of {len(steps)} steps is too short to fit; {_MIN_STEPS} are needed")
     head = trace.head
     taught = [step.sample() for step in steps[::2]]
     coefficients = fit_steps(taught)
@@ -156,7 +156,7 @@ def fit_steps(samples: Sequence[StepSample]) -> StepCoefficients:
     work = np.array([sample.features() for sample in samples])
     seconds = np.array([sample.seconds for sample in samples])
     usual = np.array(msgspec.structs.astuple(StepCoefficients()))
-    return StepCoefficients(*fit_law(work, seconds, usual, _LEAST_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
+    return StepCoefficients(*fit_law(work, seconds, usual, _MIN_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
 
 
 def fit_sizes(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> list[SizeFactor]:
@@ -167,7 +167,7 @@ def fit_sizes(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> 
         alike.setdefault((sample.n_decode + sample.n_prefill - 1).bit_length(), []).append(sample)
     found = []
     for _, group in sorted(alike.items()):
-        if len(group) >= _LEAST_ALIKE:
+        if len(group) >= _MIN_ALIKE:
             num_tokens = math.exp(sum(math.log(s.n_decode + s.n_prefill) for s in group) / len(group))
             factor = sum(sample.seconds for sample in group) / float(_predicted(law, group).sum())
             found.append(SizeFactor(num_tokens, factor))
