@@ -24,11 +24,11 @@ from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import ModelConfig
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
 from tfserve.model.linear import WeightFormat
 from tfserve.model.models.base import Weight, head_weights, layer_weights
 from tfserve.model.runner import ModelRunner
-from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.weights import Tensors, fill
 from tfserve.plan import BlockId, Fence, InFlight, Row, RowInit, SeqStep, StepPlan, StepResult
 from tfserve.types import SamplingParams
@@ -190,7 +190,7 @@ class Rig:
     decoder: Decoder
     layout: KVLayout
     pool: DevicePool
-    runner: ModelRunner | StreamRunner
+    runner: ModelRunner | CudaStreamRunner
     clock: RealClock
     max_num_seqs: int
     backend: str
@@ -219,7 +219,7 @@ class Rig:
         )
         pool = DevicePool(layout, num_blocks, device)
         kv = PagedKV(pool.layers())
-        runner: ModelRunner | StreamRunner
+        runner: ModelRunner | CudaStreamRunner
         if device == "cuda":
             settings = EngineConfig(model="random", max_num_seqs=max_num_seqs, enforce_eager=eager)
             stream = torch.cuda.Stream()
@@ -232,7 +232,7 @@ class Rig:
         """Host memory for so many blocks, and what moves KV there and back."""
         gib = (num_blocks + 0.5) * self.layout.block_bytes / 2**30
         config = EngineConfig(model="random", host_kv_gib=gib, scheduler=SchedulerConfig(policy="tokenflow"))
-        runner = self.runner if isinstance(self.runner, StreamRunner) else None
+        runner = self.runner if isinstance(self.runner, CudaStreamRunner) else None
         tier = open_host_tier(config, self.pool, self.clock, runner)
         assert tier is not None
         return tier

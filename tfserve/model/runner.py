@@ -70,7 +70,7 @@ class ModelRunner:
             self._scrub(plan.seqs)
             self._ended_s = time.perf_counter()
             return FailedStep(plan.step, error)
-        # On a CPU the step has run by now, so wall time is the device's; StreamRunner knows a GPU's.
+        # On a CPU the step has run by now, so wall time is the device's; CudaStreamRunner knows a GPU's.
         self._ended_s = time.perf_counter()
         return LaunchedStep(
             plan.step,
@@ -82,7 +82,7 @@ class ModelRunner:
         )
 
     def close(self) -> None:
-        """See plan.Runner; there are no threads here, and what is on a stream is StreamRunner's to wait for."""
+        """See plan.Runner; there are no threads here, and what is on a stream is CudaStreamRunner's to wait for."""
 
     def _seat(self, plan: StepPlan) -> None:
         """Let rows go, let others in, and extend the block tables."""

@@ -34,10 +34,10 @@ from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import ModelConfig, load_model_config
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.fields import loading
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
-from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.token_masks import open_masks
 from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
 from tfserve.types import EngineInfo
@@ -115,7 +115,7 @@ def _build(
     logger.info("Reserving the KV cache: %d blocks of %d tokens", num_blocks, block_size)
     device_pool = DevicePool(layout, num_blocks, device)
     kv = PagedKV(device_pool.layers())
-    runner: ModelRunner | StreamRunner
+    runner: ModelRunner | CudaStreamRunner
     if stream is None:
         runner = ModelRunner(
             model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, masks=masks
@@ -125,7 +125,7 @@ def _build(
     # A new request's stretch of blocks: enough for its length, but never more than its share of the pool.
     run_tokens = min(max_model_len, num_blocks * block_size // config.max_num_seqs)
     clock = RealClock()
-    tier = open_host_tier(config, device_pool, clock, runner if isinstance(runner, StreamRunner) else None)
+    tier = open_host_tier(config, device_pool, clock, runner if isinstance(runner, CudaStreamRunner) else None)
     sched = config.scheduler
     manager = KVCacheManager(
         BlockPool(num_blocks),

@@ -15,9 +15,9 @@ from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.attention.paged_backend import PagedBackend
 from tfserve.model.cuda_graphs import CudaRecorder, DecodeGraphs
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
 from tfserve.model.runner import ModelRunner
-from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.token_masks import TokenMasks
 from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
@@ -40,7 +40,7 @@ def cuda_runner(
     max_model_len: int,
     stream: torch.cuda.Stream,
     masks: TokenMasks | None = None,
-) -> StreamRunner:
+) -> CudaStreamRunner:
     """The runner of a live engine: on `stream`, with its decode graphs captured unless `enforce_eager`."""
     graphs = None
     if isinstance(backend, PagedBackend) and not config.enforce_eager:
@@ -62,7 +62,7 @@ def cuda_runner(
     runner = ModelRunner(
         model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, graphs=graphs, masks=masks
     )
-    return StreamRunner(runner, stream)
+    return CudaStreamRunner(runner, stream)
 
 
 def kv_bytes(total: int, free_at_peak: int, utilization: float, reserved: int) -> int:
@@ -88,7 +88,7 @@ def measure_kv_bytes(
     plan = largest_step(
         config.max_num_seqs, config.max_num_batched_tokens, max_model_len, layout.block_size, model.config.vocab_size
     )
-    run_largest(StreamRunner(runner, stream), plan)
+    run_largest(CudaStreamRunner(runner, stream), plan)
     del runner, pool
     free, total = torch.cuda.mem_get_info()
     reserved = 0 if config.enforce_eager else _GRAPH_BYTES

@@ -18,7 +18,7 @@ from tfserve.memory.transfers.copy_runs import BlockGeometry, blocks_per_chunk
 from tfserve.memory.transfers.cuda_link import CudaLink
 from tfserve.memory.transfers.stream_transfers import StreamTransfers
 from tfserve.memory.transfers.worker_transfers import TierArrays, WorkerTransfers
-from tfserve.model.stream_runner import StreamRunner
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.plan import Clock, Direction, TransferEngine
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class HostTierMemory:
 
 
 def open_host_tier(
-    config: EngineConfig, device: DevicePool, clock: Clock, runner: StreamRunner | None
+    config: EngineConfig, device: DevicePool, clock: Clock, runner: CudaStreamRunner | None
 ) -> HostTierMemory | None:
     """The host tier that `config` asks for; None if there is to be none. `runner` is that of a CUDA device.
 
@@ -109,7 +109,7 @@ def _worker_transfers(config: EngineConfig, device: DevicePool, num_blocks: int,
 
 
 def _stream_transfers(
-    config: EngineConfig, device: DevicePool, num_blocks: int, clock: Clock, runner: StreamRunner
+    config: EngineConfig, device: DevicePool, num_blocks: int, clock: Clock, runner: CudaStreamRunner
 ) -> TransferEngine:
     if config.emulated_bandwidth is not None:
         raise ConfigError("emulated_bandwidth", "a GPU's link has a speed of its own: leave it out")

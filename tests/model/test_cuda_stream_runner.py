@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tfserve.model.stream_runner import TimedFlight
+from tfserve.model.cuda_stream_runner import TimedFlight
 from tfserve.plan import Fence, StepResult
 
 

@@ -1,4 +1,4 @@
-"""StreamRunner: a runner's steps on a CUDA stream of their own, timed by the device."""
+"""CudaStreamRunner: a runner's steps on a CUDA stream of their own, timed by the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tfserve.plan import Fence, InFlight, Runner, StepPlan, StepResult
 
 
-class StreamRunner:
+class CudaStreamRunner:
     """plan.Runner around another one, which knows nothing of streams.
 
     `stream` becomes the current one while `inner` works. `on_launched`, once set, is told of each step's number and of
