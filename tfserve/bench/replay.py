@@ -179,8 +179,8 @@ def _replay(args: argparse.Namespace) -> int:
         comparison = replay(profile, trace, path.name)
         print(comparison_table(comparison))
         if trace.timed_steps:
-            law = MeasuredCost(profile.step, profile.sizes)
-            other = fit_error(law, [step.sample() for step in trace.timed_steps])
+            cost = MeasuredCost(profile.step, profile.sizes)
+            other = fit_error(cost, [step.sample() for step in trace.timed_steps])
             print(f"its steps by the profile: median error {other.median:.1%}, sum {other.total:+.1%}\n")
         found.append(comparison)
     if args.out is not None:

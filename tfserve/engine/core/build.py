@@ -85,7 +85,7 @@ def _build(
     with loading(path), ThreadPoolExecutor(1) as beside:
         tokenizer = Tokenizer.from_dir(path)
         eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
-        # Neither masks nor weights need the other, and both take a while.
+        # Masks and weights do not depend on each other, and both take seconds: load them in parallel.
         opening = beside.submit(open_masks, tokenizer.to_json(), model_config.vocab_size, eos_token_ids)
         model = load_model(
             path,

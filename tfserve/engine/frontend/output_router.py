@@ -1,6 +1,6 @@
-"""Where what the core says goes: outputs to the requests' readers, answers to those who asked. Torch-free.
+"""Routes the core's messages: outputs to the requests' streams, states to the callers that asked. Torch-free.
 
-The core speaks in the client's thread; readers live on event loops, or wait in threads of their own.
+Messages arrive in the client's thread. Streams belong to event loops; blocking callers wait in threads of their own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Sink = RequestStream | Collector
 
 
 class LoopQueue:
-    """What the client's thread leaves for the streams of one event loop: one wake-up however much comes meanwhile.
+    """Outputs on their way from the client's thread to the streams of one event loop, with one wake-up for all of them.
 
-    A loop that is behind finds several steps at once, and each stream then tells its reader only once.
+    A loop that is behind takes several steps at once; each stream then notifies its reader once.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -36,18 +36,18 @@ class LoopQueue:
 
     @property
     def is_closed(self) -> bool:
-        """True once the loop has ended: its readers are gone."""
+        """True once the event loop has ended: its streams have no reader."""
         return self._loop.is_closed()
 
     def leave(self, step: list[tuple[RequestStream, TokenOutput | None]]) -> None:
-        """Leave a step's outputs, None for a request that was let in."""
+        """Queue a step's outputs; None for a request that was admitted."""
         self._steps.append(step)
         if not self._is_called:
             self._is_called = True
             _call(self._loop, self._deliver)
 
     def _deliver(self) -> None:
-        # First, so that what is left from now on calls again.
+        # Reset first: outputs queued from here on wake the loop again.
         self._is_called = False
         now_s = time.monotonic()
         touched: dict[RequestStream, None] = {}
@@ -61,12 +61,12 @@ class LoopQueue:
         for stream in touched:
             try:
                 stream.notify()
-            except failures():  # what one reader makes of its news is no other's loss
+            except failures():  # an error in one reader's callback must not affect the other streams
                 logger.exception("the reader of request %s failed", stream.request_id)
 
 
 class OutputRouter:
-    """The readers of every live request. `add` and `discard` from any thread, the rest from the client's."""
+    """The stream of every live request. Call `add` and `discard` from any thread, all else from the client's."""
 
     def __init__(self) -> None:
         self._sinks: dict[RequestId, Sink] = {}
@@ -80,7 +80,7 @@ class OutputRouter:
         return request_id in self._sinks
 
     def add(self, request_id: RequestId, sink: Sink, tenant: Tenant = ONE_TENANT) -> None:
-        """Deliver what comes for this request to `sink`, until it ends."""
+        """Send the outputs of this request to `sink`, until it ends."""
         if sink.loop is not None and sink.loop not in self._queues:
             open_ones = {loop: queue for loop, queue in self._queues.items() if not queue.is_closed}
             self._queues = {**open_ones, sink.loop: LoopQueue(sink.loop)}
@@ -93,13 +93,13 @@ class OutputRouter:
         self._tenants.pop(request_id, None)
 
     def has_share(self, tenant: Tenant, num_new: int, room: int) -> bool:
-        """True if `num_new` more give a tenant more than its share of `room` live requests, beside the others."""
+        """True if with `num_new` more requests the tenant exceeds its share of `room` live requests."""
         live = Counter(self._tenants.copy().values())
         weight = sum(each.weight for each in live.keys() | {tenant})
         return live[tenant] + num_new > room * tenant.weight / weight
 
     def hand_out(self, message: StepOutputs, now_s: float) -> list[RequestId]:
-        """Leave a step's outputs for their readers; the live requests whose readers are gone."""
+        """Queue a step's outputs for their streams. Returns the live requests whose event loop has ended."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, TokenOutput | None]]] = {}
         for request_id in message.started:
             sink = self._sinks.get(request_id)
@@ -124,7 +124,7 @@ class OutputRouter:
         return orphans
 
     def release_all(self, reason: str) -> None:
-        """End every open stream with the news of the engine's end."""
+        """End every open stream with an error: the engine has ended."""
         while self._sinks:
             request_id, sink = self._sinks.popitem()
             self._tenants.pop(request_id, None)
@@ -135,38 +135,38 @@ class OutputRouter:
 
 
 class Questions:
-    """Who asked for the live requests' states and has no answer yet."""
+    """Queries for the live requests' states that are not answered yet."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[list[StreamState]]] = {}
 
     def ask(self) -> tuple[int, asyncio.Future[list[StreamState]]]:
-        """A number to send and the future that `answer` with that number fulfils, on the running loop."""
+        """A new query: its number, and the future on the running loop that the answer with that number sets."""
         number = next(self._numbers)
         answer: asyncio.Future[list[StreamState]] = asyncio.get_running_loop().create_future()
         self._asked[number] = answer
         return number, answer
 
     def forget(self, number: int) -> None:
-        """Nobody waits for this answer any more."""
+        """Drop a query; its answer is ignored."""
         self._asked.pop(number, None)
 
     def answer(self, states: StreamStates) -> None:
-        """Give an answer to whoever waits for it."""
+        """Set the future of the query."""
         asked = self._asked.pop(states.query, None)
         if asked is not None:
             _call(asked.get_loop(), _settle, asked, states.streams)
 
     def release_all(self, reason: str) -> None:
-        """Nothing will be answered any more."""
+        """Fail every open query."""
         while self._asked:
             _, asked = self._asked.popitem()
             _call(asked.get_loop(), _fail, asked, reason)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """Run `function` on a loop, unless that has ended and nobody waits any more."""
+    """Run `function` on a loop, unless the loop has ended."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
 

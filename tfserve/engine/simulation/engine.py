@@ -29,7 +29,7 @@ _VOCAB_SIZE = 32000
 
 
 class SimMachine(msgspec.Struct, frozen=True, kw_only=True):
-    """What a simulated engine runs on: how long steps and copies take, and how many tokens of KV fit where.
+    """A simulated machine: the duration of steps and copies, and the tokens of KV that each tier holds.
 
     `host_s` is the CPU time charged before each launch.
     """
@@ -46,10 +46,9 @@ class SimMachine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SimRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request to come. Its answer has `output_tokens`: the model stops by itself there, before `max_tokens` perhaps.
+    """A future request. Its answer has `output_tokens`, at most `max_tokens`: the model stops there by itself.
 
-    `told_rate` is the consumption rate that the server hears of, `rate` the one that its reader has
-    (tokens/s; NaN: nobody reads it).
+    `told_rate` is the consumption rate that the request names, `rate` its reader's true one (tokens/s; NaN: no reader).
     """
 
     arrival_s: float
