@@ -21,7 +21,7 @@ _MAX_HEAD_DIM, _HEAD_DIM_UNIT = 256, 8
 
 
 def select_backend(wish: str, device: str, dtype: str, head_dim: int) -> AttentionBackend:
-    """The backend named by `wish`; "auto" takes the best for the device and logs it.
+    """The backend that `wish` names; "auto" selects the best one for the device and logs it.
 
     Raises ConfigError for a backend that does not exist or cannot run here, and for a dtype that it cannot serve.
     """
@@ -43,7 +43,7 @@ def select_backend(wish: str, device: str, dtype: str, head_dim: int) -> Attenti
 
 
 def _best(device: str, dtype: str, head_dim: int) -> AttentionBackend:
-    """The first paged backend that runs here, or the one that runs anywhere, which on a GPU deserves a warning."""
+    """The first paged backend that runs here, else the torch backend, which runs anywhere; on a GPU with a warning."""
     if device != "cuda":
         return TorchBackend()
     reasons = []
