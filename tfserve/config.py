@@ -1,8 +1,8 @@
-"""Every setting: its bounds and its help stand beside it, and nowhere else.
+"""Every setting, with its bounds and its help.
 
-They are what is checked, what `tfserve serve --help` lists, what the tables of docs/operations.md say (a test compares
-them), and what `msgspec.json.schema(EngineConfig)` gives to editors. The names are vLLM's where the idea is the same.
-Command line beats environment beats YAML file beats default; an unknown name or a bad value is an error that names it.
+This is the one source for validation, for `tfserve serve --help`, for the tables of docs/operations.md (a test compares
+them), and for `msgspec.json.schema(EngineConfig)`. A setting that vLLM also has bears vLLM's name. Command line beats
+environment beats YAML file beats default; an unknown name or a bad value is an error that names it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 logger = logging.getLogger(__name__)
 
 _HIGHEST = 10**9
-"""Of times and weights: infinity and NaN are none."""
+"""For times and weights: infinity and NaN are invalid."""
 
 NotNegative = Annotated[float, Meta(ge=0, le=_HIGHEST)]
 AboveZero = Annotated[float, Meta(gt=0, le=_HIGHEST)]
@@ -53,7 +53,7 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """How requests share the device. Times in seconds, rates in tokens/s; docs/scheduling.md says why.
 
     The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
-    (SGLang's new_token_ratio). The last four switch parts off, for ablations.
+    (SGLang's new_token_ratio). The last four switch parts of the policy off, for ablations.
     """
 
     section: ClassVar[str] = "scheduler."
@@ -124,7 +124,7 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 _BODIES_IN_FLIGHT = 16
-"""Bodies of the largest size that may be on their way at once, where no bound is set."""
+"""Default of `max_inflight_body_bytes`, in bodies of the largest size."""
 
 
 class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -196,10 +196,9 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
 
-    None means: `host_kv_gib` four times the device's KV, and at most a quarter of the free memory on a CPU, half of it
-    or 64 GiB on a GPU; only policies that pause requests have a host tier. `pipeline_depth` 2 plans and launches a step
-    while the one before it still runs; tokens are the same. A section may be given as a mapping, as a file has it:
-    `scheduler={"policy": "fcfs"}`.
+    `host_kv_gib` None: four times the device's KV, at most a quarter of the free memory on a CPU, half of it or 64 GiB
+    on a GPU. Only policies that pause requests have a host tier. `pipeline_depth` 2 launches a step while the previous
+    one still runs; the tokens are the same. A section may be a mapping, as in a file: `scheduler={"policy": "fcfs"}`.
     """
 
     model: Annotated[str, about('directory in Hugging Face format, hub id, or "demo"')]
@@ -264,10 +263,10 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for struct in _STRUCTS for
 """Every setting under its dotted name, as in "scheduler.policy"."""
 
 RENAMED: dict[str, str] = {}
-"""Dotted names of the release before, and what they are called now. A renamed setting is taken, with a warning."""
+"""From the dotted names of the last release to today's. An old name is accepted with a warning."""
 
 _SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-"""How people write true and false where nothing else can be meant; elsewhere these words are text."""
+"""Words for true and false, for a boolean setting; for other settings they are text."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
@@ -276,10 +275,10 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 def load_config(
     path: Path | None, overrides: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> EngineConfig:
-    """Build a config from a YAML file (or none), what the environment sets, and overrides, by their dotted names.
+    """Build a config from a YAML file (or none), environment variables, and overrides by their dotted names.
 
-    Values may be strings, as a command line gives them; those of a list are separated by commas, or a YAML list.
-    Raises ConfigError naming the key, and the file or variable that it is from.
+    Values may be strings, as on a command line; the items of a list are separated by commas, or are a YAML list.
+    Raises ConfigError naming the key and its file or variable.
     """
     found = _by_name(read_yaml(path), str(path)) if path else {}
     for values, place in ((environment or {}, "the environment variable "), (overrides, "")):
@@ -291,7 +290,7 @@ def load_config(
 
 
 def config_from(tree: Mapping[str, Any], source: str = "") -> EngineConfig:
-    """Build a config from plain data. Raises ConfigError naming the key; `source` tells where the data came from."""
+    """Build a config from plain data. Raises ConfigError naming the key; `source` is the origin of the data."""
     return _build(_by_name(tree, source), source)
 
 
@@ -301,14 +300,14 @@ def variable_of(name: str) -> str:
 
 
 class _Value(NamedTuple):
-    """What a setting was given, and where."""
+    """The value of a setting and its origin."""
 
     given: Any
     source: str
 
 
 def _by_name(tree: Mapping[str, Any], source: str) -> dict[str, _Value]:
-    """The values of one source under their dotted names of today. Raises ConfigError: unknown, or given twice."""
+    """The values of one source by today's dotted names. Raises ConfigError for an unknown or repeated name."""
     found: dict[str, _Value] = {}
     for given, value in _leaves(tree):
         name = RENAMED.get(given, given)
@@ -336,7 +335,7 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _siblings(name: str) -> list[str]:
-    """The names within the section that `name` is in."""
+    """The names of the settings in the same section as `name`."""
     section = name.partition(".")[0] if name.partition(".")[0] in _SECTIONS else ""
     return sorted(known for known in (*SETTINGS, *_SECTIONS) if known.rpartition(".")[0] == section)
 
@@ -352,7 +351,7 @@ def _build(found: Mapping[str, _Value], source: str = "") -> EngineConfig:
 
 
 def _tree(found: Mapping[str, _Value]) -> dict[str, Any]:
-    """The values in their sections. Where a section is no mapping, that is left in its place."""
+    """The values nested in their sections. A section that is not a mapping stays as it is."""
     tree: dict[str, Any] = {}
     for name, value in found.items():
         *sections, leaf = name.split(".")
@@ -365,7 +364,7 @@ def _tree(found: Mapping[str, _Value]) -> dict[str, Any]:
 
 
 def _read(value: _Value, name: str) -> Any:
-    """The value, where on, off, yes and no are what the setting calls them."""
+    """The value; true and false become the setting's own word for them, such as on or off."""
     setting, given = SETTINGS.get(name), value.given
     if setting is None:
         return given
@@ -377,12 +376,12 @@ def _read(value: _Value, name: str) -> Any:
 
 
 def _misfit_error(tree: Mapping[str, Any], found: Mapping[str, _Value], source: str) -> ConfigError:
-    """What is wrong with the values of `tree`, which has known keys only. Keys of the API are not shown."""
+    """What is wrong with the values of `tree`, which has known keys only. API keys are never shown."""
     misfit = find_misfit(tree, EngineConfig, strict=False)
     if misfit is None:
         return ConfigError("", f"a setting has a value of the wrong type{_origin(source)}")
     name = misfit.path.partition("[")[0]
-    # What aliases repeat in a file, grows beyond the memory when it is written out.
+    # YAML aliases can repeat a value so often that its text exceeds the memory.
     shown = "" if name == "server.api_keys" else f", got {_SHORT.repr(misfit.value)}{misfit.hint}"
     origin = _origin(found[name].source if name in found else source)
     return ConfigError(misfit.path, f"{misfit.rule}{shown}{origin}")
