@@ -162,7 +162,7 @@ class SimEngine:
         self._clock.call_at(request.arrival_s, lambda: self._core.inbox.put(message))
 
     def _emit(self, message: StepOutputs | StreamStates) -> None:
-        assert isinstance(message, StepOutputs), "nobody asks a simulation for its streams"
+        assert isinstance(message, StepOutputs), "a simulation gets no queries for streams"
         now_s, stats = self._clock.now(), message.stats
         for output in message.outputs:
             self._token_s[self._index[output.request_id]].extend([now_s] * len(output.token_ids))
