@@ -34,7 +34,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 SHOWN = ("TTFT P99, s", "effective, tok/s", "raw, tok/s", "stall share, %")
 FULL_S = 20.0
-"""Buffers of more seconds than this look alike."""
+"""Buffers of more seconds have the same colour."""
 
 FRAMES = 600
 _ROUNDING = 1e-6
@@ -50,7 +50,7 @@ def unread_s(request: Served, at_s: Floats) -> Floats:
         return np.full(len(at_s), np.nan)
     token_s = 1 / request.rate
     starts = reading_starts(request)
-    # Between beginning with a token and being done with it reading is even; in between it stands still.
+    # A token is read at a constant speed; between two tokens the reader waits.
     moments = np.stack([starts, starts + token_s], axis=1).ravel()
     counts = np.stack([np.arange(len(starts)), np.arange(1, len(starts) + 1)], axis=1).ravel()
     unread = np.searchsorted(request.token_s, at_s, side="right") - np.interp(at_s, moments, counts)
@@ -96,7 +96,7 @@ def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
 
 
 def _read_by(request: Served) -> float:
-    """When everything that came had been read."""
+    """The time at which all text has been read."""
     return float(reading_starts(request)[-1] + 1 / request.rate) if len(request.token_s) else request.arrival_s
 
 

@@ -1,4 +1,4 @@
-"""A real burst over HTTP, every policy in interleaved repeats: the measurements of the TokenFlow issue.
+"""A real burst over HTTP, every policy in interleaved repeats.
 
     python -m benchmarks.burst.run --policies fcfs,tokenflow,round-robin --repeats 5
 
@@ -110,7 +110,7 @@ def scored_at(result: Cell, rates: Sequence[float], mean: float) -> Cell:
 
 
 def as_json(value: object) -> Any:
-    """What a JSON file would give back: no structs, null for NaN."""
+    """The value as read back from JSON: no structs, null for NaN."""
     return msgspec.json.decode(msgspec.json.encode(value))
 
 
@@ -126,7 +126,7 @@ class Burst:
         self._timelines = TimelineFile(args.timelines) if args.timelines else None
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for cells to be compared: a result file has one such set."""
+        """The settings that must be equal to compare cells: one set per result file."""
         return {**{name: getattr(self._args, name) for name in SETTINGS}, "kv_tokens": self._kv_tokens}
 
     def run(self) -> None:
@@ -137,7 +137,7 @@ class Burst:
             plan.append((PREFILL, repeat))
             if not args.rate and self._calibrated_by(repeat) == repeat:
                 plan.append((CALIBRATION, repeat))
-            # Rotated, so that no policy always runs first, or always after the same other one.
+            # Rotated, so that no policy always runs first, or always after the same policy.
             turn = repeat % len(args.policies)
             plan += [(policy, repeat) for policy in args.policies[turn:] + args.policies[:turn]]
         missing = [cell for cell in plan if not self._store.has(*cell)]

@@ -1,4 +1,4 @@
-"""Does the simulation foretell this machine? `python -m benchmarks.burst.sim_reality --output RESULT.json`
+"""Compares the simulation with this machine: `python -m benchmarks.burst.sim_reality --output RESULT.json`
 
 Fits a profile to one real run of the demo model (Poisson arrivals of prompts of all lengths under tokenflow, short of
 memory, so that KV moves between the tiers), then runs bursts of other prompts under several policies with KV for a

@@ -1,4 +1,4 @@
-"""Do preempted requests get exactly the tokens of an undisturbed run?
+"""Checks that preempted requests get exactly the tokens of an undisturbed run.
 
     python -m benchmarks.exactness.run [--mode load|recompute] [--sampling greedy|seeded] [--pipeline-depth 2]
 
@@ -80,7 +80,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         path = resolve_model(args.model)
-        # Whatever the depth, all that computes is on this thread.
+        # All computation runs on this thread, at any depth.
         self.worker = StepWorker()
         self.worker.call(torch.set_num_threads, args.threads)
         self.config = load_model_config(path)
@@ -155,7 +155,7 @@ class Bench:
         ended: dict[str, int] = {}
 
         def emit(step: StepOutputs | StreamStates) -> None:
-            if isinstance(step, StreamStates):  # nobody asks for them
+            if isinstance(step, StreamStates):  # never requested here
                 return
             for output in step.outputs:
                 tokens[output.request_id] += output.token_ids
@@ -198,7 +198,7 @@ class Bench:
 
     @torch.inference_mode()
     def nearness(self, index: int, sampling: str, before: list[int], one: int, other: int) -> float:
-        """How near request `index` was to `other` where it got token `one` after the output `before`."""
+        """How close request `index` was to the token `other` where it got token `one` after the output `before`."""
         tokens = (*self.prompts[index], *before)
         num_blocks = -(-len(tokens) // self.block_size)
         kv, tables = PagedKV(self.pool(num_blocks + 1).layers()), BlockTables(1, num_blocks)

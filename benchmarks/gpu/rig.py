@@ -198,7 +198,7 @@ class Rig:
     def __post_init__(self) -> None:
         self._step = 0
         self._rows: range = range(0)
-        # Zeros would hide wrong indexing and run faster than real data does.
+        # Zeros would hide wrong indexing and run faster than real data.
         self.pool.storage.normal_()
         if self.pool.storage.is_cuda:
             torch.cuda.synchronize()  # the runner reads it on a stream of its own
@@ -241,7 +241,7 @@ class Rig:
         return -(-tokens // self.layout.block_size)
 
     def seat(self, tables: Sequence[Sequence[int]]) -> None:
-        """Give each sequence a row and these blocks; who sat there before leaves."""
+        """Give each sequence a row and these blocks; earlier requests leave their rows."""
         released = tuple(Row(row) for row in self._rows)
         params = SamplingParams(temperature=0)
         entered = tuple(

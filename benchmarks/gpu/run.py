@@ -62,7 +62,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        # Null for what could not be measured: JSON has no NaN.
+        # Null for a missing measurement: JSON has no NaN.
         self._path.write_bytes(msgspec.json.format(msgspec.json.encode(self.data, enc_hook=float), indent=1) + b"\n")
 
     def run(self, name: str, cells: Callable[[], Iterator[dict[str, Any]]], budget_s: float) -> bool:
@@ -156,7 +156,7 @@ def burst_cells(args: argparse.Namespace, decoder: Decoder, shape: Shape) -> Ite
 
 
 def release_memory() -> None:
-    """Give back what the last section held, or the next one finds no room."""
+    """Free the memory of the last section for the next one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

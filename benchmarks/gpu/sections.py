@@ -1,4 +1,4 @@
-"""The sections of the GPU benchmark. Each yields results as it gets them, so that what is cut off is not lost."""
+"""The sections of the GPU benchmark. Each yields results one by one, so that a timeout loses only the rest."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ def seat(rig: Rig, batch: int, context: int) -> bool:
 
 
 def _tried(kind: str, measure: Callable[[int, int], Result], batch: int, context: int) -> Result:
-    """A cell, or why there is none: one that fails must not take the others along."""
+    """A cell, or the error of a failed one: a failure must not affect the others."""
     cell = {"kind": kind, "batch": batch, "context": context}
     try:
         return cell | measure(batch, context)
-    except Exception as error:  # whatever a kernel raises
+    except Exception as error:  # any error of a kernel
         return cell | {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -240,7 +240,7 @@ def _copies_under_compute(rig: Rig, shape: Shape, work: Copies) -> Iterator[Resu
         moved, began_s, devices = 0, time.perf_counter(), []
         waiting: list[Copy] = []
         for i in range(WARM_UP + 30):
-            # Enough on its way that the link is never idle.
+            # Enough copies in the queue that the link is never idle.
             while len(waiting) < 2 * work.num_blocks:
                 more = work.make(direction, 0, rig.layout.block_size)
                 work.tier.transfers.submit(more)
@@ -288,14 +288,14 @@ class Preemption:
             self._kv.extend(f"r{i}", self._short + ROOM, self._short + ROOM)
         rig.seat([self._kv.view(f"r{i}").blocks for i in range(self._others)])
         self._during_s: list[float] = []
-        # Last: whoever gets an object can close it.
+        # Last: if it fails, there is nothing to close yet.
         self._tier = rig.host_tier(num_host_blocks)
 
     def measure(self) -> Result:
         """Run it once."""
         kv, link, rig = self._kv, self._tier.transfers, self._rig
         _, quiet_s = _timed_decodes(rig, self._short, 30)
-        # All that was written so far counts as written by steps that are over.
+        # Everything written so far counts as written by finished steps.
         over = Fence(10**9)
         kv.begin_step(over)
         link.complete(over)
@@ -313,7 +313,7 @@ class Preemption:
         if kv.view("long").state is not KVState.HOST:
             raise RuntimeError(f"the request is {kv.view('long').state.name}, not on the host")
 
-        # Somebody else takes the room, or there would be nothing to load.
+        # Another request takes the blocks; otherwise there would be nothing to load.
         kv.extend("newcomer", kv.num_free_blocks * rig.layout.block_size, self._context)
         kv.release("newcomer")
         resume_s = time.perf_counter()
@@ -341,7 +341,7 @@ class Preemption:
         }
 
     def close(self) -> None:
-        """Give the host memory back."""
+        """Free the host memory."""
         self._tier.transfers.close()
 
     def _decode_until_moved(self) -> None:

@@ -1,4 +1,4 @@
-"""Decode attention on the CPU: milliseconds for all layers of one step, ours beside the alternatives.
+"""Decode attention on the CPU: milliseconds for all layers of one step, ours and the alternatives.
 
     python -m benchmarks.micro.attention_cpu [batch,context[,spread] ...]
 

@@ -1,4 +1,4 @@
-"""What the HTTP side costs and where it ends: `python -m benchmarks.micro.http_speed [--rate 20000] ...`.
+"""Cost and limit of the HTTP side: `python -m benchmarks.micro.http_speed [--rate 20000] ...`.
 
 The real server (its own process, real tokenizer, real SSE) gets tokens from a process that speaks the engine's
 protocol and nothing else: one message per step, a token for each live stream, `--rate` tokens/s in all. The client is a
@@ -7,7 +7,7 @@ system, all threads; CPU time, so that a busy machine does not count), tokens pe
 HTTP side adds: from the moment the engine sends a token to the moment the client has it.
 
 `--slow N` reads N of the streams at `--slow-rate` tokens/s only, and prints the server's memory before, during and
-after: text that nobody reads must not pile up. `--profile FILE` runs the server under cProfile by CPU time.
+after: unread text must not accumulate. `--profile FILE` runs the server under cProfile by CPU time.
 
 """
 
@@ -59,7 +59,7 @@ TOKEN = "x"
 TEXT = re.compile(rb'"text":"(x+)"')
 
 
-# The engine that is none.
+# The null engine.
 class NullEngine:
     """Answers every request with `max_tokens` times the same token, one each step; notes when each step was sent."""
 
@@ -278,7 +278,7 @@ def run_client(args: argparse.Namespace) -> int:
 
 
 def _read_slowly(readers: list[Reader], begun_s: float) -> None:
-    """Let each read what its rate allows by now; an event of ours is about 250 bytes."""
+    """Each reader reads what its rate allows by now; an event has about 250 bytes."""
     now_s = time.monotonic()
     for reader in readers:
         assert reader.slow_rate is not None

@@ -58,7 +58,7 @@ def bench_paper(args: argparse.Namespace) -> int:
     most_seeds = args.seeds if args.seeds is not None else 1 if args.quick else max(row.seeds for row in chosen)
     if most_seeds < 1 or args.workers < 1:
         raise TfserveError("--seeds and --workers must be at least 1")
-    # What would be missed after half an hour is better missed now.
+    # Check now what would otherwise fail after half an hour.
     if not args.no_plots:
         require_matplotlib("pass --no-plots")
     try:
