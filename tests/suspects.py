@@ -38,7 +38,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def installed() -> dict[str, str]:
-    """Versions by package, of this environment, but for those that no lock has."""
+    """Versions by package, of this environment, without packages that no lock has."""
     versions = {canonicalize_name(each.metadata["Name"]): each.version for each in distributions()}
     return {name: version for name, version in versions.items() if not NOT_TRIED.fullmatch(name)}
 
@@ -65,7 +65,7 @@ def failed_tests(cache: Path) -> list[str]:
 
 
 def run_tests(tests: Sequence[str]) -> list[str]:
-    """Those of `tests` that fail now."""
+    """The tests of `tests` that fail now."""
     words = ["--collect-only", "tests"] if list(tests) == [COLLECTION] else tests
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *words]

@@ -155,7 +155,7 @@ def test_ready_made_configs_load(path):
     assert config.scheduler.policy == "tokenflow"
 
 
-def test_tokenflow_and_a_person_who_reads_are_the_default():
+def test_tokenflow_and_a_human_reader_are_the_default():
     scheduler = EngineConfig(model="m").scheduler
     assert (scheduler.policy, scheduler.default_rate) == ("tokenflow", 6.0)
 
@@ -275,7 +275,7 @@ def test_what_kubernetes_sets_for_a_service_called_tfserve_is_no_mistake():
     assert environment_settings(environ) == {}
 
 
-def test_other_variables_are_those_that_the_code_reads():
+def test_other_variables_are_the_ones_in_the_code():
     code = "\n".join(path.read_text() for path in (ROOT / "tfserve").rglob("*.py"))
     named = {name for name in re.findall(r"\bTFSERVE_[A-Z_]*[A-Z]\b", code) if name not in map(variable_of, SETTINGS)}
     assert named == OTHER_VARIABLES

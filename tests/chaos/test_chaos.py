@@ -28,7 +28,7 @@ async def test_a_minute_of_chaos(tiny_qwen25: Path, tmp_path: Path) -> None:
     result = await run(write_tiny_tokenizer(tiny_qwen25), tmp_path, seconds=60, seed=1)
     print(result)
     assert broken_promises(result) == []
-    # It was chaos: clients left, and were put out, in every state that a stream can be in.
+    # The run was varied: clients left, and were aborted, in every state of a stream.
     outcomes = result["outcomes"]
     for phase in PHASES:
         assert outcomes.get(f"leaves_in_a_phase: left while {phase}"), phase

@@ -399,7 +399,7 @@ async def test_killed_engine_fails_every_stream(model_dir):
             engine.submit([1], params)
 
 
-async def test_a_reader_who_takes_only_when_told_hears_of_the_end_after_the_last_tokens(model_dir):
+async def test_a_reader_that_takes_only_on_news_gets_the_end_after_the_last_tokens(model_dir):
     with Engine(config_for(model_dir, engine_process="on")) as engine:
         stream = engine.submit([1, 2], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
         ended = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: every step reads what was written, no block is lost, everybody can come back."""
+"""Random actions in any order: every step reads what was written, no block is lost, every request can resume."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scene:
             self.tiers.step({req: n})
 
     def step(self, n: int, pick: int, budget: int) -> None:
-        """All on device but one go on; who lost everything is computed again."""
+        """All requests on the device but one continue; one without any KV is computed again."""
         left_out = self.live[pick % len(self.live)] if self.live else None
         chosen = [
             req

@@ -22,7 +22,7 @@ class Flight:
 
 @dataclass
 class Event:
-    """Reached at a time in milliseconds, once somebody has waited for it."""
+    """An event at a time in milliseconds, reached after a wait for it."""
 
     at_ms: float
     reached: bool = False

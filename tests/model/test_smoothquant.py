@@ -1,4 +1,4 @@
-"""Smoothing changes no result in float32, and makes int8 indifferent to which channels are large."""
+"""Smoothing changes no result in float32, and makes int8 robust against large channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever ends a thread or a process of the core, its front hears of it: no stream hangs, `generate` raises."""
+"""For every end of the core's thread or process, the front learns of it: no stream hangs, `generate` raises."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ async def test_a_reader_that_breaks_costs_no_other_its_tokens(
     assert f"the reader of request {broken.request_id} failed" in caplog.text
 
 
-def test_the_news_of_the_end_reaches_everybody(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_engine_reaches_every_stream(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted_engine(model_dir, "Because.") as engine:
         told = threading.Event()
         engine.on_death(raising(RuntimeError("a callback")))
@@ -190,7 +190,7 @@ def test_an_engine_process_that_cannot_hear_its_front_ends() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), PanicException("broken"), SystemExit("broken")], ids=repr)
-def test_an_engine_process_that_nobody_hears_is_ended(error: BaseException) -> None:
+def test_an_engine_process_whose_messages_cannot_be_read_is_ended(error: BaseException) -> None:
     front = Front()
     front.deliver = raising(error)  # type: ignore[method-assign]
     client = front.start("running bug")
@@ -212,7 +212,7 @@ def fill(client: ProcessClient) -> None:
     raise AssertionError("a queue without end")
 
 
-def test_a_stopped_engine_process_blocks_nobody_and_is_ended_in_time() -> None:
+def test_a_stopped_engine_process_blocks_no_caller_and_is_ended_in_time() -> None:
     front = Front()
     client = front.start("running bug")
     os.kill(client.pid, signal.SIGSTOP)
