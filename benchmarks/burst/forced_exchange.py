@@ -45,8 +45,8 @@ class Carousel:
                 break
             come.append(row)
             free -= int(need[row])
-        everybody = np.full(len(c), self._load)
-        return exchange(snapshot, running.tolist(), come, by_host=everybody, loads=c.is_paused)
+        all_rows = np.full(len(c), self._load)
+        return exchange(snapshot, running.tolist(), come, by_host=all_rows, loads=c.is_paused)
 
 
 @dataclass

@@ -13,7 +13,7 @@ _BURSTS = tuple(key for key in _SETUPS if key[-1] in "ab")
 
 
 class Target(msgspec.Struct, frozen=True):
-    """A target, the number of set-ups that reach it, and those that miss it."""
+    """A target, the number of set-ups that reach it, and the ones that miss it."""
 
     text: str
     kept: int

@@ -99,7 +99,7 @@ class CudaRecorder:
             work()  # libraries allocate their workspaces in the first call
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads, for example those that wait for copies, may call CUDA during the capture.
+        # Other threads, for example the ones that wait for copies, may call CUDA during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result

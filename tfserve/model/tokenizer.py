@@ -153,7 +153,7 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Text from `apply_chat_template` already has its special tokens: pass False for it.
 
-        Special tokens in a text are encoded as such, except those that a PromptText cuts.
+        Special tokens in a text are encoded as such, except the ones that a PromptText cuts.
         Raises RequestError for text with half a surrogate pair.
         """
         try:
