@@ -126,7 +126,7 @@ class ScriptedRunner(ModelRunner):
 
 
 class ScriptedDecoder(nn.Module):
-    """What the runner needs of a Decoder. Hidden states `[T, 1]` are the next tokens; `logits` makes logits of them."""
+    """The part of a Decoder that the runner needs. Hidden states `[T, 1]` are the next tokens, for `logits`."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, scripts: Scripts, ends: bool) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ def blame(
 
 
 def failed_tests(cache: Path) -> list[str]:
-    """What failed in pytest's last run; the collection of all tests if it did not get so far."""
+    """The failed tests of pytest's last run; all tests if the collection failed."""
     record = cache / "v" / "cache" / "lastfailed"
     return list(json.loads(record.read_text())) if record.exists() else [COLLECTION]
 

@@ -1,4 +1,4 @@
-"""Exit codes: 2 for what must be changed before another start, 1 for what may succeed later, as operations.md says."""
+"""Exit codes: 2 if the user must change something, 1 if a retry may succeed, as in operations.md."""
 
 from __future__ import annotations
 

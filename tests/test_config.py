@@ -1,4 +1,4 @@
-"""Settings: defaults, files, overrides, and what each mistake is told."""
+"""Settings: defaults, files, overrides, and the error for each mistake."""
 
 from __future__ import annotations
 

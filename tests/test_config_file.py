@@ -1,4 +1,4 @@
-"""What a configuration file may say: YAML 1.2's words, every key once, and an error with its place for all else."""
+"""Configuration files: YAML 1.2's scalars, every key once, and an error with its place for anything else."""
 
 from __future__ import annotations
 

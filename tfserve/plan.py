@@ -33,7 +33,7 @@ class Direction(enum.StrEnum):
 
 
 class After(msgspec.Struct, frozen=True, gc=False):
-    """What must have finished before a copy may start: steps (by fence) and other copies (by id)."""
+    """Dependencies of a copy: steps (by fence) and other copies (by id) that must have finished before it starts."""
 
     fence: Fence | None = None
     copies: tuple[CopyId, ...] = ()
@@ -128,7 +128,7 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
+    """Results of a step: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
 
     `device_s` is the time of the step by the device's clock; `idle_s` is the device's idle time between the previous
     step and this one (0 for the first). `failed` maps a request without a token to the reason; its token is 0.
@@ -157,7 +157,7 @@ class InFlight(Protocol):
         ...
 
     def result(self) -> StepResult:
-        """The step's outcome; waits for the device. Raises what the step raised. Any one thread may ask."""
+        """The step's result, or its exception; waits for the device. Any single thread may call it."""
         ...
 
 

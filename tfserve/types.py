@@ -185,7 +185,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     """The scheduler's state of a live request. Rates in tokens/s; None without a reader, or before the first token.
 
-    `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV on its way back). `num_unread`
+    `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV is copied back). `num_unread`
     tokens are generated and not read; they last for `time_to_empty_s`. `stall_s` is the time without anything to read;
     None without a reader, or if `rate` is the server's default and there was no report (`is_rate_assumed`).
     """

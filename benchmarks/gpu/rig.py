@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures on: a decoder with random weights made on the device, its KV, runner, transfers."""
+"""The objects of the GPU benchmark: a decoder with random weights made on the device, its KV, runner, transfers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tfserve.types import SamplingParams
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """A model and what to measure it at; `prefill_tokens` is the largest step, `burst_kv_tokens` the burst's KV."""
+    """A model and its measurements; `prefill_tokens` is the largest step, `burst_kv_tokens` the burst's KV."""
 
     hidden: int
     intermediate: int
@@ -97,7 +97,7 @@ SHAPES = {
 
 
 def model_config(shape: Shape, max_len: int) -> ModelConfig:
-    """The shape as the checkpoint's config would say it."""
+    """The shape as a checkpoint's config."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=shape.vocab,
@@ -229,7 +229,7 @@ class Rig:
         return cls(decoder, layout, pool, runner, RealClock(), max_num_seqs, backend.name)
 
     def host_tier(self, num_blocks: int) -> HostTierMemory:
-        """Host memory for so many blocks, and what moves KV there and back."""
+        """Host memory for so many blocks, and the transfers to and from it."""
         gib = (num_blocks + 0.5) * self.layout.block_bytes / 2**30
         config = EngineConfig(model="random", host_kv_gib=gib, scheduler=SchedulerConfig(policy="tokenflow"))
         runner = self.runner if isinstance(self.runner, CudaStreamRunner) else None
@@ -266,7 +266,7 @@ class Rig:
         return self.launch_decode(context).result()
 
     def launch_decode(self, context: int) -> InFlight:
-        """The same, on its way."""
+        """The same, launched and not waited for."""
         seqs = tuple(SeqStep(f"r{row}", Row(row), context - 1, 1, True, None) for row in self._rows)
         return self.launch(seqs, len(seqs))
 

@@ -191,7 +191,7 @@ class Copies:
         return sum(copy.ntok for copy in copies) * self._layout.token_bytes / (time.perf_counter() - began_s)
 
     def wait(self, n: int) -> None:
-        """Until n acknowledgements have come. RuntimeError for one that failed, or that does not come."""
+        """Wait for n acknowledgements. Raises RuntimeError for a failed or a missing one."""
         deadline = time.perf_counter() + PATIENCE_S
         while n > 0:
             for ack in self.tier.transfers.poll():
@@ -205,7 +205,7 @@ class Copies:
 
 
 def copies(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
-    """Bandwidth of whole blocks and of granules, alone and under decoding, and what that costs the decoding."""
+    """Bandwidth of whole blocks and of granules, alone and during decoding, and the slow-down of the decoding."""
     work = Copies(rig, shape.copy_blocks)
     granule = min(GRANULE, rig.layout.block_size // 2)
     try:
@@ -266,7 +266,7 @@ def _copies_under_compute(rig: Rig, shape: Shape, work: Copies) -> Iterator[Resu
 
 
 class Preemption:
-    """One long request that leaves and comes back while `others` decode, through the real manager and link."""
+    """One long request that is preempted and resumed while `others` decode, through the real manager and link."""
 
     def __init__(self, rig: Rig, shape: Shape, *, write_through: bool) -> None:
         self._rig = rig
@@ -345,7 +345,7 @@ class Preemption:
         self._tier.transfers.close()
 
     def _decode_until_moved(self) -> None:
-        """Let the others decode until no copy is under way; at least one step."""
+        """Let the others decode until all copies have ended; at least one step."""
         kv, deadline = self._kv, time.perf_counter() + PATIENCE_S
         while True:
             self._during_s.append(self._rig.decode(self._short).device_s)

@@ -205,7 +205,7 @@ def _load(config: EngineConfig) -> Engine:
 
 # The client.
 class Reader:
-    """One connection: asks, then notes how many tokens came when."""
+    """One connection: sends a request, then records the number and time of tokens."""
 
     def __init__(self, address: tuple[str, int], body: bytes, slow_rate: float | None) -> None:
         self.sock = socket.socket()
@@ -223,14 +223,14 @@ class Reader:
         self.sock.setblocking(False)
 
     def read(self, most: int = 65536) -> None:
-        """Take what is there."""
+        """Read all available bytes."""
         try:
             data = self.sock.recv(most)
         except BlockingIOError:
             return
         now_s = time.monotonic()
         data = self._rest + data
-        # A text cut in two is counted when its end comes.
+        # A text cut in two is counted when its end arrives.
         cut = data.rfind(b"\n") + 1
         whole, self._rest = data[:cut], data[cut:]
         found = TEXT.findall(whole)

@@ -146,7 +146,7 @@ def measure_cpu(args: argparse.Namespace, depth: int) -> dict[str, Any]:
 
 
 class TimePassing:
-    """plan.Runner whose device takes `step_s` for every step, whatever is in it; the host's CPU is not used."""
+    """A plan.Runner whose device takes `step_s` for every step; the host's CPU is not used."""
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
@@ -161,7 +161,7 @@ class TimePassing:
         return PassedStep(StepResult(plan.step, tokens, (None,) * len(tokens), self._ended_s - began_s, idle_s))
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """There is nothing to release."""
 
 
 class PassedStep:

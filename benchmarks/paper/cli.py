@@ -43,7 +43,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 1 for what it cannot do, said in a line."""
+    """Run the command line. Returns 1 after an error, which is printed in one line."""
     args = arguments(argv)
     try:
         return bench_paper(args)
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench_paper(args: argparse.Namespace) -> int:
-    """Run what was asked for. Raises TfserveError for an unknown row or a folder that cannot be written."""
+    """Run the chosen experiments. Raises TfserveError for an unknown row or a folder that cannot be written."""
     chosen = _chosen(experiments(long_answers=args.long_answers), args.only, is_quick=args.quick)
     most_seeds = args.seeds if args.seeds is not None else 1 if args.quick else max(row.seeds for row in chosen)
     if most_seeds < 1 or args.workers < 1:

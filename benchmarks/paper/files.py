@@ -51,7 +51,7 @@ def write_results(
 
 
 def describe(profile: Profile) -> dict[str, Any]:
-    """A profile and what follows from it."""
+    """A profile and its derived numbers."""
     return {
         **msgspec.to_builtins(profile),
         "kv_tokens": profile.kv_tokens,

@@ -1,4 +1,4 @@
-"""The page of results: what the paper says beside what the simulation says, and every row beside its bounds."""
+"""The page of results: the paper's results beside the simulation's, and every row beside its bounds."""
 
 from __future__ import annotations
 

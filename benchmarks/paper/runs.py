@@ -1,4 +1,4 @@
-"""Runs cases, on several processes, and scores them. The same seed gives the same outcome, however it was run."""
+"""Runs cases on several processes and scores them. A seed gives the same outcome with any number of processes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TIMELINE_POINTS = 120
 _NUM_FANS = 80
 _FAN_POINTS = 40
 _DIGITS = 4
-"""Of seconds in what is plotted."""
+"""Decimals of seconds in the plotted data."""
 
 DETAIL_SEED = 0
 """The seed whose runs are plotted."""
 
 
 class ReaderClass(msgspec.Struct, frozen=True, kw_only=True):
-    """Readers of one rate: `read_per_s` is what they got to read, playback and stalls together."""
+    """Readers of one rate: `read_per_s` is their actual speed, stalls included."""
 
     rate: float
     num_requests: int
@@ -41,7 +41,7 @@ class ReaderClass(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Detail(msgspec.Struct, frozen=True, kw_only=True):
-    """What the plots need of a run.
+    """The part of a run for the plots.
 
     `timelines` are some requests' token times and how many tokens each had by then, from their arrival; `fans` are
     (rate, seconds since the first token, tokens) of more of them.
@@ -56,7 +56,7 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """One run in numbers; see engine.qos.QosReport. Tokens/s, seconds, GB.
 
-    `fluid_own` is what its own tokens would have been worth, perfectly shared (bounds.fluid_of_run).
+    `fluid_own` is the effective throughput with its own tokens, perfectly shared (bounds.fluid_of_run).
     """
 
     experiment: str

@@ -83,7 +83,7 @@ def _every(
     least: float = float("-inf"),
     most: float = float("inf"),
 ) -> Target:
-    """A line that misses it is named, beside what fcfs has there if `plain` says."""
+    """A line that misses it is named, with the value of fcfs if `plain` gives one."""
     misses = []
     for line in lines:
         if not least <= value(line) <= most:

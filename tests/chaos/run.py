@@ -79,7 +79,7 @@ def chaos_server(model_dir: Path, work_dir: Path) -> Iterator[Server]:
 
 
 async def run(model_dir: Path, work_dir: Path, seconds: float, seed: int) -> dict[str, Any]:
-    """Let visitors come for that long, in bursts and lulls, then SIGTERM amid a burst; returns what was counted."""
+    """Run clients for that long, in bursts and lulls, then SIGTERM during a burst. Returns the counts."""
     with chaos_server(model_dir, work_dir) as server:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:

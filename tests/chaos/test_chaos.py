@@ -1,4 +1,4 @@
-"""Whatever clients do, every stream ends as it should, every block comes back, and the server leaves when told."""
+"""With clients of every kind, every stream ends correctly, every block is freed, and the server ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tokenizers import write_tiny_tokenizer
 
 
 def broken_promises(result: dict[str, Any]) -> list[str]:
-    """What a run has shown that must never be."""
+    """The violations in a run."""
     broken = [*result["broken"], *result["log_errors"]]
     if result["exit_code"] != 0:
         broken.append(f"exit code {result['exit_code']}")

@@ -94,7 +94,7 @@ async def open_stream(session: aiohttp.ClientSession, max_tokens: int = FOREVER)
 
 
 async def stats(session: aiohttp.ClientSession, num_replicas: int) -> dict[str, dict[str, Any]]:
-    """What every replica says; each question reaches one of them, so they are asked until all have answered."""
+    """The statistics of every replica. Each query reaches one of them, so it is repeated until all have answered."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(200):
         async with session.get("/stats") as response:

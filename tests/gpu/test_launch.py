@@ -1,4 +1,4 @@
-"""Launching on a real device: nothing in it waits, and what is read later is what was computed."""
+"""Launching on a real device: `launch` never waits, and the results that are read later are correct."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 @contextmanager
 def waiting_forbidden() -> Iterator[None]:
-    """What waits for the device raises."""
+    """Any wait for the device raises."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield

@@ -64,7 +64,7 @@ def test_a_checkpoint_beside_a_gguf_file_is_served(tmp_path):
 
 
 class Absent(RepositoryNotFoundError):
-    """What the hub says of a name that it does not have; the real one wants a response."""
+    """The hub's error for an unknown name; the real one needs a response."""
 
     def __init__(self) -> None:
         Exception.__init__(self, "no such model")

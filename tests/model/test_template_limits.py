@@ -70,7 +70,7 @@ ENDLESS = {
 
 @pytest.fixture
 def bounded_memory() -> Any:
-    """What takes gigabytes fails here, and does not take them from the machine."""
+    """A template that needs gigabytes fails here, without taking them from the machine."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 2**31, hard))
     yield

@@ -176,7 +176,7 @@ class StreamClient:
         record.end_s = record.end_s or self.now()
 
     async def count_prompt_tokens(self, work: Work) -> int | None:
-        """`usage.prompt_tokens` of an answer that is not streamed; None where the server does not tell."""
+        """`usage.prompt_tokens` of an answer that is not streamed; None if the server reports no usage."""
         body = {**self._target.body(work, {*self._without, "stream_options"}), "stream": False}
         try:
             async with self._session.post(self._target.url, json=body) as response:
@@ -328,7 +328,7 @@ def open_session(api_key: str | None, timeout_s: float) -> aiohttp.ClientSession
 
 
 async def _note_connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    """A request's time begins once its connection stands."""
+    """Set the request's start time when its connection is open."""
     sender = context.trace_request_ctx
     if sender is not None:
         sender.record.sent_s = sender.now()

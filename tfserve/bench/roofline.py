@@ -25,7 +25,7 @@ _WARM_UP = 3
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step computes: `tokens`, of which `sampled` get logits; attention over `pairs` of tokens, reading
+    """The work of a step: `tokens`, of which `sampled` get logits; attention over `pairs` of tokens, reading
     `kv_tokens` of KV.
     """
 

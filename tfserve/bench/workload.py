@@ -31,7 +31,7 @@ BUNDLED_PROMPTS = Path(__file__).with_name("data") / "prompts.jsonl"
 """500 real prompts with the lengths of reference answers; licences and sources are in SOURCES.md beside it."""
 
 Rate = float | str | None
-"""What is sent as `consumption_rate`: tokens/s or a name; None sends nothing."""
+"""Value of `consumption_rate`: tokens/s or a name; None sends nothing."""
 
 
 class Work(msgspec.Struct, frozen=True):

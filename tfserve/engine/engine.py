@@ -1,4 +1,4 @@
-"""Engine: the embedding API, and what the HTTP server is built on. Torch-free unless the core runs in this process."""
+"""Engine: the embedding API, also used by the HTTP server. Torch-free unless the core runs in this process."""
 
 from __future__ import annotations
 

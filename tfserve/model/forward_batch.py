@@ -21,7 +21,7 @@ class BlockTables:
         self._lengths = [0] * num_rows
 
     def clear(self, row: Row) -> None:
-        """Forget a row's blocks."""
+        """Clear a row's block table."""
         self._lengths[row] = 0
 
     def extend(self, row: Row, blocks: Sequence[BlockId]) -> None:
@@ -43,7 +43,7 @@ class BlockTables:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """Everything the model and its attention need to know about a step. T tokens of S sequences, decodes first.
+    """The inputs of the model and its attention for a step. T tokens of S sequences, decodes first.
 
     Tensors are int64 on the model's device; arrays are int64 on the host, because they shape the work.
     """

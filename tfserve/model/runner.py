@@ -59,7 +59,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
-        """Start a step. Raises nothing: what goes wrong comes out of `result`."""
+        """Start a step. Does not raise: errors come from `result`."""
         began_s, before_s = time.perf_counter(), self._ended_s
         try:
             self._seat(plan)
@@ -146,7 +146,7 @@ class LaunchedStep:
         return (self.sampled is None or self.sampled.ready()) and all(scores.ready() for scores in self.prompts)
 
     def result(self) -> StepResult:
-        """What the step produced; waits for the device."""
+        """The step's result; waits for the device."""
         chosen = Choices((), (), ()) if self.sampled is None else self.sampled.read()
         return StepResult(
             self.fence,
@@ -171,5 +171,5 @@ class FailedStep:
         return True
 
     def result(self) -> StepResult:
-        """Raise what the step raised."""
+        """Raise the step's exception."""
         raise self.error

@@ -72,11 +72,10 @@ class Choices(NamedTuple):
 class Sampler:
     """Chooses tokens. Holds each row's parameters and the token counts for its penalties.
 
-    The order of processing is vLLM's: log probabilities from the logits as they come, what `masks` allow where a
-    request has a grammar, min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and
-    the draw. A row's token depends on its own logits, parameters, seed and position only, never on the rows beside it.
-    Parameters live on the host, so that branches on them do not wait for the device. Only rows with a grammar wait (see
-    TokenMasks).
+    The order of processing is vLLM's: log probabilities from the logits as they come, masks of requests with a grammar,
+    min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and the draw. A row's token
+    depends on its own logits, parameters, seed and position only, never on the rows beside it. Parameters live on the
+    host, so that branches on them do not wait for the device. Only rows with a grammar wait (see TokenMasks).
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: str, masks: TokenMasks | None = None) -> None:

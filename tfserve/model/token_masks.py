@@ -98,7 +98,7 @@ class GrammarCompiler:
         return compiled.deep_copy()
 
     def forget(self, grammar: str) -> None:
-        """Compile a grammar anew for the next request.
+        """Compile a grammar again for the next request.
 
         Copies of a matcher share its lexer: after a limit or an error in it, no copy can be used.
         """
@@ -189,7 +189,7 @@ class TokenMasks:
             self._texts[row.row] = _Text(self.compiler, row)
 
     def release(self, row: Row) -> None:
-        """Forget a row; one that is empty stays so."""
+        """Clear a row; no effect on an empty one."""
         self._texts.pop(row, None)
 
     def has(self, row: int) -> bool:

@@ -1,4 +1,4 @@
-"""Two steps deep on a real tiny model: exactly what one step deep gives, whatever a request asks for."""
+"""Two steps deep on a real tiny model: exactly the results of one step deep, for all parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prompt(i: int) -> list[int]:
 def serve(
     model_dir, depth: int, params: list[SamplingParams], scheduler: SchedulerConfig, num_blocks: int
 ) -> tuple[list[RequestOutput], int]:
-    """What each request gets, and how many preemptions it took."""
+    """The output of each request, and the number of preemptions."""
     config = EngineConfig(
         model=str(model_dir),
         engine_process="off",

@@ -45,7 +45,7 @@ from tfserve.types import EngineInfo
 logger = logging.getLogger(__name__)
 
 _ROW_BYTES = 1024
-"""About what a row takes beside its block table: sampling parameters, its place in the scheduler's lists."""
+"""Approximate size of a row without its block table: sampling parameters, entries in the scheduler's lists."""
 
 _MAX_FOR_ROWS = 0.05
 """Share of the free memory that such tables may take."""

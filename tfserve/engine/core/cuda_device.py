@@ -45,7 +45,7 @@ def cuda_runner(
     graphs = None
     if isinstance(backend, PagedBackend) and not config.enforce_eager:
         max_blocks = -(-max_model_len // kv.block_size)
-        torch.cuda.synchronize(stream.device)  # what the graphs read was made on the default stream
+        torch.cuda.synchronize(stream.device)  # the graphs' inputs were created on the default stream
         torch.cuda.empty_cache()  # as each capture does: it would pass for memory that the graphs gave
         began_s, free_before = time.monotonic(), torch.cuda.mem_get_info()[0]
         graphs = DecodeGraphs(

@@ -39,14 +39,14 @@ _MIN_SLEEP_S = 0.002
 
 
 class Inbox:
-    """Messages on their way to the core; any thread may put."""
+    """Queue of messages to the core; any thread may put."""
 
     def __init__(self, clock: Clock) -> None:
         self._messages: deque[ToCore] = deque()
         self._clock = clock
 
     def put(self, message: ToCore) -> None:
-        """Leave a message and wake the loop."""
+        """Queue a message and wake the loop."""
         self._messages.append(message)
         self._clock.notify()
 
@@ -255,7 +255,7 @@ class EngineCore:
         self._step += 1
 
     def _commit(self, launched: _Launched) -> None:
-        """Wait for a step's end and hand out what it produced."""
+        """Wait for a step's end and emit its results."""
         plan = launched.plan
         try:
             result = launched.flight.result()

@@ -160,7 +160,7 @@ class StepTrace:
         )
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write the buffered lines."""
         if self._file is not None:
             try:
                 self._file.close()

@@ -34,7 +34,7 @@ class StepWorker:
         self._thread.start()
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function on the thread; wait for what it returns, or raise what it raises."""
+        """Run a function on the thread and wait for it. Returns its result, or raises its exception."""
         return self._submit(functools.partial(function, *args, **kwargs)).result()
 
     def serve(self, runner: Runner) -> None:
@@ -86,5 +86,5 @@ class QueuedStep:
         return self.launched.done() and self.launched.result().ready()
 
     def result(self) -> StepResult:
-        """What the step produced; waits for it, and raises what it raised."""
+        """Wait for the step. Returns its result, or raises its exception."""
         return self.launched.result().result()

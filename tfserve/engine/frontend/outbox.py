@@ -1,4 +1,4 @@
-"""Messages on their way to the engine process. Torch-free."""
+"""Queue of messages to the engine process. Torch-free."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Sink = RequestStream | Collector
 
 
 class LoopQueue:
-    """Outputs on their way from the client's thread to the streams of one event loop, with one wake-up for all of them.
+    """Queue of outputs from the client's thread to the streams of one event loop, with one wake-up for all of them.
 
     A loop that is behind takes several steps at once; each stream then notifies its reader once.
     """

@@ -70,7 +70,7 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 class SimRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run came to. `served` is in the order of the requests; a refused one has no tokens.
+    """The result of a run. `served` is in the order of the requests; a refused one has no tokens.
 
     `moments` has the state at the end of each stretch of `MOMENT_S`.
     """
