@@ -63,30 +63,30 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
         ShareOrAll, about("fcfs: share of its remaining max_tokens that a running request is expected to use")
     ] = 0.7
     reserve_min_ratio: Annotated[
-        ShareOrAll, about("fcfs: least value of that share, which falls from step to step")
+        ShareOrAll, about("fcfs: minimum of that share, which decreases from step to step")
     ] = 0.098
-    reserve_decay_steps: Annotated[Count, about("fcfs: steps until it has fallen so far")] = 600
+    reserve_decay_steps: Annotated[Count, about("fcfs: steps until the share reaches its minimum")] = 600
     reserve_clip_tokens: Annotated[Count, about("fcfs: most tokens that one request is charged")] = 4096
-    schedule_interval_s: Annotated[AboveZero, about("seconds between full passes; events wake it sooner")] = 0.5
+    schedule_interval_s: Annotated[AboveZero, about("seconds between full passes; events start one sooner")] = 0.5
     critical_s: Annotated[NotNegative, about("a reader with fewer seconds unread needs the device")] = 1.0
     buffer_scale_s: Annotated[AboveZero, about("seconds that scale the penalty for a low buffer")] = 1.0
     gamma: Annotated[NotNegative, about("weight of the penalty for a low buffer")] = 1.0
     buffer_conservativeness: Annotated[
-        NotNegative, about("how many swap times and intervals a reader must have unread to leave for a new request")
+        NotNegative, about("unread text of a preempted reader, as a multiple of swap time plus interval")
     ] = 1.5
-    min_residency_s: Annotated[NotNegative, about("least seconds that a request stays on the device")] = 1.0
+    min_residency_s: Annotated[NotNegative, about("minimum seconds that a request stays on the device")] = 1.0
     swap_gap_s: Annotated[
-        NotNegative, about("seconds that a request which leaves must have unread beyond the one that comes")
+        NotNegative, about("seconds of unread text that a preempted request must have beyond the one that replaces it")
     ] = 2.0
     relief_s: Annotated[
-        NotNegative, about("a request that is worse off by so many seconds displaces even one that runs low")
+        NotNegative, about("a request worse off by so many seconds may displace even one with a low buffer")
     ] = 5.0
-    working_set_step: Annotated[Share, about("how fast the number of promised readers follows its bound")] = 0.1
+    working_set_step: Annotated[Share, about("how fast the number of admitted readers follows its bound")] = 0.1
     background_patience_s: Annotated[
         NotNegative, about("a request without a reader counts as having so many seconds unread")
     ] = 10.0
     min_prefill_share: Annotated[
-        float, Meta(gt=0, lt=1), about("least share of time for prompts while readers run dry")
+        float, Meta(gt=0, lt=1), about("minimum share of time for prompts while readers stall")
     ] = 0.6
     stall_per_wait: Annotated[
         NotNegative, about("how long a reader may stall for prompts, as a share of the longest wait for a first token")
@@ -95,14 +95,14 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     default_rate: Annotated[
         Rate, about("tokens/s at which a streamed answer is read that names no consumption_rate")
     ] = 6.0
-    max_rate: Annotated[Rate, about("highest consumption_rate over HTTP; what is above is lowered to it")] = 50.0
+    max_rate: Annotated[Rate, about("highest consumption_rate over HTTP; higher ones are lowered to it")] = 50.0
     overload: Annotated[
-        Literal["queue", "share", "shed"], about("what a new request meets when rates add up to more than the capacity")
+        Literal["queue", "share", "shed"], about("what happens to a new request when the rates exceed the capacity")
     ] = "queue"
     generate_ahead_s: Annotated[
-        NotNegative | None, about("stop decoding for a reader who has so many seconds unread; null: never")
+        NotNegative | None, about("stop decoding for a reader with so many seconds unread; null: never")
     ] = None
-    offload: Annotated[bool, about("off: what is preempted is computed again")] = True
+    offload: Annotated[bool, about("off: a preempted request is computed again")] = True
     write_through: Annotated[bool, about("off: KV goes to the host only when a request is preempted")] = True
     load_evict_overlap: Annotated[bool, about("off: loads wait for stores")] = True
     priority_writes: Annotated[bool, about("off: KV is stored in order of arrival, not fullest buffer first")] = True
@@ -136,13 +136,13 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     section: ClassVar[str] = "server."
 
     host: Annotated[str, about('address to listen on; 0.0.0.0: all of IPv4; "::": all, of both families')] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535), about("port to listen on; 0: any that is free")] = 8000
+    port: Annotated[int, Meta(ge=0, le=65535), about("port to listen on; 0: any free one")] = 8000
     api_keys: Annotated[
         tuple[str | ApiKey, ...], about("keys that clients need: plain ones, or entries with a name")
     ] = ()
     api_keys_file: Annotated[str | None, about("a YAML file with a list of keys, read at the start")] = None
     max_queued_requests: Annotated[
-        NotNegativeInt, about("how many requests may wait beyond those that run; then 429")
+        NotNegativeInt, about("how many requests may wait besides the running ones; then 429")
     ] = 1024
     max_body_bytes: Annotated[Count, about("largest body of a request; then 413")] = 4 * 1024 * 1024
     max_inflight_body_bytes: Annotated[
@@ -150,13 +150,11 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     keep_alive_s: Annotated[NotNegative, about("the longest silence of a stream")] = 10.0
     unread_timeout_s: Annotated[
-        NotNegative, about("a connection that takes nothing of its answer for so long is closed; 0: never")
+        NotNegative, about("a connection that reads nothing of its answer for so long is closed; 0: never")
     ] = 600.0
-    pacing: Annotated[
-        Literal["off", "smooth"], about("smooth: text goes out as fast as its reader reads, not in bursts")
-    ] = "off"
+    pacing: Annotated[Literal["off", "smooth"], about("smooth: send text at the reader's rate, not in bursts")] = "off"
     control_tokens_in_messages: Annotated[
-        Literal["text", "allow"], about("what a control token in a message is: text, or (allow) the token")
+        Literal["text", "allow"], about("encode a control token in a message as text, or (allow) as the token")
     ] = "text"
     cors_origins: Annotated[
         tuple[str, ...], about('web origins whose pages may call the API from a browser; "*": all')
@@ -165,9 +163,9 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tuple[str, ...], about('names, without port, that clients may call the server by; "*": all')
     ] = ()
     max_connections: Annotated[
-        Count | None, about("connections with a request under way; then 503. null: 4096, or more by max_num_seqs")
+        Count | None, about("connections with an open request; then 503. null: 4096, or more by max_num_seqs")
     ] = None
-    log_interval_s: Annotated[NotNegative, about("seconds between two lines of numbers in the log; 0: never")] = 10.0
+    log_interval_s: Annotated[NotNegative, about("seconds between lines of statistics in the log; 0: never")] = 10.0
     drain_timeout: Annotated[NotNegative, about("seconds that open requests have to end after SIGTERM")] = 30.0
 
     def __post_init__(self) -> None:
@@ -233,12 +231,12 @@ class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Annotated[int, Meta(ge=2)] | None, about("blocks of device KV, whatever the memory")
     ] = None
     enforce_eager: Annotated[bool, about("no CUDA graphs")] = False
-    seed: Annotated[int, about("seed of requests that bring none")] = 0
+    seed: Annotated[int, about("seed of requests without one")] = 0
     tensor_parallel_size: Annotated[Literal[1], about("GPUs per engine; only 1 exists")] = 1
-    debug_checks: Annotated[bool, about("prove after every step that no block is lost")] = False
+    debug_checks: Annotated[bool, about("check after every step that no block is lost")] = False
     step_trace: Annotated[str | None, about("file for a line per step and request")] = None
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], about("least level of what is logged; debug: probes and reports")
+        Literal["debug", "info", "warning", "error"], about("lowest level that is logged; debug: probes and reports")
     ] = "info"
     log_format: Annotated[Literal["text", "json"], about("json: an object per line, on the error stream")] = "text"
     scheduler: SchedulerConfig = SchedulerConfig()
