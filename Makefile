@@ -126,7 +126,7 @@ format: $(VENV)/.stamp-dev  ## format the code and fix what lint can fix
 	$(BIN)/ruff check --fix $(CODE)
 
 # A GPU machine need not have a network, nor this project's environment: it runs under its own Python, and what that lacks
-# comes along as wheels in $(GPU_WHEELS) (ignored by git; `make gpu-wheels` fetches those that are on the package index).
+# comes along as wheels in $(GPU_WHEELS) (ignored by git; `make gpu-wheels` fetches the ones on the package index).
 gpu-check:  ## on a machine with a GPU: run tests/gpu, then measure (docs/performance.md); needs no network
 	@GPU_PYTHON=$(GPU_PYTHON) GPU_WHEELS=$(GPU_WHEELS) OUT=$(OUT) benchmarks/gpu/check.sh $(ARGS)
 

@@ -1,1 +1,1 @@
-"""Measurements, by what they are about. `python -m benchmarks.FAMILY.NAME --help` in a checkout says what one does."""
+"""Benchmarks by subject. `python -m benchmarks.FAMILY.NAME --help` in a checkout describes one."""

@@ -1,4 +1,4 @@
-"""Results of a long run, one cell at a time, so that a killed run keeps what it has and can be taken up again."""
+"""Results of a long run, saved after each cell, so that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Store:
         self._cells: list[Cell] = []
 
     def open(self, settings: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Begin, or go on with what the file holds. Raises SystemExit if that was measured with other settings."""
+        """Start, or continue with the cells in the file. Raises SystemExit if they have other settings."""
         settings = json.loads(json.dumps(settings))
         self._head = {"settings": settings, "environment": environment}
         if not self._path.exists():

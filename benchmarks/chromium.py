@@ -11,7 +11,7 @@ FLAGS = (
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
-    # Nothing that calls home.
+    # No requests to the vendor.
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",

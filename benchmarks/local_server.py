@@ -1,4 +1,4 @@
-"""A server on this machine for as long as a measurement takes, and a client in a process of its own."""
+"""A server on this machine for the time of a measurement, and a client in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CLIENT_NICE = ["nice", "-n", "10"]
-"""The client shares the cores with the server here; niced, it takes what is left, and only sees tokens later for it."""
+"""The client shares the cores with the server. Niced, it only uses idle time, and sees tokens a little later."""
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def running(
 ) -> Iterator[Server]:
     """Start a server, wait until `ready_path` answers 200, stop it at the end.
 
-    Raises SystemExit with what the server printed if it does not get ready.
+    Raises SystemExit with the server's output if it does not get ready.
     """
     begin = time.perf_counter()
     # Python's own answer to SIGTERM would leave the server behind.
@@ -79,7 +79,7 @@ def get_json(url: str) -> Any:
 def run_json(command: Sequence[str], output: Path, timeout_s: float = 900) -> Any:
     """Run a command that writes JSON to `output` and return that. Raises SystemExit if it fails.
 
-    `bench serve` exits with 1 if requests failed: then there is a result all the same, and it says so.
+    `bench serve` exits with 1 if requests failed: then there is still a result, with these failures.
     """
     output.unlink(missing_ok=True)
     command = [*command, "--output", str(output)]

@@ -33,7 +33,7 @@ def main() -> None:
         if chunk.usage:
             print(f"\n({chunk.usage.prompt_tokens} prompt + {chunk.usage.completion_tokens} output tokens)\n")
 
-    # Two prompts at once, not streamed; what OpenAI's API does not have goes into extra_body.
+    # Two prompts at once, not streamed; fields that are not in OpenAI's API go into extra_body.
     completion = client.completions.create(
         model=model,
         prompt=["The capital of France is", "Water boils at"],

@@ -1,4 +1,4 @@
-"""What every TransferEngine of the tests does alike: queues, what has ended, and cancelling."""
+"""The common part of the tests' TransferEngines: queues, finished copies, and cancelling."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from tests.tokenizers import CHAT_TEMPLATE, write_tiny_tokenizer
 from tfserve.config import EngineConfig, config_from
 from tfserve.engine.core import build
 from tfserve.engine.engine import Engine
-from tfserve.engine.frontend.link import ThreadLink
+from tfserve.engine.frontend.core_client import ThreadClient
 from tfserve.http.app import create_app
 from tfserve.http.connections import create_runner
 from tfserve.http.service import Service
@@ -107,14 +107,14 @@ def _config(model_dir: Path, settings: Mapping[str, Any]) -> EngineConfig:
     return config_from({"model": str(model_dir), "debug_checks": True, **base, **settings})
 
 
-def _connect(script: Scripts, ends: bool, *link: Any) -> Any:
+def _connect(script: Scripts, ends: bool, *args: Any) -> Any:
     """A core in a thread of this process, with the scripted model for its layers."""
 
     def load(path: Path, config: ModelConfig, **_: Any) -> ScriptedDecoder:
         return ScriptedDecoder(config, Tokenizer.from_dir(path), script, ends)
 
     with patch.object(build, "load_model", load), patch.object(build, "ModelRunner", ScriptedRunner):
-        return ThreadLink(*link)
+        return ThreadClient(*args)
 
 
 class ScriptedRunner(ModelRunner):
@@ -126,7 +126,7 @@ class ScriptedRunner(ModelRunner):
 
 
 class ScriptedDecoder(nn.Module):
-    """What the runner needs of a Decoder. Hidden states `[T, 1]` are the next tokens; `logits` makes logits of them."""
+    """The part of a Decoder that the runner needs. Hidden states `[T, 1]` are the next tokens, for `logits`."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer, scripts: Scripts, ends: bool) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from typing import Self
 import psutil
 
 from tests.http.test_server import free_port
-from tfserve.engine.frontend.link import CORE_MODULE
+from tfserve.engine.frontend.core_client import CORE_MODULE
 
 
 class Server:
@@ -50,7 +50,7 @@ class Server:
         self.log.close()
 
     def wait_until_ready(self) -> None:
-        """Raises AssertionError with what the server printed if it does not get ready."""
+        """Raises AssertionError with the server's output if it does not get ready."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
             try:

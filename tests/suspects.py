@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 NOT_TRIED = re.compile(r"pip|tfserve|torch|triton|(nvidia|cuda)-.*")
 """Packages that no lock has."""
 
-MOST_TESTS = 20
+MAX_TESTS = 20
 """Failed tests that are repeated: one package breaks many tests, seldom many packages one each."""
 
 COLLECTION = "the collection of tests"
@@ -38,7 +38,7 @@ def read_lock(path: Path) -> dict[str, str]:
 
 
 def installed() -> dict[str, str]:
-    """Versions by package, of this environment, but for those that no lock has."""
+    """Versions by package, of this environment, without packages that no lock has."""
     versions = {canonicalize_name(each.metadata["Name"]): each.version for each in distributions()}
     return {name: version for name, version in versions.items() if not NOT_TRIED.fullmatch(name)}
 
@@ -59,13 +59,13 @@ def blame(
 
 
 def failed_tests(cache: Path) -> list[str]:
-    """What failed in pytest's last run; the collection of all tests if it did not get so far."""
+    """The failed tests of pytest's last run; all tests if the collection failed."""
     record = cache / "v" / "cache" / "lastfailed"
     return list(json.loads(record.read_text())) if record.exists() else [COLLECTION]
 
 
 def run_tests(tests: Sequence[str]) -> list[str]:
-    """Those of `tests` that fail now."""
+    """The tests of `tests` that fail now."""
     words = ["--collect-only", "tests"] if list(tests) == [COLLECTION] else tests
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={cache}", *words]
@@ -101,7 +101,7 @@ def main(lock_file: str, cache: str) -> None:
 
 def report(failed: Sequence[str], differing: Sequence[str], lock: Mapping[str, str], found: Mapping[str, str]) -> None:
     """Repeat failed tests with one package after another as in the lock, and print what that changes."""
-    tests = failed[:MOST_TESTS]
+    tests = failed[:MAX_TESTS]
     print(
         f"Repeating {len(tests)} of {len(failed)} failed tests with one of them at a time as in the lock:", flush=True
     )

@@ -1,4 +1,4 @@
-"""Exit codes: 2 for what must be changed before another start, 1 for what may succeed later, as operations.md says."""
+"""Exit codes: 2 if the user must change something, 1 if a retry may succeed, as in operations.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from tfserve import cli
 from tfserve.config import SETTINGS, EngineConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.frontend.link import _startup_error
+from tfserve.engine.frontend.core_client import _startup_error
 from tfserve.errors import (
     ConfigError,
     DownloadError,

@@ -1,4 +1,4 @@
-"""Settings: defaults, files, overrides, and what each mistake is told."""
+"""Settings: defaults, files, overrides, and the error for each mistake."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from tfserve import config as config_module
+from tfserve.cli_config import OTHER_VARIABLES, config_from_args, environment_settings, parse_settings
 from tfserve.config import SETTINGS, EngineConfig, SchedulerConfig, config_from, load_config, variable_of
-from tfserve.config_words import OTHER_VARIABLES, config_from_args, environment_settings, parse_settings
 from tfserve.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +155,7 @@ def test_ready_made_configs_load(path):
     assert config.scheduler.policy == "tokenflow"
 
 
-def test_tokenflow_and_a_person_who_reads_are_the_default():
+def test_tokenflow_and_a_human_reader_are_the_default():
     scheduler = EngineConfig(model="m").scheduler
     assert (scheduler.policy, scheduler.default_rate) == ("tokenflow", 6.0)
 
@@ -275,7 +275,7 @@ def test_what_kubernetes_sets_for_a_service_called_tfserve_is_no_mistake():
     assert environment_settings(environ) == {}
 
 
-def test_other_variables_are_those_that_the_code_reads():
+def test_other_variables_are_the_ones_in_the_code():
     code = "\n".join(path.read_text() for path in (ROOT / "tfserve").rglob("*.py"))
     named = {name for name in re.findall(r"\bTFSERVE_[A-Z_]*[A-Z]\b", code) if name not in map(variable_of, SETTINGS)}
     assert named == OTHER_VARIABLES
@@ -300,7 +300,7 @@ def test_a_renamed_setting_is_taken_by_its_old_name_with_a_warning(tmp_path, mon
     monkeypatch.setattr(
         config_module, "RENAMED", {"scheduler.old_gap_s": "scheduler.swap_gap_s", "seats": "max_num_seqs"}
     )
-    monkeypatch.setattr("tfserve.config_words.RENAMED", config_module.RENAMED)
+    monkeypatch.setattr("tfserve.cli_config.RENAMED", config_module.RENAMED)
     caplog.set_level(logging.WARNING)
     (tmp_path / "serve.yaml").write_text("model: m\nscheduler: {old_gap_s: 7}\nseats: 5\n")
     in_file = load_config(tmp_path / "serve.yaml", {})

@@ -1,11 +1,11 @@
-"""What a configuration file may say: YAML 1.2's words, every key once, and an error with its place for all else."""
+"""Configuration files: YAML 1.2's scalars, every key once, and an error with its place for anything else."""
 
 from __future__ import annotations
 
 import pytest
 
+from tfserve.cli_config import config_from_args, parse_settings
 from tfserve.config import load_config
-from tfserve.config_words import config_from_args, parse_settings
 from tfserve.errors import ConfigError
 
 

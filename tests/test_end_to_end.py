@@ -74,7 +74,7 @@ async def test_eighty_of_a_hundred_streams_complete_exactly_while_twenty_clients
             async with session.post(url, json={**body, "ignore_eos": True}) as response:
                 assert response.status == 200
                 if index in leaving:
-                    # Some leave in the queue (before any event), some after a few tokens.
+                    # Some clients leave in the queue (before any event), some after a few tokens.
                     after = rng.randrange(0, 6)
                     if after == 0:
                         await asyncio.sleep(rng.random() * 0.2)
@@ -152,7 +152,7 @@ async def test_sigterm_drains_then_aborts_what_is_left(server: Server) -> None:
         assert not engine.is_running()
 
 
-async def test_whom_an_overloaded_server_cannot_promise_their_rate_it_refuses_before_the_stream_begins(
+async def test_an_overloaded_server_refuses_a_rate_it_cannot_sustain_before_the_stream_begins(
     model_dir: Path, tmp_path: Path
 ) -> None:
     # A rate beyond the device counts as the speed of a stream: two of them take all there is.

@@ -1,4 +1,4 @@
-"""Grammars through the whole engine: what cannot be met is refused or ends as an error, and never as a good answer."""
+"""Grammars through the whole engine: an unsatisfiable one is refused or ends with an error, never as a good answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands write to the error stream: lines of text, or objects of JSON, from a level on."""
+"""Logging of commands on stderr: lines of text, or objects of JSON, from a level on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory and processors that a machine, or the container around a process, has; also where only part of it is told."""
+"""Memory and processors of a machine or a container, also if the system reports only a part of them."""
 
 from __future__ import annotations
 

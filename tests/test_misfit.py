@@ -1,4 +1,4 @@
-"""What does not fit a type is found by its place and named in our own words, whatever msgspec says of it."""
+"""Data that does not fit a type: the error has its place and our own words, independent of msgspec's message."""
 
 from __future__ import annotations
 

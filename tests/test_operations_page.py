@@ -11,8 +11,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http.fakes import FakeEngine
+from tfserve.cli_config import config_from_args
 from tfserve.config import SETTINGS, EngineConfig, config_from
-from tfserve.config_words import config_from_args
 from tfserve.http.interval_log import interval_line
 from tfserve.http.metrics import Metrics
 from tfserve.memory.storage.kv_layout import KVLayout

@@ -1,4 +1,4 @@
-"""What only Linux has is taken away from every process of a server, as on macOS: it starts and serves all the same."""
+"""Without Linux's own functions in any process, as on macOS, a server starts and serves."""
 
 from __future__ import annotations
 

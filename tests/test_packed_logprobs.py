@@ -1,4 +1,4 @@
-"""Log probabilities that wait for a reader take little memory and come out as they went in."""
+"""Waiting log probabilities take little memory and come out unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scripted models write exactly their script, through the engine and over HTTP, however they are interrupted."""
+"""Scripted models write exactly their script, through the engine and over HTTP, with all kinds of interruptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients get when a model writes exactly this: calls, text that JSON cannot hold, split characters, stops."""
+"""Answers to clients for exact outputs of a model: calls, text that is invalid in JSON, split characters, stops."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ CALLS: list[tuple[str, list[tuple[str, dict[str, str]]]]] = [
     *((f'{{"name":"weather","arguments":{{"city":{value}}}}}', []) for value in ("NaN", "-Infinity", "1e999")),
     *((f'{{"name":"weather","parameters":{value}}}', []) for value in ("null", '"Oslo"', "[NaN]")),
 ]
-"""What the model writes of a call, and the calls that a client gets; none: all of it is text."""
+"""The model's output for a call, and the calls that a client gets; none: all of it is text."""
 
 
 class Desk:
-    """A server whose model writes what a test says for each question; several tests share one."""
+    """A server whose model writes the text of a test for each question; several tests share it."""
 
     def __init__(self, server: Running, scripts: dict[str, Script]) -> None:
         self.server = server

@@ -1,4 +1,4 @@
-"""A command whose standard streams are closed, or no longer read, works as far as it can and does not break down."""
+"""A command with closed or broken standard streams works as far as possible and does not crash."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_what_is_opened_gets_no_number_of_a_standard_stream() -> None:
     assert run(f"'{sys.executable}' -c '{code}' <&- >&- 2>&-").returncode == 0
 
 
-def test_a_command_whose_output_nobody_reads_any_more_ends_without_a_traceback() -> None:
+def test_a_command_with_a_closed_output_ends_without_a_traceback() -> None:
     ended = run(
         """
         "$1" -c 'import sys; from tfserve import cli

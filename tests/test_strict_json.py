@@ -1,4 +1,4 @@
-"""Strict JSON: what Python's own module lets through is mended or refused, whatever surrounds it."""
+"""Strict JSON: invalid parts that Python's own module accepts are repaired or refused, in any context."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(text: str, value:
 
 @given(st.text(alphabet=st.sampled_from('\\"ud83dDEe0af"n/ ')))
 def test_mending_changes_nothing_but_halves(text: str) -> None:
-    """JSON stays JSON and no JSON stays none; what has no half in it stays as it is."""
+    """Valid JSON stays valid and invalid stays invalid; text without half a pair is unchanged."""
     try:
         value = json.loads(f'"{text}"')
     except ValueError:

@@ -65,7 +65,7 @@ def test_failed_tests_are_taken_from_pytests_own_record(tmp_path):
     assert failed_tests(tmp_path) == ["tests/a.py::one", "tests/a.py::two"]
 
 
-def test_tests_are_repeated_and_those_that_fail_are_named(tmp_path):
+def test_tests_are_repeated_and_failing_ones_are_named(tmp_path):
     (tmp_path / "test_it.py").write_text("def test_good(): pass\ndef test_bad(): assert False\n")
     good, bad = (f"{tmp_path}/test_it.py::test_{kind}" for kind in ("good", "bad"))
     assert run_tests([good]) == []

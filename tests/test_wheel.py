@@ -1,4 +1,4 @@
-"""The wheel, installed where nothing else knows tfserve: complete, and it serves, with page and benchmark data."""
+"""The wheel in an environment without a checkout of tfserve: complete, and it serves, with page and benchmark data."""
 
 from __future__ import annotations
 

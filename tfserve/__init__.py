@@ -1,7 +1,7 @@
 """tfserve: an LLM inference server for people who stream text to people.
 
-`Engine`, `EngineConfig` and `SamplingParams` are its face for programs. They are imported when they are asked for, and
-torch when an Engine is made.
+`Engine`, `EngineConfig` and `SamplingParams` are the API for programs. They are imported on first use, torch when an
+Engine is created.
 """
 
 from __future__ import annotations

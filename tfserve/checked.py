@@ -1,4 +1,4 @@
-"""Checked: a Struct whose fields are checked wherever it is made. msgspec checks what it decodes, and nothing else."""
+"""Checked: a Struct that checks its fields when Python constructs it. msgspec itself checks only what it decodes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import msgspec
 from tfserve.misfit import Misfit, find_misfit
 
 _LEFT_ALONE = (bytes, bytearray, memoryview, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
-"""What msgspec would turn into text. No field is made of it."""
+"""Types that msgspec would convert to text. No field accepts them."""
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of Structs that users make in Python: every field has its declared type, or the constructor raises.
+    """Base of Structs that users construct in Python: every field has its declared type, or the constructor raises.
 
-    Numbers and arrays of numpy or torch become Python's own, a mapping becomes the Struct that the field holds, a list
-    becomes a tuple, a Path becomes text. Text is not read as a number. `mistake` makes the error that is raised.
+    Numbers and arrays of numpy or torch become Python numbers and lists, a mapping becomes the Struct of the field, a
+    list a tuple, a Path text. Text is not converted to a number. `mistake` makes the error that is raised.
     """
 
     def __post_init__(self) -> None:
@@ -40,10 +40,10 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 msgspec.structs.force_setattr(self, name, checked)
 
     def _read(self, name: str, value: Any, kind: Any) -> Any:
-        """The value as msgspec would have it, where it can be made of what was given."""
+        """The value converted to a type that msgspec knows, where possible."""
         if isinstance(value, msgspec.Struct):
             raise self.mistake(name, f"cannot be a {type(value).__name__}")
-        with contextlib.suppress(TypeError):  # a function, say, is no data at all
+        with contextlib.suppress(TypeError):  # not data, for example a function
             value = msgspec.to_builtins(value, builtin_types=_LEFT_ALONE, enc_hook=_plain)
         try:
             return msgspec.convert(value, kind, str_keys=True)
@@ -58,18 +58,18 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def to_number(value: Any) -> Any:
-    """What Python itself has for a number of another library; lists for arrays and tensors. Raises TypeError."""
+    """A number of another library as a Python number; arrays and tensors as lists. Raises TypeError."""
     to_list = getattr(value, "tolist", None)
     if not callable(to_list):
         return operator.index(value)
     try:
         return to_list()
-    except (RuntimeError, ValueError) as error:  # a tensor without storage, a sparse one
+    except (RuntimeError, ValueError) as error:  # a tensor without storage, or a sparse one
         raise TypeError(f"a {type(value).__name__} whose numbers cannot be read") from error
 
 
 def to_integer(value: Any) -> int | None:
-    """The integer that a number of any library is, as an `int` itself; None for anything else, also True and False."""
+    """An integer of any library as an `int`; None for anything else, also for True and False."""
     if isinstance(value, bool):
         return None
     with contextlib.suppress(TypeError):

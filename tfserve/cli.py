@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tfserve import __version__
-from tfserve.config_words import config_from_args, settings_help, split_settings
+from tfserve.cli_config import config_from_args, settings_help, split_settings
 from tfserve.errors import TfserveError
 from tfserve.logs import log_to_stderr
 from tfserve.std_streams import drop_output, open_closed
@@ -21,7 +21,7 @@ _WITH_SETTINGS = (["serve"], ["generate"], ["bench", "engine"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for what may succeed later, 2 for what the user must change."""
+    """Run the command line. Returns the exit code: 0; 1 if a retry may succeed; 2 if the user must change something."""
     open_closed()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser(is_bench=words[:1] == ["bench"])
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(words)
     if rest and not takes_settings:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.settings = [*settings, *rest]  # what argparse does not know is told apart from settings where they are read
+    args.settings = [*settings, *rest]  # words unknown to argparse are settings; the command checks them
     log_to_stderr()
     try:
         code: int = args.func(args)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # what reads our output has what it wanted, as `head` does
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         drop_output()
         return 1
     return code
@@ -79,7 +79,7 @@ def _parser(is_bench: bool) -> argparse.ArgumentParser:
     gguf.set_defaults(func=_import_gguf)
 
     if is_bench:
-        # The whole simulator comes with it: a server need not wait for that.
+        # Imported late: it imports the whole simulator, which a server does not need.
         from tfserve.bench.cli import add_bench_parser
 
         add_bench_parser(commands)

@@ -1,8 +1,8 @@
-"""Every setting: its bounds and its help stand beside it, and nowhere else.
+"""Every setting, with its bounds and its help.
 
-They are what is checked, what `tfserve serve --help` lists, what the tables of docs/operations.md say (a test compares
-them), and what `msgspec.json.schema(EngineConfig)` gives to editors. The names are vLLM's where the idea is the same.
-Command line beats environment beats YAML file beats default; an unknown name or a bad value is an error that names it.
+This is the one source for validation, for `tfserve serve --help`, for the tables of docs/operations.md (a test compares
+them), and for `msgspec.json.schema(EngineConfig)`. A setting that vLLM also has bears vLLM's name. Command line beats
+environment beats YAML file beats default; an unknown name or a bad value is an error that names it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 logger = logging.getLogger(__name__)
 
 _HIGHEST = 10**9
-"""Of times and weights: infinity and NaN are none."""
+"""For times and weights: infinity and NaN are invalid."""
 
 NotNegative = Annotated[float, Meta(ge=0, le=_HIGHEST)]
 AboveZero = Annotated[float, Meta(gt=0, le=_HIGHEST)]
@@ -53,7 +53,7 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     """How requests share the device. Times in seconds, rates in tokens/s; docs/scheduling.md says why.
 
     The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
-    (SGLang's new_token_ratio). The last four switch parts off, for ablations.
+    (SGLang's new_token_ratio). The last four switch parts of the policy off, for ablations.
     """
 
     section: ClassVar[str] = "scheduler."
@@ -63,30 +63,30 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
         ShareOrAll, about("fcfs: share of its remaining max_tokens that a running request is expected to use")
     ] = 0.7
     reserve_min_ratio: Annotated[
-        ShareOrAll, about("fcfs: least value of that share, which falls from step to step")
+        ShareOrAll, about("fcfs: minimum of that share, which decreases from step to step")
     ] = 0.098
-    reserve_decay_steps: Annotated[Count, about("fcfs: steps until it has fallen so far")] = 600
+    reserve_decay_steps: Annotated[Count, about("fcfs: steps until the share reaches its minimum")] = 600
     reserve_clip_tokens: Annotated[Count, about("fcfs: most tokens that one request is charged")] = 4096
-    schedule_interval_s: Annotated[AboveZero, about("seconds between full passes; events wake it sooner")] = 0.5
+    schedule_interval_s: Annotated[AboveZero, about("seconds between full passes; events start one sooner")] = 0.5
     critical_s: Annotated[NotNegative, about("a reader with fewer seconds unread needs the device")] = 1.0
     buffer_scale_s: Annotated[AboveZero, about("seconds that scale the penalty for a low buffer")] = 1.0
     gamma: Annotated[NotNegative, about("weight of the penalty for a low buffer")] = 1.0
     buffer_conservativeness: Annotated[
-        NotNegative, about("how many swap times and intervals a reader must have unread to leave for a new request")
+        NotNegative, about("unread text of a preempted reader, as a multiple of swap time plus interval")
     ] = 1.5
-    min_residency_s: Annotated[NotNegative, about("least seconds that a request stays on the device")] = 1.0
+    min_residency_s: Annotated[NotNegative, about("minimum seconds that a request stays on the device")] = 1.0
     swap_gap_s: Annotated[
-        NotNegative, about("seconds that a request which leaves must have unread beyond the one that comes")
+        NotNegative, about("seconds of unread text that a preempted request must have beyond the one that replaces it")
     ] = 2.0
     relief_s: Annotated[
-        NotNegative, about("a request that is worse off by so many seconds displaces even one that runs low")
+        NotNegative, about("a request worse off by so many seconds may displace even one with a low buffer")
     ] = 5.0
-    working_set_step: Annotated[Share, about("how fast the number of promised readers follows its bound")] = 0.1
+    working_set_step: Annotated[Share, about("how fast the number of admitted readers follows its bound")] = 0.1
     background_patience_s: Annotated[
         NotNegative, about("a request without a reader counts as having so many seconds unread")
     ] = 10.0
     min_prefill_share: Annotated[
-        float, Meta(gt=0, lt=1), about("least share of time for prompts while readers run dry")
+        float, Meta(gt=0, lt=1), about("minimum share of time for prompts while readers stall")
     ] = 0.6
     stall_per_wait: Annotated[
         NotNegative, about("how long a reader may stall for prompts, as a share of the longest wait for a first token")
@@ -95,14 +95,14 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     default_rate: Annotated[
         Rate, about("tokens/s at which a streamed answer is read that names no consumption_rate")
     ] = 6.0
-    max_rate: Annotated[Rate, about("highest consumption_rate over HTTP; what is above is lowered to it")] = 50.0
+    max_rate: Annotated[Rate, about("highest consumption_rate over HTTP; higher ones are lowered to it")] = 50.0
     overload: Annotated[
-        Literal["queue", "share", "shed"], about("what a new request meets when rates add up to more than the capacity")
+        Literal["queue", "share", "shed"], about("what happens to a new request when the rates exceed the capacity")
     ] = "queue"
     generate_ahead_s: Annotated[
-        NotNegative | None, about("stop decoding for a reader who has so many seconds unread; null: never")
+        NotNegative | None, about("stop decoding for a reader with so many seconds unread; null: never")
     ] = None
-    offload: Annotated[bool, about("off: what is preempted is computed again")] = True
+    offload: Annotated[bool, about("off: a preempted request is computed again")] = True
     write_through: Annotated[bool, about("off: KV goes to the host only when a request is preempted")] = True
     load_evict_overlap: Annotated[bool, about("off: loads wait for stores")] = True
     priority_writes: Annotated[bool, about("off: KV is stored in order of arrival, not fullest buffer first")] = True
@@ -124,7 +124,7 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 _BODIES_IN_FLIGHT = 16
-"""Bodies of the largest size that may be on their way at once, where no bound is set."""
+"""Default of `max_inflight_body_bytes`, in bodies of the largest size."""
 
 
 class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -136,13 +136,13 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     section: ClassVar[str] = "server."
 
     host: Annotated[str, about('address to listen on; 0.0.0.0: all of IPv4; "::": all, of both families')] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535), about("port to listen on; 0: any that is free")] = 8000
+    port: Annotated[int, Meta(ge=0, le=65535), about("port to listen on; 0: any free one")] = 8000
     api_keys: Annotated[
         tuple[str | ApiKey, ...], about("keys that clients need: plain ones, or entries with a name")
     ] = ()
     api_keys_file: Annotated[str | None, about("a YAML file with a list of keys, read at the start")] = None
     max_queued_requests: Annotated[
-        NotNegativeInt, about("how many requests may wait beyond those that run; then 429")
+        NotNegativeInt, about("how many requests may wait besides the running ones; then 429")
     ] = 1024
     max_body_bytes: Annotated[Count, about("largest body of a request; then 413")] = 4 * 1024 * 1024
     max_inflight_body_bytes: Annotated[
@@ -150,13 +150,11 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ] = None
     keep_alive_s: Annotated[NotNegative, about("the longest silence of a stream")] = 10.0
     unread_timeout_s: Annotated[
-        NotNegative, about("a connection that takes nothing of its answer for so long is closed; 0: never")
+        NotNegative, about("a connection that reads nothing of its answer for so long is closed; 0: never")
     ] = 600.0
-    pacing: Annotated[
-        Literal["off", "smooth"], about("smooth: text goes out as fast as its reader reads, not in bursts")
-    ] = "off"
+    pacing: Annotated[Literal["off", "smooth"], about("smooth: send text at the reader's rate, not in bursts")] = "off"
     control_tokens_in_messages: Annotated[
-        Literal["text", "allow"], about("what a control token in a message is: text, or (allow) the token")
+        Literal["text", "allow"], about("encode a control token in a message as text, or (allow) as the token")
     ] = "text"
     cors_origins: Annotated[
         tuple[str, ...], about('web origins whose pages may call the API from a browser; "*": all')
@@ -165,9 +163,9 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         tuple[str, ...], about('names, without port, that clients may call the server by; "*": all')
     ] = ()
     max_connections: Annotated[
-        Count | None, about("connections with a request under way; then 503. null: 4096, or more by max_num_seqs")
+        Count | None, about("connections with an open request; then 503. null: 4096, or more by max_num_seqs")
     ] = None
-    log_interval_s: Annotated[NotNegative, about("seconds between two lines of numbers in the log; 0: never")] = 10.0
+    log_interval_s: Annotated[NotNegative, about("seconds between lines of statistics in the log; 0: never")] = 10.0
     drain_timeout: Annotated[NotNegative, about("seconds that open requests have to end after SIGTERM")] = 30.0
 
     def __post_init__(self) -> None:
@@ -196,10 +194,9 @@ class ServerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine: the model, the device, the KV pool and the scheduler (and, for `tfserve serve`, the server).
 
-    None means: `host_kv_gib` four times the device's KV, and at most a quarter of the free memory on a CPU, half of it
-    or 64 GiB on a GPU; only policies that pause requests have a host tier. `pipeline_depth` 2 plans and launches a step
-    while the one before it still runs; tokens are the same. A section may be given as a mapping, as a file has it:
-    `scheduler={"policy": "fcfs"}`.
+    `host_kv_gib` None: four times the device's KV, at most a quarter of the free memory on a CPU, half of it or 64 GiB
+    on a GPU. Only policies that pause requests have a host tier. `pipeline_depth` 2 launches a step while the previous
+    one still runs; the tokens are the same. A section may be a mapping, as in a file: `scheduler={"policy": "fcfs"}`.
     """
 
     model: Annotated[str, about('directory in Hugging Face format, hub id, or "demo"')]
@@ -234,12 +231,12 @@ class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         Annotated[int, Meta(ge=2)] | None, about("blocks of device KV, whatever the memory")
     ] = None
     enforce_eager: Annotated[bool, about("no CUDA graphs")] = False
-    seed: Annotated[int, about("seed of requests that bring none")] = 0
+    seed: Annotated[int, about("seed of requests without one")] = 0
     tensor_parallel_size: Annotated[Literal[1], about("GPUs per engine; only 1 exists")] = 1
-    debug_checks: Annotated[bool, about("prove after every step that no block is lost")] = False
+    debug_checks: Annotated[bool, about("check after every step that no block is lost")] = False
     step_trace: Annotated[str | None, about("file for a line per step and request")] = None
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], about("least level of what is logged; debug: probes and reports")
+        Literal["debug", "info", "warning", "error"], about("lowest level that is logged; debug: probes and reports")
     ] = "info"
     log_format: Annotated[Literal["text", "json"], about("json: an object per line, on the error stream")] = "text"
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -264,10 +261,10 @@ SETTINGS: dict[str, Setting] = {setting.name: setting for struct in _STRUCTS for
 """Every setting under its dotted name, as in "scheduler.policy"."""
 
 RENAMED: dict[str, str] = {}
-"""Dotted names of the release before, and what they are called now. A renamed setting is taken, with a warning."""
+"""From the dotted names of the last release to today's. An old name is accepted with a warning."""
 
 _SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
-"""How people write true and false where nothing else can be meant; elsewhere these words are text."""
+"""Words for true and false, for a boolean setting; for other settings they are text."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
@@ -276,10 +273,10 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 200, 200
 def load_config(
     path: Path | None, overrides: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> EngineConfig:
-    """Build a config from a YAML file (or none), what the environment sets, and overrides, by their dotted names.
+    """Build a config from a YAML file (or none), environment variables, and overrides by their dotted names.
 
-    Values may be strings, as a command line gives them; those of a list are separated by commas, or a YAML list.
-    Raises ConfigError naming the key, and the file or variable that it is from.
+    Values may be strings, as on a command line; the items of a list are separated by commas, or are a YAML list.
+    Raises ConfigError naming the key and its file or variable.
     """
     found = _by_name(read_yaml(path), str(path)) if path else {}
     for values, place in ((environment or {}, "the environment variable "), (overrides, "")):
@@ -291,7 +288,7 @@ def load_config(
 
 
 def config_from(tree: Mapping[str, Any], source: str = "") -> EngineConfig:
-    """Build a config from plain data. Raises ConfigError naming the key; `source` tells where the data came from."""
+    """Build a config from plain data. Raises ConfigError naming the key; `source` is the origin of the data."""
     return _build(_by_name(tree, source), source)
 
 
@@ -301,14 +298,14 @@ def variable_of(name: str) -> str:
 
 
 class _Value(NamedTuple):
-    """What a setting was given, and where."""
+    """The value of a setting and its origin."""
 
     given: Any
     source: str
 
 
 def _by_name(tree: Mapping[str, Any], source: str) -> dict[str, _Value]:
-    """The values of one source under their dotted names of today. Raises ConfigError: unknown, or given twice."""
+    """The values of one source by today's dotted names. Raises ConfigError for an unknown or repeated name."""
     found: dict[str, _Value] = {}
     for given, value in _leaves(tree):
         name = RENAMED.get(given, given)
@@ -336,7 +333,7 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _siblings(name: str) -> list[str]:
-    """The names within the section that `name` is in."""
+    """The names of the settings in the same section as `name`."""
     section = name.partition(".")[0] if name.partition(".")[0] in _SECTIONS else ""
     return sorted(known for known in (*SETTINGS, *_SECTIONS) if known.rpartition(".")[0] == section)
 
@@ -352,7 +349,7 @@ def _build(found: Mapping[str, _Value], source: str = "") -> EngineConfig:
 
 
 def _tree(found: Mapping[str, _Value]) -> dict[str, Any]:
-    """The values in their sections. Where a section is no mapping, that is left in its place."""
+    """The values nested in their sections. A section that is not a mapping stays as it is."""
     tree: dict[str, Any] = {}
     for name, value in found.items():
         *sections, leaf = name.split(".")
@@ -365,7 +362,7 @@ def _tree(found: Mapping[str, _Value]) -> dict[str, Any]:
 
 
 def _read(value: _Value, name: str) -> Any:
-    """The value, where on, off, yes and no are what the setting calls them."""
+    """The value; true and false become the setting's own word for them, such as on or off."""
     setting, given = SETTINGS.get(name), value.given
     if setting is None:
         return given
@@ -377,12 +374,12 @@ def _read(value: _Value, name: str) -> Any:
 
 
 def _misfit_error(tree: Mapping[str, Any], found: Mapping[str, _Value], source: str) -> ConfigError:
-    """What is wrong with the values of `tree`, which has known keys only. Keys of the API are not shown."""
+    """What is wrong with the values of `tree`, which has known keys only. API keys are never shown."""
     misfit = find_misfit(tree, EngineConfig, strict=False)
     if misfit is None:
         return ConfigError("", f"a setting has a value of the wrong type{_origin(source)}")
     name = misfit.path.partition("[")[0]
-    # What aliases repeat in a file, grows beyond the memory when it is written out.
+    # YAML aliases can repeat a value so often that its text exceeds the memory.
     shown = "" if name == "server.api_keys" else f", got {_SHORT.repr(misfit.value)}{misfit.hint}"
     origin = _origin(found[name].source if name in found else source)
     return ConfigError(misfit.path, f"{misfit.rule}{shown}{origin}")

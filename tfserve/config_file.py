@@ -1,7 +1,7 @@
-"""Reading a configuration file: YAML 1.2's core schema, where every key is given once.
+"""Reads a configuration file: YAML 1.2's core schema, no key twice.
 
-PyYAML reads YAML 1.1, in which `on` is true, `22:22` is 1342, `010` is 8 and `2024-01-01` is a date, and lets the last
-of two equal keys win. Here such words are text, and a second `server:` is an error. Merge keys (`<<`) work.
+PyYAML reads YAML 1.1: `on` is true, `22:22` is 1342, `010` is 8, `2024-01-01` is a date, and the last of two equal keys
+wins. Here such words are text, and a second `server:` is an error. Merge keys (`<<`) work.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import yaml
 
 from tfserve.errors import ConfigError
 
-_MOST_BYTES = 1 << 20
-"""A configuration takes a few thousand; a model given by mistake is not read to its end."""
+_MAX_BYTES = 1 << 20
+"""A configuration has a few thousand bytes. A larger file, such as a model given by mistake, is not read."""
 
-_MOST_DIGITS = 100
-"""Python refuses to write integers of several thousand, also in an error's message."""
+_MAX_DIGITS = 100
+"""Python refuses to print integers of several thousand digits, also in an error message."""
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -35,16 +35,16 @@ _SCALARS = (
     ),
     ("merge", r"<<", ["<"]),
 )
-"""Tag, what is of it, and how that begins. Digits behind a leading zero are text: some mean 8 by 010, some 10."""
+"""Tag, pattern, and first characters. Digits with a leading zero are text: 010 can mean 8 or 10."""
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader with the scalars above and without repeated keys."""
+    """A SafeLoader with the scalars above that refuses repeated keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012  # as PyYAML declares it
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a key that the mapping itself gives twice: what it merges is not in it yet."""
+        """Refuse a key that the mapping itself gives twice. Merged keys are not in it yet."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -57,11 +57,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
-        """Refuse a tag in the file (`!!int`) but `!!str`: the setting says what its value is."""
+        """Refuse every tag in the file (`!!int`) except `!!str`: the setting decides the type of its value."""
         implicit = self.peek_event().implicit  # type: ignore[no-untyped-call]
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
         if not any(implicit) and node.tag != "tag:yaml.org,2002:str":
-            raise _mistake(node, "the tag must go: a setting says what its value is")  # which may be a key of the API
+            raise _mistake(node, "the tag must go: a setting says what its value is")  # it may be an API key
         return node
 
     def read_bool(self, node: yaml.ScalarNode) -> bool:
@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         return self.construct_scalar(node).lower() == "true"
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Add what `<<` names: the mapping's own keys win, then those of the first of several."""
+        """Add the mappings that `<<` names. The mapping's own keys win, then the first of several mappings."""
         merges = [value for key, value in node.value if key.tag == _MERGE]
         node.value = [(key, value) for key, value in node.value if key.tag != _MERGE]
         has = {(key.tag, key.value) for key, _ in node.value}
@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
     def read_int(self, node: yaml.ScalarNode) -> int:
         """An integer in decimal, or with 0o or 0x before it."""
         text = self.construct_scalar(node)
-        if len(text) > _MOST_DIGITS:
+        if len(text) > _MAX_DIGITS:
             raise _mistake(node, f"an integer of {len(text)} digits is no setting")
         return int(text, 0 if text[:2] in {"0o", "0x"} else 10)
 
@@ -107,7 +107,7 @@ _READERS: dict[str, Callable[..., Any]] = {
     "seq": _Loader.construct_yaml_seq,
     "map": _Loader.construct_yaml_map,
 }
-"""No dates, no sets, no bytes: nothing that a setting can be."""
+"""Dates, sets and bytes are refused: no setting has such a type."""
 
 _Loader.yaml_constructors = {None: _Loader.construct_undefined}
 for _tag, _reader in _READERS.items():
@@ -117,7 +117,7 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def read_secrets(raw: bytes, source: str) -> Any:
-    """What YAML text holds whose errors must not quote it. Raises ConfigError naming `source` and the line."""
+    """The value of a YAML text that errors must not quote. Raises ConfigError naming `source` and the line."""
     try:
         return yaml.load(raw, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -128,19 +128,19 @@ def read_secrets(raw: bytes, source: str) -> Any:
 
 
 def read_list(text: str, source: str) -> Any:
-    """A list in one text: parts with commas between, or a YAML list. Raises ConfigError, which quotes none of it."""
+    """A list from one text: items separated by commas, or a YAML list. Raises ConfigError, without quoting the text."""
     is_yaml = text.startswith(("[", "- "))
     return read_secrets(text.encode(errors="surrogateescape"), source) if is_yaml else text.split(",")
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a configuration file. Raises ConfigError naming it."""
+    """The bytes of a configuration file. Raises ConfigError naming the file."""
     try:
         with path.open("rb") as file:
-            raw = file.read(_MOST_BYTES + 1)
+            raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError("", f"cannot read {path}: {error.strerror}") from None
-    if len(raw) > _MOST_BYTES:
+    if len(raw) > _MAX_BYTES:
         raise ConfigError("", f"{path} is larger than 1 MiB: that is no configuration")
     return raw
 
@@ -155,7 +155,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("", f"{path} is not valid YAML: {where}{error.problem or error.context}") from None
     except RecursionError:
         raise ConfigError("", f"{path} is not valid YAML: it is nested too deep") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # bytes that are no text, \U of no character
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # invalid UTF-8, or \U with an invalid code
         raise ConfigError("", f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError("", f"{path} must hold `key: value` lines, starting with `model:`")

@@ -1,4 +1,4 @@
-"""Every exception tfserve raises on purpose. Each message names what was wrong, where it came from and what to do."""
+"""Every exception that tfserve raises on purpose. Each message names the problem, its origin and the fix."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import ClassVar
 import msgspec
 
 NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for bytes that are not the JSON asked for: of another shape, no UTF-8, nested too deep."""
+"""What msgspec raises for bytes that are not the expected JSON: another shape, invalid UTF-8, nested too deep."""
 
 
 class TfserveError(Exception):
-    """Base of all deliberate errors: safe to show to the person who caused it.
+    """Base of all deliberate errors: the message is safe to show to the user.
 
-    `exit_code` is how a command ends that meets it: 2 if the user must change something first, 1 if the same command
-    may succeed when it is run again. docs/operations.md tells supervisors so.
+    `exit_code` is the exit code of a command with this error: 2 if the user must change something first, 1 if the same
+    command may succeed later. docs/operations.md documents it for supervisors.
     """
 
     exit_code: ClassVar[int] = 2
 
 
 class ConfigError(TfserveError):
-    """A setting that cannot be honoured: unknown key, bad value, or a wish this machine cannot meet."""
+    """A setting that cannot be used: an unknown key, a bad value, or a value that this machine cannot support."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(f"{key}: {message}" if key else message)
@@ -36,13 +36,13 @@ class ModelError(TfserveError):
 
 
 class DownloadError(ModelError):
-    """A model that could not be fetched now; the network or the index may be back later."""
+    """A failed download of a model; a retry may succeed."""
 
     exit_code = 1
 
 
 class RequestError(TfserveError):
-    """A request that cannot be served as asked. `param` names the offending field (OpenAI's `error.param`)."""
+    """A request that cannot be served. `param` names the wrong field (OpenAI's `error.param`)."""
 
     def __init__(self, param: str | None, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -50,10 +50,10 @@ class RequestError(TfserveError):
         self.code = code
 
     def renamed(self, names: Mapping[str, str]) -> RequestError:
-        """The same error with its fields called as `names` has them, for a client that knows them by these names."""
+        """The same error with its fields renamed by `names`, for a client that uses other names."""
         message = str(self)
         for name, other in names.items():
-            # Others, such as "prompt", may be just a word of the sentence.
+            # Other names, such as "prompt", may be an ordinary word of the sentence.
             if "_" in name:
                 message = re.sub(rf"\b{name}\b", other, message)
         return RequestError(names.get(self.param or "", self.param), message, self.code)
@@ -70,9 +70,9 @@ class QueueFullError(TfserveError):
 
 
 class EngineDeadError(TfserveError):
-    """The engine has stopped and cannot serve: it was shut down, it was killed, or a step failed beyond repair.
+    """The engine has ended: it was shut down, it was killed, or it has failed.
 
-    `code` is what the API calls it.
+    `code` is its name in the API.
     """
 
     exit_code = 1
@@ -80,21 +80,21 @@ class EngineDeadError(TfserveError):
 
 
 class EngineStalledError(EngineDeadError):
-    """The engine is there and does nothing: it takes no messages, or its steps do not end. It may go on."""
+    """The engine makes no progress: it takes no messages, or its steps do not end. It may recover."""
 
     code = "engine_stalled"
 
 
 class LibraryPanicError(TfserveError):
-    """A library written in Rust gave up on what it was given, which is a fault of that library."""
+    """A panic of a library written in Rust: a bug of that library."""
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What an `except` catches that keeps a failure to one request, step, feature or thread: use it for `Exception`.
+    """The exceptions to catch where a failure must affect only one request, step, feature or thread.
 
-    Beside every Exception these are the panics of Rust libraries. pyo3 derives its PanicException from BaseException,
-    and each library makes a class of its own at its first panic: so call this in the `except` clause itself, which is
-    evaluated only when something was raised. KeyboardInterrupt, SystemExit and cancellation are none of them.
+    Exception, and the panics of Rust libraries. pyo3 derives PanicException from BaseException, and each library
+    creates its own class at its first panic. So call this in the `except` clause itself, which is evaluated only after
+    a raise. KeyboardInterrupt, SystemExit and cancellation are not included.
     """
     panics = [kind for kind in BaseException.__subclasses__() if kind.__name__ == "PanicException"]
     return (Exception, *panics)
@@ -102,7 +102,7 @@ def failures() -> tuple[type[BaseException], ...]:
 
 @contextmanager
 def panics_as_errors(doing: str) -> Iterator[None]:
-    """Turn a panic of a Rust library into a LibraryPanicError, which says that it happened while `doing` something."""
+    """Turn a panic of a Rust library into a LibraryPanicError; `doing` says what was being done."""
     try:
         yield
     except failures() as error:

@@ -1,4 +1,4 @@
-"""What a command logs: lines of text or of JSON, on the error stream."""
+"""Logging of the commands: lines of text or JSON on stderr."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 _TEXT = "%(asctime)s %(levelname)s %(message)s"
 _NAME = "tfserve"
-"""Of our own handler: one that a program has set up, it keeps."""
+"""Marks our own handler: handlers that a program has set up stay."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -30,9 +30,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_to_stderr(level: str = "info", layout: str = "text", process: str = "") -> None:
-    """Log what tfserve says from `level` on, and what libraries say from info on; `process` marks every line.
+    """Log messages of tfserve from `level` on, and of libraries from info on; every line names `process`.
 
-    May be called again. Does nothing where the program has handlers of its own.
+    May be called again. Does nothing if the program has its own handlers.
     """
     root = logging.getLogger()
     ours = [handler for handler in root.handlers if handler.name == _NAME]
@@ -50,5 +50,5 @@ def log_to_stderr(level: str = "info", layout: str = "text", process: str = "") 
 
 
 def _valid(text: str) -> str:
-    """Text that JSON can hold: half a surrogate pair is shown as its code."""
+    """Text that is valid in JSON: half a surrogate pair is written as its code."""
     return text.encode(errors="backslashreplace").decode()

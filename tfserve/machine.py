@@ -1,7 +1,6 @@
-"""What this process may use of its machine: processors and memory, by its control groups too. Torch-free.
+"""The processors and the memory that this process may use, also by its control groups. Torch-free.
 
-Only Linux says all of it. Elsewhere the processors are those of the machine, and three quarters of its memory count as
-free.
+Complete on Linux only. Elsewhere all processors of the machine and three quarters of its memory count.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ _PROC, _SYS = Path("/proc"), Path("/sys")
 
 
 def usable_cpus(proc: Path = _PROC, sys: Path = _SYS) -> int:
-    """Processors that this process can keep busy: those it may run on, and no more than its control groups' quota.
+    """Number of processors for this process: those it may run on, limited by the quota of its control groups.
 
-    Of a quota of 2.5, two are used: with three threads, all would wait for the one that is throttled. At least 1.
+    A quota of 2.5 gives 2: with three threads, all would wait for the throttled one. At least 1.
     """
     affinity = getattr(os, "sched_getaffinity", None)
     limits: list[float] = [len(affinity(0)) if affinity else os.cpu_count() or 1]
     for group in _control_groups("cpu", proc, sys):
         quota, _, period = _text(group / "cpu.max").partition(" ")
         quota, period = quota or _text(group / "cpu.cfs_quota_us"), period or _text(group / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit() and int(period):  # "max" and -1 are no quota
+        if quota.isdigit() and period.isdigit() and int(period):  # "max" and -1 mean: no quota
             limits.append(int(quota) / int(period))
     return max(1, int(min(limits)))
 
 
 def available_bytes(proc: Path = _PROC, sys: Path = _SYS) -> int:
-    """Memory this process may still take: the least of what the machine has and what its control groups allow."""
+    """Memory that this process can still allocate: the least that the machine and its control groups have left."""
     limits = [_free_bytes(proc / "meminfo")]
     for group in _control_groups("memory", proc, sys):
         for limit_file, used_file in (
@@ -56,13 +55,13 @@ def _control_groups(controller: str, proc: Path, sys: Path) -> Iterator[Path]:
         _, controllers, path = line.split(":", 2)
         if not controllers or controller in controllers.split(","):
             base, group = root / controller if controllers else root, PurePosixPath(path)
-            # Inside a container the listed path may be the host's: the mounted root is then the group itself.
+            # Inside a container the listed path may be the host's. The mounted root is then the group itself.
             for part in (group, *group.parents):
                 yield base / str(part).lstrip("/")
 
 
 def _text(path: Path) -> str:
-    """What a file holds; nothing if it cannot be read."""
+    """The text of a file; empty if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:

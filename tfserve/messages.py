@@ -1,4 +1,4 @@
-"""What the front (tokenising, HTTP) and the core (the loop) say to each other: a message per step, never per token."""
+"""Messages between the front (tokenising, HTTP) and the core (the loop): one per step, never one per token."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tfserve.types import (
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A validated request. `params.max_tokens` is resolved; `arrival_s` is CLOCK_MONOTONIC at the front.
 
-    `rate` is resolved as far as the default goes (`is_rate_assumed`: it is the default, since the request named none);
-    of requests without one, the smallest `priority` is served first. `tenant` is for whom it is served. `siblings` are
-    more requests for the same: they share all but their ids and their seeds, which count up.
+    `rate` has the default filled in (`is_rate_assumed`: the request named none). Of requests without a rate, the
+    smallest `priority` is served first. `siblings` are more requests for the same prompt: they differ only in id and
+    seed, which counts up.
     """
 
     request_id: RequestId
@@ -39,42 +39,41 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     @property
     def request_ids(self) -> tuple[RequestId, ...]:
-        """All that are asked for, in order."""
+        """All ids of the message, in order."""
         return (self.request_id, *self.siblings)
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Nobody wants this request any more; unknown or finished ids are fine."""
+    """Abort this request; unknown or finished ids are ignored."""
 
     request_id: RequestId
 
 
 class ReportPlayed(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A reader has read `num_tokens` of the output so far; unknown or finished ids are fine."""
+    """A reader has read `num_tokens` of the output so far; unknown or finished ids are ignored."""
 
     request_id: RequestId
     num_tokens: int
 
 
 class ListStreams(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Asks for every live request's state; StreamStates with the same `query` answers."""
+    """Asks for the state of every live request. The answer is a StreamStates with the same `query`."""
 
     query: int
 
 
 class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Abort what is left and end the loop."""
+    """Abort all requests and end the loop."""
 
 
 ToCore = AddRequest | AbortRequest | ReportPlayed | ListStreams | Shutdown
 
 
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
-    """What a step did for one request: its new tokens, and how it finished if it did.
+    """Result of a step for one request: its new tokens, and how it finished, if it did.
 
-    `prompt_logprobs` come once, with the first token (or with the end, where no token is wanted). `retry_after_s` is
-    set on a request that was refused before it started: when to try again. `recurs`: the error is the request's own,
-    and the same request would meet it again.
+    `prompt_logprobs` are sent once, with the first token (or with the end, if no token is wanted). `retry_after_s` is
+    set on a request that was refused before it started. `recurs`: the same request would fail again.
     """
 
     request_id: RequestId
@@ -90,9 +89,9 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """All outputs of one step; `started` are requests that were let in with it, whether they have a token yet or not.
+    """All outputs of one step; `started` are the requests that were admitted in it, with or without a token.
 
-    `resumed` are those that came back from a preemption with it: by which path, and after how many seconds.
+    `resumed` has an entry for each request that resumed after a preemption: the path, and the seconds it was preempted.
     """
 
     outputs: list[TokenOutput]
@@ -115,9 +114,9 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The core cannot start, or cannot go on. `key` names the setting at fault, if one is.
+    """The core cannot start, or cannot continue. `key` names the wrong setting, if there is one.
 
-    `exit_code` is that of the error (see TfserveError); 1 for an unexpected one.
+    `exit_code` is the error's (see TfserveError); 1 for an unexpected error.
     """
 
     message: str

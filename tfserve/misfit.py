@@ -1,7 +1,7 @@
-"""Where data does not fit a type, in our own words.
+"""Finds and describes the place where data does not fit a type.
 
-msgspec decodes and refuses; its message is not read, since its wording changes between releases. Only then is the place
-looked for here, which takes about as long as decoding again.
+msgspec decodes and refuses. Its message is not used, because its wording changes between releases. The search here runs
+only after a refusal; it takes about as long as decoding again.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _SHOWN_CHARS = 60
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """One value that does not fit. `rule` says what it must be and goes on after the path: "must be an integer".
+    """One value that does not fit. `rule` follows the path in the message: "must be an integer".
 
     `path` is as in "messages[0].role", and empty for the whole. `value` is UNSET if it is missing. `right_kind` is true
-    of an integer out of bounds or an unknown name, where the value itself says more than its kind. `hint` goes on after
-    that value, with the name that comes nearest to an unknown one.
+    for an integer out of bounds or an unknown name: then the message shows the value itself, not its type. `hint`
+    follows the value; it suggests a name similar to an unknown one.
     """
 
     path: str
@@ -47,7 +47,7 @@ class Misfit:
     hint: str = ""
 
     def __str__(self) -> str:
-        """The whole sentence: where, what it must be, and what was found."""
+        """The whole message: the path, the rule, and what was found."""
         shown = f"{self.value!r:.{_SHOWN_CHARS}}" if self.right_kind else _word(type(self.value))
         got = "" if self.value is msgspec.UNSET else f", got {shown}"
         return f"{self.path} {self.rule}{got}{self.hint}".lstrip()
@@ -56,16 +56,16 @@ class Misfit:
 def find_misfit(value: object, expected: Any, *, strict: bool = True) -> Misfit | None:
     """The first part of plain data that does not fit the type `expected`; None if all of it does.
 
-    Without `strict`, strings count as what they spell (see `msgspec.convert`).
+    Without `strict`, a string may stand for a number (see `msgspec.convert`).
     """
     return _Search(strict).look(value, expected, "")
 
 
 def nearest(word: object, known: Iterable[object]) -> str | None:
-    """Of the names in `known` the one that `word` was likely meant to be: one that ends in it, or looks like it."""
+    """The name in `known` that is most similar to `word`: one that ends in it, or is spelt alike."""
     import difflib
 
-    if not isinstance(word, str) or len(word) > _SHOWN_CHARS:  # comparing takes time, and clients send words
+    if not isinstance(word, str) or len(word) > _SHOWN_CHARS:  # comparison is slow, clients choose the words
         return None
     names = [name for name in known if isinstance(name, str)]
     by_end = [name for name in names if name.endswith(f".{word}")]
@@ -73,11 +73,11 @@ def nearest(word: object, known: Iterable[object]) -> str | None:
 
 
 class NotJsonError(ValueError):
-    """Bytes that are no JSON of ordinary size; the message goes on after the name of what holds them."""
+    """Bytes that are not JSON, or too deep; the message follows the name of their container."""
 
 
 def plain_json(data: bytes) -> Any:
-    """What JSON bytes stand for, in dicts and lists. Raises NotJsonError."""
+    """The value of JSON bytes, as dicts and lists. Raises NotJsonError."""
     try:
         return msgspec.json.decode(data.decode())
     except UnicodeDecodeError:
@@ -91,7 +91,7 @@ def plain_json(data: bytes) -> Any:
 
 
 def why_not_json(data: bytes, expected: Any) -> str:
-    """What is wrong with bytes that should be the JSON of `expected`, as in "summary must be an object, got a list"."""
+    """What is wrong with bytes that should be JSON of the type `expected`: "summary must be an object, got a list"."""
     try:
         misfit = find_misfit(plain_json(data), expected)
     except NotJsonError as error:
@@ -102,7 +102,7 @@ def why_not_json(data: bytes, expected: Any) -> str:
 
 
 class _Search:
-    """Follows a type and data side by side to the first part that msgspec refuses by itself."""
+    """Walks through a type and data in parallel, to the first part that msgspec refuses by itself."""
 
     def __init__(self, strict: bool) -> None:
         self._strict = strict
@@ -117,7 +117,7 @@ class _Search:
         return self._inside(value, expected, path) or Misfit(path, f"must be {_word(expected)}", value, of_value, hint)
 
     def _inside(self, value: object, expected: Any, path: str) -> Misfit | None:
-        """A misfit in a part of `value`, or of the kind that all bounds and choices have in common."""
+        """A misfit in a part of `value`, or in its type, before bounds and choices are checked."""
         origin, args = get_origin(expected) or expected, get_args(expected)
         if origin is Annotated:
             return self.look(value, args[0], path)
@@ -166,7 +166,7 @@ class _Search:
         return Misfit(path, f"must have keys that are each {_word(of_key)}", key, True)
 
     def _look_in_union(self, value: object, branches: Sequence[Any], path: str) -> Misfit | None:
-        """Within the branch that `value` is the kind of, if there is one."""
+        """A misfit within the branch of a union that matches the type of `value`, if there is one."""
         if isinstance(value, Mapping) and (tagged := [branch for branch in branches if _has_tag(branch, value)]):
             branches = tagged
         misfits = [misfit for branch in branches if (misfit := self.look(value, branch, path))]
@@ -174,7 +174,7 @@ class _Search:
 
 
 def _joined(misfits: Sequence[Misfit]) -> Misfit:
-    """One misfit for all that are at the first one's place."""
+    """Merge the misfits at the path of the first one into one."""
     rules = dict.fromkeys(each.rule for each in misfits if each.path == misfits[0].path)
     if len(rules) == 1:
         return misfits[0]
@@ -182,7 +182,7 @@ def _joined(misfits: Sequence[Misfit]) -> Misfit:
 
 
 def _first(parts: Sequence[Any], fits: Callable[[Sequence[Any]], bool]) -> int:
-    """Index of the first part that does not fit; there is one. Takes as long as looking at all of them once."""
+    """Index of the first part that does not fit; there must be one. Takes the time of one pass over all parts."""
     low, high = 0, len(parts)
     while high - low > 1:
         middle = (low + high) // 2
@@ -200,7 +200,7 @@ def _has_tag(kind: Any, value: Mapping[Any, Any]) -> bool:
 
 
 def _word(kind: Any) -> str:
-    """A type in the terms of JSON."""
+    """The name of a type in JSON."""
     origin, args = get_origin(kind) or kind, get_args(kind)
     if origin is Annotated:
         rules = [

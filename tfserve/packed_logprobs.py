@@ -1,4 +1,4 @@
-"""Log probabilities that wait, in arrays: a token with 20 alternatives takes 256 bytes, as objects it takes 2.7 KB.
+"""Waiting log probabilities in arrays: a token with 20 alternatives takes 256 bytes instead of 2.7 KB as objects.
 
 Torch-free.
 """
@@ -12,12 +12,12 @@ from tfserve.types import TokenLogprob
 
 
 class PackedLogprobs:
-    """A queue of TokenLogprobs: `extend` at the end, `take` from the front; what comes out equals what went in."""
+    """A queue of TokenLogprobs: `extend` at the end, `take` from the front; the entries come out unchanged."""
 
     def __init__(self) -> None:
         self._tokens = array("i")
         self._values = array("d")
-        self._num_tops = array("i")  # by token: how many alternatives it has
+        self._num_tops = array("i")  # number of alternatives of each token
         self._top_tokens = array("i")
         self._top_values = array("d")
 
@@ -25,7 +25,7 @@ class PackedLogprobs:
         return len(self._tokens)
 
     def __iter__(self) -> Iterator[TokenLogprob]:
-        """The entries from the first on; they stay."""
+        """Iterate over the entries without removing them."""
         begin = 0
         for token, value, num_tops in zip(self._tokens, self._values, self._num_tops, strict=True):
             end = begin + num_tops
@@ -45,7 +45,7 @@ class PackedLogprobs:
                 self._top_values.extend(values)
 
     def take(self, most: int) -> list[TokenLogprob]:
-        """The first `most` entries, which leave."""
+        """Remove and return the first `most` entries."""
         taken = [entry for _, entry in zip(range(most), self, strict=False)]
         num_tops = sum(self._num_tops[:most])
         for column, count in (

@@ -1,7 +1,7 @@
-"""What the rooms hand each other: one step's plan and result, and the protocols they meet behind. Torch-free.
+"""The data and protocols between the packages: one step's plan and result, Runner, TransferEngine, Clock. Torch-free.
 
-A plan is immutable data: it can be logged, and replayed on a machine without a GPU. Structs made
-by the thousand are not tracked by the garbage collector (`gc=False`): they refer to nothing that could refer back.
+A plan is immutable data: it can be logged, and replayed on a machine without a GPU. Structs that are created in
+thousands have `gc=False`: they cannot be part of a reference cycle.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from tfserve.types import RequestId, SamplingParams, TokenLogprob
 
 BlockId = NewType("BlockId", int)
 Row = NewType("Row", int)
-"""A request's seat in the runner: its line of the block table and of the sampler's state, in [0, max_num_seqs)."""
+"""A request's row in the runner: index into the block table and the sampler's state, in [0, max_num_seqs)."""
 
 Fence = NewType("Fence", int)
 """The number of a step; passed once that step has finished on the device."""
 
 CopyId = NewType("CopyId", int)
-"""Names one copy for its whole life; never reused."""
+"""Id of a copy; never reused."""
 
 
 class Direction(enum.StrEnum):
@@ -33,7 +33,7 @@ class Direction(enum.StrEnum):
 
 
 class After(msgspec.Struct, frozen=True, gc=False):
-    """What must have finished before a copy may start: steps (by fence) and other copies (by id)."""
+    """Dependencies of a copy: steps (by fence) and other copies (by id) that must have finished before it starts."""
 
     fence: Fence | None = None
     copies: tuple[CopyId, ...] = ()
@@ -52,7 +52,7 @@ class Copy(msgspec.Struct, frozen=True, gc=False):
 
 
 class Ack(msgspec.Struct, frozen=True, gc=False):
-    """A copy has ended. Only an acknowledgement moves a cursor or frees a block. Times by the clock of the link."""
+    """A copy has ended. Only an acknowledgement moves a cursor or frees a block. Times by the transfers' clock."""
 
     id: CopyId
     ok: bool
@@ -66,11 +66,11 @@ NULL_BLOCK = BlockId(0)
 
 
 class RowInit(msgspec.Struct, frozen=True):
-    """A request takes (or re-takes, after a preemption) a row: what the runner must know that a step does not say.
+    """A request enters a row, at first or after a preemption: everything the runner needs that a step does not contain.
 
-    `token_ids` are all tokens known so far, `num_prompt_tokens` of them the user's; penalties count from them.
+    `token_ids` are all tokens so far, of which the first `num_prompt_tokens` are the prompt; penalties use them.
     `blocks` is the whole block table so far, before this step's `new_blocks`. `seed` is the resolved 64-bit seed.
-    `eos_token_ids` are what `min_tokens` forbids beside the request's own stop tokens.
+    `min_tokens` forbids `eos_token_ids` and the request's own stop tokens.
     """
 
     row: Row
@@ -128,12 +128,11 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True):
-    """What a step produced: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
+    """Results of a step: a token (and its log probabilities where asked) for each seq with `sample`, in plan order.
 
-    `device_s` is the time the device spent on the step, by the device's own clock; `idle_s` how long it had nothing to
-    do before, since the end of the step before this one (0 for the first). `failed` says of requests why there is no
-    token for them, while the others have theirs: the place of theirs is filled with 0. `prompt_logprobs` are for
-    requests whose parameters ask for them.
+    `device_s` is the time of the step by the device's clock; `idle_s` is the device's idle time between the previous
+    step and this one (0 for the first). `failed` maps a request without a token to the reason; its token is 0.
+    `prompt_logprobs` are for requests whose parameters ask for them.
     """
 
     step: Fence
@@ -149,60 +148,61 @@ class InFlight(Protocol):
     """A launched step."""
 
     def result(self) -> StepResult:
-        """The step's outcome; waits for the device. Raises what the step raised. Any one thread may ask."""
+        """The step's result, or its exception; waits for the device. Any single thread may call it."""
         ...
 
 
 class Runner(Protocol):
-    """Turns a plan into tokens. Owns rows (block tables, sampling state); owns no request and no block.
+    """Executes plans. Owns the rows (block tables, sampling state), but no request and no block.
 
-    Several steps may be under way. What a step needs to know of the one before (the tokens sampled, their counts) stays
-    in the rows, so it is planned without; a failed step leaves finite KV and its rows seated, for the next may hold its
-    requests too.
+    Several steps may run at once. What a step needs from the previous one (sampled tokens, their counts) is in the
+    rows, so it can be planned before. A failed step leaves finite KV and keeps its rows, because the next step may use
+    them.
     """
 
     def launch(self, plan: StepPlan) -> InFlight:
-        """Start a step; steps run in launch order. Raises nothing: what goes wrong comes out of `result`."""
+        """Start a step; steps run in launch order. Does not raise: errors come from `result`."""
         ...
 
     def close(self) -> None:
-        """Wait for what is under way and let go of threads; nothing may be launched after."""
+        """Wait for running steps and end the threads; no launch may follow."""
         ...
 
 
 class Grammars(Protocol):
-    """The grammars that a runner's rows follow, compiled before their requests are scheduled.
+    """Compiled grammars. A grammar is compiled before its request is scheduled.
 
-    A grammar that is held stays compiled. Who holds one for several requests counts them.
+    A held grammar stays compiled. The caller counts the requests that it holds one for.
     """
 
     def hold(self, grammar: str) -> bool:
-        """Hold a grammar if it is compiled; whether it is."""
+        """Hold a grammar if it is compiled. Returns whether it is."""
         ...
 
     def compile(self, grammar: str) -> str:
-        """Compile a grammar and hold it; what is wrong with it, or empty. May take seconds, and raises nothing.
+        """Compile a grammar and hold it. Returns what is wrong with it, or "". May take seconds; does not raise.
 
-        May be called on any thread; other threads go on meanwhile.
+        May be called on any thread; does not block the others.
         """
         ...
 
     def let_go(self, grammar: str) -> None:
-        """Hold a grammar no longer; one that is not held is fine."""
+        """Release a grammar; no effect if it is not held."""
         ...
 
 
 class TransferEngine(Protocol):
     """Moves bytes between the tiers; owns no cache state.
 
-    Copies of one direction run in submission order; the two directions are independent. A copy starts when its link is
-    free and its `after` is done: the steps up to the fence have finished, and the named copies have ended, well, badly
-    or cancelled. A name that was never submitted counts as ended, so submit a store before the load that waits for it.
+    Copies of one direction run in submission order; the two directions are independent. A copy starts when its
+    direction is free and its `after` is done: the steps up to the fence have finished, and the named copies have ended
+    (completed, failed or cancelled). An id that was never submitted counts as ended, so submit a store before the load
+    that waits for it.
     """
 
     def submit(self, copies: Sequence[Copy]) -> None:
-        """Queue copies. May be called before the step they were planned with is launched; a fence they wait for may be
-        of a step that a thread is still launching.
+        """Queue copies. May be called before the launch of their step; the step of a fence may not be launched yet
+        either.
         """
         ...
 
@@ -215,23 +215,23 @@ class TransferEngine(Protocol):
         ...
 
     def cancel(self, ids: set[CopyId]) -> set[CopyId]:
-        """Drop those that have not started, and say which: they are never acknowledged. The others still are."""
+        """Drop the copies that have not started; returns their ids. Only the others are acknowledged."""
         ...
 
     def close(self) -> None:
-        """Finish or drop what is under way and let go of threads and memory; nothing may be submitted after."""
+        """Finish or drop all copies; release threads and memory. No submit may follow."""
         ...
 
 
 class Clock(Protocol):
-    """Time, injected, so that the same loop runs in real and in virtual time."""
+    """Time as a dependency, so that the same loop runs in real and in virtual time."""
 
     def now(self) -> float:
         """Seconds; monotonic."""
         ...
 
     def wait(self, until: float | None) -> None:
-        """Sleep until `until` (None: no limit) or until somebody calls `notify`, whichever is first."""
+        """Sleep until `until` (None: no limit) or until `notify` is called."""
         ...
 
     def notify(self) -> None:

@@ -1,4 +1,4 @@
-"""What every group of settings is checked for, and the entries of those that are lists."""
+"""The base of every group of settings and its checks, and the entries of settings that are lists."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class Setting(NamedTuple):
 
     @property
     def is_list(self) -> bool:
-        """True if it takes a list."""
+        """True if its value is a list."""
         return get_origin(self.kind) is tuple
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values that it takes, if these are listed."""
+        """The values that it allows, if they are listed."""
         kinds = (self.kind, *get_args(self.kind))
         return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
 
 class Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings, checked wherever they are made: what a file may not say, Python may not say either."""
+    """Base of settings; Python values are checked as those of a file are."""
 
     section: ClassVar[str] = ""
-    """What the names of the settings begin with."""
+    """Prefix of the settings' dotted names."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for the first setting whose value is of another type, or a number beyond 64 bits."""
@@ -55,7 +55,7 @@ class Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ConfigError(
                     self.section + name, f"must be a 64-bit integer, got one of {value.bit_length() + 1} bits"
                 )
-            # A command line's bytes that are no UTF-8 arrive as half surrogate pairs, which no answer can hold.
+            # Invalid UTF-8 on the command line becomes half surrogate pairs, which JSON answers cannot contain.
             texts = value if isinstance(value, tuple) else (value,)
             if not all(is_text(text) for text in texts if isinstance(text, str)):
                 raise ConfigError(self.section + name, "must be valid UTF-8 text; give it another name")
@@ -66,7 +66,7 @@ class Settings(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def settings_of(struct: type[Settings]) -> Iterator[Setting]:
-    """The settings of a struct under their dotted names; not those of the sections in it."""
+    """The settings of a struct by their dotted names, without those of its sections."""
     for field in msgspec.structs.fields(struct):
         kind, *rules = get_args(field.type) or (field.type,)
         help_text = next((rule.description for rule in rules if isinstance(rule, Meta) and rule.description), None)
@@ -75,10 +75,10 @@ def settings_of(struct: type[Settings]) -> Iterator[Setting]:
 
 
 class ApiKey(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One entry of `server.api_keys`: a tenant, known in logs and metrics by its `name`.
+    """One entry of `server.api_keys`: a tenant. `name` identifies it in logs and metrics.
 
-    What is short is shared between tenants by `weight`. `admin` sees and ends the streams of all. None: no limit;
-    `max_streams` counts choices under way, `tokens_per_minute` those of prompts and answers.
+    Tenants share the device by `weight`. `admin` can see and end all streams. `max_streams` limits live choices,
+    `tokens_per_minute` the tokens of prompts and answers; None: no limit.
     """
 
     section: ClassVar[str] = "server.api_keys: "
@@ -92,7 +92,7 @@ class ApiKey(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_streams: Count | None = None
 
     def __post_init__(self) -> None:
-        """Raise ConfigError, which never quotes the key, for a value that cannot be meant."""
+        """Raise ConfigError for an invalid value; the message never quotes the key."""
         super().__post_init__()
         check_key(self.key)
 
@@ -103,5 +103,5 @@ class ApiKey(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def check_key(key: str) -> None:
     """Raise ConfigError unless `key` can be sent in a header."""
     if not (key and key.isascii() and key.isprintable() and " " not in key):
-        # An empty one would open the server to every client: `--server.api_keys "$KEY"` with KEY unset.
+        # An empty key would admit every client: `--server.api_keys "$KEY"` with KEY unset.
         raise ConfigError("server.api_keys", "a key is empty or has characters other than visible ASCII")

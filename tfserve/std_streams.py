@@ -1,4 +1,4 @@
-"""Standard input, output and error of a command, which its caller may have closed, or may close at any time."""
+"""Standard input, output and error of a command. The caller may have closed them, or may close them later."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import sys
 
 
 def open_closed() -> None:
-    """Put the null device where a standard stream is closed; else the next file, or socket, would get its number."""
+    """Open the null device for each closed standard stream; otherwise the next file or socket would get its number."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    # The interpreter has found them closed, and has none.
+    # The interpreter sets a closed stream to None.
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def say(text: str) -> None:
-    """Print for the person at the terminal, at once; it is no error if nobody reads it any more."""
+    """Print to stdout and flush; a closed stdout is not an error."""
     try:
         print(text, flush=True)
     except OSError:
@@ -27,7 +27,7 @@ def say(text: str) -> None:
 
 
 def drop_output() -> None:
-    """Let go of a standard output that cannot be written to, and of what could not be written."""
+    """Replace a broken stdout by the null device; unwritten output is lost."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -1,8 +1,8 @@
-"""JSON and text from outside, read and written strictly: what Python's `json` lets through and others cannot read.
+"""Strict JSON: refuses or repairs what Python's `json` accepts and other readers cannot parse.
 
-Python reads NaN, Infinity and numbers beyond a double, and keeps half of a surrogate pair in a string; JSON has none of
-the first, and UTF-8 not the last. Here a number that is not finite is an error, read or written, and half a pair that
-an escape (`\\ud83d`) leaves alone becomes U+FFFD, as undecodable bytes do.
+Python accepts NaN, Infinity and numbers beyond a double, which are not JSON, and half of a surrogate pair in a string,
+which is not UTF-8. Here a number that is not finite is an error, read or written. Half a pair from an escape
+(`\\ud83d`) becomes U+FFFD, as undecodable bytes do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def mend(text: AnyStr) -> AnyStr:
-    """JSON text with U+FFFD for each escape that stands for half a surrogate pair; usually `text` itself."""
+    """JSON text with U+FFFD in place of each escape of half a surrogate pair; usually `text` itself."""
     if isinstance(text, bytes):
         if b"\\ud" not in text and b"\\uD" not in text:
             return text
@@ -33,7 +33,7 @@ def mend(text: AnyStr) -> AnyStr:
 
 
 def loads(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError for anything else, and for values nested too deeply."""
+    """The value of a JSON text. Raises ValueError for invalid JSON, and for values nested too deeply."""
     text = mend(text).strip(_SPACE)
     value, end = decode_at(text, 0)
     if end < len(text):
@@ -42,7 +42,7 @@ def loads(text: str) -> Any:
 
 
 def decode_at(text: str, place: int) -> tuple[Any, int]:
-    """The JSON value that begins at `place` of a mended text, and where it ends. Raises ValueError as `loads`."""
+    """The JSON value that begins at `place` of a repaired text, and its end. Raises ValueError as `loads` does."""
     try:
         return _DECODER.raw_decode(text, place)
     except RecursionError:
@@ -65,7 +65,7 @@ def dumps(
 
 
 def is_text(text: str) -> bool:
-    """False for text with half a surrogate pair, which no encoder and no tokenizer takes."""
+    """False for text with half a surrogate pair: encoders and tokenizers refuse it."""
     return _HALF.search(text) is None
 
 
@@ -75,7 +75,7 @@ def well_formed(text: str) -> str:
 
 
 def deepest(value: Any) -> str | None:
-    """The key of an object whose value is nested deepest; None for what is no object, or has no members."""
+    """The key with the most deeply nested value; None if `value` is not an object, or is empty."""
     name = None
     level = [(key, each) for key, each in value.items()] if isinstance(value, Mapping) else []
     while level:
@@ -89,9 +89,9 @@ def deepest(value: Any) -> str | None:
 
 
 _Place = tuple["_Place", str] | None
-"""Where a value is: the place of what it is in, and the step from there. None: the whole.
+"""The place of a value: the place of its container, and the key or index in it. None: the whole.
 
-No texts: below a long key, each value's would be as long again.
+Not text: below a long key, the text of each place would repeat that key.
 """
 
 
@@ -104,10 +104,10 @@ def _path(place: _Place) -> str:
 
 
 def unreadable(value: Any, exact: Collection[str] = ()) -> str | None:
-    """What in `value` many readers of JSON cannot take, with its place as `$.properties.id.maximum`; None: nothing.
+    """A part of `value` that many JSON readers cannot parse, with its place as `$.properties.id.maximum`; None if none.
 
-    Integers beyond 64 bits (below a key of `exact`: beyond 53, where doubles have gaps), numbers that are not finite,
-    text that is not valid Unicode, and what is no JSON at all.
+    That is: integers beyond 64 bits (below a key of `exact`: beyond 53, where doubles have gaps), numbers that are not
+    finite, text that is not valid Unicode, and Python values that are not JSON.
     """
     left: list[tuple[_Place, Any, int]] = [(None, value, 64)]
     while left:

@@ -1,4 +1,4 @@
-"""What a user asks for and gets back. Torch-free; what crosses a thread or a process is a msgspec Struct."""
+"""Parameters and results of requests. Torch-free; everything that crosses a thread or a process is a msgspec Struct."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tfserve.strict_json import is_text
 RequestId = str
 
 ConsumptionRate = float | str | None
-"""How fast a request's reader reads: tokens/s, or "listen", "read", "fast" or "auto"; None if nobody reads along."""
+"""How fast a request's reader reads: tokens/s, or "listen", "read", "fast" or "auto"; None without a reader."""
 
 SLOWEST_RATE, FASTEST_RATE = 0.01, 1e6
-"""Tokens/s that a request may ask for, at least a token in 100 seconds: times and sums of rates stay finite."""
+"""Bounds of a request's rate in tokens/s, from a token in 100 seconds. Times and sums of rates stay finite."""
 
 MAX_STOP_TOKENS = 128
-"""Most stop tokens of one request: forbidding them, as `min_tokens` does, must leave something to say."""
+"""Most stop tokens of one request: `min_tokens` forbids them, and other tokens must remain."""
 
 MAX_LOGPROBS = 20
 """Most alternatives a request may ask for per token (OpenAI's limit for chat)."""
@@ -37,15 +37,15 @@ class FinishReason(enum.StrEnum):
 
 
 class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to choose tokens and when to stop. Defaults are OpenAI's; `temperature=0` is greedy.
+    """Sampling parameters and stop conditions. Defaults are OpenAI's; `temperature=0` is greedy.
 
     `top_k=0` and `min_p=0` switch the filter off; `top_p=0` leaves the most likely token. `logprobs=k` returns the
     chosen token's log probability and the k most likely alternatives; they are taken from the model's distribution
     before temperature and filters. `seed` makes the request's random numbers a function of (seed, position) alone;
     without it the engine draws a seed at arrival.
     `prompt_logprobs=k` returns the same for the prompt's own tokens; with it, `max_tokens=0` generates nothing.
-    `grammar` is what the output must follow, in llguidance's words (tfserve.model.grammar makes it of a JSON schema).
-    `include_stop_str_in_output` leaves the stop string, or the token, that ended the text in it.
+    `grammar` constrains the output; it is in llguidance's format (tfserve.model.grammar makes one from a JSON schema).
+    `include_stop_str_in_output` keeps the stop string, or the stop token, at the end of the text.
     """
 
     max_tokens: int | None = None
@@ -89,7 +89,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
         _require(-1 <= self.top_k < 2**31, "top_k", self.top_k, "a positive integer, or 0 or -1 for no limit")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         penalty = self.repetition_penalty
-        # Wider strengths overflow the logits' float32.
+        # Larger values overflow the float32 logits.
         _require(0.01 <= penalty <= 100, "repetition_penalty", penalty, "between 0.01 and 100")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "between -2 and 2")
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "between -2 and 2")
@@ -114,7 +114,7 @@ def _require(ok: bool, param: str, value: object, meaning: str) -> None:
 
 
 class Tenant(msgspec.Struct, frozen=True, array_like=True):
-    """For whom a request is served. What is short is shared between tenants by weight; `weight` is above 0."""
+    """The tenant of a request. Tenants share the device by `weight`, which is above 0."""
 
     name: str = ""
     weight: float = 1.0
@@ -125,7 +125,7 @@ ONE_TENANT = Tenant()
 
 
 def nth_seed(seed: int, number: int) -> int:
-    """The seed of a choice: that of the first one counted up, within 64 bits."""
+    """The seed of choice `index`: the seed plus `index`, modulo 2**64."""
     return (seed + number + 2**63) % 2**64 - 2**63
 
 
@@ -138,10 +138,10 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
-    """When things happened to a request, in seconds of the engine's clock, and how often it was interrupted.
+    """Times of a request, in seconds of the engine's clock, and its number of preemptions.
 
-    `stall_s` is how long its reader had nothing to read after the first token, by estimate or by its own reports; None
-    where there is no reader, or neither the request nor a report has said how fast it reads.
+    `stall_s` is the time its reader had nothing to read after the first token, by estimate or by the reader's reports.
+    None without a reader, or if neither the request nor a report has given the rate.
     """
 
     arrival_s: float
@@ -156,11 +156,10 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     """Text and tokens of one request: everything since the previous output when streamed, all of it from `generate`.
 
     `finish_reason` is None until the last output. `stop_reason` is the stop string or stop token id that ended the
-    request, None for the model's own end-of-sequence token. `error` says what happened when `finish_reason` is ERROR;
-    `retry_after_s` is then set if the request was refused before it started, because too many others are served, and
-    `recurs` if the same request would fail again.
-    `prompt_logprobs`, where asked for, come with the first output: all prompt tokens but the first, which nothing
-    predicts.
+    request, None for the model's own end-of-sequence token. `error` is set if `finish_reason` is ERROR. `retry_after_s`
+    is set if the request was refused before it started, because the engine is overloaded. `recurs` is true if the same
+    request would fail again. `prompt_logprobs`, if asked for, come with the first output: for all prompt tokens but the
+    first, which has no prediction.
     """
 
     request_id: RequestId
@@ -184,11 +183,11 @@ class RequestOutput(msgspec.Struct, kw_only=True):
 
 
 class StreamState(msgspec.Struct, frozen=True, kw_only=True):
-    """A live request as the scheduler sees it. Rates in tokens/s; None where there is no reader, or no first token yet.
+    """The scheduler's state of a live request. Rates in tokens/s; None without a reader, or before the first token.
 
-    `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV on its way back). `num_unread`
-    tokens are generated and not read, enough for `time_to_empty_s`. `stall_s` is how long there was nothing to read;
-    None without a reader, or where the `rate` is the server's default and no report has come (`is_rate_assumed`).
+    `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV is copied back). `num_unread`
+    tokens are generated and not read; they last for `time_to_empty_s`. `stall_s` is the time without anything to read;
+    None without a reader, or if `rate` is the server's default and there was no report (`is_rate_assumed`).
     """
 
     id: RequestId
@@ -207,12 +206,12 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A picture of the engine after a step. Times in seconds of the engine's clock, KV in blocks.
+    """The state of the engine after a step. Times in seconds of the engine's clock, KV in blocks.
 
-    `num_paused` requests have their KV on the host, `num_loading` ones have it on its way back. `bytes_stored` and
-    `bytes_loaded` have moved between the tiers so far, `num_dropped` of the preemptions gave their KV up.
-    `device_busy_s` is the time spent in steps so far; `device_idle_s` that between the end of a step and the start of
-    the next, except where the loop had slept because there was nothing that could run.
+    `num_paused` requests have their KV on the host; for `num_loading` it is being loaded. `bytes_stored` and
+    `bytes_loaded` are totals of copies between the tiers; `num_dropped` preemptions dropped their KV. `device_busy_s`
+    is the total time of steps. `device_idle_s` is the total time between steps, without the times when the loop slept
+    because nothing could run.
     """
 
     now_s: float
@@ -238,7 +237,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def at_start(cls, info: EngineInfo, now_s: float) -> EngineStats:
-        """The picture before the first step."""
+        """The state before the first step."""
         return cls(
             now_s=now_s,
             step=0,
@@ -255,15 +254,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def device_idle_share(self) -> float:
-        """How much of the time with work to do the device waited for the loop; 0 before the first step."""
+        """Share of the working time in which the device waited for the loop; 0 before the first step."""
         return self.device_idle_s / max(self.device_busy_s + self.device_idle_s, 1e-12)
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What was loaded and on what, printed at start: `concurrency` is how many requests of max_model_len fit in KV.
+    """The model, the machine and the limits, printed at start. `concurrency` requests of max_model_len fit in KV.
 
-    `num_host_blocks` is the host tier (0: there is none), where paused requests keep their KV; `host_tier_reason` says
-    in words why it has so many. `grammars`: outputs can be held to one.
+    `num_host_blocks` is the size of the host tier, for the KV of paused requests (0: no host tier); `host_tier_reason`
+    explains the size. `grammars`: grammars are supported.
     """
 
     model: str
@@ -294,5 +293,5 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def concurrency(self) -> float:
-        """How many requests of full length fit in the KV cache at once."""
+        """Number of requests of full length that fit in the KV cache at once."""
         return self.kv_tokens / self.max_model_len

@@ -33,16 +33,16 @@ from tfserve.engine.scheduling.qos import buffer_sizes
 HONEST_RATE, HONEST_TOKENS, PROMPT_WORDS = 6.0, 100, 60
 ALONE = "alone"
 PATIENCE_S = 120.0
-"""How long an honest reader waits for its whole answer."""
+"""Longest wait of an honest reader for its whole answer."""
 
 REPORT_EVERY = 8
-"""Tokens after which an attacker that reports says that it has played everything."""
+"""Interval in tokens at which a reporting attacker claims to have played everything."""
 
 
 class Attack(NamedTuple):
-    """`streams` at once with `body` over that of an ordinary one; `reports`: each says it has played everything.
+    """`streams` requests at once, with `body` over an ordinary one; `reports`: each claims to have played everything.
 
-    `settings` are the server's, `key` and `honest_key` what the two sides authenticate with.
+    `settings` are the server's; `key` and `honest_key` authenticate the two sides.
     """
 
     streams: int
@@ -59,10 +59,10 @@ SMALL_KV = {"num_gpu_blocks_override": "101", "block_size": "32"}
 SHED = {"scheduler.overload": "shed"}
 
 KEYS = {"server.api_keys": "hostile,honest"}
-"""With these a tenant floods, and the honest readers are another one."""
+"""Keys of two tenants: one floods, the honest readers are the other."""
 
 LONG = {"prompt": [5000 + number % 1000 for number in range(7700)], "consumption_rate": None}
-"""A prompt as long as the demo model's context allows beside an answer."""
+"""The longest prompt that leaves room for an answer in the demo model's context."""
 
 ATTACKS: dict[str, Attack] = {
     ALONE: Attack(0, {}),
@@ -87,7 +87,7 @@ ATTACKS: dict[str, Attack] = {
 
 
 class Outcome(NamedTuple):
-    """What the honest readers saw; times in seconds, of those that got a first token."""
+    """Results of the honest readers; times in seconds, of readers with a first token."""
 
     answered: int
     errors: Mapping[str, int]
@@ -103,7 +103,7 @@ def prompt(number: int) -> str:
 
 
 async def attacker(session: aiohttp.ClientSession, url: str, number: int, attack: Attack, tokens: int) -> None:
-    """One hostile stream, read to its end; what becomes of it does not matter."""
+    """One hostile stream, read to its end; its result is ignored."""
     body = {
         "model": "demo",
         "prompt": prompt(1000 + number),
@@ -133,7 +133,7 @@ async def honest(client: StreamClient, record: RequestRecord, number: int) -> No
 
 
 async def measure(url: str, attack: Attack, args: argparse.Namespace) -> Outcome:
-    """The honest readers' fate beside one attack."""
+    """Run the honest readers during one attack."""
     target = Target(base_url=url, model="demo", endpoint="completions", ignore_eos=True)
     async with open_session(attack.key, 600) as theirs, open_session(attack.honest_key, PATIENCE_S) as ours:
         warm = StreamClient(ours, target)
@@ -217,7 +217,7 @@ def main() -> None:
     heads |= {"/alone": ">6", "stall s": ">8", "took s": ">7"}
     print(" ".join(format(head, width) for head, width in heads.items()))
     for policy in args.policies:
-        # Each attack is held against its own server's settings without it.
+        # Each attack is compared with the same server settings without it.
         alone: dict[tuple[tuple[str, str], ...], Outcome] = {}
         for name in args.attacks:
             outcome = cell(name, policy, args)

@@ -1,13 +1,13 @@
-"""What hostile requests do to other streams: `python -m benchmarks.attack.run [--root DIR] [NAME...]`.
+"""Effect of hostile requests on other streams: `python -m benchmarks.attack.run [--root DIR] [NAME...]`.
 
-Starts the server of the checkout DIR, so that two states of the code can be compared, with a probe beside it: a process
-that reads one stream and notes when something comes. Each attack (benchmarks/attacks) runs in a process of its own.
-Printed for each: the probe's worst gap in the quiet seconds before, and during the attack until two seconds after it,
-the slowest /health (which the engine has no part in), the memory of the front and of the engine (before/most/after),
-the time the answer took, and what it was. `--list` prints the names of the attacks.
+Starts the server of the checkout DIR, so that two states of the code can be compared. A probe, a process of its own,
+reads one stream and notes the arrival times. Each attack (benchmarks/attack/attacks) also runs in its own process.
+Printed for each: the probe's worst gap in the quiet seconds before, and from the attack until two seconds after it; the
+slowest /health (which does not involve the engine); the memory of the front and of the engine (before/most/after); the
+time of the answer, and the answer. `--list` prints the names of the attacks.
 
-`--model tiny` (the default) is a small model with random weights and the demo model's tokenizer; steps of a few
-milliseconds show what the server itself does. `--model demo`, or a model's directory, is the whole thing.
+`--model tiny` (the default) is a small model with random weights and the demo model's tokenizer; its steps of a few
+milliseconds show delays of the server itself. `--model demo`, or a model's directory, uses a real model.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from benchmarks.local_server import free_port, running
 
 QUIET_S = 3.0
 AFTER_S = 2.0
-"""How long the probe is watched before and after each attack."""
+"""Seconds of measurement before and after each attack."""
 
 SETTINGS = {
-    "scheduler.policy": "fcfs-chunked",  # pauses no stream for another one: gaps are then the server's own doing
+    "scheduler.policy": "fcfs-chunked",  # never pauses a stream for another one: gaps are then delays of the server
     "max-num-seqs": "16",
     "kv-cache-gib": "0.5",
     "threads": "1",
 }
-"""The server's, unless the attack or the command line has others."""
+"""The server's settings, unless the attack or the command line overrides them."""
 
 PROBE = {"prompt": "Tell me everything:", "stream": True, "ignore_eos": True, "max_tokens": 8000, "temperature": 0}
 
@@ -82,7 +82,7 @@ def write_tiny_model(folder: Path) -> Path:
 
 # The probe.
 def probe(url: str, model: str, pipe: Connection) -> None:
-    """Read one stream after the other. For each message on `pipe`, answer the worst gap since the last, in seconds."""
+    """Read one stream after the other. Answer each message on `pipe` with the worst gap since, in seconds."""
     parts = urllib.parse.urlsplit(url)
     address = (parts.hostname or "", parts.port or 80)
     body = json.dumps({"model": model, **PROBE}).encode()
@@ -121,7 +121,7 @@ def probe(url: str, model: str, pipe: Connection) -> None:
 
 # The attacker.
 def attack(name: str, target: Target, pipe: Connection) -> None:
-    """Prepare the attack, say so, wait for a word, attack, and tell how it went."""
+    """Prepare the attack, report ready, wait for the start message, attack, and report the result."""
     run = attacks()[name].prepare(target)
     pipe.send(None)
     pipe.recv()
@@ -130,7 +130,7 @@ def attack(name: str, target: Target, pipe: Connection) -> None:
 
 # The watcher.
 class Watch:
-    """Asks /health and for the processes' memory, in a thread, until it is stopped."""
+    """Polls /health and the processes' memory in a thread, until it is stopped."""
 
     def __init__(self, target: Target) -> None:
         self.slowest_s = 0.0
@@ -166,7 +166,7 @@ class Watch:
 
 
 def memory(target: Target) -> tuple[float, ...]:
-    """MB of the front and of the engine; 0 for one that is gone."""
+    """MB of the front and of the engine; 0 for a process that has ended."""
     found = []
     for pid in (target.front_pid, target.engine_pid):
         try:
@@ -228,7 +228,7 @@ def worst_gap_s(pipe: Connection) -> float:
 
 
 def measure(name: str, target: Target, pipe: Connection) -> Outcome:
-    """One attack from the quiet before it to the quiet after it."""
+    """Measure one attack, with the quiet times before and after it."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     attacker = multiprocessing.get_context("spawn").Process(target=attack, args=(name, target, theirs), daemon=True)
     attacker.start()

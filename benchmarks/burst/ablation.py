@@ -1,10 +1,10 @@
-"""What each part of TokenFlow is worth: the burst of `benchmarks.burst.run` with one switch off at a time.
+"""Ablation of TokenFlow: the burst of `benchmarks.burst.run` with one switch off at a time.
 
     python -m benchmarks.burst.ablation --repeats 3 --output benchmarks/results/ablation.json
 
-Here a copy between the tiers is a memcpy, so some switches change nothing; every variant is therefore measured a second
-time over an emulated link, on which a token's KV takes the share of a decode step that it takes on an RTX 4090 with
-Llama-3-8B (`emulated_bandwidth` says another one). All other options are that one's.
+On a CPU a copy between the tiers is a memcpy, so some switches have no effect. Every variant is therefore also measured
+over an emulated link: a token's KV takes the same share of a decode step as on an RTX 4090 with Llama-3-8B
+(`emulated_bandwidth` sets another one). All other options are those of `benchmarks.burst.run`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.burst.report import BASELINE, COLUMNS, SPECIAL, Cell
 from benchmarks.cells import Store
 
 SWITCHES = ("offload", "write_through", "load_evict_overlap", "priority_writes")
-"""Settings of the scheduler; each is switched off in turn."""
+"""Settings of the scheduler; one is switched off at a time."""
 
 GPU_TOKEN_BYTES = 128 * 1024
 GPU_LINK_BYTES_PER_S = 25e9

@@ -1,4 +1,4 @@
-"""Default settings against each other over HTTP: what a change of defaults gives and costs under five loads.
+"""Compares default settings over HTTP: gains and losses of a change of defaults under five loads.
 
     python -m benchmarks.burst.defaults --variant before=../before --variant after=. --repeats 3
 
@@ -50,7 +50,7 @@ Cell = dict[str, Any]
 
 
 class Variant(NamedTuple):
-    """A checkout and what its server is told beyond its configuration file."""
+    """A checkout and its server's settings beyond its configuration file."""
 
     name: str
     checkout: Path
@@ -81,7 +81,7 @@ class Bench:
         words = [word for key, value in settings.items() for word in (f"--{key}", value)]
         command = [sys.executable, "-m", "tfserve.cli", "serve"]
         command += [str(variant.checkout / "configs/smollm2-cpu.yaml"), *words]
-        # Not the package in the current directory, which would come first in the engine's process too.
+        # Without it, the engine's process would import the package in the current directory.
         env = {**os.environ, "PYTHONPATH": str(variant.checkout), "PYTHONSAFEPATH": "1"}
         with running(command, url, "/ready", env=env) as server:
             policy = get_json(f"{url}/v1/streams")["policy"]
@@ -114,7 +114,7 @@ class Bench:
         return self._client(url, rows, ["--score-rate", str(READ), "--ignore-eos", *pace])
 
     def _batch(self, url: str) -> Cell:
-        """The readers are measured as ever; of the completions, how long each took from asking to the whole answer."""
+        """The readers are measured as in the other loads; of each completion, the time to the whole answer."""
         seconds: list[float] = []
         rows = burst_rows(16 + BATCH)
         asking = [threading.Thread(target=_complete, args=(url, row.prompt, seconds)) for row in rows[16:]]

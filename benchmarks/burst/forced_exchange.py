@@ -1,4 +1,4 @@
-"""What benchmarks/exactness/run.py adds to an engine: a policy that preempts all the time, and a witness of the KV."""
+"""For benchmarks/exactness/run.py: a policy that preempts all the time, and a runner that checks the KV."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tfserve.plan import InFlight, Row, Runner, StepPlan
 
 
 class Carousel:
-    """Every `every` steps of decoding all residents leave the device and the next in the queue take their places.
+    """After `every` steps of decoding all running requests are preempted and the next in the queue are admitted.
 
-    It counts steps, not seconds, so that how often requests are preempted does not depend on the machine. Steps with
-    prompts or with loads under way do not count: everybody decodes between two preemptions.
+    It counts steps, not seconds, so that the number of preemptions does not depend on the machine. Steps with prompts
+    or running loads do not count: every request decodes between two preemptions.
     """
 
     def __init__(self, every: int, *, load: bool) -> None:
@@ -27,7 +27,7 @@ class Carousel:
         self._decoded = 0
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Fill a device that is empty; empty one whose residents have decoded long enough, or have no room left."""
+        """Fill an empty device; empty a device if its requests have decoded long enough, or have no free block."""
         c = snapshot.columns
         running = c.in_state(RequestState.RUNNING)
         if snapshot.is_decoding[running].all() and not c.is_loading.any():
@@ -45,15 +45,15 @@ class Carousel:
                 break
             come.append(row)
             free -= int(need[row])
-        everybody = np.full(len(c), self._load)
-        return exchange(snapshot, running.tolist(), come, by_host=everybody, loads=c.is_paused)
+        all_rows = np.full(len(c), self._load)
+        return exchange(snapshot, running.tolist(), come, by_host=all_rows, loads=c.is_paused)
 
 
 @dataclass
 class KVWitness:
-    """A runner around another one that keeps a copy of every KV entry as it is first computed, per request.
+    """A runner around another one that keeps a copy of every KV entry when it is first computed, per request.
 
-    When a request comes back with KV, all of it is compared with that copy, bit by bit, before the step runs. `kv` are
+    When a request resumes with KV, all of it is compared with that copy, bit by bit, before the step runs. `kv` are
     the device's blocks. Counts: `checked` returns, `tokens` compared in them, and `wrong` requests found with other
     bits.
     """
@@ -69,7 +69,7 @@ class KVWitness:
     _copies: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
 
     def launch(self, plan: StepPlan) -> InFlight:
-        """Compare what has come back, run the step, copy what it wrote."""
+        """Compare the KV of resumed requests, run the step, copy the KV that it wrote."""
         for entry in plan.entered:
             self._tables[entry.row] = [int(block) for block in entry.blocks]
             self._entering.add(entry.row)
@@ -79,7 +79,7 @@ class KVWitness:
                 self._entering.remove(seq.row)
                 self._compare(seq.req, seq.row, seq.start)
         flight = self.inner.launch(plan)
-        flight.result()  # the step has run: nothing has been moved away yet
+        flight.result()  # the step has run, and no KV was moved since
         for seq in plan.seqs:
             written = self._read(seq.row, seq.start, seq.start + seq.n)
             copy = self._copies.get(seq.req)

@@ -1,4 +1,4 @@
-"""When each token of one repeat of a burst came: a file small enough to keep, which burst_plots.py draws."""
+"""Arrival times of all tokens in one repeat of a burst, in a small file for benchmarks/burst/plots.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tfserve.engine.scheduling.qos import Served
 
 
 class Stream(msgspec.Struct, frozen=True):
-    """One answer, in whole milliseconds: when it was asked for, and from each token to the one before (or that)."""
+    """One answer, in whole milliseconds: the time of the request, and the gap before each token."""
 
     sent_ms: int
     rate: float | None
@@ -24,14 +24,14 @@ class Stream(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, record: RequestRecord) -> Stream:
-        """What of a record is kept."""
+        """The kept part of a record."""
         sent_ms = round(1000 * record.sent_s)
         token_ms = [round(1000 * when) for when in token_times(record)]
         gaps_ms = [later - sooner for sooner, later in zip([sent_ms, *token_ms], token_ms, strict=False)]
         return cls(sent_ms, record.rate, gaps_ms)
 
     def served(self) -> Served:
-        """The answer as qos sees it."""
+        """The answer for engine.qos."""
         token_s = (self.sent_ms + np.cumsum(np.array(self.gaps_ms, np.int64))) / 1000
         return Served(self.sent_ms / 1000, math.nan if self.rate is None else self.rate, token_s)
 
@@ -51,7 +51,7 @@ class TimelineFile:
         self._path = path
 
     def read(self) -> list[KeptCell]:
-        """What the file holds; nothing if there is none."""
+        """The contents of the file; empty if there is none."""
         if not self._path.exists():
             return []
         return msgspec.json.decode(self._path.read_bytes(), type=list[KeptCell])

@@ -1,9 +1,9 @@
-"""Pictures of the live page in the middle of a burst: the same readers under two policies, and a page full of them.
+"""Screenshots of the live page during a burst: the same readers under two policies, and a full page.
 
     python -m benchmarks.burst.page_screenshots --output docs/images
 
 The demo server, its KV on the device a quarter of what the burst needs. Every picture is taken `--at-s` after all
-prompts have come at once. They show what happens and measure nothing; `benchmarks.burst.run` measures. Needs the
+prompts have come at once. They only illustrate; `benchmarks.burst.run` measures. Needs the
 extra browser and the system's Chromium.
 """
 

@@ -3,8 +3,8 @@
     python -m benchmarks.burst.run --policies fcfs,tokenflow --timelines benchmarks/results/burst_timelines.json
     python -m benchmarks.burst.plots
 
-`burst-buffers.png`: what every reader has left to read, over time, policy beside policy; `burst-ttft.png`: how long the
-first tokens took; both of one repeat. `burst-summary.png`: medians and ranges over all repeats. Needs the extra bench.
+`burst-buffers.png`: every reader's unread text over time, a panel per policy; `burst-ttft.png`: the times to first
+token; both of one repeat. `burst-summary.png`: medians and ranges over all repeats. Needs the extra bench.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ IMAGES = Path(__file__).parents[2] / "docs" / "images"
 
 SHOWN = ("TTFT P99, s", "effective, tok/s", "raw, tok/s", "stall share, %")
 FULL_S = 20.0
-"""Buffers of more seconds than this look alike."""
+"""Buffers of more seconds have the same colour."""
 
 FRAMES = 600
 _ROUNDING = 1e-6
@@ -51,7 +51,7 @@ def unread_s(request: Served, at_s: Floats) -> Floats:
         return np.full(len(at_s), np.nan)
     token_s = 1 / request.rate
     starts = reading_starts(request)
-    # Between beginning with a token and being done with it reading is even; in between it stands still.
+    # A token is read at a constant speed; between two tokens the reader waits.
     moments = np.stack([starts, starts + token_s], axis=1).ravel()
     counts = np.stack([np.arange(len(starts)), np.arange(1, len(starts) + 1)], axis=1).ravel()
     unread = np.searchsorted(request.token_s, at_s, side="right") - np.interp(at_s, moments, counts)
@@ -60,13 +60,13 @@ def unread_s(request: Served, at_s: Floats) -> Floats:
 
 
 def waits(request: Served, at_s: Floats) -> npt.NDArray[np.bool_]:
-    """Whether the first token was still to come at each moment."""
+    """True at each moment before the first token."""
     first_s = request.token_s[0] if len(request.token_s) else np.inf
     return at_s < first_s
 
 
 def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
-    """A panel for each policy, a line for each reader in the order of asking, colour for what is left to read."""
+    """A panel for each policy, a line for each reader in order of arrival, colour for unread text."""
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
@@ -97,7 +97,7 @@ def draw_buffers(figure: Figure, cells: Sequence[KeptCell]) -> None:
 
 
 def _read_by(request: Served) -> float:
-    """When everything that came had been read."""
+    """The time at which all text has been read."""
     return float(reading_starts(request)[-1] + 1 / request.rate) if len(request.token_s) else request.arrival_s
 
 

@@ -114,7 +114,7 @@ p99 = _quality("ttft_p99_s")
 
 
 def _classes(cells: Sequence[Cell]) -> list[str]:
-    """Lines for each class of readers, the slowest first: how long it waited and stalled, and so what it read.
+    """Lines for each class of readers, the slowest first: its waits and stalls, and the speed that it read at.
 
     Each repeat sets its own rates, so it is a class's place in their order that is the same in all of them. A repeat
     in which a class failed whole is left out.

@@ -1,12 +1,12 @@
-"""A real burst over HTTP, every policy in interleaved repeats: the measurements of the TokenFlow issue.
+"""A real burst over HTTP, every policy in interleaved repeats.
 
     python -m benchmarks.burst.run --policies fcfs,tokenflow,round-robin --repeats 5
 
 A cell is one policy in one repeat: a fresh server whose KV pool holds a quarter of the burst, a warm-up, then all
 prompts at once from a client in its own process. Every repeat has its own order of prompts. It begins with the prefill
-of the burst alone, which bounds any TTFT, and with fcfs: readers share `--rate-factor` of what that generates (measured
+of the burst alone, which bounds any TTFT, and with fcfs: readers share `--rate-factor` of its throughput (measured
 in every repeat, because a machine's speed drifts; `--calibrate run`: in the first one). Each finished cell is saved,
-and the same command again does what is missing.
+and the same command continues with the missing ones.
 
 A policy may carry settings of its own: `tokenflow+scheduler.offload=false`. `--generate-ahead-s` caps every policy.
 Run it on a quiet machine.
@@ -110,12 +110,12 @@ def scored_at(result: Cell, rates: Sequence[float], mean: float) -> Cell:
 
 
 def as_json(value: object) -> Any:
-    """What a JSON file would give back: no structs, null for NaN."""
+    """The value as read back from JSON: no structs, null for NaN."""
     return msgspec.json.decode(msgspec.json.encode(value))
 
 
 class Burst:
-    """Runs cells: knows the workload, the server's settings and the reading rate. Servers get `kv_tokens` of KV."""
+    """Runs cells with the workload, the server's settings and the reading rate. Servers get `kv_tokens` of KV."""
 
     def __init__(self, args: argparse.Namespace, store: Store, work: Path, kv_tokens: int) -> None:
         self._args = args
@@ -126,7 +126,7 @@ class Burst:
         self._timelines = TimelineFile(args.timelines) if args.timelines else None
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for cells to be compared: a result file has one such set."""
+        """The settings that must be equal to compare cells: one set per result file."""
         return {**{name: getattr(self._args, name) for name in SETTINGS}, "kv_tokens": self._kv_tokens}
 
     def run(self) -> None:
@@ -137,7 +137,7 @@ class Burst:
             plan.append((PREFILL, repeat))
             if not args.rate and self._calibrated_by(repeat) == repeat:
                 plan.append((CALIBRATION, repeat))
-            # Rotated, so that no policy always runs first, or always after the same other one.
+            # Rotated, so that no policy always runs first, or always after the same policy.
             turn = repeat % len(args.policies)
             plan += [(policy, repeat) for policy in args.policies[turn:] + args.policies[:turn]]
         missing = [cell for cell in plan if not self._store.has(*cell)]
@@ -151,7 +151,7 @@ class Burst:
         if self._args.rate:
             return float(self._args.rate)
         raw = self._store.get(CALIBRATION, self._calibrated_by(repeat))["summary"]["output_tokens_per_s"]
-        # As the client is told: four decimals.
+        # Rounded to four decimals, as on the client's command line.
         return round(float(self._args.rate_factor * raw / self._args.num_prompts), 4)
 
     def _calibrated_by(self, repeat: int) -> int:
@@ -204,7 +204,7 @@ class Burst:
     def measure(
         self, policy: str, settings: dict[str, str], rows: Sequence[PromptRow], readers: Sequence[str]
     ) -> dict[str, Any]:
-        """One server from start to stop: a warm-up, the burst, and what the engine counted meanwhile."""
+        """One server from start to stop: a warm-up, the burst, and the engine's counters of it."""
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         write_rows(self._work / "burst.jsonl", rows)
@@ -284,7 +284,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> Store:
-    """Measure what the result file lacks; the cells it then holds."""
+    """Measure the cells missing in the result file. Returns all its cells."""
     store = Store(args.output, args.records)
     with tempfile.TemporaryDirectory() as folder:
         kv_tokens = round(args.kv_share * burst_tokens(args.model, burst_rows(args.num_prompts)))

@@ -1,4 +1,4 @@
-"""Does the simulation foretell this machine? `python -m benchmarks.burst.sim_reality --output RESULT.json`
+"""Compares the simulation with this machine: `python -m benchmarks.burst.sim_reality --output RESULT.json`
 
 Fits a profile to one real run of the demo model (Poisson arrivals of prompts of all lengths under tokenflow, short of
 memory, so that KV moves between the tiers), then runs bursts of other prompts under several policies with KV for a
@@ -30,11 +30,11 @@ BLOCK_SIZE = 32
 VOCABULARY = range(10, 20_000)
 PROMPT_TOKENS = (20, 200)
 TEACHING_TOKENS = (20, 500)
-"""Of the prompts of the run that is fitted."""
+"""Range of prompt tokens in the fitted run."""
 TEACHING_RATE = 0.9
-"""Of their arrivals, per second: about what this machine just keeps up with, so that there are steps of every size."""
+"""Arrivals per second in the fitted run: close to this machine's limit, so that there are steps of every size."""
 TEACHING_KV = 0.4
-"""Of its requests' tokens there is KV for: less than they hold at once, so that copies show what the link does."""
+"""Share of its requests' tokens that fit in KV: less than they hold at once, so that copies measure the link."""
 TIE = 0.05
 """Policies whose figures differ by less than this share cannot be told apart in one run on this machine."""
 

@@ -1,4 +1,4 @@
-"""What Hugging Face transformers' `generate` does with a model on this machine, and what its matrix products allow.
+"""Speed of Hugging Face transformers' `generate` on this machine, and the bound by its matrix products.
 
     python -m benchmarks.compare.transformers_loop --bounds --output benchmarks/results/hf.json
 
@@ -75,7 +75,7 @@ def weights_of(model: PreTrainedModel) -> tuple[list[Tensor], Tensor]:
 
 
 def plain(weight: Tensor) -> Product:
-    """`F.linear` as it comes."""
+    """Plain `F.linear`."""
     return lambda x: torch.nn.functional.linear(x, weight)
 
 

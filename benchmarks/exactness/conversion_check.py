@@ -1,4 +1,4 @@
-"""Is the demo model converted rightly? Compares it with other implementations; exits 1 if anything differs.
+"""Checks the conversion of the demo model against other implementations; exits 1 if anything differs.
 
     python -m benchmarks.exactness.conversion_check
 
@@ -111,7 +111,7 @@ def compare_ids(folder: Path, name: str) -> bool | None:
 
 
 def reference(name: str, inputs: list[Any]) -> list[Any]:
-    """What the reference makes of the inputs; its packages go to a folder that is deleted afterwards."""
+    """The reference's result for the inputs; its packages go to a folder that is deleted afterwards."""
     script = Path(__file__).with_name("conversion_references.py")
     with tempfile.TemporaryDirectory() as packages:
         install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", packages]

@@ -1,4 +1,4 @@
-"""What other implementations make of a GGUF file.
+"""Token ids and logits of a GGUF file by other implementations.
 
 Run by conversion_check.py, each in an environment of its own: reads {"gguf": path, "inputs": [...]} and prints a list,
 both JSON. llama.cpp and tiktoken turn texts into ids; transformers turns ids into logits.

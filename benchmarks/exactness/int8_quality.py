@@ -1,4 +1,4 @@
-"""What int8 weights cost in quality: perplexity and next-token agreement with fp32, teacher-forced on real text.
+"""Quality of int8 weights: perplexity and next-token agreement with fp32, teacher-forced on real text.
 
     python -m benchmarks.exactness.int8_quality --prompts PROMPTS.jsonl --output benchmarks/results/int8_quality.json
 

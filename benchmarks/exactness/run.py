@@ -1,4 +1,4 @@
-"""Do preempted requests get exactly the tokens of an undisturbed run?
+"""Checks that preempted requests get exactly the tokens of an undisturbed run.
 
     python -m benchmarks.exactness.run [--mode load|recompute] [--sampling greedy|seeded] [--pipeline-depth 2]
 
@@ -46,8 +46,8 @@ from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import load_model_config
 from tfserve.model.forward_batch import BlockTables, build_batch
+from tfserve.model.hub import resolve_model
 from tfserve.model.loader import load_model
-from tfserve.model.resolve import resolve_model
 from tfserve.model.runner import ModelRunner
 from tfserve.model.token_draw import uniform
 from tfserve.model.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ MODES, SAMPLINGS = ("load", "recompute"), ("greedy", "seeded")
 
 @dataclass
 class Run:
-    """What one run of all requests gave."""
+    """The results of one run of all requests."""
 
     tokens: dict[str, list[int]]
     preemptions: list[int]
@@ -76,7 +76,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         path = resolve_model(args.model)
-        # Whatever the depth, all that computes is on this thread.
+        # All computation runs on this thread, at any depth.
         self.worker = StepWorker()
         self.worker.call(torch.set_num_threads, args.threads)
         self.config = load_model_config(path)
@@ -146,7 +146,7 @@ class Bench:
         ended: dict[str, int] = {}
 
         def emit(step: StepOutputs | StreamStates) -> None:
-            if isinstance(step, StreamStates):  # nobody asks for them
+            if isinstance(step, StreamStates):  # never requested here
                 return
             for output in step.outputs:
                 tokens[output.request_id] += output.token_ids
@@ -189,7 +189,7 @@ class Bench:
 
     @torch.inference_mode()
     def nearness(self, index: int, sampling: str, before: list[int], one: int, other: int) -> float:
-        """How near request `index` was to `other` where it got token `one` after the output `before`."""
+        """How close request `index` was to the token `other` where it got token `one` after the output `before`."""
         tokens = (*self.prompts[index], *before)
         num_blocks = -(-len(tokens) // self.block_size)
         kv, tables = PagedKV(self.pool(num_blocks + 1).layers()), BlockTables(1, num_blocks)
@@ -208,7 +208,7 @@ class Bench:
         return float(max(begin - number, number - ends[other], 0.0))
 
     def part(self, mode: str, sampling: str) -> dict[str, Any]:
-        """One part: an undisturbed run and one with preemptions, compared; prints and returns what was found."""
+        """One part: compare an undisturbed run with one with preemptions; print and return the result."""
         begun = time.monotonic()
         expected = self.run(f"{sampling}, undisturbed", sampling, None)
         got = self.run(f"{sampling}, {mode}", sampling, mode)

@@ -1,1 +1,1 @@
-"""What a GPU does: tests, kernels, copies, steps and a burst, within a time limit."""
+"""GPU benchmarks: tests, kernels, copies, steps and a burst, within a time limit."""

@@ -24,7 +24,7 @@ SPREAD = 0.2
 
 
 class Recorder:
-    """Takes what the core emits; asks it to end when everybody has finished, or when time is up."""
+    """Takes the core's messages; ends the core when all requests have finished, or at the deadline."""
 
     def __init__(self, num_requests: int, budget_s: float) -> None:
         self.token_s: dict[str, list[float]] = {}
@@ -39,11 +39,11 @@ class Recorder:
         self._asked = False
 
     def start(self) -> None:
-        """The requests are there: the time runs from now on, for engines take different times to build."""
+        """All requests have arrived: the time limit starts now, without the time to build the engine."""
         self._deadline = time.monotonic() + self._budget_s
 
     def __call__(self, message: StepOutputs | StreamStates) -> None:
-        # Nobody asks for streams; and what is aborted at the end has not finished.
+        # No StreamStates are requested, and a request that is aborted at the end has not finished.
         if isinstance(message, StreamStates) or self._asked:
             return
         now_s = time.monotonic()

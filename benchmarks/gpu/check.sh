@@ -23,7 +23,7 @@ check() {
   free -g; nproc; df -h . | tail -n 1; nvidia-smi || true
 
   status=0
-  # Somebody else's packages may warn of what they like; a wait for a device that hangs is in C, where no signal ends it.
+  # Warnings of other packages are ignored. A wait for a hanging device is in C, where a signal does not end it.
   timeout -k 5 "$((limit / 3))" "$python" -m pytest tests/gpu -v -p no:cacheprovider -rs -W default \
     --timeout=90 --timeout-method=thread --junitxml="$out/gpu-tests.xml" || status=1
   "$python" -m benchmarks.gpu.run --output "$out/benchmarks/results/gpu.json" --ends-in "$(left)" "$@" || status=1

@@ -1,4 +1,4 @@
-"""What the GPU benchmark measures on: a decoder with random weights made on the device, its KV, runner, transfers."""
+"""The objects of the GPU benchmark: a decoder with random weights made on the device, its KV, runner, transfers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.config import ModelConfig
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
 from tfserve.model.linear import WeightFormat
 from tfserve.model.models.base import Weight, head_weights, layer_weights
 from tfserve.model.runner import ModelRunner
-from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.weights import Tensors, fill
 from tfserve.plan import BlockId, Fence, InFlight, Row, RowInit, SeqStep, StepPlan, StepResult
 from tfserve.types import SamplingParams
 
 
 class Shape(msgspec.Struct, frozen=True):
-    """A model and what to measure it at; `prefill_tokens` is the largest step, `burst_kv_tokens` the burst's KV."""
+    """A model and its measurements; `prefill_tokens` is the largest step, `burst_kv_tokens` the burst's KV."""
 
     hidden: int
     intermediate: int
@@ -97,7 +97,7 @@ SHAPES = {
 
 
 def model_config(shape: Shape, max_len: int) -> ModelConfig:
-    """The shape as the checkpoint's config would say it."""
+    """The shape as a checkpoint's config."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=shape.vocab,
@@ -190,7 +190,7 @@ class Rig:
     decoder: Decoder
     layout: KVLayout
     pool: DevicePool
-    runner: ModelRunner | StreamRunner
+    runner: ModelRunner | CudaStreamRunner
     clock: RealClock
     max_num_seqs: int
     backend: str
@@ -198,7 +198,7 @@ class Rig:
     def __post_init__(self) -> None:
         self._step = 0
         self._rows: range = range(0)
-        # Zeros would hide wrong indexing and run faster than real data does.
+        # Zeros would hide wrong indexing and run faster than real data.
         self.pool.storage.normal_()
         if self.pool.storage.is_cuda:
             torch.cuda.synchronize()  # the runner reads it on a stream of its own
@@ -219,7 +219,7 @@ class Rig:
         )
         pool = DevicePool(layout, num_blocks, device)
         kv = PagedKV(pool.layers())
-        runner: ModelRunner | StreamRunner
+        runner: ModelRunner | CudaStreamRunner
         if device == "cuda":
             settings = EngineConfig(model="random", max_num_seqs=max_num_seqs, enforce_eager=eager)
             stream = torch.cuda.Stream()
@@ -229,10 +229,10 @@ class Rig:
         return cls(decoder, layout, pool, runner, RealClock(), max_num_seqs, backend.name)
 
     def host_tier(self, num_blocks: int) -> HostTierMemory:
-        """Host memory for so many blocks, and what moves KV there and back."""
+        """Host memory for so many blocks, and the transfers to and from it."""
         gib = (num_blocks + 0.5) * self.layout.block_bytes / 2**30
         config = EngineConfig(model="random", host_kv_gib=gib, scheduler=SchedulerConfig(policy="tokenflow"))
-        runner = self.runner if isinstance(self.runner, StreamRunner) else None
+        runner = self.runner if isinstance(self.runner, CudaStreamRunner) else None
         tier = open_host_tier(config, self.pool, self.clock, runner)
         assert tier is not None
         return tier
@@ -241,7 +241,7 @@ class Rig:
         return -(-tokens // self.layout.block_size)
 
     def seat(self, tables: Sequence[Sequence[int]]) -> None:
-        """Give each sequence a row and these blocks; who sat there before leaves."""
+        """Give each sequence a row and these blocks; earlier requests leave their rows."""
         released = tuple(Row(row) for row in self._rows)
         params = SamplingParams(temperature=0)
         entered = tuple(
@@ -266,7 +266,7 @@ class Rig:
         return self.launch_decode(context).result()
 
     def launch_decode(self, context: int) -> InFlight:
-        """The same, on its way."""
+        """The same, launched and not waited for."""
         seqs = tuple(SeqStep(f"r{row}", Row(row), context - 1, 1, True, None) for row in self._rows)
         return self.launch(seqs, len(seqs))
 

@@ -21,7 +21,7 @@ def operations(shape: Shape, itemsize: int, seqs: int, new: int, context: int) -
 def kernels_s(work: Callable[[], Any], device: str, most: int = 8) -> dict[str, float]:
     """Seconds that one call keeps the GPU busy, `busy`, and those of the `most` kernels that take most; CPU: nothing.
 
-    What a step takes beyond `busy` it spends waiting for the host, or between kernels.
+    The rest of a step's time is waiting for the host, or gaps between kernels.
     """
     if device != "cuda":
         return {}

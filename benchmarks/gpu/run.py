@@ -1,4 +1,4 @@
-"""Llama-3-8B's shape on one GPU, in sections: what `make gpu-check` measures after tests/gpu.
+"""Llama-3-8B's shape on one GPU, in sections; `make gpu-check` runs it after tests/gpu.
 
     python -m benchmarks.gpu.run --output results/gpu/gpu.json
     python -m benchmarks.gpu.run --only copies                     # one section alone
@@ -40,7 +40,7 @@ from tfserve.model.decoder import Decoder
 
 BUDGETS_S = {"steps": 120.0, "copies": 60.0, "preemption": 45.0, "burst": 220.0, "kernels": 60.0}
 USUAL = [name for name in BUDGETS_S if name != "kernels"]
-"""What runs unless --only says otherwise: the profiler may slow what is timed after it, so `kernels` runs alone."""
+"""The default sections. `kernels` runs only by name: the profiler may slow later measurements."""
 
 POLICIES = ("fcfs", "tokenflow")
 WHOLE_BURST_BYTES = 120 * 2**30
@@ -52,7 +52,7 @@ LEFT_FREE = 0.12
 
 
 class Results:
-    """The JSON file, written anew after every cell."""
+    """The JSON file, rewritten after every cell."""
 
     def __init__(self, path: Path, header: dict[str, Any], end_s: float) -> None:
         self._path = path
@@ -62,7 +62,7 @@ class Results:
         self.write()
 
     def write(self) -> None:
-        # Null for what could not be measured: JSON has no NaN.
+        # Null for a missing measurement: JSON has no NaN.
         self._path.write_bytes(msgspec.json.format(msgspec.json.encode(self.data, enc_hook=float), indent=1) + b"\n")
 
     def run(self, name: str, cells: Callable[[], Iterator[dict[str, Any]]], budget_s: float) -> bool:
@@ -156,7 +156,7 @@ def burst_cells(args: argparse.Namespace, decoder: Decoder, shape: Shape) -> Ite
 
 
 def release_memory() -> None:
-    """Give back what the last section held, or the next one finds no room."""
+    """Free the memory of the last section for the next one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

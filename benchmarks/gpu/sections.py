@@ -1,4 +1,4 @@
-"""The sections of the GPU benchmark. Each yields results as it gets them, so that what is cut off is not lost."""
+"""The sections of the GPU benchmark. Each yields results one by one, so that a timeout loses only the rest."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def seat(rig: Rig, batch: int, context: int) -> bool:
 
 
 def _tried(kind: str, measure: Callable[[int, int], Result], batch: int, context: int) -> Result:
-    """A cell, or why there is none: one that fails must not take the others along."""
+    """A cell, or the error of a failed one: a failure must not affect the others."""
     cell = {"kind": kind, "batch": batch, "context": context}
     try:
         return cell | measure(batch, context)
-    except Exception as error:  # whatever a kernel raises
+    except Exception as error:  # any error of a kernel
         return cell | {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -192,7 +192,7 @@ class Copies:
         return sum(copy.ntok for copy in copies) * self._layout.token_bytes / (time.perf_counter() - began_s)
 
     def wait(self, n: int) -> None:
-        """Until n acknowledgements have come. RuntimeError for one that failed, or that does not come."""
+        """Wait for n acknowledgements. Raises RuntimeError for a failed or a missing one."""
         deadline = time.perf_counter() + PATIENCE_S
         while n > 0:
             for ack in self.tier.transfers.poll():
@@ -206,7 +206,7 @@ class Copies:
 
 
 def copies(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
-    """Bandwidth of whole blocks and of granules, alone and under decoding, and what that costs the decoding."""
+    """Bandwidth of whole blocks and of granules, alone and during decoding, and the slow-down of the decoding."""
     work = Copies(rig, shape.copy_blocks)
     granule = min(GRANULE, rig.layout.block_size // 2)
     try:
@@ -241,7 +241,7 @@ def _copies_under_compute(rig: Rig, shape: Shape, work: Copies) -> Iterator[Resu
         moved, began_s, devices = 0, time.perf_counter(), []
         waiting: list[Copy] = []
         for i in range(WARM_UP + 30):
-            # Enough on its way that the link is never idle.
+            # Enough copies in the queue that the link is never idle.
             while len(waiting) < 2 * work.num_blocks:
                 more = work.make(direction, 0, rig.layout.block_size)
                 work.tier.transfers.submit(more)
@@ -267,7 +267,7 @@ def _copies_under_compute(rig: Rig, shape: Shape, work: Copies) -> Iterator[Resu
 
 
 class Preemption:
-    """One long request that leaves and comes back while `others` decode, through the real manager and link."""
+    """One long request that is preempted and resumed while `others` decode, through the real manager and link."""
 
     def __init__(self, rig: Rig, shape: Shape, *, write_through: bool) -> None:
         self._rig = rig
@@ -293,14 +293,14 @@ class Preemption:
             self._kv.extend(f"r{i}", self._short + ROOM, self._short + ROOM)
         rig.seat([self._kv.view(f"r{i}").blocks for i in range(self._others)])
         self._during_s: list[float] = []
-        # Last: whoever gets an object can close it.
+        # Last: if it fails, there is nothing to close yet.
         self._tier = rig.host_tier(num_host_blocks)
 
     def measure(self) -> Result:
         """Run it once."""
         kv, link, rig = self._kv, self._tier.transfers, self._rig
         _, quiet_s = _timed_decodes(rig, self._short, 30)
-        # All that was written so far counts as written by steps that are over.
+        # Everything written so far counts as written by finished steps.
         over = Fence(10**9)
         kv.begin_step(over)
         link.complete(over)
@@ -318,7 +318,7 @@ class Preemption:
         if kv.view("long").state is not KVState.HOST:
             raise RuntimeError(f"the request is {kv.view('long').state.name}, not on the host")
 
-        # Somebody else takes the room, or there would be nothing to load.
+        # Another request takes the blocks; otherwise there would be nothing to load.
         kv.extend("newcomer", kv.num_free_blocks * rig.layout.block_size, self._context)
         kv.release("newcomer")
         resume_s = time.perf_counter()
@@ -346,11 +346,11 @@ class Preemption:
         }
 
     def close(self) -> None:
-        """Give the host memory back."""
+        """Free the host memory."""
         self._tier.transfers.close()
 
     def _decode_until_moved(self) -> None:
-        """Let the others decode until no copy is under way; at least one step."""
+        """Let the others decode until all copies have ended; at least one step."""
         kv, deadline = self._kv, time.perf_counter() + PATIENCE_S
         while True:
             self._during_s.append(self._rig.decode(self._short).device_s)

@@ -1,4 +1,4 @@
-"""Decode attention on the CPU: milliseconds for all layers of one step, ours beside the alternatives.
+"""Decode attention on the CPU: milliseconds for all layers of one step, ours and the alternatives.
 
     python -m benchmarks.micro.attention_cpu [batch,context[,spread] ...]
 
@@ -20,8 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tfserve.memory.storage.device_pool import DevicePool
 from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
-from tfserve.model.attention.bag_decode import BagDecode
 from tfserve.model.attention.base import PagedKV
+from tfserve.model.attention.embedding_bag_attention import EmbeddingBagAttention
 from tfserve.model.attention.torch_backend import GatherDecode
 
 # SmolLM2-135M
@@ -58,7 +58,7 @@ def bags(case: Case) -> Callable[[], None]:
     kv = case.paged(KVOrder.LAYER_MAJOR)
 
     def step() -> None:
-        part = BagDecode(case.tables, case.lens, kv)
+        part = EmbeddingBagAttention(case.tables, case.lens, kv)
         for layer in range(LAYERS):
             part.attend(layer, case.q)
 

@@ -1,13 +1,13 @@
-"""What the HTTP side costs and where it ends: `python -m benchmarks.micro.http_speed [--rate 20000] ...`.
+"""Cost and limit of the HTTP side: `python -m benchmarks.micro.http_speed [--rate 20000] ...`.
 
-The real server (its own process, real tokenizer, real SSE) gets tokens from a process that speaks the engine's link
+The real server (its own process, real tokenizer, real SSE) gets tokens from a process that speaks the engine's
 protocol and nothing else: one message per step, a token for each live stream, `--rate` tokens/s in all. The client is a
 third process: raw sockets, one epoll loop. Printed: tokens/s delivered, CPU of the server's process per token (user and
 system, all threads; CPU time, so that a busy machine does not count), tokens per write, and the latency that the
 HTTP side adds: from the moment the engine sends a token to the moment the client has it.
 
 `--slow N` reads N of the streams at `--slow-rate` tokens/s only, and prints the server's memory before, during and
-after: text that nobody reads must not pile up. `--profile FILE` runs the server under cProfile by CPU time.
+after: unread text must not accumulate. `--profile FILE` runs the server under cProfile by CPU time.
 
 """
 
@@ -38,7 +38,7 @@ import psutil
 
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.frontend.link import ProcessLink
+from tfserve.engine.frontend.core_client import ProcessClient
 from tfserve.http.server import serve
 from tfserve.messages import (
     AbortRequest,
@@ -59,7 +59,7 @@ TOKEN = "x"
 TEXT = re.compile(rb'"text":"(x+)"')
 
 
-# The engine that is none.
+# The null engine.
 class NullEngine:
     """Answers every request with `max_tokens` times the same token, one each step; notes when each step was sent."""
 
@@ -154,7 +154,7 @@ class NullEngine:
 
 
 def run_null_engine(fd: int) -> None:
-    """The process behind the link."""
+    """The process behind the protocol."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     conn = Connection(fd)
     config = msgspec.msgpack.decode(conn.recv_bytes(), type=EngineConfig)
@@ -199,13 +199,13 @@ def run_server(args: argparse.Namespace) -> int:
 
 
 def _load(config: EngineConfig) -> Engine:
-    link = functools.partial(ProcessLink, module="benchmarks.micro.http_speed_engine")
-    return Engine(config, link)
+    connect = functools.partial(ProcessClient, module="benchmarks.micro.http_speed_engine")
+    return Engine(config, connect)
 
 
 # The client.
 class Reader:
-    """One connection: asks, then notes how many tokens came when."""
+    """One connection: sends a request, then records the number and time of tokens."""
 
     def __init__(self, address: tuple[str, int], body: bytes, slow_rate: float | None) -> None:
         self.sock = socket.socket()
@@ -223,14 +223,14 @@ class Reader:
         self.sock.setblocking(False)
 
     def read(self, most: int = 65536) -> None:
-        """Take what is there."""
+        """Read all available bytes."""
         try:
             data = self.sock.recv(most)
         except BlockingIOError:
             return
         now_s = time.monotonic()
         data = self._rest + data
-        # A text cut in two is counted when its end comes.
+        # A text cut in two is counted when its end arrives.
         cut = data.rfind(b"\n") + 1
         whole, self._rest = data[:cut], data[cut:]
         found = TEXT.findall(whole)
@@ -278,7 +278,7 @@ def run_client(args: argparse.Namespace) -> int:
 
 
 def _read_slowly(readers: list[Reader], begun_s: float) -> None:
-    """Let each read what its rate allows by now; an event of ours is about 250 bytes."""
+    """Each reader reads what its rate allows by now; an event has about 250 bytes."""
     now_s = time.monotonic()
     for reader in readers:
         assert reader.slow_rate is not None
@@ -370,7 +370,7 @@ def report(args: argparse.Namespace, rate: float, result: dict[str, Any], sent: 
 
 
 def _token_id(model: str) -> tuple[str, int]:
-    from tfserve.model.resolve import resolve_model
+    from tfserve.model.hub import resolve_model
     from tfserve.model.tokenizer import Tokenizer
 
     path = resolve_model(model)

@@ -1,4 +1,4 @@
-"""The engine process of http_speed.py: `python -m benchmarks.micro.http_speed_engine FD`, started by ProcessLink."""
+"""The engine process of http_speed.py: `python -m benchmarks.micro.http_speed_engine FD`, started by ProcessClient."""
 
 import sys
 

@@ -5,7 +5,7 @@
 Two devices. "cpu" is the real model over HTTP under 32 and 200 streams, a fresh server for each repeat and depth, its
 client in a process of its own: here planning and computing share the cores. "emulated" is the core alone, in real time,
 with a device that only lets time pass (`--step-ms` for each of `--streams`; the defaults are roughly Llama-3-8B on an
-H100): what two steps are worth where the device is not the CPU. Each repeat measures both depths, in alternating order;
+H100): the gain of two steps where the device is not the CPU. Each repeat measures both depths, in alternating order;
 ratios are formed within a repeat. Run it on a quiet machine.
 """
 
@@ -142,7 +142,7 @@ def measure_cpu(args: argparse.Namespace, depth: int) -> dict[str, Any]:
 
 
 class TimePassing:
-    """plan.Runner whose device takes `step_s` for every step, whatever is in it; the host's CPU is not used."""
+    """A plan.Runner whose device takes `step_s` for every step; the host's CPU is not used."""
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
@@ -157,7 +157,7 @@ class TimePassing:
         return PassedStep(StepResult(plan.step, tokens, (None,) * len(tokens), self._ended_s - began_s, idle_s))
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        """There is nothing to release."""
 
 
 class PassedStep:
@@ -184,7 +184,7 @@ def emulate(args: argparse.Namespace, depth: int, streams: int, step_s: float) -
 
     def emit(outputs: StepOutputs | StreamStates) -> None:
         nonlocal sent_bytes
-        if isinstance(outputs, StreamStates):  # nobody asks for them
+        if isinstance(outputs, StreamStates):  # never requested here
             return
         sent_bytes += len(msgspec.msgpack.encode(outputs))
         now_s = clock.now()

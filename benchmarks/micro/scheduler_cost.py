@@ -1,11 +1,11 @@
-"""What a scheduling pass costs, snapshot building included: `python -m benchmarks.micro.scheduler_cost [--seconds N]`.
+"""Cost of a scheduling pass, including the snapshot: `python -m benchmarks.micro.scheduler_cost [--seconds N]`.
 
 n requests are live, half of them on the device, with their KV counters in a real KVCacheManager; a step every 20 ms
 gives each running one a token. Before every step the policy is asked, as the Scheduler does. Most of the time nothing
-is to be decided (steady); every `schedule_interval_s`, and soon after an event, a full pass decides who is on the
-device (deciding). With --burst, a share of the requests has just arrived and waits. Those that finish make room for new
-ones. Every pass is timed whole, in CPU time of this thread, so that a busy machine counts as little as possible. The
-aim is a median of at most 0.4 ms at 1,000 live requests.
+is to be decided (steady); every `schedule_interval_s`, and soon after an event, a full pass decides which requests are
+on the device (deciding). With --burst, a share of the requests has just arrived and waits. A finished request is
+replaced by a new one. Every pass is timed whole, in CPU time of this thread, so that a busy machine counts as little as
+possible. The aim is a median of at most 0.4 ms at 1,000 live requests.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Bench:
         self.tracker.set_state(req, RequestState.PAUSED if kept else RequestState.WAITING, self.now_s)
 
     def _run_step(self) -> None:
-        """Everybody on the device computes what it lacks and gets a token; what was written goes to the host."""
+        """Every running request computes its missing tokens and gets a token; new KV is stored to the host."""
         c = self._columns()
         rows = np.flatnonzero(c.state == RequestState.RUNNING)
         ids, missing = c.ids_of(rows), c.num_uncomputed[rows].tolist()
@@ -139,7 +139,7 @@ class Bench:
         return self.snapshots.take(self.now_s).columns
 
     def _compute(self, reqs: list[RequestId] | tuple[RequestId, ...], tokens: list[int]) -> list[RequestId]:
-        """Who of them has room for so many more tokens."""
+        """Extend the requests by these tokens. Returns those with room for them."""
         self.step += 1
         self.kv.begin_step(Fence(self.step))
         return [req for req, n in zip(reqs, tokens, strict=True) if self.kv.extend(req, n, 4096) is not None]

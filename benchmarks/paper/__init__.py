@@ -1,1 +1,1 @@
-"""The TokenFlow paper's experiments in virtual time, and the page that tells of them."""
+"""The TokenFlow paper's experiments in virtual time, and their page of results."""

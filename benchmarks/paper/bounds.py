@@ -1,4 +1,4 @@
-"""What no scheduler, or only a perfect one, could do on the same hardware with the same requests."""
+"""Bounds that no scheduler can exceed on the same hardware with the same requests."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _BINS = 1000
 class RowBounds(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of one case and seed, whatever the policy.
 
-    `capacity` is Gamma by the device's law, `demand` the most tokens/s that readers ask for at a time if everybody is
-    served from its arrival, both in tokens/s. `ttft_p99_s` is the P99 if the device only computed prompts. `fluid` is
-    the effective throughput of a constant `capacity` shared in proportion to rates.
+    `capacity` is Gamma by the device's roofline; `demand` is the peak of the readers' rates if each is served from its
+    arrival; both in tokens/s. `ttft_p99_s` is the P99 if the device only computed prompts. `fluid` is the effective
+    throughput of a constant `capacity` shared in proportion to rates.
     """
 
     capacity: float
@@ -59,7 +59,7 @@ def row_bounds(case: Case, requests: Sequence[SimRequest]) -> RowBounds:
 
 
 def peak_demand(requests: Sequence[SimRequest]) -> float:
-    """Most tokens/s asked for at a time, if everybody starts to read at its arrival and never waits."""
+    """Peak of the summed rates in tokens/s, if each reader starts at its arrival and never waits."""
     starts = [(r.arrival_s, r.rate) for r in requests]
     ends = [(r.arrival_s + r.output_tokens / r.rate, -r.rate) for r in requests]
     rates = np.cumsum([rate for _, rate in sorted(starts + ends)])
@@ -67,10 +67,10 @@ def peak_demand(requests: Sequence[SimRequest]) -> float:
 
 
 def fluid_of_run(served: Sequence[Served]) -> float:
-    """Effective tokens/s if the run's own tokens had, at every moment, gone to the emptiest buffers.
+    """Effective tokens/s if at every moment the run's own tokens had gone to the emptiest buffers.
 
-    The tokens of each moment fill up those who have arrived, the one with the smallest share of its answer unread
-    first, to one level. So the run's raw throughput over time is taken as given, and its sharing made perfect.
+    The tokens of each moment fill the buffers of the requests that have arrived, the smallest unread share of the
+    answer first, to one level. The run's raw throughput over time is kept; only the sharing is perfect.
     """
     answered = [request for request in served if len(request.token_s)]
     if not answered:
@@ -89,7 +89,7 @@ def fluid_of_run(served: Sequence[Served]) -> float:
         given = _level(done - read, n, np.where(live, n - done, 0.0), carried)
         carried -= float(given.sum())
         done += given
-        # On average a bin's tokens are there for half of it.
+        # On average a bin's tokens are available for half of it.
         unread = np.maximum(done - read - rate * (until - since) / 2, 0.0)
         weight = np.clip((TAU_ZERO * n - unread) / ((TAU_ZERO - TAU_FULL) * n), 0.0, 1.0)
         effective += float((given * weight).sum())
@@ -98,7 +98,7 @@ def fluid_of_run(served: Sequence[Served]) -> float:
 
 
 def _level(unread: Floats, n: Floats, room: Floats, tokens: float) -> Floats:
-    """Tokens for each so that those who get any end at one level of unread / n; at most `room` each."""
+    """Tokens for each request, at most `room`, so that all that get tokens end at one level of unread / n."""
     total = float(room.sum())
     if tokens >= total:
         return room

@@ -1,4 +1,4 @@
-"""What an experiment is made of: cases, the policies that they compare, and the set-ups that several share."""
+"""The parts of experiments: cases, the policies that they compare, and shared set-ups."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ POISSON_D = Workload(arrivals=Poisson(100, 4.0), lengths=SHORT)
 def cases_of(
     profile: Profile, workload: Workload, contenders: Mapping[str, Settings], seeds_of_others: int | None = None
 ) -> list[Case]:
-    """A case for each contender; those that no target is about get `seeds_of_others`."""
+    """A case for each contender; contenders without a target get `seeds_of_others`."""
     return [
         Case(
             name=name,

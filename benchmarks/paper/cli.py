@@ -21,7 +21,7 @@ from benchmarks.paper.summary import summarize
 from tfserve.bench.plots import require_matplotlib
 from tfserve.errors import TfserveError
 
-_MOST_WORKERS = 2
+_MAX_WORKERS = 2
 _LOG_EVERY_S = 30.0
 
 
@@ -36,14 +36,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a few experiments, one seed: under two minutes")
     add("--only", action="append", metavar="ROW", help="only this experiment, as 4090-a or load; may be repeated")
     add("--seeds", type=int, help="at most this many seeds of each experiment")
-    add("--workers", type=int, default=min(_MOST_WORKERS, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    add("--workers", type=int, default=min(_MAX_WORKERS, os.cpu_count() or 1), help="processes (default: %(default)s)")
     add("--long-answers", action="store_true", help="read the paper's short on the RTX 4090 as 512 in, 2048 out")
     add("--no-plots", action="store_true", help="write no PNG (matplotlib is then not needed)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 1 for what it cannot do, said in a line."""
+    """Run the command line. Returns 1 after an error, which is printed in one line."""
     args = arguments(argv)
     try:
         return bench_paper(args)
@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def bench_paper(args: argparse.Namespace) -> int:
-    """Run what was asked for. Raises TfserveError for an unknown row or a folder that cannot be written."""
+    """Run the chosen experiments. Raises TfserveError for an unknown row or a folder that cannot be written."""
     chosen = _chosen(experiments(long_answers=args.long_answers), args.only, is_quick=args.quick)
     most_seeds = args.seeds if args.seeds is not None else 1 if args.quick else max(row.seeds for row in chosen)
     if most_seeds < 1 or args.workers < 1:
         raise TfserveError("--seeds and --workers must be at least 1")
-    # What would be missed after half an hour is better missed now.
+    # Check now what would otherwise fail after half an hour.
     if not args.no_plots:
         require_matplotlib("pass --no-plots")
     try:

@@ -1,4 +1,4 @@
-"""The TokenFlow paper's experiments as data: what runs on what, beside what the paper says."""
+"""The TokenFlow paper's experiments as data: workloads, machines, policies, and the paper's results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of the experiments leaves behind: tables as CSV and JSON, and the wall-clock in a file of its own."""
+"""The result files of a run of the experiments: tables as CSV and JSON, and the wall-clock times in a separate file."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_results(
 
 
 def describe(profile: Profile) -> dict[str, Any]:
-    """A profile and what follows from it."""
+    """A profile and its derived numbers."""
     return {
         **msgspec.to_builtins(profile),
         "kv_tokens": profile.kv_tokens,
@@ -105,7 +105,7 @@ def _table_row(line: Line) -> list[object]:
 
 
 def _plain(value: object) -> object:
-    """Six significant digits; nothing for what was not measured."""
+    """Six significant digits; empty if not measured."""
     if value is None or value != value:  # noqa: PLR0124 - NaN
         return ""
     return f"{value:.6g}" if isinstance(value, float) else value

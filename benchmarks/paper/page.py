@@ -1,4 +1,4 @@
-"""The page of results: what the paper says beside what the simulation says, and every row beside its bounds."""
+"""The page of results: the paper's results beside the simulation's, and every row beside its bounds."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ predictions.
 
 - The device's KV was capped by the memory fraction that the paper states, so that bursts do not fit; tokenflow, the \
 controls and andes are told the readers' rates (and andes an expected TTFT), the fcfs family ignores them.
-- tokenflow runs with `overload: queue`, and with `share` where it says so: a newcomer beyond the capacity waits, or \
-everybody gets less.
-- No policy knows the length of an answer. max_tokens is the exact length unless a row says otherwise, which helps \
-whoever goes by it: fcfs reserves it, and tokenflow expects the lesser of max_tokens and the average of answers that \
+- tokenflow runs with `overload: queue`, and with `share` where it says so: a new request beyond the capacity waits, \
+or all requests get less.
+- No policy knows the length of an answer. max_tokens is the exact length unless a row says otherwise, which helps the \
+policies that use it: fcfs reserves it, and tokenflow expects the lesser of max_tokens and the average of answers that \
 ended by themselves, of which there are none then.
 - fcfs is SGLang's scheduler: prefill first, a candidate charged its whole max_tokens (at most 4,096), running \
 requests 0.7 of what remains, decaying over 600 steps to 0.098, retraction by fewest output tokens. Its batch is as \
@@ -44,12 +44,12 @@ titles say; they are not the windows that the paper used.
 
 _REASONS = """
 - A constant capacity a little above demand would keep every buffer under a tenth of its answer. A device has no such \
-capacity: while contexts are short it generates more than is read, so buffers pass a fifth of the answer and what \
-comes then counts for nothing, whoever gets it. tokenflow lets those who are far ahead have it and finish, which only \
-helps where not all fit on the device; with `generate_ahead_s` it idles instead, and the time is missing at the end, \
-when only the longest answers are still read. `own` takes the run's tokens as they came and judges the order alone.
-- The prefill bound knows no decodes: on a device that is busy a newcomer first waits for the end of the running step, \
-and then shares its own with those who read. That is nothing beside a burst's prefill and most of a single prompt's.
+capacity: while contexts are short it generates more than is read, so buffers exceed a fifth of the answer and further \
+tokens count for nothing. tokenflow gives them to the requests that are far ahead, so that these finish; that helps \
+only if not all fit on the device. With `generate_ahead_s` it idles instead, and that time is missing at the end, when \
+only the longest answers are still read. `own` takes the run's tokens as they came and judges the order alone.
+- The prefill bound has no decodes: on a busy device a new request first waits for the end of the running step, and \
+then shares its own step with decodes. That is little compared with a burst's prefill, but most of a single prompt's.
 """
 
 _HEAD = (

@@ -1,4 +1,4 @@
-"""What a systems reviewer would ask, as experiments."""
+"""Experiments that a systems reviewer would ask for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs cases, on several processes, and scores them. The same seed gives the same outcome, however it was run."""
+"""Runs cases on several processes and scores them. A seed gives the same outcome with any number of processes."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from tfserve.engine.scheduling.qos import Served, buffer_sizes, effective_tokens
 from tfserve.engine.simulation.engine import Moment, SimEngine, SimRequest, SimRun
 from tfserve.engine.simulation.fitted import HostTime
 
-_MOST_MOMENTS = 400
+_MAX_MOMENTS = 400
 _NUM_TIMELINES = 12
 _TIMELINE_POINTS = 120
 _NUM_FANS = 80
 _FAN_POINTS = 40
 _DIGITS = 4
-"""Of seconds in what is plotted."""
+"""Decimals of seconds in the plotted data."""
 
 DETAIL_SEED = 0
 """The seed whose runs are plotted."""
 
 
 class ReaderClass(msgspec.Struct, frozen=True, kw_only=True):
-    """Readers of one rate: `read_per_s` is what they got to read, playback and stalls together."""
+    """Readers of one rate: `read_per_s` is their actual speed, stalls included."""
 
     rate: float
     num_requests: int
@@ -42,7 +42,7 @@ class ReaderClass(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Detail(msgspec.Struct, frozen=True, kw_only=True):
-    """What the plots need of a run.
+    """The part of a run for the plots.
 
     `timelines` are some requests' token times and how many tokens each had by then, from their arrival; `fans` are
     (rate, seconds since the first token, tokens) of more of them.
@@ -57,7 +57,7 @@ class Detail(msgspec.Struct, frozen=True, kw_only=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """One run in numbers; see engine.qos.QosReport. Tokens/s, seconds, GB.
 
-    `fluid_own` is what its own tokens would have been worth, perfectly shared (bounds.fluid_of_run).
+    `fluid_own` is the effective throughput with its own tokens, perfectly shared (bounds.fluid_of_run).
     """
 
     experiment: str
@@ -111,7 +111,7 @@ def run_all(tasks: Sequence[Task], workers: int, done: Callable[[], object]) -> 
             results.append(run_task(task))
             done()
     else:
-        # Spawned, not forked: nothing of the parent's state may leak into a run.
+        # Spawned, not forked: a run must not inherit the parent's state.
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             futures = [pool.submit(run_task, task) for task in tasks]
             for future in futures:
@@ -127,7 +127,7 @@ def run_task(task: Task) -> tuple[Outcome, float]:
     requests = case.workload.requests(task.seed)
     host_s = HostTime(case.host_s, case.host_row_s) if case.host_s or case.host_row_s else None
     config = msgspec.convert(dict(case.settings), SchedulerConfig)
-    # Nothing of a run is garbage before its end; looking for some takes 6 % of the time.
+    # A run makes no garbage before its end; collection would take 6 % of the time.
     gc.disable()
     try:
         run = SimEngine(case.profile.machine(host_s), config, requests).run()
@@ -194,7 +194,7 @@ def _detail(run: SimRun) -> Detail:
     for request in answered[:: max(1, len(answered) // _NUM_FANS)][:_NUM_FANS]:
         times, counts = _curve(request.token_s - request.token_s[0], _FAN_POINTS)
         fans.append((request.rate, times, counts))
-    step = -(-len(run.moments) // _MOST_MOMENTS)
+    step = -(-len(run.moments) // _MAX_MOMENTS)
     return Detail(
         ttft_s=sorted(round(float(request.token_s[0] - request.arrival_s), _DIGITS) for request in answered),
         moments=run.moments[:: max(1, step)],

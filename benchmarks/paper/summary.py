@@ -34,7 +34,7 @@ METRICS = (
 """Fields of Outcome that are averaged."""
 
 RATIOS = ("raw", "effective", "on_time", "ttft_mean_s", "ttft_p99_s")
-"""Those that are also divided by the baseline's of the same seed."""
+"""Metrics that are also divided by the baseline's of the same seed."""
 
 
 class Estimate(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""What tokenflow has to reach in the eight set-ups, and where it does not."""
+"""Targets of tokenflow in the eight set-ups, and where it misses them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BURSTS = tuple(key for key in _SETUPS if key[-1] in "ab")
 
 
 class Target(msgspec.Struct, frozen=True):
-    """A promise, in how many of the set-ups where it applies it is kept, and where it is not."""
+    """A target, the number of set-ups that reach it, and the ones that miss it."""
 
     text: str
     kept: int
@@ -83,7 +83,7 @@ def _every(
     least: float = float("-inf"),
     most: float = float("inf"),
 ) -> Target:
-    """A line that misses it is named, beside what fcfs has there if `plain` says."""
+    """A line that misses it is named, with the value of fcfs if `plain` gives one."""
     misses = []
     for line in lines:
         if not least <= value(line) <= most:

@@ -1,4 +1,4 @@
-"""What the experiments send: arrivals, lengths and rates, all functions of a seed."""
+"""The workloads of the experiments: arrivals, lengths and rates, all functions of a seed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tfserve.errors import TfserveError
 _SIGMA = 0.2
 """Standard deviation of normal lengths, as a share of their mean."""
 
-_LEAST_TOKENS = 16
+_MIN_TOKENS = 16
 
 
 class Burst(msgspec.Struct, frozen=True, tag=True):
-    """Everybody at once."""
+    """All arrive at once."""
 
     count: int
 
@@ -62,9 +62,9 @@ class Sampled(msgspec.Struct, frozen=True, tag=True):
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of one experiment.
 
-    `rates` are (share, tokens/s) of the readers. `told` is what the server hears: "true" rates, all of them "blunt"
-    (the mean), or "wrong" (each off by up to a factor of two). max_tokens is `looseness` times the answer's length:
-    above 1 the model stops by itself before it.
+    `rates` are (share, tokens/s) of the readers. `told` are the rates that requests name: "true", "blunt" (the mean for
+    all), or "wrong" (off by up to a factor of two). max_tokens is `looseness` times the answer's length: above 1 the
+    model stops by itself before it.
     """
 
     arrivals: Burst | Poisson | Trace
@@ -80,7 +80,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
     def requests(self, seed: int) -> list[SimRequest]:
         """The requests, in order of arrival."""
-        # A stream of random numbers for each question, so that changing one answer leaves the others as they were.
+        # A separate stream of random numbers for each property, so that a change of one does not change the others.
         arrival, length, rate, told = (np.random.default_rng([seed, question]) for question in range(4))
         arrivals, prompts, outputs = self._when_and_how_long(arrival, length)
         count = len(arrivals)
@@ -134,11 +134,11 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 def _normal(mean: int, count: int, random: np.random.Generator) -> Ints:
     values = np.rint(random.normal(mean, _SIGMA * mean, count))
-    return np.clip(values, _LEAST_TOKENS, 2 * mean).astype(np.int64)
+    return np.clip(values, _MIN_TOKENS, 2 * mean).astype(np.int64)
 
 
 def read_columns(file: str, columns: tuple[str, ...]) -> npt.NDArray[Any]:
-    """These columns of a CSV in data/ as numbers, `[rows, columns]`. Raises TfserveError for what is none."""
+    """These columns of a CSV in data/ as numbers, `[rows, columns]`. Raises TfserveError for invalid numbers."""
     path = Path(__file__).with_name("data") / file
     try:
         with path.open(encoding="utf-8") as lines:

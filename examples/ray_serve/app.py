@@ -11,7 +11,7 @@ take no more (`server.max_queued_requests`, or a policy that sheds load). A clie
 engine. A replica that is told to go finishes its streams first, for at most DRAIN_S.
 """
 
-# No `from __future__ import annotations`: FastAPI would not find what the names in a deployment's methods stand for.
+# No `from __future__ import annotations`: FastAPI could not resolve the annotations of a deployment's methods.
 import math
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -35,7 +35,7 @@ api = FastAPI()
 
 
 class Completion(BaseModel):
-    """What is understood of a completion request; the whole API is what `tfserve serve` has."""
+    """The supported fields of a completion request; `tfserve serve` has the whole API."""
 
     prompt: str | list[int]
     max_tokens: int = 16
@@ -46,7 +46,7 @@ class Completion(BaseModel):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of one request, which ends in the engine with this response, however that ends."""
+    """Server-sent events of one request. When the response ends, in any way, the request ends in the engine too."""
 
     def __init__(self, stream: RequestStream, first: RequestOutput, headers: Mapping[str, str]) -> None:
         self._stream = stream
@@ -97,12 +97,12 @@ class Replica:
 
     @api.get("/stats")
     async def stats(self) -> dict[str, Any]:
-        """What the replica that happens to answer has done."""
+        """Statistics of the replica that answers."""
         return {"replica": self._name, **msgspec.to_builtins(self._engine.stats())}
 
     @api.post("/v1/completions")
     async def complete(self, body: Completion) -> StreamingResponse:
-        """A stream of completion chunks. 400 for what cannot be served, 429 and 503 for what cannot be served now."""
+        """A stream of completion chunks. 400 for an invalid request, 429 and 503 if it cannot be served now."""
         params = SamplingParams(
             temperature=body.temperature, max_tokens=body.max_tokens, seed=body.seed, ignore_eos=body.ignore_eos
         )
@@ -117,7 +117,7 @@ class Replica:
         except EngineDeadError as error:
             raise HTTPException(503, str(error)) from None
         try:
-            # The first output tells whether the policy lets the request in, so the status waits for it.
+            # The first output shows whether the policy admits the request, so the status waits for it.
             first = await stream.next()
             assert first is not None
         except BaseException:

@@ -1,4 +1,4 @@
-"""A server that streams what a test scripts, at the times it scripts."""
+"""A server that streams what a test scripts, at the scripted times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server below HTTP libraries: it answers with the bytes, and ends connections in the way, that a test says."""
+"""A server without an HTTP library: a test decides the bytes of its answers and how it ends connections."""
 
 from __future__ import annotations
 

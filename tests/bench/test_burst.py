@@ -1,4 +1,4 @@
-"""The burst benchmark's own parts: what it sends, what it keeps, what it prints. The servers are run by hand."""
+"""The parts of the burst benchmark: requests, stored cells, tables. Without real servers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tfserve.config import SchedulerConfig
 
 
 def cell(policy="fcfs", repeat=0, step_s=0.1, preemptions=0):
-    """Two readers, a token every `step_s`, as a burst of two leaves them behind."""
+    """Records of a burst of two readers, with a token every `step_s`."""
     records = [record([1.0 + step_s * k for k in range(10)], rate=10.0) for _ in range(2)]
     for each in records:
         each.prompt_tokens, each.num_preemptions, each.output_tokens = 30, preemptions, 10
@@ -159,7 +159,7 @@ def test_a_run_without_rates_is_scored_once_the_rate_is_known():
 
 
 class Scripted(Burst):
-    """Measures nothing: every server makes 20 tokens in 1.9 s, and what it was asked is noted."""
+    """A fake measurement: every server makes 20 tokens in 1.9 s; its settings are recorded."""
 
     def __init__(self, args, store, folder):
         super().__init__(args, store, folder, kv_tokens=640)
@@ -204,7 +204,7 @@ def test_a_run_in_pieces_measures_the_same_cells_once(tmp_path):
     assert len(asked) == 6
 
 
-def test_one_rate_may_hold_for_the_whole_run_and_everybody_may_be_capped(tmp_path):
+def test_one_rate_may_hold_for_the_whole_run_and_every_policy_may_be_capped(tmp_path):
     words = ("--policies", "fcfs,tokenflow", "--repeats", "2", "--calibrate", "run", "--generate-ahead-s", "2")
     burst, cells = scripted(tmp_path, *words, "--loose", "3")
     assert cells.count(("calibration", 0)) == 1

@@ -1,4 +1,4 @@
-"""The pictures of a burst: what is kept of it, and what is drawn from that."""
+"""The pictures of a burst: the stored data, and the drawing."""
 
 from __future__ import annotations
 

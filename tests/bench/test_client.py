@@ -42,7 +42,7 @@ def test_last_event_without_a_blank_line_is_not_lost():
 
 
 def took(delay: float) -> object:
-    """A time that cannot be shorter than the server's delay, and is not much longer even on a busy machine."""
+    """A time that is at least the server's delay, and not much longer even on a busy machine."""
     return pytest.approx(delay + 0.1, abs=0.105)
 
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark itself, on a CPU with a tiny shape: every section runs, and its file says what it should."""
+"""The GPU benchmark itself, on a CPU with a tiny shape: every section runs, and its file has the expected entries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark client against servers that are unlike ours: all of them can be measured, or say why not."""
+"""The benchmark client against other servers: each can be measured, or the error says why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's experiments: what they send, what they write, and that the same seeds give the same bytes."""
+"""The paper's experiments: workloads, result files, and the same bytes for the same seeds."""
 
 from __future__ import annotations
 

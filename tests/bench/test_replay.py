@@ -1,4 +1,4 @@
-"""`bench fit` and `bench replay` from the command line: what a profile foretells of the run that it was fitted to."""
+"""`bench fit` and `bench replay` from the command line: a profile predicts the run that it was fitted to."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_run_that_took_longer_shows_as_much(profile, tmp_path):
     assert found["simulated"]["ttft_mean_s"] < 1.0
 
 
-def test_a_trace_in_which_nobody_was_answered_is_refused(profile, tmp_path):
+def test_a_trace_without_answered_requests_is_refused(profile, tmp_path):
     unanswered = ended(0.0, None, 2.0, prompt_tokens=30, output_tokens=0, max_tokens=10)
     for lines in ([], [unanswered]):
         trace = write_trace(tmp_path / "silent.jsonl", *made_up(40).steps, *lines)

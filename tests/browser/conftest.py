@@ -17,7 +17,7 @@ __all__ = ["start"]
 
 
 class Opened:
-    """A page with what it complained about and whom it asked."""
+    """A page, its console errors, and the hosts of its requests."""
 
     def __init__(self, page: Any, url: str) -> None:
         self.page = page
@@ -29,7 +29,7 @@ class Opened:
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
 
     def check(self) -> None:
-        """The console is clean, and nobody but the server was asked for anything."""
+        """The console is clean, and all requests went to the server."""
         assert self.complaints == []
         assert self.hosts <= {urlsplit(self._url).netloc, ""}  # data: addresses have no host
 
@@ -45,8 +45,8 @@ OpenPage = Callable[..., Awaitable[Opened]]
 async def open_page(tmp_path: Path) -> AsyncIterator[OpenPage]:
     """Open the page of a server: `await open_page(url, width=1440, scheme="dark", is_paused=True)`.
 
-    With `is_paused` the page's clock stands still but for `page.clock.run_for(ms)`: what it does in ten seconds is then
-    a fact, however fast this machine is.
+    With `is_paused` only `page.clock.run_for(ms)` moves the page's clock: the test does not depend on the machine's
+    speed.
     """
     playwright = pytest.importorskip("playwright.async_api", reason=f"needs {install_command('browser')}")
     program = find_chromium()

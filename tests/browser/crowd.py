@@ -1,4 +1,4 @@
-"""Two hundred readers who come from nowhere: what an engine under a burst says of itself, without a model."""
+"""Two hundred made-up streams: the states that an engine reports during a burst, without a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRY = 5
 """The first so many of the running streams have nothing to read."""
 
 TOKENS_PER_S = 2.0
-"""What each stream but the waiting ones gets: 120 streams' tokens, of which those of 60 are in time."""
+"""Tokens/s of each stream but the waiting ones: tokens for 120 streams, of which 60 streams are in time."""
 
 
 class CrowdEngine(FakeEngine):
@@ -56,7 +56,7 @@ class CrowdEngine(FakeEngine):
     def _state(self, number: int) -> StreamState:
         phase = PHASES[number]
         has_begun = phase != "waiting"
-        # Who is paused is far ahead; the others are within a tenth of their answer.
+        # A paused stream is far ahead; the others are within a tenth of their answer.
         unread = {"running": float(number % 7) + 2, "paused": 44.0 + number % 17, "loading": 1.5, "waiting": 0.0}[phase]
         if number < DRY:
             unread = 0.0

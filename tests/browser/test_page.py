@@ -30,7 +30,7 @@ ONE_TICK = 3
 
 
 async def asked(server: Running, page: Any, question: str = "Why?") -> FakeStream:
-    """Ask as a person does; the engine's side of it."""
+    """Type a question and send it. Returns the engine's side of the request."""
     server.engine.submitted.clear()
     await page.get_by_label("Your message").fill(question)
     await page.get_by_label("Your message").press("Enter")
@@ -57,7 +57,7 @@ async def test_text_appears_at_the_readers_own_speed(start: StartServer, open_pa
     await page.clock.run_for(5000)
     assert await num_visible(page) == pytest.approx(5 * (6 + 12) * 4, abs=2 * ONE_TICK)
     assert TEXT.startswith(await page.locator(".assistant").text_content())
-    # The scheduler hears of it in tokens.
+    # The report to the scheduler is in tokens.
     await expect_played(stream, 5 * (6 + 12))
     stream.say("", FinishReason.STOP)
     await page.get_by_role("button", name="Show all").click()
@@ -102,7 +102,7 @@ async def test_stop_ends_the_request_and_keeps_what_was_read(start: StartServer,
     await page.clock.run_for(10_000)
     read = await page.locator(".assistant").text_content()
     assert len(read) == pytest.approx(2 * 6 * 4, abs=ONE_TICK)
-    # The model is told what its reader has seen, not what it has written.
+    # The conversation contains the text that was shown, not all that was generated.
     await expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     again = await asked(server, page, "And?")
     assert bytes(again.prompt).decode() == f"<user>Why?<assistant>{read}<user>And?<assistant>"

@@ -39,9 +39,9 @@ SETTINGS: dict[str, Any] = {
     "server": {"max_queued_requests": 25, "keep_alive_s": 0.2, "drain_timeout": 0.5, "log_interval_s": 1.0},
 }
 
-MOST_AT_ONCE = 80
+MAX_AT_ONCE = 80
 CALM_S = 30.0
-"""How long the engine has to be empty once nobody comes any more."""
+"""Time limit for the engine to become empty after the last client."""
 
 WARM_UP = 0.25
 """Share of the run before memory is judged."""
@@ -79,7 +79,7 @@ def chaos_server(model_dir: Path, work_dir: Path) -> Iterator[Server]:
 
 
 async def run(model_dir: Path, work_dir: Path, seconds: float, seed: int) -> dict[str, Any]:
-    """Let visitors come for that long, in bursts and lulls, then SIGTERM amid a burst; returns what was counted."""
+    """Run clients for that long, in bursts and lulls, then SIGTERM during a burst. Returns the counts."""
     with chaos_server(model_dir, work_dir) as server:
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
@@ -88,7 +88,7 @@ async def run(model_dir: Path, work_dir: Path, seconds: float, seed: int) -> dic
             memory = Memory(server)
             hunting = asyncio.ensure_future(visitors.hunt())
             books: list[dict[str, Any]] = []
-            # The books are looked at half way as well: what leaks must not hide behind what the end frees.
+            # Check at half time as well: the end could free leaked blocks and hide a leak.
             for _ in range(2):
                 await _crowd(visitors, rng, memory, seconds / 2)
                 books.append(await _balance(server, session))
@@ -131,7 +131,7 @@ async def _crowd(visitors: Visitors, rng: random.Random, memory: Memory, seconds
         if now_s > sampled_s + 1 and not visitors.is_closing:
             memory.sample()
             sampled_s = now_s
-        if len(open_visits) < MOST_AT_ONCE:
+        if len(open_visits) < MAX_AT_ONCE:
             visit = asyncio.ensure_future(visitors.one())
             open_visits.add(visit)
             visit.add_done_callback(open_visits.discard)
@@ -151,9 +151,9 @@ async def _balance(server: Server, session: aiohttp.ClientSession) -> dict[str, 
             stats["num_blocks"] - 1 - stats["num_free_blocks"],
             stats["num_host_blocks"] - stats["num_free_host_blocks"],
         )
-        if not picture["data"] and kept[0] == 0 and kept[1] <= 1:  # block 0 of either tier is nobody's
+        if not picture["data"] and kept[0] == 0 and kept[1] <= 1:  # block 0 of either tier is reserved
             async with session.get(server.url + "/health") as response:
                 assert response.status == 200
             return {name: stats[name] for name in ("num_finished", "num_preemptions", "num_dropped", "step")}
-        assert time.monotonic() < deadline, f"nobody is left, but (device, host) blocks are in use: {kept}; {picture}"
+        assert time.monotonic() < deadline, f"no client left, but (device, host) blocks are in use: {kept}; {picture}"
         await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Whatever clients do, every stream ends as it should, every block comes back, and the server leaves when told."""
+"""With clients of every kind, every stream ends correctly, every block is freed, and the server ends on SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tokenizers import write_tiny_tokenizer
 
 
 def broken_promises(result: dict[str, Any]) -> list[str]:
-    """What a run has shown that must never be."""
+    """The violations in a run."""
     broken = [*result["broken"], *result["log_errors"]]
     if result["exit_code"] != 0:
         broken.append(f"exit code {result['exit_code']}")
@@ -28,7 +28,7 @@ async def test_a_minute_of_chaos(tiny_qwen25: Path, tmp_path: Path) -> None:
     result = await run(write_tiny_tokenizer(tiny_qwen25), tmp_path, seconds=60, seed=1)
     print(result)
     assert broken_promises(result) == []
-    # It was chaos: clients left, and were put out, in every state that a stream can be in.
+    # The run was varied: clients left, and were aborted, in every state of a stream.
     outcomes = result["outcomes"]
     for phase in PHASES:
         assert outcomes.get(f"leaves_in_a_phase: left while {phase}"), phase

@@ -1,4 +1,4 @@
-"""Who comes to the server in a chaos run: what each kind sends, how it leaves, and what must come of it."""
+"""The clients of a chaos run: what each kind sends, how it leaves, and the result that it must get."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MAX_LEN = 512
 
 PHASES = ("waiting", "prefill", "running", "paused", "loading")
 PHASE_WEIGHTS = (1, 1, 1, 2, 4)
-"""How many wish to be seen in each: the short phases are the hard ones to catch."""
+"""Number of clients that wait for each phase: short phases are hard to catch."""
 
 RATES: tuple[float | str | None, ...] = (10, 20, 40, 400, "read", "auto", None)
 
 Tag = tuple[int, int]
-"""Prompt tokens and max_tokens, unique among those who wait for a phase: so they are found in GET /v1/streams."""
+"""Prompt tokens and max_tokens, unique among the clients that wait for a phase, to find them in GET /v1/streams."""
 
 
 class Broken(Exception):
@@ -31,14 +31,14 @@ class Broken(Exception):
 
 @dataclass
 class Wish:
-    """To be told, by its stream's id, when the stream is in this phase."""
+    """Waits until a stream is in this phase; `seen` gets the stream's id."""
 
     phase: str
     seen: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Visitors:
-    """All clients of one run; `outcomes` counts what came of them, `broken` tells what must not have."""
+    """All clients of one run; `outcomes` counts their results, `broken` lists violations."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession, rng: random.Random) -> None:
         self._url = url
@@ -75,14 +75,14 @@ class Visitors:
             self.broken.append(f"{name}: no end within 120 s")
             outcome = "BROKEN"
         except aiohttp.ClientError as error:
-            # Once SIGTERM is out, a connection may find nobody.
+            # After SIGTERM a connection may be refused.
             if not self.is_closing:
                 self.broken.append(f"{name}: {error!r}")
-            outcome = "found nobody" if self.is_closing else "BROKEN"
+            outcome = "server has ended" if self.is_closing else "BROKEN"
         self.outcomes[f"{name}: {outcome}"] += 1
 
     async def hunt(self) -> None:
-        """Look at every stream again and again, and tell those who wait for a phase."""
+        """Poll all streams, and notify the clients that wait for a phase."""
         while True:
             try:
                 async with self._session.get(self._url + "/v1/streams") as response:
@@ -179,7 +179,7 @@ class Visitors:
         return self._session.post(self._url + "/v1/completions", json=body)
 
     async def _in_a_phase(self, act: Callable[[aiohttp.ClientResponse, str], Awaitable[None]], verb: str) -> str:
-        """Act as soon as the own stream is seen in a certain phase; if it never is, read on to the end."""
+        """Act as soon as the own stream is in a certain phase; if it never is, read to the end."""
         body, tag = self._body(), (0, 0)
         while tag == (0, 0) or tag in self._wishes:
             tag = self._rng.randrange(20, 300), self._rng.randrange(50, MAX_LEN - 300)

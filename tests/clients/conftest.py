@@ -1,4 +1,4 @@
-"""One server for all clients: a tiny random model whose template knows tools and their results."""
+"""One server for all clients: a tiny random model whose template supports tools and their results."""
 
 from __future__ import annotations
 

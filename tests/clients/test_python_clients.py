@@ -15,14 +15,14 @@ NUM_TOKENS = 12
 
 pytestmark = [
     pytest.mark.slow,
-    # What libraries of others warn of at import is not ours to mend.
+    # Ignore warnings of other libraries at import.
     pytest.mark.filterwarnings("ignore"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the libraries from calling home."""
+    """Switch the libraries' telemetry off."""
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     monkeypatch.setenv("LANGSMITH_TRACING", "false")
     monkeypatch.setenv("DO_NOT_TRACK", "1")

@@ -26,7 +26,7 @@ STEP_S = 0.02
 
 
 def next_token(tokens: list[int]) -> int:
-    """What the fake model says after `tokens`; never the end of sequence."""
+    """The fake model's next token after `tokens`; never the end of sequence."""
     return 1 + zlib.crc32(repr(tokens).encode()) % (VOCAB - 1)
 
 
@@ -80,7 +80,7 @@ class FakeRunner:
         self.outcomes: dict[Fence, StepResult | BaseException] = {}
         self.log: list[tuple[str, int]] = []
         self.closed = False
-        self.not_finite: dict[int, str] = {}  # by step: whose logits are not finite
+        self.not_finite: dict[int, str] = {}  # by step: the request with logits that are not finite
 
     def launch(self, plan: StepPlan) -> FakeInFlight:
         self.plans.append(plan)
@@ -202,7 +202,7 @@ class FakeTransfers(CopyQueues):
 
 
 class FakeClock:
-    """Time that moves only when somebody waits or asks it to."""
+    """Time that moves only in `wait`, or when a test sets it."""
 
     def __init__(self) -> None:
         self.time = 0.0
@@ -306,7 +306,7 @@ class FakeEngine:
         raise AssertionError("the engine never became idle")
 
     def drain(self) -> None:
-        """Let the copies that nobody waits for end."""
+        """Let the remaining copies end."""
         while self.scheduler.offload.is_busy:
             self.core.step()
 

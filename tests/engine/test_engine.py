@@ -44,7 +44,7 @@ def engine(request, model_dir):
 
 
 def engine_pid(engine: Engine) -> int:
-    return engine._link.pid
+    return engine._client.pid
 
 
 def test_batched_requests_get_what_they_get_alone(engine):
@@ -399,7 +399,7 @@ async def test_killed_engine_fails_every_stream(model_dir):
             engine.submit([1], params)
 
 
-async def test_a_reader_who_takes_only_when_told_hears_of_the_end_after_the_last_tokens(model_dir):
+async def test_a_reader_that_takes_only_on_news_gets_the_end_after_the_last_tokens(model_dir):
     with Engine(config_for(model_dir, engine_process="on")) as engine:
         stream = engine.submit([1, 2], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
         ended = asyncio.get_running_loop().create_future()
@@ -428,7 +428,7 @@ def test_killed_front_leaves_no_engine(model_dir, tmp_path):
         "from tfserve.config import EngineConfig\n"
         "from tfserve.engine.engine import Engine\n"
         f"engine = Engine(EngineConfig(model={str(model_dir)!r}, max_model_len=256, engine_process='on'))\n"
-        "print(engine._link.pid, flush=True)\n"
+        "print(engine._client.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
     import subprocess

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tests.http.fakes import FakeEngine
+from tfserve.cli_config import config_from_args
 from tfserve.config import EngineConfig
-from tfserve.config_words import config_from_args
 from tfserve.http.app import create_app
 from tfserve.http.openapi import OPEN_PATHS
 from tfserve.http.server import ENGINE_SHUTDOWN_S, GOODBYE_S
@@ -46,7 +46,7 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def config(deployment: dict[str, Any], container: dict[str, Any], tmp_path: Path) -> EngineConfig:
-    """What the container's arguments make of the mounted file, by the program's own reading."""
+    """The config from the container's arguments and the mounted file, read by the program itself."""
     command, target, *settings = container["args"]
     assert command == "serve"
     (mount,) = (each for each in container["volumeMounts"] if each["name"] == "config")

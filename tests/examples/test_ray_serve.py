@@ -1,4 +1,4 @@
-"""The Ray Serve example: two replicas share the streams, say the engine's tokens, push back and notice who leaves."""
+"""The Ray Serve example: two replicas share the streams, return the engine's tokens, refuse overload, notice aborts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT, NUM_TOKENS, FOREVER = [5, 6, 7], 40, 900
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    # What libraries of others warn of is not ours to mend.
+    # Ignore warnings of other libraries.
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -94,7 +94,7 @@ async def open_stream(session: aiohttp.ClientSession, max_tokens: int = FOREVER)
 
 
 async def stats(session: aiohttp.ClientSession, num_replicas: int) -> dict[str, dict[str, Any]]:
-    """What every replica says; each question reaches one of them, so they are asked until all have answered."""
+    """The statistics of every replica. Each query reaches one of them, so it is repeated until all have answered."""
     found: dict[str, dict[str, Any]] = {}
     for _ in range(200):
         async with session.get("/stats") as response:
@@ -122,7 +122,7 @@ async def test_two_replicas_share_streams_and_say_the_engines_tokens(cluster: Cl
             assert (len(tokens), finish) == (FOREVER, "length")
 
 
-async def test_who_leaves_is_noticed_by_the_engine(cluster: Cluster) -> None:
+async def test_the_engine_notices_a_client_that_leaves(cluster: Cluster) -> None:
     await asyncio.to_thread(cluster.deploy, replicas=2, ongoing=4, waiting=4)
     async with session_of(cluster) as session:
         response = await open_stream(session)

@@ -42,7 +42,7 @@ def test_random_mixed_steps_equal_dense(backend, seed):
 
 
 def test_stale_kv_is_never_read(backend):
-    """What `reads_stale_kv = False` promises: no step need wait to see whether another left NaN behind."""
+    """The guarantee of `reads_stale_kv = False`: NaN in stale KV has no effect, so no step must wait for a check."""
     parity.stale_kv_is_never_read(backend, "cuda")
 
 

@@ -1,4 +1,4 @@
-"""Launching on a real device: nothing in it waits, and what is read later is what was computed."""
+"""Launching on a real device: `launch` never waits, and the results that are read later are correct."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tests.model.launching import paged_runner, plans
 from tfserve.model.attention.paged_kernels import FlashKernels
 from tfserve.model.cuda_graphs import CudaRecorder
-from tfserve.model.stream_runner import StreamRunner
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 
 KERNELS = FlashKernels.load()
 
@@ -23,7 +23,7 @@ pytestmark = [
 
 @contextmanager
 def waiting_forbidden() -> Iterator[None]:
-    """What waits for the device raises."""
+    """Any wait for the device raises."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -31,9 +31,10 @@ def waiting_forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def stream_runner(model_dir, *, with_graphs: bool) -> StreamRunner:
+def stream_runner(model_dir, *, with_graphs: bool) -> CudaStreamRunner:
     stream = torch.cuda.Stream()
-    return StreamRunner(paged_runner(model_dir, "cuda", KERNELS, CudaRecorder(stream) if with_graphs else None), stream)
+    recorder = CudaRecorder(stream) if with_graphs else None
+    return CudaStreamRunner(paged_runner(model_dir, "cuda", KERNELS, recorder), stream)
 
 
 @pytest.mark.parametrize("with_graphs", [True, False])

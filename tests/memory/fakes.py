@@ -118,7 +118,7 @@ class FakeTiers:
         return self.kv.view(req).state
 
     def step(self, tokens: dict[str, int], order=(), budget: int = 0) -> list[str]:
-        """Plan and launch a step that computes n tokens each; who took part (had blocks)."""
+        """Plan and launch a step that computes n tokens each. Returns the requests that had blocks."""
         seqs = []
         for req, n in tokens.items():
             start = self.kv.view(req).num_tokens

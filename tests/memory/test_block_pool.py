@@ -81,7 +81,7 @@ def test_manager_gives_just_the_blocks_a_request_needs():
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random allocate, share and free against a model of who holds what."""
+    """Random allocate, share and free against a model of the owners."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whatever happens in whatever order: every step reads what was written, no block is lost, everybody can come back."""
+"""Random actions in any order: every step reads what was written, no block is lost, every request can resume."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tfserve.memory.residency import PAUSED, KVState
 from tfserve.plan import Direction
 
 DEVICE_BLOCKS = 9
-MOST_TOKENS = 25
-MOST_LIVE = 5
+MAX_TOKENS = 25
+MAX_LIVE = 5
 
 
 class Scene:
@@ -34,23 +34,23 @@ class Scene:
         return able[pick % len(able)] if able else None
 
     def arrive(self, n: int) -> None:
-        if len(self.live) < MOST_LIVE:
+        if len(self.live) < MAX_LIVE:
             req = str(self.num_arrived)
             self.num_arrived += 1
             self.live.append(req)
             self.tiers.step({req: n})
 
     def step(self, n: int, pick: int, budget: int) -> None:
-        """All on device but one go on; who lost everything is computed again."""
+        """All requests on the device but one continue; one without any KV is computed again."""
         left_out = self.live[pick % len(self.live)] if self.live else None
         chosen = [
             req
             for req in self.live
             if self.tiers.state(req) in (KVState.DEVICE, KVState.NONE)
             and req != left_out
-            and self.tiers.kv.view(req).num_tokens < MOST_TOKENS
+            and self.tiers.kv.view(req).num_tokens < MAX_TOKENS
         ]
-        order = self.live[pick % MOST_LIVE :] + self.live[: pick % MOST_LIVE]
+        order = self.live[pick % MAX_LIVE :] + self.live[: pick % MAX_LIVE]
         self.tiers.step(dict.fromkeys(chosen, n), order, budget)
 
     def preempt(self, pick: int) -> None:

@@ -34,7 +34,7 @@ def test_clean_blocks_are_free_at_once_and_dirty_ones_when_their_store_is_acknow
     assert tiers.kv.num_free_blocks == free + 3
 
 
-def test_a_resume_whose_blocks_nobody_took_moves_nothing():
+def test_a_resume_whose_blocks_are_still_its_own_moves_nothing():
     tiers = FakeTiers()
     tiers.step({"1": 10})
     tiers.preempt("1")

@@ -1,4 +1,4 @@
-"""A runner over paged attention, put together as on a GPU, and plans in which every wish of a request occurs."""
+"""A runner with paged attention, assembled as on a GPU, and plans with every parameter of requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROMPT = tuple(range(3, 80))
 
 
 def paged_runner(path: Path, device: str, kernels: PagedKernels, recorder: Recorder | None) -> ModelRunner:
-    """In bfloat16, with a row for every wish; decodes are replayed if there is a recorder."""
+    """In bfloat16, with a row for every parameter; decodes are replayed if there is a recorder."""
     config = load_model_config(path)
     model = load_model(path, config, dtype="bfloat16", device=device, quantization=None, progress=False)
     heads, width = config.num_key_value_heads, config.head_dim
@@ -44,7 +44,7 @@ def paged_runner(path: Path, device: str, kernels: PagedKernels, recorder: Recor
 
 
 def plans(num_decodes: int) -> list[StepPlan]:
-    """Every wish's prompt in a block of its own (some with output, as after a preemption), and decodes."""
+    """A prompt for every parameter in its own block (some with output, as after a preemption), and decodes."""
     rows = range(len(WISHES))
     entered = tuple(
         RowInit(Row(i), f"r{i}", SamplingParams(**wish), i, PROMPT, len(PROMPT) - 3 * (i % 2), (BlockId(i + 1),))

@@ -57,7 +57,7 @@ def random_mixed_step_equals_dense(backend: AttentionBackend, device: str, seed:
 
 
 def stale_kv_is_never_read(backend: AttentionBackend, device: str) -> None:
-    """NaN wherever no sequence has a token yet, and in the null block: what a failed request may leave behind."""
+    """NaN wherever no sequence has a token yet, and in the null block, as a failed request may leave."""
     gen = torch.Generator().manual_seed(2)
     query_lens, decodes = [1, 1, 1, 1, 300, 20], 4
     qkv = torch.randn(sum(query_lens), 8 + 2 + 2, 128, generator=gen).to(device, torch.bfloat16)

@@ -10,7 +10,7 @@ from tests.model.paged_cache import Cache, check
 from tfserve.errors import ConfigError
 from tfserve.memory.storage.kv_layout import KVOrder
 from tfserve.model.attention import select_backend
-from tfserve.model.attention.bag_decode import BagDecode
+from tfserve.model.attention.embedding_bag_attention import EmbeddingBagAttention
 from tfserve.model.attention.torch_backend import TorchBackend
 
 LENGTHS = [0, 1, 31, 32, 33, 300]
@@ -21,7 +21,7 @@ LENGTHS = [0, 1, 31, 32, 33, 300]
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_decode_of_unequal_lengths_equals_dense(order: KVOrder, group: int, head_dim: int) -> None:
     cache = Cache(LENGTHS, order=order, head_dim=head_dim)
-    assert BagDecode.can_read(cache.kv) == (order is KVOrder.LAYER_MAJOR)
+    assert EmbeddingBagAttention.can_read(cache.kv) == (order is KVOrder.LAYER_MAJOR)
     check(cache, [1] * len(LENGTHS), len(LENGTHS), group)
 
 

@@ -1,4 +1,4 @@
-"""Whatever a checkpoint's small files hold: the model loads, or one line says which file is wrong."""
+"""With any contents of a checkpoint's small files the model loads, or an error in one line names the wrong file."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def load(model_dir: Path, file: str) -> None:
-    """Read what the engine makes of a file of a checkpoint."""
+    """Read a file of a checkpoint as the engine does."""
     config = load_model_config(model_dir)
     if "safetensors" in file:
         with Checkpoint(model_dir) as checkpoint:

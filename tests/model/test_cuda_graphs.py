@@ -1,4 +1,4 @@
-"""What of the decode graphs needs no GPU: the ladder, the widths, padding, and a runner that replays them."""
+"""The parts of the decode graphs that need no GPU: batch sizes, widths, padding, and a runner that replays them."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_whole_wheel_of_an_interrupted_run_is_used_without_a_download(model, ggu
 
 
 def test_file_with_another_checksum_is_refused(model, tmp_path):
-    write_wheel(tmp_path / "shelf" / "tiny_model-1.0-py3-none-any.whl", b"GGUF from somebody else")
+    write_wheel(tmp_path / "shelf" / "tiny_model-1.0-py3-none-any.whl", b"another GGUF file")
 
     with pytest.raises(ModelError, match=r"does not hold tiny_model/tiny\.gguf with sha256"):
         prepare(model)

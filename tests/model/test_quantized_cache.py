@@ -19,7 +19,7 @@ from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import load_model_config
 from tfserve.model.decoder import Decoder
 from tfserve.model.loader import load_model
-from tfserve.model.smoothing import Smoother
+from tfserve.model.smoothquant import Smoother
 
 IDS = torch.randint(0, 512, (40,), generator=torch.Generator().manual_seed(3))
 

@@ -231,7 +231,7 @@ def test_a_row_that_re_enters_goes_on_with_the_same_tokens(driver: Driver) -> No
         driver.decode(0)
     tokens = driver.tokens[0]
     driver.release(0)
-    # Somebody else uses the row meanwhile, and then the request comes back on another one, in two chunks.
+    # Another request uses the row meanwhile; then the request resumes in another row, in two chunks.
     driver.start(0, prompt(60, 9))
     entered = (driver.enter(5, tokens, prompt=30, repetition_penalty=1.3),)
     driver.run(driver.seq(5, 0, 32, sample=False), entered=entered)

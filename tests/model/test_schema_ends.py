@@ -16,7 +16,7 @@ NULL = {"type": "null"}
 
 
 def about_n(n: Any) -> dict[str, Any]:
-    """A schema of what its definition `n` says."""
+    """A schema that refers to its definition `n`."""
     return {**N, "$defs": {"n": n}}
 
 

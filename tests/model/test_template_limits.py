@@ -70,7 +70,7 @@ ENDLESS = {
 
 @pytest.fixture
 def bounded_memory() -> Any:
-    """What takes gigabytes fails here, and does not take them from the machine."""
+    """A template that needs gigabytes fails here, without taking them from the machine."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + 2**31, hard))
     yield
@@ -81,15 +81,15 @@ def bounded_memory() -> Any:
 def test_a_template_without_measure_costs_its_request_only(
     name: str, bounded_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.05)
-    monkeypatch.setattr(template_limits, "MOST_CHARS", 2_000_000)
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(template_limits, "MAX_CHARS", 2_000_000)
     with pytest.raises((RequestError, ModelError), match="chat template") as caught:
         ChatTemplate(ENDLESS[name], {}).render([{"role": "user", "content": "x"}], True)
     assert "MemoryError" not in str(caught.value)
 
 
 def test_the_limits_are_those_of_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "MOST_CHARS", 2000)
+    monkeypatch.setattr(template_limits, "MAX_CHARS", 2000)
     template = ChatTemplate("{{ 'a' * 600 }}", {})
     assert {template.render([], True) for _ in range(5)} == {"a" * 600}
 

@@ -12,7 +12,7 @@ from tfserve.bench.replay import add_replay_parsers
 from tfserve.bench.report import write_json
 from tfserve.bench.serve import DEFAULT_INPUT_LEN, bench_serve
 from tfserve.bench.workload import parse_clamp, parse_positive, parse_rate, parse_rate_mix, parse_request_rate
-from tfserve.config_words import config_from_args
+from tfserve.cli_config import config_from_args
 from tfserve.logs import log_to_stderr
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def _add_engine(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _bench_engine(args: argparse.Namespace) -> int:
-    # Torch comes with it, which the other commands need not wait for.
+    # Imported late: it imports torch, which the other commands do not need.
     from tfserve.bench.engine import bench_engine, table
 
     config = config_from_args(args.target, args.settings)
@@ -171,7 +171,7 @@ def _positive(text: str) -> int:
 
 
 def _parsed(parse: Callable[[str], T], meaning: str) -> Callable[[str], T]:
-    """An argparse type that says what the option takes when `parse` raises ValueError."""
+    """An argparse type from `parse`; if that raises ValueError, the error says what the option accepts."""
 
     def convert(text: str) -> T:
         try:

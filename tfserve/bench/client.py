@@ -1,12 +1,12 @@
 """One streaming request to any OpenAI-compatible server, time-stamped chunk by chunk.
 
-What is known about a token's arrival: all tokens of an SSE chunk arrive when the chunk does. A chunk is taken to hold
-one token unless the server sends a running `usage.completion_tokens` with each chunk, which tells exactly. When the
-final usage counts more tokens than the chunks did (held-back UTF-8, tokens without text, several tokens a chunk), the
-rest are `unplaced`: they count in totals and throughput, and no arrival time is made up for them.
+The arrival time of a token is that of its SSE chunk. A chunk counts as one token, unless the server sends a running
+`usage.completion_tokens` with each chunk. If the final usage counts more tokens than the chunks (held-back UTF-8,
+tokens without text, several tokens a chunk), the rest are `unplaced`: they count in totals and throughput, but have no
+arrival time.
 
-Every request has a connection of its own. Some servers close one after each answer without saying so, and a request
-that meets that end fails; a burst needs as many connections as requests anyway. What opening one takes is not counted.
+Every request has its own connection, and the time to open it is not counted. Some servers close a connection after each
+answer without notice, so the next request on it would fail; a burst needs a connection per request anyway.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/
 _TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 _DETAIL_CHARS = 300
 _LISTING_S = 30.0
-_MOST_TOKENS = 1_000_000
+_MAX_TOKENS = 1_000_000
 
 _GOODBYE_S = 1.0
-"""How long a server has to end a response whose last event has come."""
+"""Time limit for the end of a response after its last event."""
 
 _HINTS = {
     "ignore_eos": "leave --ignore-eos out",
     "consumption_rate": "leave --rate and --rate-mix out; --score-rate scores without sending",
 }
-"""Fields that are not OpenAI's, and what to do about a server that refuses them."""
+"""Fields that are not OpenAI's, and the advice for a server that refuses them."""
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """The server and what every request to it has in common; `base_url` with or without a trailing /v1."""
+    """The server and the common part of all requests to it; `base_url` with or without a trailing /v1."""
 
     base_url: str
     model: str
@@ -86,11 +86,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestRecord(msgspec.Struct, kw_only=True):
-    """What one request saw. Times in seconds since the run began; `sent_s` is when its connection stood.
+    """The record of one request. Times in seconds since the start of the run; `sent_s` is when its connection was open.
 
-    `chunks` holds (time, tokens) per SSE chunk that carried text. `prompt_tokens`, `output_tokens` and
-    `num_preemptions` are the server's usage, None where it gave none. `rate`, tokens/s, is what it is scored at.
-    `error` is the kind of failure, None for a request that completed.
+    `chunks` has (time, tokens) per SSE chunk with text. `prompt_tokens`, `output_tokens` and `num_preemptions` are from
+    the server's usage, None without one. `rate` in tokens/s is used for the score. `error` is the kind of failure, None
+    for a completed request.
     """
 
     index: int
@@ -134,7 +134,7 @@ class RequestRecord(msgspec.Struct, kw_only=True):
 
 
 class _StreamError(Exception):
-    """A stream that broke its promise; `kind` is what the report counts it as."""
+    """A stream that broke the protocol; `kind` is its class in the report."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
@@ -142,7 +142,7 @@ class _StreamError(Exception):
 
 
 class StreamClient:
-    """Sends streaming requests to one target. The clock starts with it: all recorded times count from then."""
+    """Sends streaming requests to one target. All recorded times count from its creation."""
 
     def __init__(self, session: aiohttp.ClientSession, target: Target) -> None:
         self._session = session
@@ -151,11 +151,11 @@ class StreamClient:
         self._without: set[str] = set()
 
     def now(self) -> float:
-        """Seconds since the run began, to the microsecond: records of many chunks stay small."""
+        """Seconds since the start of the run, rounded to microseconds to keep records small."""
         return round(time.perf_counter() - self._origin, 6)
 
     async def send(self, record: RequestRecord, work: Work) -> None:
-        """Send one request now and fill `record` with what came back; a failure of any kind ends up in it too."""
+        """Send one request now and fill `record` with the result, also with a failure of any kind."""
         record.sent_s = self.now()
         try:
             while not await self._answered(record, work):
@@ -167,16 +167,16 @@ class StreamClient:
         except aiohttp.ClientConnectorError as error:
             _fail(record, "connect", str(error))
         except (aiohttp.ClientError, OSError) as error:
-            # Some servers hang up in place of ending the response; the text is whole then.
+            # Some servers close the connection instead of ending the response; the text is complete then.
             if record.finish_reason is None:
                 _fail(record, "disconnected", str(error) or type(error).__name__)
         except ValueError as error:
-            # aiohttp's word for an address or a header that cannot be sent.
+            # aiohttp raises it for an address or a header that cannot be sent.
             _fail(record, "invalid", str(error))
         record.end_s = record.end_s or self.now()
 
     async def count_prompt_tokens(self, work: Work) -> int | None:
-        """`usage.prompt_tokens` of an answer that is not streamed; None where the server does not tell."""
+        """`usage.prompt_tokens` of an answer that is not streamed; None if the server reports no usage."""
         body = {**self._target.body(work, {*self._without, "stream_options"}), "stream": False}
         try:
             async with self._session.post(self._target.url, json=body) as response:
@@ -202,7 +202,7 @@ class StreamClient:
         return True
 
     async def _read(self, response: aiohttp.ClientResponse, record: RequestRecord) -> None:
-        """Read to the end, after [DONE] too: hanging up before the server closes would look like a lost client."""
+        """Read to the end, also after [DONE]: closing earlier would look like a lost client to the server."""
         parser, head, done = SseParser(), b"", False
         async for received in response.content.iter_any():
             now = self.now()
@@ -214,7 +214,7 @@ class StreamClient:
                     return
         for payload in parser.close():
             done = _take_event(payload, record, self.now())
-        # Some servers send no [DONE]; a finish reason says as much.
+        # Some servers send no [DONE]; a finish reason is enough.
         if not done and record.finish_reason is None:
             if head.lstrip()[:1] in (b"{", b"<"):
                 raise _StreamError("no_stream", f"the answer is no stream of events: {head!r}")
@@ -222,14 +222,14 @@ class StreamClient:
 
 
 def _refused_field(body: dict[str, Any], detail: str) -> str | None:
-    """The field that a strict server's message refuses, if others do what it does."""
+    """The field that the server refuses by its message, if the request can be sent without it."""
     if "stream_options" in body and "stream_options" in detail:
         return "stream_options"
     return "max_tokens" if "max_tokens" in body and "max_completion_tokens" in detail else None
 
 
 async def _await_end(response: aiohttp.ClientResponse) -> None:
-    """Wait for the end of a response that has nothing more to say, however it comes."""
+    """Wait for the end of a response after its last event; any kind of end is accepted."""
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(_GOODBYE_S):
             async for _ in response.content.iter_any():
@@ -244,9 +244,9 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
     """Add one event's text, usage and finish reason to the record; True for the [DONE] that ends a stream."""
     if payload.strip() == b"[DONE]":
         return True
-    if not payload.strip():  # a sign of life
+    if not payload.strip():  # a keep-alive
         return False
-    payload = mend(payload)  # once, so that a complaint is about what was read
+    payload = mend(payload)  # parsed once, so that an error is about the same value
     try:
         event = msgspec.json.decode(payload)
     except NOT_JSON:
@@ -270,7 +270,7 @@ def _take_event(payload: bytes, record: RequestRecord, now: float) -> bool:
 
 
 def _take_usage(usage: object, record: RequestRecord) -> int:
-    """Record the usage, if any, and return how many tokens the chunk that carries it is taken to hold."""
+    """Record the usage, if any. Returns the number of tokens that the chunk counts as."""
     if not isinstance(usage, dict):
         return 1
     if (prompt_tokens := _whole(usage.get("prompt_tokens"))) is not None:
@@ -280,9 +280,9 @@ def _take_usage(usage: object, record: RequestRecord) -> int:
     output_tokens = _whole(usage.get("completion_tokens"))
     if output_tokens is None:
         return 1
-    if not 0 <= output_tokens <= _MOST_TOKENS:
+    if not 0 <= output_tokens <= _MAX_TOKENS:
         raise _StreamError("malformed", f"the usage counts {output_tokens} completion tokens")
-    # Usage that comes only at the end says nothing about its own chunk; a running one does, from the first chunk on.
+    # Usage only at the end does not count its own chunk; a running usage does, from the first chunk on.
     running = record.output_tokens is not None or not record.chunks
     record.output_tokens = output_tokens
     return max(record.output_tokens - record.placed_tokens, 0) if running else 1
@@ -328,7 +328,7 @@ def open_session(api_key: str | None, timeout_s: float) -> aiohttp.ClientSession
 
 
 async def _note_connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    """A request's time begins once its connection stands."""
+    """Set the request's start time when its connection is open."""
     sender = context.trace_request_ctx
     if sender is not None:
         sender.record.sent_s = sender.now()

@@ -32,8 +32,8 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("client CPU, s", "client_cpu_s"),
 )
 
-_MOST = 1e300
-"""Beyond it is no figure, but NaN or infinity."""
+_MAX = 1e300
+"""A larger figure is not valid, nor are NaN and infinity."""
 
 _WORKLOAD = (
     "endpoint",
@@ -47,17 +47,17 @@ _WORKLOAD = (
     "request_rate",
     "seed",
 )
-"""What must be equal for the numbers to be about the servers. Rates may differ: some servers are told none."""
+"""Settings that must be equal to compare two servers. Rates may differ: some servers do not get any."""
 
 
 def bench_compare(args: argparse.Namespace) -> int:
-    """Print B's numbers over A's. Raises TfserveError for a file that is no result."""
+    """Print B's numbers divided by A's. Raises TfserveError for a file that is not a result."""
     print(comparison(read_result(args.a), read_result(args.b)))
     return 0
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """As much of a result file of `bench serve` as is compared."""
+    """The part of a result file of `bench serve` that is compared."""
 
     config: dict[str, Any]
     summary: dict[str, Any]
@@ -65,7 +65,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_result(path: Path) -> Result:
-    """A result file of `bench serve`. Raises TfserveError if it is none."""
+    """Read a result file of `bench serve`. Raises TfserveError if it is not one."""
     try:
         data = path.read_bytes()
         return msgspec.json.decode(data, type=Result)
@@ -83,7 +83,7 @@ def comparison(a: Result, b: Result) -> str:
     lines = [f"{'':<28}{'A':>12}{'B':>12}{'B / A':>10}"]
     for name, where in _ROWS:
         left, right = _find(a.summary, where), _find(b.summary, where)
-        # A stall of a rounding error's length is none.
+        # A stall as short as a rounding error counts as 0.
         ratio = None if left is None or right is None or not round(left, 6) else right / left
         lines.append(f"{name:<28}{_show(left):>12}{_show(right):>12}{_show(ratio):>10}")
     differing = [key for key in _WORKLOAD if a.config.get(key) != b.config.get(key)]
@@ -97,7 +97,7 @@ def comparison(a: Result, b: Result) -> str:
 def _find(tree: Any, where: str) -> float | None:
     for key in where.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
-    return tree if isinstance(tree, int | float) and abs(tree) < _MOST else None
+    return tree if isinstance(tree, int | float) and abs(tree) < _MAX else None
 
 
 def _show(value: float | None) -> str:

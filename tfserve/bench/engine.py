@@ -1,7 +1,7 @@
 """`tfserve bench engine`: how fast the engine is without a network, step by step beside the roofline.
 
-An embedded engine answers batches of made-up prompts; its step trace says what each step computed and how long that
-took. Works on any device, with the settings that `tfserve serve` takes.
+An embedded engine answers batches of random prompts; its step trace has the work and the time of each step. Works on
+any device, with the settings of `tfserve serve`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from tfserve.types import EngineInfo, SamplingParams
 _BYTES = {"cpu": 2**28, "cuda": 2**32}
 _SIDE = {"cpu": 1024, "cuda": 8192}
 _ROWS = 512
-"""Rows of the matrix product whose rate is the ceiling; as many as a usual step with prompts."""
+"""Rows of the matrix product that measures the peak rate; as many as in a typical step with prompts."""
 
 _STRIDE = 7919
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """What this machine can do: its memory, and a linear layer as the model holds it."""
+    """The machine's ceilings: memory bandwidth, and the rate of a linear layer in the model's weight format."""
 
     bytes_per_s: float
     linear_flops_per_s: float
 
 
 class StepCell(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps of a kind in one batch, "prefill" (with any prompt) or "decode" (of everybody): medians, ms, tokens/s.
+    """The steps of one kind in a batch, "prefill" (with prompts) or "decode" (all decodes): medians, ms, tokens/s.
 
-    `least_ms` and `most_ms` are the range of `step_ms`; `context` is a decode's, or the prompt tokens of the step.
+    `least_ms` and `most_ms` are the range of `step_ms`; `context` is that of a decode, or the step's prompt tokens.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class StepCell(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BatchRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch from its first prompt to its last token. `roofline_tokens_per_s` is as fast as all its steps could be."""
+    """A batch from its first prompt to its last token. `roofline_tokens_per_s` is the bound by all its steps."""
 
     batch: int
     skipped: str | None = None
@@ -88,7 +88,7 @@ def bench_engine(config: EngineConfig, batches: Sequence[int], input_len: int, o
         with Engine(config) as engine:
             info, model = engine.info, load_model_config(Path(engine.config.model))
             reasons = [_misfit(info, batch, input_len + output_len) for batch in batches]
-            # The first request of all is not measured: it pays for what is loaded or compiled at first use.
+            # The first request is not measured: it includes loading and compiling at first use.
             fitting = [batch for batch, reason in zip(batches, reasons, strict=True) if reason is None]
             sizes = [1, *fitting] if fitting else []
             for size in sizes:
@@ -166,7 +166,7 @@ class _Floor:
         self._weight_bytes = 1 if info.quantization == "int8" else self._itemsize
 
     def __call__(self, step: TraceStep) -> float:
-        """Seconds below which the step cannot be; the context that prompts read, beyond themselves, is left out."""
+        """Lower bound of the step's time in seconds; leaves out reads of context by prompt chunks."""
         work = Work(
             tokens=step.n_decode + step.n_prefill,
             sampled=step.n_decode + (step.n_prefill > 0),
@@ -183,7 +183,7 @@ class _Span(msgspec.Struct, frozen=True):
 
 
 def _spans(trace: Trace, sizes: Sequence[int]) -> list[_Span]:
-    """The trace cut into batches of these sizes, each of which began when the one before it had ended."""
+    """The trace cut into batches of these sizes; each began when the previous one had ended."""
     spans, requests = [], iter(trace.requests)
     for size in sizes:
         own = [next(requests) for _ in range(size)]
@@ -222,7 +222,7 @@ def _cell(kind: str, steps: Sequence[TraceStep], floor: _Floor) -> StepCell:
 
 
 def _prompt(model: ModelConfig, index: int, num_tokens: int) -> list[int]:
-    """Token ids that no other prompt begins with."""
+    """Token ids of a prompt with a unique beginning."""
     return [(_STRIDE * (index + 1) + token) % model.vocab_size for token in range(num_tokens)]
 
 
@@ -239,7 +239,7 @@ def _misfit(info: EngineInfo, batch: int, num_tokens: int) -> str | None:
 
 
 def _settings(config: EngineConfig) -> dict[str, object]:
-    """The engine's settings; those of a server played no part, and may be secret."""
+    """The engine's settings, without the server's, which were not used and may be secret."""
     left_out = {"server", "step_trace"}
     return {key: value for key, value in msgspec.to_builtins(config).items() if key not in left_out}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def ttft_cdf(records: Sequence[RequestRecord], path: Path) -> None:
-    """Which share of the requests had its first token after how many seconds. Raises TfserveError."""
+    """The share of requests with a first token over time. Raises TfserveError."""
     waits = sorted(record.ttft_s for record in records if record.error is None and record.ttft_s is not None)
 
     def draw(axes: Axes) -> None:
@@ -59,7 +59,7 @@ def timelines(records: Sequence[RequestRecord], path: Path, title: str = "Tokens
 
 
 def require_matplotlib(instead: str) -> None:
-    """Raises TfserveError if nothing can be drawn; `instead` is what to do without."""
+    """Raises TfserveError if matplotlib is missing; `instead` says how to do without it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise TfserveError(f"plots need matplotlib: {install_command('bench')}, or {instead}")
 
@@ -70,7 +70,7 @@ def save_figure(draw: Callable[[Figure], None], path: Path, size: tuple[float, f
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot: it keeps every figure in a global, and wants a display.
+    # Not pyplot: it keeps every figure in a global, and needs a display.
     figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)

@@ -1,4 +1,4 @@
-"""`tfserve bench fit` and `tfserve bench replay`: a simulated machine from one measured run, held against another."""
+"""`tfserve bench fit` and `tfserve bench replay`: fit a simulated machine to one measured run, test it on another."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def add_replay_parsers(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
-    """Simulate the trace's requests on the profile with the memory and limits that the trace's engine had."""
+    """Simulate the trace's requests on the profile, with the memory and limits of the trace's engine."""
     if all(request.first_token_s is None for request in trace.requests):
         raise TfserveError(f"{name} has no answered requests to compare with; give a trace of a run that answered some")
     head = trace.head
@@ -179,8 +179,8 @@ def _replay(args: argparse.Namespace) -> int:
         comparison = replay(profile, trace, path.name)
         print(comparison_table(comparison))
         if trace.timed_steps:
-            law = MeasuredCost(profile.step, profile.sizes)
-            other = fit_error(law, [step.sample() for step in trace.timed_steps])
+            cost = MeasuredCost(profile.step, profile.sizes)
+            other = fit_error(cost, [step.sample() for step in trace.timed_steps])
             print(f"its steps by the profile: median error {other.median:.1%}, sum {other.total:+.1%}\n")
         found.append(comparison)
     if args.out is not None:

@@ -1,4 +1,4 @@
-"""What a run showed: statistics over its request records, a table for people and JSON for programs."""
+"""Results of a run: statistics over its request records, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Spread(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Over the values that were measured; None if none was."""
+        """Of the measured values; None without any."""
         measured = [value for value in values if value is not None]
         if not measured:
             return None
@@ -51,10 +51,10 @@ class Spread(msgspec.Struct, frozen=True):
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """One run in numbers; None is "not measured". Times in seconds; latencies and rates count completed requests only.
 
-    `duration_s` runs from the first arrival to the last token. `unplaced_tokens` were counted by the server but not
-    seen as chunks of their own, so their arrival is unknown: `tbt` is the gap between chunks, `tpot` each request's
-    mean time per token, which does not depend on the chunking. `surplus_chunks` came beyond the tokens that the server
-    counted, so its count is in doubt. `send_lag` is how much later than due a request left. `quality` needs a reading
+    `duration_s` is from the first arrival to the last token. `unplaced_tokens` are tokens that the server counted but
+    that had no chunk of their own, so their arrival is unknown: `tbt` is the gap between chunks, `tpot` each request's
+    mean time per token, which does not depend on the chunking. `surplus_chunks` exceed the server's count of tokens, so
+    that count may be wrong. `send_lag` is the delay between the planned and the actual send. `quality` needs a reading
     rate for every request; `quality_by_rate` is empty unless there are several. `preemptions` are per request.
     """
 
@@ -88,7 +88,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def summarize(records: Sequence[RequestRecord], wall_s: float, cpu_s: float) -> Summary:
-    """Condense a run that took `wall_s` and `cpu_s` of this process's CPU time."""
+    """Summarise a run that took `wall_s`, and `cpu_s` of this process's CPU time."""
     completed = [record for record in records if record.error is None]
     spoken = [record for record in completed if record.chunks]
     output_tokens = sum(record.num_tokens for record in completed)
@@ -130,7 +130,7 @@ def _counted_by(completed: Sequence[RequestRecord]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what the client ran."""
+    """The client's machine and versions."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "platform": platform.platform(),
@@ -148,7 +148,7 @@ def write_json(path: Path, value: object, option: str) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raises TfserveError if `write_result` could not write there. A file that does not exist is made, empty."""
+    """Raise TfserveError if `write_result` could not write to the path. Creates an empty file if there is none."""
     with _writing(path, "--output"):
         path.open("ab").close()
 
@@ -156,7 +156,7 @@ def require_writable(path: Path) -> None:
 def write_result(path: Path, config: dict[str, Any], summary: Summary, records: Sequence[RequestRecord]) -> None:
     """Write config, environment, summary and every request's record as one JSON object. Raises TfserveError."""
     head = {"config": config, "environment": environment(), "summary": summary}
-    # Indented for people, but one line for each request: thousands of chunks would make it ten times as long.
+    # Indented, but one line per request: with a line per chunk the file would be ten times as long.
     opened = msgspec.json.format(msgspec.json.encode(head), indent=1).removesuffix(b"\n}")
     lines = b",\n".join(msgspec.json.encode(record) for record in records)
     with _writing(path, "--output"):
@@ -173,7 +173,7 @@ def _writing(path: Path, option: str) -> Iterator[None]:
 
 
 def table(summary: Summary) -> str:
-    """The summary for people; n/a is a number that was not measured."""
+    """The summary as text; n/a is a number that was not measured."""
     failures = "".join(f", {count} {kind}" for kind, count in sorted(summary.failures.items()))
     lines = [
         f"{'requests':<26}{summary.num_completed} completed, {summary.num_failed} failed{failures}",

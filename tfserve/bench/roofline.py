@@ -1,8 +1,8 @@
-"""The least time a step can take: over its operations, the larger of bytes over bandwidth and FLOPs over rate, summed.
+"""Lower bound of a step's time: the sum over its operations of max(bytes / bandwidth, FLOPs / rate).
 
-Counted are the linears (weights, inputs and outputs once) and attention (KV read once, causal); both ceilings are those
-measured on the machine. Norms, rotations, activations and the sampler are not: they are part of what a step loses.
-Williams, Waterman, Patterson: Roofline (CACM 2009).
+It counts the linears (weights, inputs and outputs once) and attention (KV read once, causal), with the ceilings
+measured on the machine. It does not count norms, rotations, activations and the sampler. Williams, Waterman, Patterson:
+Roofline (CACM 2009).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WARM_UP = 3
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step computes: `tokens`, of which `sampled` get logits; attention over `pairs` of tokens, reading
+    """The work of a step: `tokens`, of which `sampled` get logits; attention over `pairs` of tokens, reading
     `kv_tokens` of KV.
     """
 
@@ -54,7 +54,7 @@ def step_operations(config: ModelConfig, work: Work, *, weight_bytes: int, items
 
 
 def floor_s(ops: Operations, bytes_per_s: float, flops_per_s: float) -> float:
-    """Seconds below which no step with these operations can be."""
+    """Lower bound of the time of a step with these operations, in seconds."""
     return sum(max(nbytes / bytes_per_s, flops / flops_per_s) for nbytes, flops in ops)
 
 
@@ -86,14 +86,14 @@ def copy_bytes_per_s(device: str, nbytes: int) -> float:
 
 
 def bytes_per_s(device: str, nbytes: int) -> float:
-    """Bandwidth of so many bytes of the device's memory: of reading them or of a copy, whichever is more."""
+    """Bandwidth of the device's memory with so many bytes: the higher of a read and a copy."""
     numbers = torch.ones(nbytes // 4, device=device)
     return max(nbytes / timed(numbers.sum, device, 10), copy_bytes_per_s(device, nbytes))
 
 
 @torch.inference_mode()
 def linear_flops_per_s(fmt: WeightFormat, side: int, rows: int) -> float:
-    """Rate of a linear layer of `side` inputs and outputs on `rows` rows, with weights held as the model holds them."""
+    """Rate of a linear layer of `side` inputs and outputs on `rows` rows, in the model's weight format."""
     linear = Linear(side, side, bias=False, fmt=fmt)
     linear.load(torch.randn(side, side, device=fmt.device), None)
     x = torch.randn(rows, side, device=fmt.device).to(fmt.dtype)

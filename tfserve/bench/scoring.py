@@ -1,4 +1,4 @@
-"""From a client's records to the scores of engine.qos: when each token came, and how fast it is read."""
+"""Scores a client's records with engine.qos, from the arrival of each token and the reading rate."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ QOS_TAU_TOKENS = 10.0
 QOS_ALPHA = 0.05
 QOS_TTFT_PENALTY = 1.0
 QOS_STALL_PENALTY = 1.0
-"""Of the QoS number, for which the paper gives no values: a token loses weight from 10 unread ones on, all of it at 30,
-and a second of waiting, for the first token or for a later one, costs one token."""
+"""Parameters of the QoS number, for which the paper gives no values. A token loses weight from 10 unread ones on, and
+all of it at 30. A second of waiting, for the first or a later token, costs one token."""
 
 
 class Quality(msgspec.Struct, frozen=True):
@@ -30,9 +30,9 @@ class Quality(msgspec.Struct, frozen=True):
 
 
 def score_rate(rate: float | str | None, override: float | None) -> float | None:
-    """Tokens/s that a request is scored at: `override`, else the rate it was sent with; None if it was sent none.
+    """The rate in tokens/s for a request's score: `override`, else the rate it was sent with, or None.
 
-    Raises TfserveError for "auto", which is whatever the server makes of it.
+    Raises TfserveError for "auto", because the server decides its value.
     """
     if override is not None:
         return override
@@ -42,9 +42,9 @@ def score_rate(rate: float | str | None, override: float | None) -> float | None
 
 
 def token_times(record: RequestRecord) -> list[float]:
-    """When each output token came, in order; as many as the request has tokens, if any chunk came at all.
+    """Arrival times of all output tokens, in order; empty if there was no chunk.
 
-    Tokens without a chunk of their own are spread evenly over the chunks: nobody knows with which of them they came.
+    Tokens without a chunk of their own are spread evenly over the chunks, because their chunk is unknown.
     """
     if not record.chunks:
         return []
@@ -54,13 +54,13 @@ def token_times(record: RequestRecord) -> list[float]:
 
 
 def served(record: RequestRecord) -> Served:
-    """The record as qos sees it. Its clock starts when the request was sent; a request without a rate has no reader."""
+    """The record for engine.qos. Its clock starts when the request is sent; a request without a rate has no reader."""
     rate = math.nan if record.rate is None else record.rate
     return Served(record.sent_s, rate, np.array(token_times(record), np.float64))
 
 
 def quality(records: Sequence[RequestRecord]) -> Quality | None:
-    """Scores of the requests that completed; None if any had no reading rate: then there is nothing to score by."""
+    """Scores of the completed requests; None if one of them has no reading rate."""
     completed = [record for record in records if record.error is None]
     if not completed or any(record.rate is None for record in completed):
         return None
@@ -76,7 +76,7 @@ def quality(records: Sequence[RequestRecord]) -> Quality | None:
 
 
 def quality_by_rate(records: Sequence[RequestRecord]) -> dict[str, Quality]:
-    """The same for each class of readers, slowest first; empty if there is but one class."""
+    """The same for each class of readers, slowest first; empty if there is only one class."""
     if quality(records) is None:
         return {}
     by_rate = sorted((record for record in records if record.error is None), key=lambda record: record.rate or 0.0)

@@ -40,7 +40,7 @@ def bench_serve(args: argparse.Namespace) -> int:
     """Run the benchmark, print the table and write the result; 1 if any request failed. Raises TfserveError."""
     if args.input_len is not None and args.dataset != "random":
         raise TfserveError("--input-len: prompts of a file have the length they have; leave it out or use random")
-    # What would be missed after a long run is better missed now.
+    # Check now what would otherwise fail after a long run.
     if args.plots:
         require_matplotlib("leave --plots out")
     if args.output:
@@ -83,7 +83,7 @@ async def _serve(args: argparse.Namespace) -> int:
 
 
 def _rates(args: argparse.Namespace) -> list[Rate]:
-    """What each request sends as its reader's rate."""
+    """The rate that each request sends."""
     if args.rate_mix is not None:
         return list(mixed_rates(args.rate_mix, args.num_prompts, args.seed))
     return [args.rate] * args.num_prompts
@@ -101,7 +101,7 @@ async def _rows(args: argparse.Namespace, client: StreamClient) -> list[PromptRo
 
 
 async def _count_tokens(client: StreamClient, prompt: str) -> int:
-    """How many tokens the server counts in a prompt: every server with usage can tell, not every one has /tokenize."""
+    """The server's number of tokens for a prompt, from its usage: not every server has /tokenize."""
     record, work = RequestRecord(index=-1, arrival_s=0.0), Work(prompt, max_tokens=1)
     await client.send(record, work)
     if record.error:
@@ -113,8 +113,8 @@ async def _count_tokens(client: StreamClient, prompt: str) -> int:
 
 
 async def _send_all(client: StreamClient, records: list[RequestRecord], work: list[Work]) -> None:
-    """Send every request at its arrival time, whatever became of the others, and wait for all of them."""
-    # `disable=None` shows the bar on a terminal only: it must not fill a log.
+    """Send every request at its arrival time, also after failures, and wait for all of them."""
+    # `disable=None` shows the bar on a terminal only, not in a log.
     with tqdm(total=len(records), unit="request", disable=None) as bar:
 
         async def send(record: RequestRecord, one: Work) -> None:

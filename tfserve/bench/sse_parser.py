@@ -1,4 +1,4 @@
-"""Server-sent events as other people's servers write them."""
+"""Parses server-sent events of any server."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tfserve.errors import NOT_JSON
 
 
 class SseParser:
-    """Cuts a byte stream into the payloads of server-sent events, wherever the network cut it.
+    """Splits a byte stream, in chunks of any size, into the payloads of server-sent events.
 
-    Lines end in LF, CRLF or CR. The payload of an event of type "error", and of llama.cpp's field of that name, comes
-    out as the JSON object that others send: `{"error": ...}`.
+    Lines end in LF, CRLF or CR. The payload of an event of type "error", or of llama.cpp's field "error", becomes the
+    usual JSON object `{"error": ...}`.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class SseParser:
             yield from self._line(line)
 
     def close(self) -> Iterator[bytes]:
-        """Yield what an ending without a blank line left over: some servers forget the last one."""
+        """Yield the last event if the stream ends without a blank line, as some servers do."""
         yield from self._line(self._tail)
         yield from self._line(b"")
 
@@ -57,7 +57,7 @@ class SseParser:
 
 
 def _as_error(payload: bytes) -> bytes:
-    """The payload of an error as an object that says so."""
+    """The payload of an error as the JSON object `{"error": ...}`."""
     try:
         error = msgspec.json.decode(payload)
     except NOT_JSON:

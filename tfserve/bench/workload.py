@@ -1,4 +1,4 @@
-"""What a benchmark sends and when: arrival times, prompts, lengths and reading rates, all functions of a seed."""
+"""The workload of a benchmark: arrival times, prompts, lengths and reading rates, all functions of a seed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tfserve.engine.scheduling.token_buffer import AUTO, NAMED_RATES
 from tfserve.errors import NOT_JSON, TfserveError
 from tfserve.misfit import why_not_json
 
-# Plain English words, each one token after a space in the common BPE vocabularies, so that a prompt's length in tokens
-# follows its length in words exactly once the template's share is known.
+# English words, each one token after a space in the common BPE vocabularies: a prompt's number of tokens is its number
+# of words plus the template's tokens.
 _WORD_LIST = """
 time year people way day man thing woman life child world school state family student group country problem hand part
 place case week company system program question work government number night point home water room mother area money
@@ -31,11 +31,11 @@ BUNDLED_PROMPTS = Path(__file__).with_name("data") / "prompts.jsonl"
 """500 real prompts with the lengths of reference answers; licences and sources are in SOURCES.md beside it."""
 
 Rate = float | str | None
-"""What is sent as `consumption_rate`: tokens/s or a name; None sends nothing."""
+"""Value of `consumption_rate`: tokens/s or a name; None sends nothing."""
 
 
 class Work(msgspec.Struct, frozen=True):
-    """One request to send: its prompt, how long the answer may be and how fast its reader reads."""
+    """One request to send: its prompt, the limit of the answer and the reader's rate."""
 
     prompt: str
     max_tokens: int
@@ -43,8 +43,8 @@ class Work(msgspec.Struct, frozen=True):
 
 
 class PromptRow(msgspec.Struct, frozen=True):
-    """A row of a prompts file. `max_tokens` overrules the command line; `ref_output_tokens` is a reference's length,
-    `prompt_tokens` the prompt's by some tokenizer.
+    """A row of a prompts file. `max_tokens` overrides the command line, `ref_output_tokens` is the reference's length,
+    `prompt_tokens` that of the prompt by some tokenizer.
     """
 
     prompt: str
@@ -54,7 +54,7 @@ class PromptRow(msgspec.Struct, frozen=True):
 
 
 class Lengths(msgspec.Struct, frozen=True):
-    """How long answers may be: `default` tokens; with `clamp` as the reference answer, kept between two bounds."""
+    """The limit of answers: `default` tokens; with `clamp` the length of the reference answer, between two bounds."""
 
     default: int
     clamp: tuple[int, int] | None = None
@@ -78,7 +78,7 @@ def parse_request_rate(text: str) -> float:
 
 
 def parse_positive(text: str, name: str = "number") -> float:
-    """A finite number above 0. Raises ValueError, which calls it `name`."""
+    """A finite number above 0. Raises ValueError with `name`."""
     value = _number(text)
     if not 0 < value < math.inf:
         raise ValueError(f"a {name} must be a finite number above 0, got {text}")
@@ -86,7 +86,7 @@ def parse_positive(text: str, name: str = "number") -> float:
 
 
 def _number(text: str) -> float:
-    """The number that a text spells; one that spells none is not a number, and within no bounds."""
+    """The number in a text; NaN, which is outside all bounds, for any other text."""
     try:
         return float(text)
     except ValueError:
@@ -119,7 +119,7 @@ def parse_clamp(text: str) -> tuple[int, int]:
 
 
 def mixed_rates(mix: dict[float | str, float], count: int, seed: int) -> list[float | str]:
-    """A rate for each of `count` requests: as close to the shares as whole requests allow, in an order of the seed."""
+    """A rate for each of `count` requests: as close to the shares as possible, in an order by the seed."""
     edges = [round(count * share) for share in itertools.accumulate(mix.values())]
     counts = [end - begin for begin, end in itertools.pairwise([0, *edges[:-1], count])]
     rates = [rate for rate, times in zip(mix, counts, strict=True) for _ in range(times)]
@@ -137,12 +137,12 @@ def arrival_times(rate: float, count: int, seed: int) -> list[float]:
 
 
 def random_prompt(num_words: int, rng: random.Random) -> str:
-    """Text of exactly `num_words` random common words: no prefix cache helps with the next one."""
+    """Text of exactly `num_words` random common words, so that a prefix cache has no effect."""
     return " ".join(rng.choices(WORDS, k=num_words))
 
 
 def read_prompts(path: Path, count: int, seed: int) -> list[PromptRow]:
-    """`count` rows drawn from a JSON-lines file with a "prompt" field, each row once before any row twice.
+    """`count` rows drawn from a JSON-lines file with a "prompt" field; no row repeats before all were drawn.
 
     Raises TfserveError naming the line that is not such a row.
     """
@@ -187,14 +187,14 @@ def _row(line: bytes, where: str) -> PromptRow:
 
 
 class PromptSize(msgspec.Struct, frozen=True):
-    """How the server counts prompts of random words: `fixed` tokens of template and `per_word` for each word."""
+    """The server's tokens for a prompt of random words: `fixed` for the template and `per_word` for each word."""
 
     fixed: float
     per_word: float
 
     @classmethod
     def from_two(cls, small: tuple[int, int], large: tuple[int, int]) -> PromptSize:
-        """From two measured (words, prompt tokens). Raises TfserveError if more words did not make more tokens."""
+        """From two measured (words, prompt tokens). Raises TfserveError if more words do not give more tokens."""
         per_word = (large[1] - small[1]) / (large[0] - small[0])
         if per_word <= 0:
             raise TfserveError(
@@ -204,7 +204,7 @@ class PromptSize(msgspec.Struct, frozen=True):
         return cls(fixed=small[1] - per_word * small[0], per_word=per_word)
 
     def words_for(self, num_tokens: int) -> int:
-        """Words whose prompt has about `num_tokens` tokens. Raises TfserveError if the template alone has more."""
+        """Number of words for a prompt of about `num_tokens` tokens. Raises TfserveError if the template has more."""
         words = round((num_tokens - self.fixed) / self.per_word)
         if words < 1:
             raise TfserveError(

@@ -1,1 +1,1 @@
-"""Checkpoints in, tokens out: the decoder, its sampler, its tokenizer and the runner that drives them."""
+"""The model: loading, decoder, attention, sampler, tokenizer, grammars, and the runner that executes steps."""

@@ -1,4 +1,4 @@
-"""Tokens that a checkpoint names beside its tokenizer.json. Torch-free."""
+"""Added tokens that a checkpoint defines outside its tokenizer.json. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tfserve.model.fields import Fields, is_text, read_fields, shown
 
 
 def add_missing_tokens(backend: Backend, model_dir: Path, config: Fields, special: Collection[str]) -> None:
-    """Give `backend` the tokens that only `config` (tokenizer_config.json) or added_tokens.json names, as one each.
+    """Add to `backend` the tokens that are only in `config` (tokenizer_config.json) or in added_tokens.json.
 
-    `special` are texts of special tokens. Raises ModelError for a token whose id there is not the one that it gets: the
-    model has learnt it under that id. Source: PreTrainedTokenizerBase._from_pretrained of transformers.
+    `special` are texts of special tokens. Raises ModelError if a token would get another id than its file says: the
+    model is trained with that id. Source: PreTrainedTokenizerBase._from_pretrained of transformers.
     """
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     special = {*special, *_extra_special_tokens(config)}
-    missing: dict[str, tuple[int, AddedToken, str]] = {}  # by text: id, token, where it is named
+    missing: dict[str, tuple[int, AddedToken, str]] = {}  # by text: id, token, file
     for token_id, token, origin in (*_decoder_tokens(config), *_file_tokens(model_dir, special)):
         if token.content not in known:
             missing.setdefault(token.content, (token_id, token, origin))
@@ -37,9 +37,9 @@ def add_missing_tokens(backend: Backend, model_dir: Path, config: Fields, specia
 
 
 def with_shown(backend: Backend, texts: Collection[str]) -> Backend:
-    """A tokenizer in which tokens of these texts are not special, so that decoding never skips them.
+    """A tokenizer in which the tokens with these texts are not special, so that decoding never skips them.
 
-    `backend` itself if none of them is special; the library cannot change that of a token it has.
+    `backend` itself if none of them is special. Otherwise a copy: the library cannot change an existing token.
     """
     added = backend.get_added_tokens_decoder().values()
     if not any(token.special and token.content in texts for token in added):
@@ -80,7 +80,7 @@ def _file_tokens(model_dir: Path, special: Collection[str]) -> Iterator[tuple[in
 
 
 def _extra_special_tokens(config: Fields) -> Iterator[str]:
-    """Texts of the special tokens that have no name of their own."""
+    """Texts of the additional special tokens, which have no name such as `eos_token`."""
     for key in ("additional_special_tokens", "extra_special_tokens"):
         stored = config.value(key)
         entries = stored if isinstance(stored, list) else stored.values() if isinstance(stored, dict) else ()

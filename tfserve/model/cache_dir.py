@@ -1,4 +1,4 @@
-"""Where tfserve keeps what it can make again. Torch-free."""
+"""The cache directory of tfserve. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tfserve.errors import ModelError
 def cache_dir() -> Path:
     """`$TFSERVE_CACHE`, or `tfserve` in the user's cache directory (`$XDG_CACHE_HOME`, `~/.cache`).
 
-    Raises ModelError for a user without a home directory, as containers have, where no variable names one.
+    Raises ModelError if the user has no home directory, as in some containers, and no variable names a directory.
     """
     try:
         if chosen := os.environ.get("TFSERVE_CACHE"):

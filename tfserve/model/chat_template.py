@@ -24,17 +24,17 @@ from tfserve.model.fields import Fields, is_absent, read_text
 from tfserve.model.template_limits import LimitedEnvironment
 
 TOOL_CALL_TAGS = ("<tool_call>", "</tool_call>")
-"""Around each call in the Hermes format."""
+"""Tags around each tool call in the Hermes format."""
 
 MISTRAL_TAGS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
-"""Before the calls in Mistral's formats, before the id of a call, and before its arguments."""
+"""Markers in Mistral's formats: before the tool calls, before the id of a call, before its arguments."""
 
 THOUGHT_TAGS = ("<think>", "</think>")
-"""Around what a model writes before its answer (Qwen3, DeepSeek-R1)."""
+"""Tags around the reasoning before the answer (Qwen3, DeepSeek-R1)."""
 
 
 class ToolFormat(enum.Enum):
-    """How a model writes calls: in <tool_call> tags (Hermes, Qwen), as bare JSON (Llama 3), or behind [TOOL_CALLS]."""
+    """Format of tool calls: <tool_call> tags (Hermes, Qwen), bare JSON (Llama 3), or after [TOOL_CALLS] (Mistral)."""
 
     HERMES = "hermes"
     LLAMA3 = "llama3"
@@ -45,8 +45,8 @@ class ChatTemplate:
     """One compiled template, with the model's special tokens (`bos_token`, ...) in its scope.
 
     `source` is its text. `tool_format` is how the template tells the model to call tools; None if it shows no tools.
-    `thinks`: it parts thoughts from answers. `variables` are the names that it reads. Raises ModelError if `source` is
-    no template, or takes long to compile.
+    `thinks`: it separates reasoning from answers. `variables` are the names that it reads. Raises ModelError if
+    `source` is not a valid template, or takes too long to compile.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
@@ -56,7 +56,7 @@ class ChatTemplate:
             self.variables = frozenset(find_undeclared_variables(self._environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"chat template, line {error.lineno}: {error.message}; correct it or remove it") from None
-        except failures() as error:  # jinja2 makes Python of a template, and Python has limits of its own
+        except failures() as error:  # jinja2 compiles a template to Python, which has its own limits
             raise ModelError(f"chat template: cannot be compiled ({error}); correct it or remove it") from None
         self.source = source
         self._special_tokens = dict(special_tokens)
@@ -65,7 +65,7 @@ class ChatTemplate:
 
     @property
     def answer_tags(self) -> frozenset[str]:
-        """Tags that the model's answers are parted by: text, whatever its tokenizer calls them."""
+        """Tags that separate parts of answers. They count as text, even if the tokenizer calls them special."""
         of_calls = {ToolFormat.HERMES: TOOL_CALL_TAGS, ToolFormat.MISTRAL: MISTRAL_TAGS}
         calls: tuple[str, ...] = () if self.tool_format is None else of_calls.get(self.tool_format, ())
         return frozenset(calls + (THOUGHT_TAGS if self.thinks else ()))
@@ -73,23 +73,23 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any) -> str:
         """The prompt text. Content given as text parts is joined by newlines.
 
-        Raises RequestError for other content parts, for conversations that the template rejects, and for those that
-        take it beyond the limits of template_limits.py.
+        Raises RequestError for other content parts, and for conversations that the template rejects or that exceed the
+        limits of template_limits.py.
         """
         scope = {"tools": None, "documents": None, **self._special_tokens, **kwargs}
         chat = [_flatten(message, index) for index, message in enumerate(messages)]
         try:
             self._environment.restart()
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **scope)
-        except failures() as error:  # a template is a program: a conversation it was not written for may raise anything
+        except failures() as error:  # a template is a program and may raise anything
             raise RequestError("messages", f"the model's chat template rejected the messages: {error}") from None
 
 
 def read_chat_template(model_dir: Path, config: Fields) -> tuple[str, str] | None:
-    """A checkpoint's template and where it is from: chat_template.jinja, else `chat_template` of `config`, else None.
+    """A checkpoint's template and its file: chat_template.jinja, else `chat_template` of `config`, else None.
 
-    `config` is its tokenizer_config.json; of a list of templates there the one named "default" is meant. Raises
-    ModelError for anything but text.
+    `config` is its tokenizer_config.json; of a list of templates the one named "default" is used. Raises ModelError if
+    the template is not text.
     """
     path = model_dir / "chat_template.jinja"
     if not is_absent(path):
@@ -107,7 +107,7 @@ def read_chat_template(model_dir: Path, config: Fields) -> tuple[str, str] | Non
 
 
 def _tool_format(source: str) -> ToolFormat | None:
-    """What the template's own instructions say."""
+    """The format that the template's own instructions name."""
     if "tools" not in source:
         return None
     if TOOL_CALL_TAGS[0] in source:
@@ -130,7 +130,7 @@ def _flatten(message: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 def _environment() -> LimitedEnvironment:
     environment = LimitedEnvironment([_GenerationTag, loopcontrols])
-    # JSON as models saw it in training; jinja2's own filter escapes HTML.
+    # JSON as in the models' training data; jinja2's own filter escapes HTML.
     environment.add_filter("tojson", strict_json.dumps)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = strftime_now
@@ -153,5 +153,5 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def strftime_now(layout: str) -> str:
-    """The time now, as Python's strftime writes it: templates put it into system messages."""
+    """The current time by strftime: templates put it into system messages."""
     return datetime.now().strftime(layout)

@@ -18,21 +18,21 @@ from tfserve.model.models.base import ModelConfig, stored_tensors
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_MOST_HEADER_BYTES = 16 * 2**20
-"""Largest header of a file, which names its tensors; those of the largest models have some hundred thousand bytes."""
+_MAX_HEADER_BYTES = 16 * 2**20
+"""Largest header of a file (the list of its tensors); the largest models need some hundred thousand bytes."""
 
 _FLOAT_DTYPES = {"F64", "F32", "BF16", "F16"}
-_INV_FREQ = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old transformers saved; computed here
+_INV_FREQ = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old releases of transformers saved; computed here
 _QUANTISED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|SCB|weight_(packed|scale|scale_inv|zero_point)|weight\.(absmax|quant_map|quant_state.*))"
 )
-"""What GPTQ, AWQ, bitsandbytes and compressed-tensors store beside or in place of weights."""
+"""Names of tensors that GPTQ, AWQ, bitsandbytes and compressed-tensors store with or instead of weights."""
 
 
 class Checkpoint:
-    """Named tensors of one file or of the shards that an index names; a context manager, as the files stay open.
+    """The tensors of one file or of all shards of an index, by name; a context manager, as the files stay open.
 
-    Opening raises ModelError for files that are missing, truncated or not safetensors.
+    The constructor raises ModelError for files that are missing, truncated or not safetensors.
     """
 
     def __init__(self, model_dir: Path) -> None:
@@ -81,7 +81,7 @@ class Checkpoint:
                 )
 
     def get(self, name: str) -> Tensor:
-        """The tensor `name` on the CPU in the file's dtype; it may share memory with the file: copy what is kept."""
+        """The tensor `name` on the CPU in the file's dtype. It may share memory with the file: copy it to keep it."""
         tensor: Tensor = self._file_of[name].get_tensor(name)
         return tensor
 
@@ -89,8 +89,8 @@ class Checkpoint:
         try:
             with path.open("rb") as raw:
                 header_bytes = int.from_bytes(raw.read(8), "little")
-            if header_bytes > _MOST_HEADER_BYTES:
-                raise ValueError(f"its header has {header_bytes} bytes, and may have {_MOST_HEADER_BYTES}")
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {header_bytes} bytes, and may have {_MAX_HEADER_BYTES}")
             return self._open_files.enter_context(safe_open(path, framework="pt", device="cpu"))
         except failures() as error:
             size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""What a checkpoint's `config.json` says about the model, in one spelling. Torch-free."""
+"""Reads a checkpoint's `config.json` into a ModelConfig. Torch-free."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tfserve.errors import ModelError
 from tfserve.model.fields import Fields, is_absent, one_line, read_fields, shown
 from tfserve.model.models.base import FAMILIES, DTypeName, Llama3RopeScaling, ModelConfig
 
-__all__ = ["MOST", "Llama3RopeScaling", "ModelConfig", "load_model_config", "read_model_config"]
+__all__ = ["MAX_SIZES", "Llama3RopeScaling", "ModelConfig", "load_model_config", "read_model_config"]
 
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
 
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""What GPTQ, AWQ and ModelOpt tools write beside weights of theirs; not all of them write it into config.json too."""
+"""Files that GPTQ, AWQ and ModelOpt tools write beside their weights; not all of them also write to config.json."""
 
-MOST = {
+MAX_SIZES = {
     "vocab_size": 2**22,
     "hidden_size": 2**18,
     "intermediate_size": 2**20,
@@ -27,14 +27,13 @@ MOST = {
     "head_dim": 8192,
     "max_position_embeddings": 2**30,
 }
-"""Largest sizes of a model: some ten times those of the largest there are, so that none costs memory before the weights
-have been held against it."""
+"""Largest sizes of a model, about ten times those of known ones: bounds the memory before the weights are checked."""
 
 
 def load_model_config(model_dir: Path) -> ModelConfig:
     """Read `config.json` (and `generation_config.json`, where there is one) of a Hugging Face checkpoint directory.
 
-    Raises ModelError for a missing or broken file, and for a model this server would compute wrongly.
+    Raises ModelError for a missing or broken file, and for a model that the decoder does not support.
     """
     path = model_dir / "config.json"
     if not path.is_file():
@@ -50,7 +49,7 @@ def load_model_config(model_dir: Path) -> ModelConfig:
 
 
 def read_model_config(fields: Fields, generation: Fields) -> ModelConfig:
-    """What the contents of `config.json` and `generation_config.json` say. Raises ModelError by key."""
+    """The ModelConfig from the contents of `config.json` and `generation_config.json`. Raises ModelError by key."""
     architecture = _architecture(fields)
     traits = FAMILIES[architecture].traits(fields)
     vocab_size = _size(fields, "vocab_size")
@@ -90,7 +89,7 @@ def read_model_config(fields: Fields, generation: Fields) -> ModelConfig:
 
 
 def _size(fields: Fields, key: str, default: int | None = None) -> int:
-    return fields.integer(key, default, most=MOST[key])
+    return fields.integer(key, default, most=MAX_SIZES[key])
 
 
 def _architecture(fields: Fields) -> str:
@@ -103,7 +102,7 @@ def _architecture(fields: Fields) -> str:
 
 
 def _reject_unsupported(fields: Fields) -> None:
-    """Settings that change what the model computes and that the decoder does not know."""
+    """Raise ModelError for settings that change the computation and that the decoder does not support."""
     if fields.flag("use_sliding_window"):
         raise fields.error("use_sliding_window is true; only full attention is supported")
     if other := set(fields.texts("layer_types", [])) - {"full_attention"}:
@@ -114,7 +113,7 @@ def _reject_unsupported(fields: Fields) -> None:
 
 
 def _reject_quantised(fields: Fields, model_dir: Path) -> None:
-    """Weights that are not floats, by what the export says about itself; the rest is `Checkpoint.verify`'s."""
+    """Raise ModelError for quantised weights, by the files of the export; `Checkpoint.verify` finds the others."""
     give = "give the unquantised checkpoint (int8 is made at load)"
     for key in ("quantization_config", "compression_config"):
         if said := fields.value(key):
@@ -128,10 +127,9 @@ def _reject_quantised(fields: Fields, model_dir: Path) -> None:
 
 
 def _rope(fields: Fields) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling: `rope_scaling`, or else `rope_parameters`, as transformers 5 reads them.
+    """RoPE base and scaling: `rope_scaling`, or else `rope_parameters`, as transformers 5 reads them.
 
-    An object that is given as `rope_scaling` replaces `rope_parameters`; each may hold `rope_theta`, and one beside
-    them is used where neither does.
+    `rope_scaling` replaces `rope_parameters`. Either may contain `rope_theta`; otherwise the top-level one is used.
     """
     given, added = fields.section("rope_parameters"), fields.section("rope_scaling")
     rope = added if fields.value("rope_scaling") else given

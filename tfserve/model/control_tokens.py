@@ -1,8 +1,8 @@
-"""Control tokens that a message spells out stay text, so that no message can end itself and begin another one.
+"""Keeps control tokens in a message's text as plain text: a message cannot end itself and start another one.
 
-A chat template makes one text of all messages, in which a special token of the template's own looks like one that a
-user typed. So the messages go through the template with a mark in every place where such a token could be cut, and the
-text of the prompt is cut there before it is tokenised. Torch-free.
+A chat template joins all messages into one text. In it a control token of the template looks like one that a user
+typed. So the template renders the messages with a mark inside every possible control token, and the prompt's text is
+cut at the marks before it is tokenised. Torch-free.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from tfserve.model.chat_template import MISTRAL_TAGS
 _ANSWER_TAGS = frozenset(
     f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think", "thinking") for slash in ("", "/")
 )
-"""What answers say, and templates look for in messages; some checkpoints call them special."""
+"""Tags that answers contain and that templates search for in messages; some checkpoints call them special."""
 
 _PIPED = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
-"""How models write control tokens. Not all of them are called special: DeepSeek's <\uff5cUser\uff5c> is not."""
+"""Spelling of control tokens. Not all of them are special in the tokenizer: DeepSeek's <\uff5cUser\uff5c> is not."""
 
 _WINDOW = 65_536
-"""Characters that are searched at once: a search holds the interpreter lock, and others' streams, until it ends."""
+"""Characters searched in one call: a search holds the interpreter lock, so a long one would block other streams."""
 
 _MARKS = range(0xF8FF, 0xDFFF, -1)
-"""Private characters, one of which no request and no template holds."""
+"""Private-use characters; the mark is one that neither the request nor the template contains."""
 
 Render = Callable[[Any], str]
 
 
 class PromptText(str):
-    """The text of a prompt. `cuts` are places within it, ascending, over which no token may reach.
+    """The text of a prompt. `cuts` are positions in it, ascending; no token may span a cut.
 
-    A slice keeps those within it; any other text made of it is a plain one.
+    A slice keeps its cuts; any other operation gives a plain str.
     """
 
     cuts: tuple[int, ...]
 
     def __new__(cls, text: str, cuts: Collection[int] = ()) -> PromptText:
-        """A prompt's text with its cuts."""
+        """Make a prompt's text with cuts."""
         prompt = super().__new__(cls, text)
         prompt.cuts = tuple(cuts)
         return prompt
@@ -66,38 +66,38 @@ class PromptText(str):
 
 
 def _is_written_so(text: str) -> bool:
-    """True for a token that is a control token whatever the tokenizer calls it."""
+    """True for a token that is a control token by its spelling."""
     return text in MISTRAL_TAGS or _PIPED.fullmatch(text) is not None
 
 
 class ControlTokens:
-    """The control tokens among a tokenizer's added ones: special tokens, and what is written <|...|> or [TOOL_CALLS].
+    """The control tokens among a tokenizer's added ones: special tokens, and those spelt <|...|> or [TOOL_CALLS].
 
-    Tags that answers contain (<tool_call>, <think>) are none of them, nor are other added tokens: users write them as a
-    template does, and a template may look for them in a message.
+    Tags that answers contain (<tool_call>, <think>) and other added tokens are not included: users may write them, and
+    a template may search for them in a message.
     """
 
     def __init__(self, added: Collection[AddedToken], normalize: Callable[[str], str] | None = None) -> None:
-        """`normalize` is what the tokenizer does to a text before it looks for tokens that are `normalized`."""
+        """`normalize` is the tokenizer's normalisation, applied before it searches for tokens with `normalized` set."""
         tokens = [token for token in added if token.special or _is_written_so(token.content)]
         texts = {token.content for token in tokens} - _ANSWER_TAGS
         self._normalize = normalize if any(token.normalized for token in tokens) else None
         if self._normalize is not None:
             texts |= set(map(self._normalize, texts))
-        self._texts = sorted(text for text in texts if len(text) > 1)  # one character cannot be cut
+        self._texts = sorted(text for text in texts if len(text) > 1)  # a token of one character cannot be cut
         self._pattern = _any_of(self._texts)
         self._each = re.compile(f"(?=({self._pattern.pattern}))")
         self._firsts = _one_of("".join(text[0] for text in self._texts))
         inside, last = "".join(text[1:-1] for text in self._texts), "".join(text[-1] for text in self._texts)
         longest = max(map(len, self._texts), default=2)
         self._longest = longest
-        # Any text that could be the rest of a control token, and some that cannot.
+        # Matches every text that could be the rest of a control token, and some others.
         self._rest = re.compile(f"(?:{_one_of(inside).pattern}){{0,{longest - 2}}}{_one_of(last).pattern}")
 
     def keep_text(self, render: Render, request: Any, template: str) -> PromptText:
-        """What `render` makes of `request` (its messages and variables), with the cuts that keep its texts text.
+        """The prompt that `render` makes of `request` (messages and variables), with cuts in its control tokens.
 
-        `template` is the source of the template. Raises RequestError where there is no character to mark places with.
+        `template` is the source of the template. Raises RequestError if there is no unused character for the mark.
         """
         if self._normalize is not None:
             request = _mapped(request, functools.partial(self._normalized, self._normalize))
@@ -108,27 +108,28 @@ class ControlTokens:
         everywhere = render(_mapped(request, lambda text: self._marked(text, mark)))
         if everywhere.replace(mark, "") == plain:
             return self._cut(everywhere, mark)
-        # The template looks for something in the messages that is marked now: mark no more than whole tokens.
+        # The template searches the messages for a text that the marks have changed: mark only whole tokens.
         sparsely = render(_mapped(request, lambda text: self._marked_within(text, mark)))
-        # With other control tokens in it than the fully marked one has, a text was put together of what messages hold.
+        # If the control tokens differ from those of the fully marked text, the template joined parts of messages into
+        # one.
         written = ([found[0] for found in self._search(self._pattern, text)] for text in (sparsely, everywhere))
         return self._cut(sparsely if next(written) == next(written) else everywhere, mark)
 
     def _normalized(self, normalize: Callable[[str], str], text: str) -> str:
-        """`text`, or what it is to the tokenizer, if only that may spell control tokens."""
+        """`text`, or its normalised form if only that may contain control tokens."""
         found = normalize(text)
         if found == text or not self._is_suspect(found):
             return text
-        # To normalise it once more changes some texts, as by another space before them.
+        # Normalising twice changes some texts, for example by another leading space.
         return found if normalize(found) == found or self._pattern.search(found) else text
 
     def _is_suspect(self, text: str) -> bool:
         return self._firsts.search(text) is not None or self._rest.match(text.lstrip()) is not None
 
     def _marked(self, text: str, mark: str) -> str:
-        """`text` with a mark wherever a control token could begin, and where the rest of one stands at its beginning.
+        """`text` with a mark in each possible start of a control token, and where it begins with a possible rest.
 
-        A name, such as a role or a key, is left alone.
+        A name, such as a role or a key, is not changed.
         """
         if text.isidentifier() and not self._pattern.search(text):
             return text
@@ -138,7 +139,7 @@ class ControlTokens:
         return marked[:place] + mark + marked[place:] if self._rest.match(text, place) else marked
 
     def _marked_within(self, text: str, mark: str) -> str:
-        """`text` with a mark in each whole control token."""
+        """`text` with a mark inside each whole control token."""
         pieces, start = [], 0
         for found in self._search(self._pattern, text):
             pieces += [text[start : found.start() + 1], mark]
@@ -146,7 +147,7 @@ class ControlTokens:
         return "".join([*pieces, text[start:]])
 
     def _search(self, pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
-        """As `pattern.finditer(text)`, a window at a time."""
+        """As `pattern.finditer(text)`, one window of the text at a time."""
         end = 0
         for start in range(0, len(text), _WINDOW):
             stop = start + _WINDOW
@@ -157,7 +158,7 @@ class ControlTokens:
                 yield found
 
     def _cut(self, marked: str, mark: str) -> PromptText:
-        """The text without its marks, cut where one stood within a control token."""
+        """The text without marks, with a cut at each mark that was inside a control token."""
         text = marked.replace(mark, "")
         spans = ((found.start(1), found.end(1)) for found in self._search(self._each, text))
         places = (found.start() - number for number, found in enumerate(re.finditer(mark, marked)))
@@ -214,7 +215,7 @@ def _one_of(chars: str) -> re.Pattern[str]:
 
 
 def _any_of(texts: Collection[str]) -> re.Pattern[str]:
-    """Matches the longest of `texts` that begins at a place; their beginnings are shared, so that it fails quickly."""
+    """A pattern that matches the longest of `texts`; common prefixes are shared, so that it fails fast."""
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree

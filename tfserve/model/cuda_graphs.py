@@ -1,4 +1,4 @@
-"""DecodeGraphs: decode steps captured once and replayed, so that a step costs one launch, not a thousand."""
+"""DecodeGraphs: decode steps captured as CUDA graphs, so that a step is one launch instead of a thousand."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from tfserve.model.staging import upload
 _SMALL = (1, 2, 4, 8, 16)
 _STEP, _LARGE_STEP, _LARGE = 16, 32, 128
 _FILLS_CHIP = 0.8
-"""flash-attn splits a context over the chip only while tiles would fill less than this share of two per processor."""
+"""flash-attn splits a context over the chip only while the tiles fill less than this share of two per processor."""
 
 
 def ladder(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture, ascending: what lies between is padded, by a third at most beyond 16."""
+    """Batch sizes to capture, ascending. Other sizes are padded, by at most a third beyond 16."""
     sizes = chain(_SMALL, range(32, _LARGE, _STEP), range(_LARGE, max_num_seqs, _LARGE_STEP))
     return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
 def widths(batch: int, num_kv_heads: int, num_processors: int, max_blocks: int) -> list[int]:
-    """Widths of the block table to capture a batch size with, ascending, the last one `max_blocks`.
+    """Widths of the block table to capture for a batch size, ascending; the last one is `max_blocks`.
 
-    The kernel chooses its splits by the width, not by the lengths: a batch too small to fill the chip needs a graph
-    for every power of two, or short contexts would be split as long ones are. Larger batches are not split at all.
+    The kernel chooses its splits by the width, not by the lengths. A batch too small to fill the chip needs a graph for
+    every power of two; otherwise short contexts would be split like long ones. Larger batches are never split.
     """
     if batch * num_kv_heads >= _FILLS_CHIP * 2 * num_processors:
         return [max_blocks]
@@ -45,7 +45,7 @@ def widths(batch: int, num_kv_heads: int, num_processors: int, max_blocks: int) 
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """Where a captured step reads its inputs; padding rows have context 0 and write to the null block."""
+    """The inputs of a captured step; padding rows have context 0 and write to the null block."""
 
     tokens: Tensor  # int64 [3, B]: input ids, positions, slots
     lens_and_tables: Tensor  # int32 [B + B * W]
@@ -59,12 +59,12 @@ class DecodeInputs:
         )
 
     def work(self) -> DecodeWork:
-        """The attention's share, as views."""
+        """The attention's inputs, as views."""
         batch = self.tokens.shape[1]
         return DecodeWork(self.lens_and_tables[:batch], self.lens_and_tables[batch:].view(batch, -1))
 
     def fill(self, batch: ForwardBatch) -> None:
-        """Take over a batch of decodes no larger than this; what is left over becomes padding."""
+        """Copy a batch of decodes that is not larger than this one; the remaining rows become padding."""
         n, size = len(batch.query_lens), self.tokens.shape[1]
         used = batch.block_tables.shape[1]
         packed = np.zeros(self.lens_and_tables.shape, np.int32)
@@ -78,15 +78,15 @@ class DecodeInputs:
 
 
 class Recorder(Protocol):
-    """Keeps GPU work for later."""
+    """Records GPU work to repeat it later."""
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What repeats `work`, and the tensor in which each repetition leaves its result."""
+        """A function that repeats `work`, and the tensor that each repetition writes its result to."""
         ...
 
 
 class CudaRecorder:
-    """Captures CUDA graphs on `stream`, where they are to be replayed, all of them in one memory pool."""
+    """Captures CUDA graphs, all in one memory pool, on `stream`, where they are also replayed."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self._stream = stream
@@ -94,22 +94,22 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """See Recorder; runs `work` twice."""
-        self._stream.wait_stream(torch.cuda.current_stream())  # where the inputs were made
+        self._stream.wait_stream(torch.cuda.current_stream())  # the inputs were made on the default stream
         with torch.cuda.stream(self._stream):
             work()  # libraries allocate their workspaces in the first call
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (those that wait for copies, say) may call CUDA meanwhile; only this one must not misbehave.
+        # Other threads, for example the ones that wait for copies, may call CUDA during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result
 
 
 class DecodeGraphs:
-    """One recorded step per rung of the ladder and width, for steps that are all decodes.
+    """One recorded step per batch size and width, for steps of decodes only.
 
-    They are recorded largest first, so that the smaller ones fit into the memory that the first took. A result is valid
-    until the next `replay`.
+    They are recorded largest first, so that the smaller ones reuse the memory of the first. A result is valid until the
+    next `replay`.
     """
 
     @torch.inference_mode()
@@ -144,7 +144,7 @@ class DecodeGraphs:
         return len(self._graphs)
 
     def replay(self, batch: ForwardBatch) -> Tensor | None:
-        """Hidden states `[T, H]` of a step that is all decodes, before the final norm; None if no graph fits it."""
+        """Hidden states `[T, H]` of a step of decodes only, before the final norm; None if no graph fits."""
         n = batch.num_decodes
         if n != len(batch.query_lens) or n > self._sizes[-1]:
             return None

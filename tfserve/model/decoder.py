@@ -1,7 +1,7 @@
 """The decoder of all families: token ids and positions in, hidden states and logits out.
 
-Source: LlamaForCausalLM of transformers. The families (`models/`) differ in biases, norms of q and k, rope scaling and
-tied embeddings.
+Source: LlamaForCausalLM of transformers. Families (`models/`) differ in biases, norms of q and k, RoPE scaling and tied
+embeddings.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tfserve.model.rope import Rotary, rotate
 
 
 class LayerAttention(Protocol):
-    """One step's attention: keeps this step's keys and values, and attends to all of each sequence's so far."""
+    """One step's attention: stores the step's keys and values, and attends to all of each sequence so far."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """From `q [T, heads, D]`, `k` and `v [T, kv_heads, D]` (views, dense in D) to `[T, heads * D]`."""
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.q_size, config.hidden_size, config.o_bias, fmt)
 
     def forward(self, x: Tensor, rotations: Tensor, attention: LayerAttention) -> Tensor:
-        """From normalised hidden states `[T, H]` to what is added to the residual, `[T, H]`."""
+        """From normalised hidden states `[T, H]` to the addend of the residual, `[T, H]`."""
         qkv = self.qkv_proj(x).view(len(x), -1, self.head_dim)  # [T, heads + 2 * kv_heads, D]
         qk, v = qkv.tensor_split((self.num_q + self.num_kv,), dim=1)
         if self.qk_norm is not None:
@@ -81,8 +81,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attention: LayerAttention) -> Tensor:
         """Hidden states `[T, H]` in the model's dtype of tokens `input_ids [T]` at `positions [T]` (both int64).
 
-        The tokens may belong to any number of sequences: only `attention` knows which. The final norm is left to
-        `logits`, because few of the rows need it.
+        The tokens may belong to any number of sequences, which only `attention` distinguishes. `logits` applies the
+        final norm, because few of the rows need it.
         """
         rotations = self.rotary.at(positions)
         residual = nn.functional.embedding(input_ids, self.embed_tokens)
@@ -92,6 +92,6 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits `[N, vocab]` of the chosen rows `hidden [N, H]` of what `forward` returned."""
+        """Float32 logits `[N, vocab]` of `hidden [N, H]`, chosen rows of the result of `forward`."""
         logits: Tensor = self.lm_head(self.norm(hidden))
         return logits.float()

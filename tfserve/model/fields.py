@@ -1,4 +1,4 @@
-"""Checked access to the files of a checkpoint: whatever they hold, a complaint names file and key. Torch-free."""
+"""Checked access to the files of a checkpoint: every error names file and key. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tfserve.errors import ModelError, TfserveError, failures
 
 logger = logging.getLogger(__name__)
 
-_MOST_BYTES = 8 * 2**20
-"""Largest JSON file or chat template that is read. As Python objects it may take fifty times as much."""
+_MAX_BYTES = 8 * 2**20
+"""Largest JSON file or chat template that is read. Python objects may take fifty times as much memory."""
 
-_MOST = 2**31 - 1
+_MAX = 2**31 - 1
 """Largest size that a checkpoint may name."""
 
 _FINITE = 3e38
@@ -26,10 +26,10 @@ _FINITE = 3e38
 
 
 class Fields:
-    """An object in a checkpoint's file; each value is checked to be of the type that is asked for.
+    """An object in a checkpoint's file; each getter checks the type of its value.
 
-    null counts as absent. Every getter raises ModelError, one line with file and key, for a value of another type, and
-    for an absent one where no default is given.
+    null counts as absent. Getters raise ModelError, one line with file and key, for a value of another type, and for an
+    absent value without a default.
     """
 
     def __init__(self, values: Mapping[str, Any], source: Path, parent: str = "") -> None:
@@ -43,22 +43,22 @@ class Fields:
         return iter(self._values)
 
     def error(self, message: str) -> ModelError:
-        """A complaint about this object; `message` begins with the key, which may be any text too."""
+        """The error about this object; `message` begins with the key."""
         return ModelError(f"{self.source}: {one_line(self._parent + message)}")
 
     def wrong(self, key: str, meaning: str) -> ModelError:
-        """The complaint about a value that is not what it must be."""
+        """The error about a value of the wrong type or out of bounds."""
         return self.error(f"{key} must be {meaning}, got {shown(self.value(key))}")
 
     def value(self, key: str) -> Any:
-        """Whatever the file holds, None if absent."""
+        """The value of any type; None if absent."""
         return self._values.get(key)
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
-        """An integer in [least, most]; 2.0 and true are none. The default is checked too."""
+    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = _MAX) -> int:
+        """An integer in [least, most]; 2.0 and true are not integers. The default is checked too."""
         value = self._required(key, default)
         if not is_integer(value, least, most):
-            if least == 1 and not is_integer(value, 1, _MOST):
+            if least == 1 and not is_integer(value, 1, _MAX):
                 raise self.error(f"{key} must be a positive integer, got {shown(value)}")
             raise self.error(f"{key} must be an integer in [{least}, {most}], got {shown(value)}")
         return int(value)
@@ -66,7 +66,7 @@ class Fields:
     def integers(self, key: str) -> list[int]:
         """A list of integers."""
         value = self._required(key, None)
-        if not isinstance(value, list) or not all(is_integer(item, -_MOST, _MOST) for item in value):
+        if not isinstance(value, list) or not all(is_integer(item, -_MAX, _MAX) for item in value):
             raise self.wrong(key, "a list of integers")
         return value
 
@@ -125,9 +125,9 @@ class Fields:
 
 
 def read_fields(path: Path, *, optional: bool = False) -> Fields:
-    """The JSON object in the file `path`; with `optional`, an empty one where there is no such file.
+    """The JSON object in the file `path`; with `optional`, an empty one if there is no such file.
 
-    Raises ModelError for a file that cannot be read or holds no JSON object.
+    Raises ModelError for a file that cannot be read or is not a JSON object.
     """
     if optional and is_absent(path):
         return Fields({}, path)
@@ -144,7 +144,7 @@ def read_fields(path: Path, *, optional: bool = False) -> Fields:
 
 def read_text(path: Path) -> str:
     """The text in the file `path`. Raises ModelError if it cannot be read, is too large or is not UTF-8."""
-    require_file(path, _MOST_BYTES)
+    require_file(path, _MAX_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -156,7 +156,7 @@ def read_text(path: Path) -> str:
 def require_file(path: Path, most_bytes: int) -> None:
     """Raise ModelError unless `path` is a file, or a link to one, of at most `most_bytes`.
 
-    A pipe, a socket or a device would be waited for, or read without an end.
+    Reading a pipe, a socket or a device could block or never end.
     """
     try:
         found = path.stat()
@@ -172,7 +172,7 @@ def require_file(path: Path, most_bytes: int) -> None:
 
 @contextmanager
 def loading(path: Path) -> Iterator[None]:
-    """The edge of everything that reads a model in `path`: whatever else fails there becomes a ModelError too."""
+    """Wraps everything that reads a model in `path`: any other exception becomes a ModelError."""
     try:
         yield
     except TfserveError:
@@ -186,17 +186,17 @@ def loading(path: Path) -> Iterator[None]:
 
 
 def is_absent(path: Path) -> bool:
-    """True if there is nothing of that name. A link whose target is gone is not absent: half a download has such."""
+    """True if there is nothing of that name. A broken link is not absent: an incomplete download has such links."""
     return not path.exists() and not path.is_symlink()
 
 
 def is_integer(value: object, least: int, most: int) -> bool:
-    """True for an integer in [least, most]; JSON's true and 2.0 are none."""
+    """True for an integer in [least, most]; JSON's true and 2.0 are not integers."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def is_text(value: object) -> bool:
-    """True for a string without half a surrogate pair: no tokenizer takes one."""
+    """True for a string without half a surrogate pair, which no tokenizer accepts."""
     if not isinstance(value, str):
         return False
     try:
@@ -212,6 +212,6 @@ def shown(value: object) -> str:
 
 
 def one_line(said: BaseException | str) -> str:
-    """Text from elsewhere, such as what another library's exception says: one line that can be written, cut short."""
+    """Text from outside, such as another library's exception: one printable line, cut short."""
     text = " ".join(str(said).encode(errors="backslashreplace").decode().split()) or type(said).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."

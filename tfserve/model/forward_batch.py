@@ -1,4 +1,4 @@
-"""ForwardBatch: one step's tokens as arrays, and the block tables that say where each request's KV lives."""
+"""ForwardBatch: one step's tokens as arrays, and the block tables of the rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class BlockTables:
         self._lengths = [0] * num_rows
 
     def clear(self, row: Row) -> None:
-        """Forget a row's blocks."""
+        """Clear a row's block table."""
         self._lengths[row] = 0
 
     def extend(self, row: Row, blocks: Sequence[BlockId]) -> None:
-        """Append blocks to a row. Raises ValueError if they exceed the longest context the tables were made for."""
+        """Append blocks to a row. Raises ValueError beyond the longest context that the tables were made for."""
         end = self._lengths[row] + len(blocks)
         if end > self.ids.shape[1]:
             raise ValueError(f"row {row} would hold {end} blocks; max_model_len allows {self.ids.shape[1]}")
@@ -37,31 +37,31 @@ class BlockTables:
         return self.ids[row, : self._lengths[row]]
 
     def length(self, row: Row) -> int:
-        """How many blocks a row has."""
+        """Number of blocks of a row."""
         return self._lengths[row]
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """Everything the model and its attention need to know about a step. T tokens of S sequences, decodes first.
+    """The inputs of the model and its attention for a step. T tokens of S sequences, decodes first.
 
     Tensors are int64 on the model's device; arrays are int64 on the host, because they shape the work.
     """
 
     input_ids: Tensor  # [T]
     positions: Tensor  # [T]
-    slots: Tensor  # [T], block * block_size + offset: where each token's K and V go, in every layer
-    logits_indices: Tensor  # [N], the tokens whose logits are wanted
-    num_decodes: int  # the first so many sequences have one token each
+    slots: Tensor  # [T], block * block_size + offset: the slot of each token's K and V, in every layer
+    logits_indices: Tensor  # [N], indices of the tokens that need logits
+    num_decodes: int  # the first `num_decodes` sequences have one token each
     query_lens: NDArray[np.int64]  # [S], tokens of this step
-    context_lens: NDArray[np.int64]  # [S], tokens of the sequence once this step's are written
+    context_lens: NDArray[np.int64]  # [S], tokens of the sequence including this step's
     block_tables: NDArray[np.int32]  # [S, W]; entries past a sequence's last block are the null block
 
 
 def build_batch(plan: StepPlan, tables: BlockTables, last_tokens: Tensor, block_size: int) -> ForwardBatch:
-    """Lay out a plan that has sequences. `last_tokens [rows]` int64 holds the tokens that the host was not told of.
+    """Lay out a plan that has sequences. `last_tokens [rows]` int64 has the sampled tokens that only the device knows.
 
-    Raises ValueError for a sequence whose blocks cannot hold its tokens: writing there would corrupt another's KV.
+    Raises ValueError if a sequence has too few blocks for its tokens: writing would corrupt another request's KV.
     """
     seqs = plan.seqs
     rows = np.array([seq.row for seq in seqs])

@@ -34,7 +34,7 @@ class GgufFile:
             )
 
     def key(self, name: str) -> str:
-        """The key of metadata that is stored under the architecture's name, such as `block_count`."""
+        """The full key of architecture-specific metadata, such as `block_count`."""
         return f"{self.architecture}.{name}"
 
     @property
@@ -71,7 +71,7 @@ class GgufFile:
 
 
 class _Metadata(Mapping[str, Any]):
-    """Metadata by key: str, int, float, bool or a list of these, read from the file when it is asked for."""
+    """Metadata by key: str, int, float, bool or a list of these, read from the file on access."""
 
     def __init__(self, reader: Any, path: Path) -> None:
         self._reader, self._path = reader, path
@@ -80,7 +80,7 @@ class _Metadata(Mapping[str, Any]):
         field = self._reader.fields[key]
         try:
             return field.contents()
-        except (ValueError, IndexError) as error:  # text that is no UTF-8, an array without items
+        except (ValueError, IndexError) as error:  # invalid UTF-8, or an empty array
             raise ModelError(f"{self._path}: {key} cannot be read ({one_line(error)}); download it again") from None
 
     def __iter__(self) -> Iterator[str]:

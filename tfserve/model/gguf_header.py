@@ -1,7 +1,7 @@
-"""The header of a GGUF file, looked through before the `gguf` package makes objects of it.
+"""Checks the header of a GGUF file before the `gguf` package reads it.
 
-That package believes every count and length in the file. Here they are held against the file's size and against what a
-model can need. Torch-free. Source: docs/gguf.md of ggml.
+That package trusts every count and length in the file. Here they are checked against the file's size and against fixed
+limits. Torch-free. Source: docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: 
 
 _STRING, _ARRAY = 8, 9
 
-_MOST_ENTRIES = 65_536
-"""Keys, and tensors, of a file."""
+_MAX_ENTRIES = 65_536
+"""Most keys, and most tensors, in a file."""
 
-_MOST_ITEMS = 2_000_000
-"""Items of all arrays together: a vocabulary of 500,000 tokens has about 1.5 million."""
+_MAX_ITEMS = 2_000_000
+"""Most items of all arrays together: a vocabulary of 500,000 tokens has about 1.5 million."""
 
-_MOST_TEXT_BYTES = 2**24
-_MOST_HEADER_BYTES = 2**28
-_MOST_DIMS = 4
+_MAX_TEXT_BYTES = 2**24
+_MAX_HEADER_BYTES = 2**28
+_MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
 
 QuantSizes = Mapping[int, tuple[int, int]]
-"""For each way to store a tensor: elements of a block, and its bytes."""
+"""For each storage type of tensors: elements and bytes of a block."""
 
 
 def check_header(path: Path, sizes: QuantSizes) -> None:
-    """Raise ModelError, naming file and key, for a header that is no GGUF, that lies, or that has no measure."""
+    """Raise ModelError, naming file and key, for a header that is invalid, inconsistent, or beyond the limits."""
     with path.open("rb") as file:
         _Header(path, file, path.stat().st_size).check(sizes)
 
 
 class _Header:
-    """Reads a header from its beginning to its end."""
+    """Reads a header from start to end."""
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self._path, self._file, self._size = path, file, size
@@ -56,8 +56,8 @@ class _Header:
                 f"{self._path} is not a whole GGUF file (it does not begin with 'GGUF'); download it again"
             )
         if self._number("I", "version") & 0xFFFF == 0:
-            self._order = ">"  # the number has its bytes the other way round
-        num_tensors, num_keys = (self._count(name, _MOST_ENTRIES) for name in ("tensor_count", "metadata_kv_count"))
+            self._order = ">"  # the bytes of the number are in the other order
+        num_tensors, num_keys = (self._count(name, _MAX_ENTRIES) for name in ("tensor_count", "metadata_kv_count"))
         for number in range(num_keys):
             key = self._text(f"key {number}")
             kind = self._number("I", key)
@@ -69,9 +69,9 @@ class _Header:
         self._check_tensors([self._tensor(number, sizes) for number in range(num_tensors)])
 
     def _tensor(self, number: int, sizes: QuantSizes) -> tuple[int, int, str]:
-        """Where a tensor's data begin and end, from the end of the header, and its name."""
+        """A tensor's name, and start and end of its data, from the end of the header."""
         name = self._text(f"tensor {number}")
-        num_dims = self._count(name, _MOST_DIMS, "I")
+        num_dims = self._count(name, _MAX_DIMS, "I")
         dims = [self._number("Q", name) for _ in range(num_dims)]
         kind, start = self._number("I", name), self._number("Q", name)
         if kind not in sizes:
@@ -105,13 +105,13 @@ class _Header:
         of = self._number("I", key)
         if of not in _SCALARS and of != _STRING:
             raise self._wrong(key, f"is an array of a type that is not supported ({of})")
-        count = self._count(key, _MOST_ITEMS)
+        count = self._count(key, _MAX_ITEMS)
         self._num_items += count
-        if self._num_items > _MOST_ITEMS:
-            raise self._wrong(key, f"brings all arrays to more than {_MOST_ITEMS} items")
+        if self._num_items > _MAX_ITEMS:
+            raise self._wrong(key, f"brings all arrays to more than {_MAX_ITEMS} items")
         if of == _STRING:
             for _ in range(count):
-                self._skip(self._count(key, _MOST_TEXT_BYTES), key)
+                self._skip(self._count(key, _MAX_TEXT_BYTES), key)
         else:
             self._skip(count * struct.calcsize(_SCALARS[of]), key)
         return None
@@ -127,7 +127,7 @@ class _Header:
         return number
 
     def _text(self, key: str) -> str:
-        return self._read(self._count(key, _MOST_TEXT_BYTES), key).decode(errors="replace")
+        return self._read(self._count(key, _MAX_TEXT_BYTES), key).decode(errors="replace")
 
     def _read(self, length: int, key: str) -> bytes:
         self._skip(length, key)
@@ -138,8 +138,8 @@ class _Header:
         end = self._file.seek(length, 1)
         if end > self._size:
             raise self._wrong(key, "goes beyond the end of the file")
-        if end > _MOST_HEADER_BYTES:
-            raise self._wrong(key, f"makes the header longer than {_MOST_HEADER_BYTES} bytes")
+        if end > _MAX_HEADER_BYTES:
+            raise self._wrong(key, f"makes the header longer than {_MAX_HEADER_BYTES} bytes")
 
     def _wrong(self, key: str, what: str) -> ModelError:
         return ModelError(f"{self._path} is not a whole GGUF file: {one_line(shown(key))} {what}; download it again")

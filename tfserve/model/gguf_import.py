@@ -1,8 +1,8 @@
 """Turn a GGUF file of a known model family into a Hugging Face checkpoint directory.
 
 Torch-free: tensors are dequantised with the `gguf` package one at a time and streamed into one safetensors file, so
-that memory holds a single tensor. The names (`models/`) and the permutation undone here are those
-of llama.cpp's `convert_hf_to_gguf.py`.
+that only one tensor is in memory. The names (`models/`) and the permutation that is reversed here are those of
+llama.cpp's `convert_hf_to_gguf.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from tfserve.errors import ModelError
-from tfserve.model.config import MOST, ModelConfig, read_model_config
+from tfserve.model.config import MAX_SIZES, ModelConfig, read_model_config
 from tfserve.model.fields import Fields, loading
 from tfserve.model.gguf_file import GgufFile
 from tfserve.model.gguf_tokenizer import write_tokenizer
@@ -35,9 +35,9 @@ _ROPE_FACTORS = "rope_freqs.weight"
 def import_gguf(file: Path, out_dir: Path, *, progress: bool = True, dtype: DType = "auto") -> Path:
     """Convert `file` into a Hugging Face checkpoint directory `out_dir` (made here; must not exist, or be empty).
 
-    `dtype` is what the weights are stored in; "auto" keeps the file's own float type and gives bfloat16 for quantised
-    ones. The directory appears under its name only when it is complete. Returns `out_dir`. Raises ModelError for an
-    architecture, tokenizer or tensor it does not know, for damaged files, and where the directory cannot be written.
+    `dtype` is the type of the stored weights; "auto" keeps the file's own float type, and takes bfloat16 for quantised
+    ones. The directory gets its name only when it is complete. Returns `out_dir`. Raises ModelError for an unknown
+    architecture, tokenizer or tensor, for damaged files, and if the directory cannot be written.
     """
     with loading(file):
         return _import(file, out_dir, progress, dtype)
@@ -60,7 +60,7 @@ def _import(file: Path, out_dir: Path, progress: bool, dtype: DType) -> Path:
         write_tokenizer(source, staging)
         paired = config.head_dim if family.gguf_pairs else None
         _write_weights(source, tensors, paired, staging / "model.safetensors", stored, progress=progress)
-        staging.chmod(0o755)  # mkdtemp makes it private to the user
+        staging.chmod(0o755)  # mkdtemp creates it readable for the user only
         staging.replace(out_dir)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -77,11 +77,11 @@ def _family(source: GgufFile) -> Family:
 
 
 def _model_config(source: GgufFile, family: Family, dtype: str) -> dict[str, Any]:
-    """Hugging Face's config.json in the spelling that every release of transformers reads."""
+    """Hugging Face's config.json, with keys that every release of transformers reads."""
     fields, key = source.fields, source.key
-    hidden = fields.integer(key("embedding_length"), most=MOST["hidden_size"])
-    heads = fields.integer(key("attention.head_count"), most=MOST["num_attention_heads"])
-    head_dim = fields.integer(key("attention.key_length"), hidden // heads, most=MOST["head_dim"])
+    hidden = fields.integer(key("embedding_length"), most=MAX_SIZES["hidden_size"])
+    heads = fields.integer(key("attention.head_count"), most=MAX_SIZES["num_attention_heads"])
+    head_dim = fields.integer(key("attention.key_length"), hidden // heads, most=MAX_SIZES["head_dim"])
     rotary = fields.integer(key("rope.dimension_count"), head_dim)
     if rotary != head_dim:
         raise ModelError(
@@ -93,12 +93,12 @@ def _model_config(source: GgufFile, family: Family, dtype: str) -> dict[str, Any
         "torch_dtype": dtype,
         "vocab_size": _vocab_size(source),
         "hidden_size": hidden,
-        "intermediate_size": fields.integer(key("feed_forward_length"), most=MOST["intermediate_size"]),
+        "intermediate_size": fields.integer(key("feed_forward_length"), most=MAX_SIZES["intermediate_size"]),
         "num_hidden_layers": _num_layers(source),
         "num_attention_heads": heads,
         "num_key_value_heads": _kv_heads(source),
         "head_dim": head_dim,
-        "max_position_embeddings": fields.integer(key("context_length"), most=MOST["max_position_embeddings"]),
+        "max_position_embeddings": fields.integer(key("context_length"), most=MAX_SIZES["max_position_embeddings"]),
         "rms_norm_eps": _shortest(fields.number(key("attention.layer_norm_rms_epsilon"))),
         "rope_theta": _shortest(fields.number(key("rope.freq_base"), 10000.0)),
         "hidden_act": "silu",
@@ -113,7 +113,7 @@ def _model_config(source: GgufFile, family: Family, dtype: str) -> dict[str, Any
 
 
 def _token_ids(source: GgufFile) -> dict[str, Any]:
-    """Special token ids; several ways to end (Llama 3's end of text and end of turn) become a list."""
+    """Special token ids; several end tokens (Llama 3's end of text and end of turn) become a list."""
     ids: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("pad", "padding")):
         if found := _token_id(source, key):
@@ -134,7 +134,7 @@ def _vocab_size(source: GgufFile) -> int:
 
 
 def _num_layers(source: GgufFile) -> int:
-    return source.fields.integer(source.key("block_count"), most=MOST["num_hidden_layers"])
+    return source.fields.integer(source.key("block_count"), most=MAX_SIZES["num_hidden_layers"])
 
 
 def _kv_heads(source: GgufFile) -> int:
@@ -153,9 +153,9 @@ def _rope_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, An
 
 
 def _llama3_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """Find the llama3 rope_scaling behind `rope_freqs.weight`, which holds what each inverse frequency is divided by.
+    """Find the llama3 rope_scaling from `rope_freqs.weight`, which holds the divisor of each inverse frequency.
 
-    Every Llama 3.1 to 3.3 uses the same thresholds and differs in the factor only, so they are tried and verified.
+    Llama 3.1 to 3.3 use the same thresholds and differ only in the factor, so each factor is tried and verified.
     """
     divisors = source.tensor(_ROPE_FACTORS)
     factor = round(float(divisors.max()), 4)
@@ -180,7 +180,7 @@ def _llama3_scaling(source: GgufFile, head_dim: int, theta: float) -> dict[str, 
 
 
 def _tensors(source: GgufFile, config: ModelConfig) -> dict[str, StoredTensor]:
-    """By GGUF name, in file order, what becomes of it. Raises ModelError for an unknown or missing tensor."""
+    """The target of each tensor by GGUF name, in file order. Raises ModelError for an unknown or missing tensor."""
     expected = {tensor.gguf: tensor for tensor in stored_tensors(config)}
     found = [name for name in source.tensor_names if name != _ROPE_FACTORS]
     if unknown := [name for name in found if name not in expected]:
@@ -201,7 +201,7 @@ def _write_weights(
 ) -> None:
     """Stream all tensors into one safetensors file: header length (8 bytes), JSON header, then the data.
 
-    `paired` is the size of a head whose rotated pairs are together in the file; None if they are apart.
+    `paired` is the head size if the file stores rotated pairs as neighbours; None otherwise.
     """
     itemsize = 4 if dtype == "float32" else 2
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -210,7 +210,7 @@ def _write_weights(
         start, end = end, end + math.prod(tensor.shape) * itemsize
         header[tensor.name] = {"dtype": _SAFETENSORS_DTYPE[dtype], "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts on a multiple of 8, as readers that map the file want it
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8, for readers that map the file
     bar = tqdm(total=end, unit="B", unit_scale=True, desc="converting weights", disable=not progress)
     with path.open("wb") as out, bar:
         out.write(len(text).to_bytes(8, "little") + text)
@@ -222,7 +222,7 @@ def _write_weights(
 
 
 def _parted(values: npt.NDArray[np.float32], head_dim: int) -> npt.NDArray[np.float32]:
-    """Rows of q or k in Hugging Face's order, the two halves of a head apart; llama.cpp has rotated pairs together."""
+    """Rows of q or k in Hugging Face's order, the halves of a head apart; llama.cpp stores rotated pairs together."""
     pairs = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
 
@@ -242,7 +242,7 @@ def _stored_dtype(source: GgufFile) -> str:
 
 
 def _shortest(value: float) -> float:
-    """A float32 from the file as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06."""
+    """A float32 from the file as its shortest decimal: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 

@@ -1,8 +1,8 @@
-"""The tokenizer inside a GGUF file, rebuilt as Hugging Face `tokenizer.json` and `tokenizer_config.json`.
+"""Rebuilds the tokenizer of a GGUF file as Hugging Face `tokenizer.json` and `tokenizer_config.json`.
 
-Built with the `tokenizers` library from the stored tokens, merges and token types. Going through transformers' GGUF
-conversion would lose the pre-tokenizer, which GGUF stores only as a name (`tokenizer.ggml.pre`): SmolLM2 would then
-cut numbers wrongly.
+Built with the `tokenizers` library from the stored tokens, merges and token types. The GGUF conversion of transformers
+loses the pre-tokenizer, which GGUF stores only as a name (`tokenizer.ggml.pre`): SmolLM2 would then split numbers
+wrongly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TokenType(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Splitter:
-    """What a `tokenizer.ggml.pre` name stands for."""
+    """The pre-tokenizer of a `tokenizer.ggml.pre` name."""
 
     pre_tokenizer: Callable[[], pre_tokenizers.PreTokenizer]
     nfc: bool = False
@@ -40,9 +40,9 @@ class Splitter:
 
 
 def _words(letters: str, max_digits: str, symbol_end: str = "") -> Callable[[], pre_tokenizers.PreTokenizer]:
-    """How the newer tokenizers cut text.
+    """The pre-tokenizer of newer models.
 
-    They differ in how runs of letters are cut, how many digits stand together, and what may end a run of symbols.
+    Parameters: the pattern for runs of letters, the number of digits in a group, and what may end a run of symbols.
     """
     pattern = rf"{letters}|\p{{N}}{max_digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{symbol_end}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     return lambda: pre_tokenizers.Sequence(
@@ -78,7 +78,7 @@ SPLITTERS = {
     "deepseek-r1-qwen": _QWEN2,
     "tekken": Splitter(_words(_CAMEL_WORDS, "", "/"), ignore_merges=True, add_bos=True),
 }
-"""By `tokenizer.ggml.pre`. "default" is not here: it means that the converter did not know how the text is cut."""
+"""By `tokenizer.ggml.pre`. "default" is not supported: the converter did not know the pre-tokenizer."""
 
 
 def build_tokenizer(source: GgufFile) -> Tokenizer:
@@ -109,7 +109,7 @@ def build_tokenizer(source: GgufFile) -> Tokenizer:
 
 
 def _merge(source: GgufFile, text: str) -> tuple[str, str]:
-    cut = text.find(" ", 1)  # from 1 on, because a merge's first half may itself begin with a space
+    cut = text.find(" ", 1)  # from 1 on: the first half of a merge may begin with a space
     if cut < 0:
         raise source.fields.error(f"tokenizer.ggml.merges must hold pairs parted by a space, got {shown(text)}")
     return text[:cut], text[cut + 1 :]

@@ -1,8 +1,8 @@
-"""Grammars that a request's output must follow: their text, and whether it can be served. Torch-free.
+"""Grammars for the output of a request: their text and their validation. Torch-free.
 
-A grammar is text in one of llguidance's own forms: the JSON that `json_schema_grammar` makes, or its Lark dialect.
-llguidance is an extra. It sees a grammar in a process of its own first (GrammarChecker), and a schema only after it has
-been measured.
+A grammar is text in one of llguidance's formats: the JSON that `json_schema_grammar` makes, or its Lark dialect.
+llguidance is an extra. A grammar is first checked in a process of its own (GrammarChecker), a schema only after its
+size has been checked.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from tfserve.model.grammar_checker import GrammarChecker
 from tfserve.model.schema_limits import MAX_SCHEMA_CHARS, check_schema
 
 _OPTIONS = {"x-guidance": {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,20}"}}
-"""Options of llguidance in a schema: white space allowed between the parts of a JSON text.
+"""llguidance's options for a schema: the white space allowed between the parts of a JSON text.
 
-With no limit, small models write nothing else to the end.
+Without a limit, small models may write white space until the end.
 """
 
 _FATAL = "-9223372036854775"
-"""How integers of nearly -2**63 begin: llguidance 1.9 ends the whole process on one in a `const` or an `enum`."""
+"""First digits of integers close to -2**63: llguidance 1.9 aborts the process on one in a `const` or an `enum`."""
 
 _checker = GrammarChecker()
 
@@ -35,8 +35,8 @@ _checker = GrammarChecker()
 def json_schema_grammar(schema: Mapping[str, Any], param: str = "grammar") -> str:
     """The grammar of the JSON texts that `schema` allows.
 
-    Raises RequestError about `param` if the extra is missing, and for a schema that is no JSON, or beyond the limits of
-    `check_schema`; whether it can be served is `check_grammar`'s to say.
+    Raises RequestError about `param` if the extra is missing, and for a schema that is not JSON, or beyond the limits
+    of `check_schema`. Only `check_grammar` finds out whether the grammar can be served.
     """
     _require_extra(param)
     check_schema(schema, param)
@@ -45,7 +45,7 @@ def json_schema_grammar(schema: Mapping[str, Any], param: str = "grammar") -> st
 
 
 def lark_json(schema: Mapping[str, Any], param: str = "grammar") -> str:
-    """What stands in a Lark grammar for the JSON texts that `schema` allows. Raises RequestError about `param`."""
+    """The JSON texts that `schema` allows, as an expression in a Lark grammar. Raises RequestError about `param`."""
     check_schema(schema, param)
     return f"%json {json.dumps({**schema, **_OPTIONS}, separators=(',', ':'))}"
 
@@ -53,7 +53,7 @@ def lark_json(schema: Mapping[str, Any], param: str = "grammar") -> str:
 def check_grammar(grammar: str, param: str = "grammar") -> None:
     """Raise RequestError about the field `param` for a grammar that cannot be served, or if the extra is missing.
 
-    That no text satisfies it is found where it shows at its beginning, or for a JSON schema; else where it shows.
+    A grammar that no text satisfies is found if it is a JSON schema, or if the first token shows it; otherwise later.
 
     May take seconds for a very complex one; a repeated call is quick. Raises QueueFullError if the machine is too busy.
     """
@@ -62,13 +62,13 @@ def check_grammar(grammar: str, param: str = "grammar") -> None:
 
 
 async def check_grammar_beside(grammar: str, param: str = "grammar", owner: str = "") -> None:
-    """As `check_grammar`, while the event loop goes on; owners take turns."""
+    """As `check_grammar`, without blocking the event loop; owners are served in turn."""
     _check_text(grammar, param)
     _refuse(await asyncio.wrap_future(_checker.submit(grammar, owner)), param)
 
 
 def _check_text(grammar: str, param: str) -> None:
-    """Raise RequestError for what no process need be asked about."""
+    """Raise RequestError for errors that can be found without the checker's process."""
     _require_extra(param)
     if len(grammar) > MAX_SCHEMA_CHARS:
         raise RequestError(param, f"{param}: {len(grammar)} characters are too long; the limit is {MAX_SCHEMA_CHARS}")
@@ -86,7 +86,7 @@ def _refuse(problem: str, param: str) -> None:
 
 def _require_extra(param: str) -> None:
     if find_spec("llguidance") is None:
-        # Clients read this too: no paths of the server's.
+        # Clients read this too: it must not contain paths of the server.
         command = f"pip install {shlex.join(requirements('grammar') or ['llguidance'])}"
         message = f"{param}: this server has no grammar support; in its environment, run: {command}"
         raise RequestError(param, message, "unsupported_parameter")

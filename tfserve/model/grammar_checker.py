@@ -1,4 +1,4 @@
-"""GrammarChecker: has grammars checked in a process of its own, so that one which breaks the library ends only that."""
+"""GrammarChecker: checks grammars in a process of its own, so that a crash of the library ends only that process."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tfserve.errors import QueueFullError
 logger = logging.getLogger(__name__)
 
 PROCESS_MODULE = "tfserve.model.grammar_process"
-"""What the process runs; its only argument is the file descriptor of its end of the socket pair."""
+"""The module that the process runs; its argument is the file descriptor of its end of the socket pair."""
 
 WALL_LIMIT_S = 20.0
-"""How long a grammar may take on a busy machine; its processor time has a limit of its own, in the process."""
+"""Wall-clock limit for a grammar on a busy machine; the process itself limits the processor time."""
 
 MAX_WAITING = 256
-"""Most grammars that wait to be checked; each may be as long as MAX_SCHEMA_CHARS."""
+"""Most grammars in the queue; each may be as long as MAX_SCHEMA_CHARS."""
 
 _REMEMBERED = 4096
-"""How many results are remembered: clients send the same grammars again and again, and the engine asks too."""
+"""Number of cached results: clients repeat grammars, and the engine checks them too."""
 
 _RETRY_AFTER_S = 5.0
 
@@ -39,12 +39,12 @@ _Job = tuple[str, "Future[str]"]
 
 
 class GrammarChecker:
-    """Checks grammars one after the other; a result is remembered. Safe to use from several threads, and after a fork.
+    """Checks grammars one after the other and caches the results. Safe to use from several threads, and after a fork.
 
-    Owners take turns, so that one with many grammars, each of which may take seconds, does not hold up the others.
+    Owners are served in turn, so that one with many slow grammars does not block the others.
 
-    The process is started with the first grammar, and again after it has ended: by a grammar that the library breaks
-    down on, or that takes too long. `module` is what it runs, `wall_limit_s` how long it may take for one.
+    The process starts with the first grammar. It starts again after it has ended, because the library has crashed or a
+    grammar took too long. `module` is the module that it runs, `wall_limit_s` the time limit for a grammar.
     """
 
     def __init__(self, module: str = PROCESS_MODULE, wall_limit_s: float = WALL_LIMIT_S) -> None:
@@ -60,11 +60,10 @@ class GrammarChecker:
         os.register_at_fork(after_in_child=lambda: (method := reference()) and method())
 
     def submit(self, grammar: str, owner: str = "") -> Future[str]:
-        """What is wrong with `grammar`, which is valid Unicode; the result is empty if nothing is.
+        """What is wrong with `grammar`, which is valid Unicode; the result is empty if it is valid.
 
-        `owner` is who asks. The result may raise QueueFullError: the check did not get its time on a busy machine, or
-        its process was ended from outside. Raises QueueFullError if too many wait already, or half as many that are the
-        same owner's.
+        The result may raise QueueFullError: the machine was too busy for the check, or its process was killed. Raises
+        QueueFullError if the queue is full, or if `owner` has filled half of it.
         """
         future: Future[str] = Future()
         if (known := self._known(grammar)) is not None:
@@ -86,11 +85,11 @@ class GrammarChecker:
 
     @property
     def num_waiting(self) -> int:
-        """Grammars that wait to be checked, without the one that is."""
+        """Number of grammars in the queue, without the one that is being checked."""
         return len(self._jobs)
 
     def close(self) -> None:
-        """End the process and the thread; what waits is checked first."""
+        """End the process and the thread, after all queued grammars are checked."""
         with self._lock:
             thread, self._thread = self._thread, None
             if thread is not None:
@@ -99,12 +98,12 @@ class GrammarChecker:
             thread.join()
 
     def _disown(self) -> None:
-        """Begin anew, in a fork: thread and process belong to the process that was forked."""
+        """Start anew in a forked child: thread and process belong to the parent."""
         if self._process is not None:
-            self._process.returncode = 0  # no child of this one: there is nothing to wait for
+            self._process.returncode = 0  # a child of the parent: this process cannot wait for it
         if self._conn is not None:
             self._conn.close()
-        self._lock = threading.Lock()  # another thread may have held the old one
+        self._lock = threading.Lock()  # at the fork another thread may have held the old lock
         self._jobs = _Turns()
         self._thread = self._process = self._conn = None
 
@@ -123,7 +122,7 @@ class GrammarChecker:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                known = self._known(grammar)  # of two alike, the second waited for the first
+                known = self._known(grammar)  # the same grammar was queued twice
                 future.set_result(self._check(grammar) if known is None else known)
             except BaseException as error:
                 future.set_exception(error)
@@ -131,7 +130,7 @@ class GrammarChecker:
             self._end()
 
     def _check(self, grammar: str) -> str:
-        """Ask the process. Raises QueueFullError where the grammar may not be what ended it, OSError if none starts."""
+        """Ask the process. Raises QueueFullError if it ended by something else, OSError if it cannot start."""
         conn = self._conn or self._start()
         try:
             conn.send_bytes(grammar.encode())
@@ -166,7 +165,7 @@ class GrammarChecker:
         return conn
 
     def _end(self) -> str:
-        """End the process; in the words of an error what ended it before. Raises QueueFullError: it was killed."""
+        """End the process. Returns why it had ended before, as an error. Raises QueueFullError if it was killed."""
         process, conn = self._process, self._conn
         self._process = self._conn = None
         if conn is not None:
@@ -174,7 +173,7 @@ class GrammarChecker:
         if process is None:
             return ""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.5)  # it has closed its end, and is about to have a status
+            process.wait(0.5)  # it has closed its end, so it is about to exit
         has_ended = process.poll() is not None
         process.kill()
         status = process.wait()
@@ -188,10 +187,10 @@ class GrammarChecker:
 
 
 class _Turns:
-    """Jobs of several owners, who take turns. Safe to use from several threads."""
+    """Jobs of several owners, in turn. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[_Job]] = {}  # by owner; the one whose turn it is comes first
+        self._waiting: dict[str, deque[_Job]] = {}  # by owner; the next owner is first
         self._changed = threading.Condition()
         self._is_over = False
 
@@ -200,24 +199,24 @@ class _Turns:
             return sum(map(len, self._waiting.values()))
 
     def num_of(self, owner: str) -> int:
-        """How many of an owner's jobs wait."""
+        """Number of waiting jobs of an owner."""
         with self._changed:
             return len(self._waiting.get(owner, ()))
 
     def put(self, owner: str, job: _Job) -> None:
-        """Leave a job."""
+        """Queue a job."""
         with self._changed:
             self._waiting.setdefault(owner, deque()).append(job)
             self._changed.notify()
 
     def end(self) -> None:
-        """There will be no more jobs."""
+        """Close the queue."""
         with self._changed:
             self._is_over = True
             self._changed.notify()
 
     def get(self) -> _Job | None:
-        """The next job, which may have to be waited for; None at the end."""
+        """Wait for the next job; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_over)
             if not self._waiting:

@@ -1,4 +1,4 @@
-"""The grammar library's own limits, the same wherever a grammar is compiled. Torch-free."""
+"""Limits of the grammar library, the same in the checker and in the engine. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ if TYPE_CHECKING:
     from llguidance._lib import LLParserLimits
 
 _MAX_ITEMS_IN_ROW = 10_000
-"""Places in a grammar where a text may be at once. Each optional property of an object takes four: the library's
-default of 2,000 lets answers fail by a schema of 500."""
+"""Positions in a grammar that a text may have at the same time. An optional property of an object takes four: with the
+library's default, 2,000, answers by a schema of 500 properties fail."""
 
 _MAX_LEXER_STATES = 50_000
-"""States of the automaton that reads answers, about 2 kB each; all answers by one grammar share it."""
+"""States of the lexer's automaton, about 2 kB each; all answers with one grammar share it."""
 
 _STEP_FUEL = 50_000
-"""Work of the automaton for one mask, a few milliseconds, for which the step waits; the library's default is 200,000.
-Schemas of objects, enums, formats and ordinary patterns are served with a quarter of this."""
+"""Work for one mask, a few milliseconds, for which the step waits; the library's default is 200,000.
+Schemas of objects, enums, formats and ordinary patterns need a quarter of this."""
 
 
 def parser_limits() -> LLParserLimits:
-    """Limits for an LLMatcher; those not named here are the library's. ImportError without llguidance."""
+    """Limits for an LLMatcher; the others are the library's defaults. Raises ImportError without llguidance."""
     from llguidance._lib import LLParserLimits
 
     return LLParserLimits(

@@ -2,7 +2,7 @@
 
 FD is one end of a socket pair. The first frame out is empty and says that the library is loaded; then each frame in is
 a grammar, and its answer is what is wrong with it. The process ends when the other end closes. A grammar that takes
-more than CPU_LIMIT_S of processor time, or more memory than there may be, ends the process. Torch-free.
+more than CPU_LIMIT_S of processor time, or too much memory, ends the process. Torch-free.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 CPU_LIMIT_S = 3.0
-"""Processor time for one grammar. The largest schemas that are allowed take about a second."""
+"""Processor time for one grammar. The largest allowed schemas take about a second."""
 
 _MEMORY_BYTES = 2 * 2**30
 """Address space of the whole process."""
 
 _STACK_BYTES = 4 * 2**20
-"""The library recurses. What fits here fits into the engine's thread, whose stack is larger."""
+"""Stack size: the library is recursive. The engine's thread has a larger stack, so a checked grammar fits there too."""
 
 
 def problem_of(grammar: str, tokenizer: LLTokenizer) -> str:
-    """What is wrong with a grammar; empty if nothing is."""
+    """What is wrong with a grammar; empty if it is valid."""
     from llguidance import LLMatcher
 
     try:
@@ -63,9 +63,9 @@ def _schemas(grammar: str) -> list[Any]:
 def _serve(conn: Connection) -> None:
     from llguidance import LLTokenizer
 
-    # A vocabulary of the single bytes: what a grammar allows at all, whatever model writes it.
+    # A vocabulary of single bytes: the check does not depend on a model's tokenizer.
     tokenizer = LLTokenizer("byte", slices=[])
-    # From here on a client decides what the library prints when it panics.
+    # From here on the library may panic and print text of the client: discard it.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     conn.send_bytes(b"")
     while True:
@@ -83,14 +83,14 @@ def _work(conn: Connection) -> None:
 
 def main(fd: int) -> None:
     """Check grammars until the other end closes."""
-    # A terminal's Ctrl-C and a supervisor's SIGTERM reach the whole group; the server decides when this ends.
+    # Ctrl-C and a supervisor's SIGTERM reach the whole process group; the server decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    except (ValueError, OSError) as error:  # macOS; or the limit is lower already
+    except (ValueError, OSError) as error:  # macOS, or the limit is lower already
         print(f"tfserve: the memory for checking grammars is not limited to 2 GiB: {error}", file=sys.stderr)
     threading.stack_size(_STACK_BYTES)
     worker = threading.Thread(target=_work, args=(Connection(fd),))

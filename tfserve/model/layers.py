@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         return self._weight
 
     def fold_into(self, linear_weight: Tensor, weight: Tensor) -> Tensor:
-        """What the linear that follows must use for its `linear_weight [out, H]`, this norm keeping no `weight [H]`."""
+        """The next linear's `linear_weight [out, H]` with this norm's `weight [H]` folded in; the norm keeps none."""
         return linear_weight * (weight * self._sqrt_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class HeadNorm(RMSNorm):
 
 
 class MLP(nn.Module):
-    """SiLU-gated linear unit; gate and up are one matrix. Source: LlamaMLP of transformers."""
+    """SiLU-gated MLP; gate and up are one matrix. Source: LlamaMLP of transformers."""
 
     def __init__(self, config: ModelConfig, fmt: WeightFormat) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, fmt)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From normalised hidden states `[T, H]` to what is added to the residual, `[T, H]`."""
+        """From normalised hidden states `[T, H]` to the addend of the residual, `[T, H]`."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         out: Tensor = self.down_proj(nn.functional.silu(gate).mul_(up))
         return out

@@ -1,4 +1,4 @@
-"""One linear layer, and the three ways it can hold its weight: as it comes, packed for the CPU, or int8."""
+"""A linear layer with three formats of its weight: plain, packed for the CPU, or int8."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WeightKind = Literal["plain", "packed", "int8"]
 
 
 class WeightFormat(msgspec.Struct, frozen=True):
-    """How a model holds its linear weights: `kind`, the dtype it computes in, and the device."""
+    """Format of a model's linear weights: `kind`, the dtype of the computation, and the device."""
 
     kind: WeightKind
     dtype: torch.dtype
@@ -23,7 +23,7 @@ class WeightFormat(msgspec.Struct, frozen=True):
 
     @classmethod
     def choose(cls, dtype: torch.dtype, device: torch.device, quantization: str | None) -> WeightFormat:
-        """The fastest format this machine has for what is asked. Raises ConfigError for int8 it cannot compute."""
+        """The fastest format on this machine. Raises ConfigError if it cannot compute in int8."""
         if quantization == "int8":
             _require_int8(dtype, device)
             return cls("int8", dtype, device)
@@ -33,15 +33,15 @@ class WeightFormat(msgspec.Struct, frozen=True):
 
     @property
     def folds_norms(self) -> bool:
-        """Whether norm weights are multiplied into the next linear's weight at load: exact enough in float32 only.
+        """True if norm weights are multiplied into the next linear's weight at load: exact enough in float32 only.
 
-        In int8 they stay apart: they even out the inputs (SmolLM2's greedy choices: 87 % as in float32, folded 84 %).
+        In int8 they stay separate, to even out the inputs (SmolLM2's greedy choices: 87 % as in float32, folded 84 %).
         """
         return self.kind == "packed"
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`, with the weight held as `fmt` says; `load` gives it one before the first call."""
+    """`x @ weight.T + bias`, with the weight in format `fmt`; call `load` first."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Linear(nn.Module):
         self._format = fmt
 
     def load(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Take `weight [out, in]` and `bias [out]` (None where there is none), of any float dtype."""
+        """Set `weight [out, in]` and `bias [out]` (or None), of any float dtype."""
         assert weight.shape == (self.out_features, self.in_features)
         assert (bias is not None) == self.has_bias
         weight = weight.to(self._format.device, self._format.dtype)
@@ -57,7 +57,7 @@ class Linear(nn.Module):
         self._kernel: _Kernel = self._make_kernel(weight, bias)
 
     def load_quantized(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        """Take what `quantized` gave for an int8 layer of the same shape."""
+        """Set the result of `quantized` of an int8 layer of the same shape."""
         assert weight.shape == (self.out_features, self.in_features)
         assert (bias is not None) == self.has_bias
         self._kernel = _Int8(weight, scale, bias)
@@ -94,7 +94,7 @@ class _Plain:
 
 
 class _Packed:
-    """oneDNN's blocked layout, reordered once here; F.linear would do it again in every call."""
+    """oneDNN's blocked layout, reordered once here; F.linear reorders in every call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
@@ -108,14 +108,14 @@ class _Packed:
 class _Int8:
     """Weights int8 with one scale per output channel, inputs 8-bit with one scale per row, sums exact in 32 bits.
 
-    torch's own `linear_dynamic` has one scale for the whole batch: a request's outlier would cost its batchmates their
-    precision, and make its tokens depend on them. So rows are brought to [-1, 1] here and their size is put back after.
+    torch's own `linear_dynamic` has one scale for the whole batch: an outlier of one request would cost the others
+    precision, and tokens would depend on the batch. So each row is scaled to [-1, 1] here, and scaled back after.
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         zero = torch.zeros(len(weight), dtype=torch.int64)
         with warnings.catch_warnings():
-            # Deprecated, but there is no other way yet to make the weight that linear_prepack takes.
+            # Deprecated, but the only way to make the weight for linear_prepack.
             warnings.filterwarnings("ignore", category=UserWarning)
             quantized = torch._make_per_channel_quantized_tensor(weight, scale, zero, 0)
         self._weight = torch.ops.quantized.linear_prepack(quantized, None)
@@ -146,9 +146,9 @@ def saturation_free_scale(weight: Tensor) -> Tensor:
     """Size of one int8 step for each output channel of `weight [out, in]`: `[out]`.
 
     Without VNNI, fbgemm adds two neighbouring products of an 8-bit input and a weight in 16 bits, which overflows (and
-    ruins the sum, silently) unless neighbouring weights of one sign add up to no more than 32767 / 255 = 128. Keeping
-    that on every machine costs a third of a bit of weight precision; torch's `reduce_range` would cost a whole bit of
-    input precision.
+    ruins the sum, silently) unless neighbouring weights of one sign add up to no more than 32767 / 255 = 128. This
+    limit costs a third of a bit of weight precision and is kept on every machine; torch's `reduce_range` costs a whole
+    bit of input precision.
     """
     odd = weight.shape[1] % 2
     pairs = weight[:, : weight.shape[1] - odd : 2] + weight[:, 1::2]

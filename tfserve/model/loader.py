@@ -1,4 +1,4 @@
-"""Hugging Face safetensors into a `Decoder`: merged, permuted, smoothed, folded and packed as the layers want."""
+"""Loads Hugging Face safetensors into a `Decoder`: merged, permuted, smoothed, folded and packed for the layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tfserve.model.models.base import (
 )
 from tfserve.model.quantized_cache import QuantizedCache
 from tfserve.model.rope import interleave_halves
-from tfserve.model.smoothing import Smoother, calibration_ids
+from tfserve.model.smoothquant import Smoother, calibration_ids
 from tfserve.model.weights import Tensors, fill
 
 
@@ -39,14 +39,14 @@ def load_model(
 ) -> Decoder:
     """Build the decoder of the checkpoint in `path`: `model.safetensors`, or shards named by its index.
 
-    `dtype` is "float32", "bfloat16" or "float16"; weights are converted. `quantization="int8"` quantises the linear
-    weights (CPU, float32), once a short text has shown which inputs to even out (`Smoother`), and keeps what it made in
-    `quantized_dir`, if given, for the next load. `progress` draws a bar on stderr. Raises ModelError for a checkpoint
-    that is not whole or not of this shape, ConfigError for an int8 that this machine cannot compute.
+    `dtype` is "float32", "bfloat16" or "float16"; weights are converted. `quantization="int8"` smooths the inputs with
+    a short text (`Smoother`), quantises the linear weights (CPU, float32), and caches the result in `quantized_dir`, if
+    given. `progress` draws a bar on stderr. Raises ModelError for an incomplete checkpoint or wrong shapes, ConfigError
+    if this machine cannot compute in int8.
     """
     fmt = WeightFormat.choose(getattr(torch, dtype), torch.device(device), quantization)
     with Checkpoint(path) as checkpoint, torch.inference_mode():
-        checkpoint.verify(config)  # before anything is as large as the config says
+        checkpoint.verify(config)  # before memory is allocated by the sizes in the config
         decoder = Decoder(config, fmt)
         read = _Reader(checkpoint, config, fmt)
         decoder.embed_tokens = read.tensors([embedding_weight(config)])["embed_tokens.weight"]
@@ -59,7 +59,7 @@ def load_model(
 
 
 def _fill(decoder: Decoder, read: _Reader, smoothing_text: Tensor | None, progress: bool) -> None:
-    """Every norm and linear from the checkpoint; the embeddings are there already."""
+    """Load every norm and linear from the checkpoint; the embeddings are loaded already."""
     config, fmt = decoder.config, read.format
     smoother = None if smoothing_text is None else Smoother(config, decoder.embed_tokens, smoothing_text)
     weights = layer_weights(config)
@@ -69,7 +69,7 @@ def _fill(decoder: Decoder, read: _Reader, smoothing_text: Tensor | None, progre
             smoother.smooth_layer(tensors)
         fill(layer, weights, tensors, fmt)
     norm, head = head_weights(config)
-    # A tied head shares the embeddings' memory where its format allows.
+    # A tied head shares the embeddings' memory if its format allows.
     tied = {"lm_head.weight": decoder.embed_tokens}
     tensors = read.tensors([norm]) | (tied if config.tie_word_embeddings else read.tensors([head]))
     if smoother is not None:
@@ -78,13 +78,13 @@ def _fill(decoder: Decoder, read: _Reader, smoothing_text: Tensor | None, progre
 
 
 class _Reader:
-    """A checkpoint's tensors in the model's dtype, on its device, each in memory of its own."""
+    """Reads a checkpoint's tensors in the model's dtype, to its device, each in its own memory."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, fmt: WeightFormat) -> None:
         self._checkpoint, self._head_dim, self.format = checkpoint, config.head_dim, fmt
 
     def tensors(self, weights: Sequence[Weight], prefix: str = "") -> Tensors:
-        """What the modules of `weights` hold; `prefix` begins the names in the checkpoint."""
+        """The tensors for the modules of `weights`; `prefix` is the prefix of the names in the checkpoint."""
         found: Tensors = {}
         for weight in weights:
             for kind in ("weight", "bias") if weight.has_bias else ("weight",):

@@ -14,14 +14,14 @@ from tfserve.plan import PromptLogprobs, Row, RowInit, SeqStep
 from tfserve.types import RequestId, TokenLogprob
 
 _ROWS_AT_ONCE = 64
-"""Prompt positions whose logits exist at the same time: a long prompt over a large vocabulary would fill gigabytes."""
+"""Prompt positions scored at a time: logits of a long prompt with a large vocabulary take gigabytes."""
 
 
 class TokenScores:
     """Log probabilities of tokens, computed at once and read later.
 
-    For each row of `logits` fp32 [N, V]: its entry of `tokens` int64 [N] and the best `counts` of the row. `logits` are
-    overwritten.
+    For each row of `logits` fp32 [N, V]: the token in `tokens` int64 [N] and the best `counts` tokens. Overwrites
+    `logits`.
     """
 
     def __init__(self, logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
@@ -50,19 +50,19 @@ class PromptScores:
     parts: tuple[TokenScores, ...]
 
     def read(self) -> PromptLogprobs:
-        """What the step's result says of them; waits for the device."""
+        """The scores for the step's result; waits for the device."""
         return PromptLogprobs(self.req, self.start, tuple(entry for part in self.parts for entry in part.read()))
 
 
 class PromptScorer:
-    """Scores the prompts of those rows whose requests ask for it; costs nothing where none does.
+    """Scores the prompts of requests that ask for it; costs nothing if none does.
 
     `logits` turns hidden states [N, H] into fp32 logits [N, V].
     """
 
     def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
         self._logits = logits
-        self._prompts: dict[Row, tuple[tuple[int, ...], int]] = {}  # by row: the prompt and how many alternatives
+        self._prompts: dict[Row, tuple[tuple[int, ...], int]] = {}  # by row: the prompt and the number of alternatives
 
     def enter(self, row: RowInit) -> None:
         """A request takes a row."""
@@ -71,11 +71,11 @@ class PromptScorer:
             self._prompts[row.row] = row.token_ids[: row.num_prompt_tokens], row.params.prompt_logprobs
 
     def release(self, row: Row) -> None:
-        """Forget a row; one that is empty stays so."""
+        """Clear a row; no effect on an empty one."""
         self._prompts.pop(row, None)
 
     def score(self, seqs: Sequence[SeqStep], hidden: Tensor) -> tuple[PromptScores, ...]:
-        """Log probabilities of the prompt tokens that follow those of this step, whose states are `hidden` [T, H]."""
+        """Log probabilities of the prompt tokens that follow this step's tokens, from their states `hidden` [T, H]."""
         if not self._prompts:
             return ()
         scored = []

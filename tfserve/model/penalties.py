@@ -14,16 +14,16 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Penalties:
-    """Penalties of the rows that ask for any; only those get a slot: the list of tokens seen and the output counts.
+    """Penalties of rows. Only rows with penalties get a slot: the list of tokens seen and the output counts.
 
-    Work per step is proportional to the tokens seen, not to the vocabulary. The list may name a token twice and is
-    padded with the row's first token: every mention computes, and writes, the same value.
+    Work per step is proportional to the tokens seen, not to the vocabulary. The list may contain a token twice and is
+    padded with the row's first token: duplicates compute and write the same value.
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
         self._device = device
         self._slot = np.full(max_num_seqs, -1, np.int64)
-        self._length = np.zeros(max_num_seqs, np.int64)  # of each slot's list
+        self._length = np.zeros(max_num_seqs, np.int64)  # length of each slot's list
         self._strength = np.zeros((max_num_seqs, 3), np.float32)  # of each slot: repetition, frequency, presence
         self._free: list[int] = list(range(max_num_seqs))[::-1]
         self._seen = torch.zeros((0, 0), dtype=torch.int64, device=device)  # [slots, tokens]
@@ -45,14 +45,14 @@ class Penalties:
         self._seen[slot] = seen[0]
         self._seen[slot, : len(seen)] = seen
         ones = torch.ones(len(made), dtype=torch.int32, device=self._device)
-        self._counts[slot].zero_().index_add_(0, tokens, ones)  # bincount would wait for the device
+        self._counts[slot].zero_().index_add_(0, tokens, ones)  # bincount waits for the device
 
     def has(self, row: int) -> bool:
         """True if the row's logits are penalised."""
         return bool(self._slot[row] >= 0)
 
     def release(self, row: int) -> None:
-        """Forget a row."""
+        """Clear a row."""
         if self._slot[row] >= 0:
             self._free.append(int(self._slot[row]))
             self._slot[row] = -1
@@ -89,13 +89,13 @@ class Penalties:
         self._length[slots] += 1
 
     def _penalised(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """Places within `rows` that have penalties, and their slots."""
+        """Indices in `rows` that have penalties, and their slots."""
         slots = self._slot[rows]
         places = np.flatnonzero(slots >= 0)
         return places, slots[places]
 
     def _reserve(self, num_slots: int, num_tokens: int) -> None:
-        """Grow to hold so many slots and so long lists, at least twofold each time."""
+        """Grow to so many slots and to lists of that length, at least twofold each time."""
         slots, width = self._seen.shape
         if num_tokens > width:
             wider = self._seen.new_zeros((slots, max(num_tokens, 2 * width)))

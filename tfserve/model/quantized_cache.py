@@ -1,4 +1,4 @@
-"""The int8 form of a checkpoint, kept between starts: making it takes longer than everything else at a start."""
+"""Caches the int8 form of a checkpoint between starts: quantising takes longer than the rest of a start."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ from tfserve.model.linear import Linear
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 2**22
-"""Bytes of a file that are read and hashed at once, in a thread."""
+"""Bytes of a file that are read and hashed at a time, in a thread."""
 
 _PART = ".part"
 _ABANDONED_S = 3600.0
-"""What ends so is being written; after this time without a change, no more."""
+"""Suffix of a file that is being written; after this time without a change, its writer has died."""
 
-_MOST_JSON_BYTES = 2**27
-"""Larger files of JSON are nothing that a checkpoint is made of (tokenizer.py)."""
+_MAX_JSON_BYTES = 2**27
+"""Larger JSON files are not part of a checkpoint (tokenizer.py)."""
 
 _FORMAT = 2
-"""Raise when smoothing or quantisation changes, so that files made by an older version are made again."""
+"""Increase it when smoothing or quantisation changes: files of another version are made again."""
 
 
 class QuantizedCache:
-    """One file for a checkpoint directory, good for as long as the files there have the same contents.
+    """A cached file for a checkpoint directory, valid as long as the checkpoint's contents are the same.
 
-    Both the checkpoint and the kept file are hashed whole at each start, about a second for each GB and core: sizes and
-    times are the same for other weights of the same shape, and a damaged file would be served without a word.
-    A cache that cannot be read or written costs time at the next start and nothing else, so neither raises.
+    The checkpoint and the cached file are hashed completely at each start, about a second per GB and core: other
+    weights may have the same sizes and times, and a damaged file must not be used. A cache that cannot be read or
+    written only costs time at the next start, so neither raises.
     """
 
     def __init__(self, folder: Path, model_dir: Path) -> None:
-        """The file is, or will be, in `folder`, which need not exist."""
+        """The file is in `folder`, which need not exist."""
         model_dir = model_dir.resolve()
         name = hashlib.sha256(str(model_dir).encode()).hexdigest()[:12]
         self._path = folder / f"{model_dir.name}-{name}.safetensors"
         self._fingerprint = _fingerprint(model_dir)
 
     def fill(self, decoder: Decoder) -> bool:
-        """Give every norm and linear of `decoder` its tensors, or return False and leave it as it was."""
+        """Load every norm and linear of `decoder`. Without a valid file, change nothing and return False."""
         try:
             if not self._path.is_file():
                 return False
@@ -73,7 +73,7 @@ class QuantizedCache:
             return False
         for name, module in decoder.named_modules():
             if isinstance(module, RMSNorm):
-                module.load(tensors[f"{name}.weight"].clone())  # not a view of the file, which may go
+                module.load(tensors[f"{name}.weight"].clone())  # a copy, not a view of the mapped file
             elif isinstance(module, Linear):
                 bias = tensors.get(f"{name}.bias")
                 weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.scale"]
@@ -81,9 +81,9 @@ class QuantizedCache:
         return True
 
     def save(self, decoder: Decoder) -> None:
-        """Keep the tensors of a loaded int8 `decoder`; another process that does so at once does no harm."""
+        """Save the tensors of a loaded int8 `decoder`; several processes may save at the same time."""
         tensors = _tensors(decoder)
-        # Not by the process's id: those of two containers that share a cache may be the same.
+        # Not named by the process id: two containers that share a cache may have the same id.
         part = self._path.with_suffix(f".{uuid.uuid4().hex}{_PART}")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ class QuantizedCache:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete what processes were writing when they were killed."""
+    """Delete partial files of killed processes."""
     for part in folder.glob(f"*{_PART}"):
         if time.time() - part.stat().st_mtime > _ABANDONED_S:
             part.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ def _tensors(decoder: Decoder) -> dict[str, Tensor]:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Changes with any bit of the tensors, their names, types and shapes."""
+    """A digest of the tensors: values, names, types and shapes."""
 
     def digest(name: str) -> list[object]:
         tensor = tensors[name].contiguous()
@@ -134,8 +134,8 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _fingerprint(model_dir: Path) -> str:
-    """Changes with the weights, the model's shape, and the tokenizer that the smoothing text goes through."""
-    texts = (path for path in model_dir.glob("*.json") if path.is_file() and path.stat().st_size <= _MOST_JSON_BYTES)
+    """A digest of the weights, the model's shape, and the tokenizer, which encodes the smoothing text."""
+    texts = (path for path in model_dir.glob("*.json") if path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES)
     files = sorted((*weight_files(model_dir), *texts))
     chunks = [(path, start) for path in files for start in range(0, path.stat().st_size, _CHUNK_BYTES)]
     with ThreadPoolExecutor(_num_threads()) as pool:

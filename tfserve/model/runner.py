@@ -1,4 +1,4 @@
-"""ModelRunner: a step's plan in, tokens out. It owns the rows; requests and blocks belong to others."""
+"""ModelRunner: executes a step's plan and returns tokens. It owns the rows, but no request and no block."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from tfserve.types import RequestId
 
 
 class ModelRunner:
-    """Runs plans on one device: `launch` puts a step on its way, and `result` waits for it and hands it over.
+    """Runs plans on one device: `launch` starts a step, `result` waits for it.
 
-    A row is a request's seat: its line of the block table, its last sampled token and its sampling state. A step that
-    fails raises from `result`; every row keeps its seat, and plans without the failed step's requests are
-    unaffected. Where only some rows have no token (their logits are not finite, or their grammar allows none), only
-    their requests fail: `StepResult.failed` names them.
+    A row holds a request's block table, its last sampled token and its sampling state. A step that fails raises from
+    `result`; all rows stay, and plans without the failed step's requests are unaffected. If only some rows have no
+    token (their logits are not finite, or their grammar allows none), only their requests fail: see
+    `StepResult.failed`.
 
-    On a GPU nothing in `launch` waits for the device, but for two things that say so: a grammar (TokenMasks), and an
-    attention backend that reads stale KV.
+    On a GPU `launch` waits for the device in two cases only: for a grammar (TokenMasks), and with an attention backend
+    that reads stale KV.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> InFlight:
-        """Start a step. Raises nothing: what goes wrong comes out of `result`."""
+        """Start a step. Does not raise: errors come from `result`."""
         began_s, before_s = time.perf_counter(), self._ended_s
         try:
             self._seat(plan)
@@ -70,7 +70,7 @@ class ModelRunner:
             self._scrub(plan.seqs)
             self._ended_s = time.perf_counter()
             return FailedStep(error)
-        # On a CPU the step has run by now, so wall time is the device's; StreamRunner knows a GPU's.
+        # On a CPU the step has run by now, so wall time is its device time; CudaStreamRunner measures a GPU's.
         self._ended_s = time.perf_counter()
         return LaunchedStep(
             plan.step,
@@ -82,10 +82,10 @@ class ModelRunner:
         )
 
     def close(self) -> None:
-        """See plan.Runner; there are no threads here, and what is on a stream is StreamRunner's to wait for."""
+        """See plan.Runner; there are no threads here, and CudaStreamRunner waits for its stream."""
 
     def _seat(self, plan: StepPlan) -> None:
-        """Let rows go, let others in, and extend the block tables."""
+        """Release rows, enter others, and extend the block tables."""
         for row in plan.released_rows:
             self._tables.clear(row)
             self._sampler.release(row)
@@ -99,14 +99,14 @@ class ModelRunner:
             self._tables.extend(seq.row, seq.new_blocks)
 
     def _scrub(self, seqs: Iterable[SeqStep]) -> None:
-        """Zero the KV of what failed: a NaN in it would reach the next owner of its blocks."""
+        """Zero the KV of failed sequences: a NaN in it would reach the next request with these blocks."""
         for seq in seqs:
             (blocks,) = upload(self._kv.device, self._tables.blocks(seq.row).astype("int64"))
             for pages in chain.from_iterable(self._kv.layers):
                 pages.index_fill_(0, blocks, 0)
 
     def _step(self, plan: StepPlan) -> tuple[Sampled | None, tuple[PromptScores, ...]]:
-        """Run layers, scorer and sampler; no sample if no seq wants one."""
+        """Run layers, scorer and sampler; None instead of a sample if no sequence needs one."""
         batch = build_batch(plan, self._tables, self._last_tokens, self._kv.block_size)
         hidden = self._hidden(batch)
         scored = self._prompts.score(plan.seqs, hidden)
@@ -123,7 +123,7 @@ class ModelRunner:
         return sampled, scored
 
     def _hidden(self, batch: ForwardBatch) -> Tensor:
-        """Run the layers; hidden states `[T, H]` of the batch's tokens (of a graph perhaps more rows, at the end)."""
+        """Run the layers. Returns hidden states `[T, H]` of the batch's tokens; a graph may append padding rows."""
         hidden = None if self._graphs is None else self._graphs.replay(batch)
         if hidden is None:
             hidden = self._model(batch.input_ids, batch.positions, self._backend.build(batch, self._kv))
@@ -132,7 +132,7 @@ class ModelRunner:
 
 @dataclass(frozen=True, slots=True)
 class LaunchedStep:
-    """A step on its way; `sampling` are the requests that `sampled` has tokens for."""
+    """A launched step; `sampling` are the requests that `sampled` has tokens for."""
 
     fence: Fence
     sampling: tuple[RequestId, ...] = ()
@@ -142,7 +142,7 @@ class LaunchedStep:
     idle_s: float = 0.0
 
     def result(self) -> StepResult:
-        """What the step produced; waits for the device."""
+        """The step's result; waits for the device."""
         chosen = Choices((), (), ()) if self.sampled is None else self.sampled.read()
         return StepResult(
             self.fence,
@@ -162,5 +162,5 @@ class FailedStep:
     error: BaseException
 
     def result(self) -> StepResult:
-        """Raise what the step raised."""
+        """Raise the step's exception."""
         raise self.error

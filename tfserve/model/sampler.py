@@ -1,4 +1,4 @@
-"""Logits to tokens for a whole batch at once, each row by its own request's parameters."""
+"""Samples tokens for a whole batch at once, each row with its own request's parameters."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _NOT_FINITE = (
 )
 
 _GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them would leave fp32's range."""
+"""Temperatures below this are greedy: dividing by them would overflow fp32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One step's choice. The device has it at once; `read` waits for it.
+    """One step's samples on the device; `read` waits for them.
 
-    `token_ids` int64 [N] are on the sampler's device, as is `usable` bool [N]: false where there is no token to choose
-    (the logits were NaN, +inf, or everything -inf) and the token is 0. `lost` says why some places cannot go on by
-    their grammar: what was chosen there means nothing. `asking` are the rows of `scores`.
+    `token_ids` int64 [N] and `usable` bool [N] are on the sampler's device. `usable` is false where no token could be
+    chosen (the logits were NaN, +inf, or all -inf); the token is then 0. `lost` maps places whose grammar allows no
+    token to the reason; their tokens are meaningless. `asking` are the rows of `scores`.
     """
 
     token_ids: Tensor
     usable: Tensor
-    chosen: Download  # both of them
+    chosen: Download  # tokens and `usable`
     lost: Mapping[int, str]
     asking: list[int]
     scores: TokenScores | None
 
     def read(self) -> Choices:
-        """The same on the host."""
+        """The samples on the host."""
         tokens, usable = self.chosen.lists()
         logprobs: list[TokenLogprob | None] = [None] * len(tokens)
         if self.scores is not None:
@@ -58,7 +58,7 @@ class Sampled:
 
 
 class Choices(NamedTuple):
-    """What was chosen for N rows: tokens, log probabilities where asked for, and why some places have no token."""
+    """The samples of N rows: tokens, log probabilities if asked for, and the reasons of places without a token."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
@@ -66,13 +66,12 @@ class Choices(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens; holds, for each row, its request's parameters and the token counts its penalties need.
+    """Chooses tokens. Holds each row's parameters and the token counts for its penalties.
 
-    The order of processing is vLLM's: log probabilities from the logits as they come, what `masks` allow where a
-    request has a grammar, min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and
-    the draw. A row's token depends on its own logits, parameters, seed and position only, never on the rows beside it.
-    Parameters live on the host, so that choosing a path never waits for the device; nothing else here does either, but
-    for rows with a grammar (see TokenMasks).
+    The order of processing is vLLM's: log probabilities from the logits as they come, masks of requests with a grammar,
+    min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and the draw. A row's token
+    depends on its own logits, parameters, seed and position only, never on the rows beside it. Parameters live on the
+    host, so that branches on them do not wait for the device. Only rows with a grammar wait (see TokenMasks).
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: str, masks: TokenMasks | None = None) -> None:
@@ -86,14 +85,14 @@ class Sampler:
         self._top_p = np.ones(max_num_seqs, np.float64)
         self._min_p = np.zeros(max_num_seqs, np.float64)
         self._seed = np.zeros(max_num_seqs, np.uint64)
-        self._logprobs = np.full(max_num_seqs, -1, np.int64)  # how many alternatives; -1: none wanted
+        self._logprobs = np.full(max_num_seqs, -1, np.int64)  # number of alternatives; -1: no log probabilities
         self._edited = np.zeros(max_num_seqs, np.bool_)  # has a mask, min_tokens, logit_bias or a penalty
-        self._first_free_end = np.zeros(max_num_seqs, np.int64)  # first position where min_tokens lets the text end
+        self._first_free_end = np.zeros(max_num_seqs, np.int64)  # first position where min_tokens allows the end
         self._ends: dict[int, IntArray] = {}  # by row with min_tokens: its end-of-sequence and stop tokens
-        self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by row: tokens, what to add
+        self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by row: tokens, and the biases to add
 
     def enter(self, row: RowInit) -> None:
-        """Take a request's parameters and count its tokens; a request that comes back is as if it had never left."""
+        """Set a row to a request's parameters and count its tokens; after a preemption this restores the same state."""
         self.release(row.row)
         params, seat = row.params, row.row
         self._temperature[seat] = params.temperature
@@ -116,7 +115,7 @@ class Sampler:
             self._edited[seat] |= self._masks.has(seat)
 
     def release(self, row: Row) -> None:
-        """Forget a row; one that is empty stays so."""
+        """Clear a row; no effect on an empty one."""
         self._penalties.release(row)
         if self._masks is not None:
             self._masks.release(row)
@@ -125,10 +124,10 @@ class Sampler:
         self._edited[row] = False
 
     def sample(self, logits: Tensor, rows: Sequence[int] | IntArray, positions: Sequence[int]) -> Sampled:
-        """Choose a token for each of `rows` [N] from `logits` fp32 [N, V], which are left as they are.
+        """Choose a token for each of `rows` [N] from `logits` fp32 [N, V]; does not change `logits`.
 
-        `positions` are the places the new tokens take in their sequences, prompt included. A row whose logits are not
-        finite, or whose grammar allows nothing any more, gets none, and the others get theirs all the same.
+        `positions` are the new tokens' positions in their sequences, prompt included. A row whose logits are not
+        finite, or whose grammar allows no token, gets none; the others are not affected.
         """
         seats, places = np.asarray(rows, np.int64), np.asarray(positions, np.int64)
         tokens, usable = self._choose(self._edit(logits, seats, places), seats, places)
@@ -152,18 +151,18 @@ class Sampler:
         if early:
             ends = [self._ends[seats[i]] for i in early]
             line, token = upload(self._device, _repeat(early, ends), np.concatenate(ends))
-            edited[line, token] = edited.new_full((), -torch.inf)  # a Python number would be copied over, with a wait
+            edited[line, token] = edited.new_full((), -torch.inf)  # copying a Python number would wait for the device
         biased = [i for i, seat in enumerate(seats) if seat in self._bias]
         if biased:
             tokens, values = zip(*(self._bias[seats[i]] for i in biased), strict=True)
             arrays = _repeat(biased, tokens), np.concatenate(tokens), np.concatenate(values)
             line, token, value = upload(self._device, *arrays)
-            edited[line, token] += value  # no request names a token twice; accumulating would sort on a GPU
+            edited[line, token] += value  # no request names a token twice; accumulate=True would sort on a GPU
         self._penalties.apply(edited, seats)
         return edited
 
     def _choose(self, logits: Tensor, seats: IntArray, places: IntArray) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [N], and bool [N]: false where the logits are not finite and the token means nothing."""
+        """Tokens int64 [N], and bool [N]: false where the logits are not finite and the token is meaningless."""
         peak, tokens = highest(logits)
         drawing = np.flatnonzero(self._temperature[seats] >= _GREEDY_BELOW)
         if drawing.size:
@@ -175,7 +174,7 @@ class Sampler:
         return tokens.masked_fill_(~usable, 0), usable
 
     def _draw(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
-        """Tokens int64 [N] drawn from `logits` [N, V] whose highest is 0 in each row; they are overwritten."""
+        """Tokens int64 [N] drawn from `logits` [N, V], with a highest logit of 0 in each row. Overwrites `logits`."""
         temperature = self._temperature[seats]
         if (temperature != 1).any():
             logits /= upload(self._device, temperature)[0][:, None]
@@ -188,14 +187,14 @@ class Sampler:
         return draw(weights, uniform(self._seed[seats], places))
 
     def _memory(self, purpose: str, rows: int) -> Tensor:
-        """Memory fp32 [rows, V] that stays: on a CPU, touching fresh pages takes longer than computing on them."""
+        """Reused memory fp32 [rows, V]: on a CPU, the first write to new pages takes longer than the computation."""
         held = self._scratch.get(purpose)
         if held is None or len(held) < rows:
             held = self._scratch[purpose] = torch.empty(rows, self._vocab_size, device=self._device)
         return held[:rows]
 
     def _scores(self, logits: Tensor, tokens: Tensor, seats: IntArray, asking: IntArray) -> TokenScores | None:
-        """Log probabilities of the rows `asking` among those of `seats`."""
+        """Log probabilities of the places `asking` of `seats`."""
         if not asking.size:
             return None
         (index,) = upload(self._device, asking)
@@ -204,5 +203,5 @@ class Sampler:
 
 
 def _repeat(places: Sequence[int], lists: Sequence[IntArray]) -> IntArray:
-    """Each place as many times as its list is long."""
+    """Each place, repeated by the length of its list."""
     return np.repeat(np.asarray(places, np.int64), [len(each) for each in lists])

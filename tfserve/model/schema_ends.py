@@ -1,7 +1,7 @@
-"""Whether any finite JSON text satisfies a JSON schema that refers to itself. Torch-free.
+"""Checks whether a finite JSON text satisfies a recursive JSON schema. Torch-free.
 
-llguidance finds the contradictions within a schema, but follows its references only as a text is written. A schema that
-always requires one more level of itself is served, and its texts have no end.
+llguidance finds contradictions within a schema, but follows references only while a text is generated. It accepts a
+schema that always requires one more level of itself, whose texts never end.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from typing import Any
 from urllib.parse import unquote
 
 _ANYTHING = True
-"""The schema that every text satisfies; stands for what this module does not follow."""
+"""The schema that every text satisfies, used for everything that this module does not follow."""
 
-_MOST_TOGETHER = 32
-"""Schemas looked at together with one: what is split among more is not followed, so that the time stays linear."""
+_MAX_TOGETHER = 32
+"""Most schemas that are combined with one; further ones are not followed, so that the time stays linear."""
 
 
 def has_finite_text(schema: Any) -> bool:
     """False if no finite JSON text can satisfy `schema`; true where that is not certain.
 
-    A least fixed point over the schema's parts: a part has a text once each of its requirements does, and a requirement
-    does once one of its alternatives does. Time is linear in the size of the schema.
+    Computes a least fixed point over the schema's parts: a part has a text if each of its requirements has one, and a
+    requirement has one if one of its alternatives has. Time is linear in the size of the schema.
     """
     document = SchemaDocument(schema)
     parts: list[Any] = [schema]
     places = {id(schema): 0}
-    num_open: list[int] = []  # by part: requirements without a text so far
-    waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by part: the requirements, by (part, number)
+    num_open: list[int] = []  # by part: number of requirements without a text so far
+    waiting: dict[int, list[tuple[int, int]]] = defaultdict(list)  # by part: dependent requirements, as (part, number)
     for place, part in enumerate(parts):  # grows meanwhile
         requirements = _requirements(part, document)
         num_open.append(len(requirements))
@@ -51,9 +51,9 @@ def has_finite_text(schema: Any) -> bool:
 
 
 def _requirements(part: Any, document: SchemaDocument) -> list[Sequence[Any]]:
-    """What a text needs to satisfy `part`: each is a list of schemas, of which it must satisfy one, in whole or within.
+    """The requirements of `part`: each is a list of schemas, and a text or a part of it must satisfy one of them.
 
-    Only what holds for certain: a schema without a type, for one, is also satisfied by a number.
+    Only certain requirements: for example, a number also satisfies a schema without a type.
     """
     if part is False:
         return [[]]
@@ -78,15 +78,15 @@ def _requirements(part: Any, document: SchemaDocument) -> list[Sequence[Any]]:
 
 
 def _together(part: Mapping[str, Any], document: SchemaDocument) -> list[Mapping[str, Any]]:
-    """`part` and the schemas that each text of it satisfies too: `type` may stand in one and `required` in another."""
+    """`part` and the schemas that apply to the same text: `type` may be in one of them and `required` in another."""
     found, known = [part], {id(part)}
     if "allOf" not in part:
-        # What a reference alone stands for is looked at there.
+        # A schema that is only a reference is evaluated at its target.
         return found
     for each in found:  # grows meanwhile
         others = _list(each, "allOf") + ([document.target(each["$ref"])] if isinstance(each.get("$ref"), str) else [])
         for other in others:
-            if len(found) == _MOST_TOGETHER:
+            if len(found) == _MAX_TOGETHER:
                 return found
             if isinstance(other, Mapping) and id(other) not in known and not document.is_foreign(other):
                 known.add(id(other))
@@ -105,20 +105,20 @@ def _mapping(part: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _member(part: Mapping[str, Any], name: str) -> list[Any]:
-    """The schemas of which the member `name` of an object must satisfy one."""
+    """Alternatives for the member `name` of an object."""
     properties = _mapping(part, "properties")
     return [properties[name]] if name in properties else _other_members(part)
 
 
 def _other_members(part: Mapping[str, Any]) -> list[Any]:
-    """What the members of an object beyond `properties` may satisfy."""
+    """Alternatives for members of an object that are not in `properties`."""
     return [*_mapping(part, "patternProperties").values(), part.get("additionalProperties", _ANYTHING)]
 
 
 def _first_items(part: Mapping[str, Any], least: int) -> list[Any]:
-    """What the first `least` items of an array must satisfy; of those beyond the listed ones, the first stands for all.
+    """Requirements of the first `least` items of an array; one stands for all items beyond the listed ones.
 
-    Drafts before 2020-12 list them as `items`, and what comes after as `additionalItems`.
+    Drafts before 2020-12 list them as `items`, and the schema of the others as `additionalItems`.
     """
     listed, others = _list(part, "prefixItems"), part.get("items", _ANYTHING)
     if isinstance(others, list):
@@ -132,7 +132,7 @@ def _least(part: Mapping[str, Any], key: str) -> int:
 
 
 class SchemaDocument:
-    """A whole schema: what the references within it name."""
+    """A whole schema; resolves the references within it."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -145,14 +145,14 @@ class SchemaDocument:
             part = rest.pop()
             if isinstance(part, Mapping):
                 if isinstance(part.get("$anchor"), str):
-                    # Of two with one name, which is meant is not certain.
+                    # Two schemas with the same name are ambiguous.
                     self._anchors[part["$anchor"]] = _ANYTHING if part["$anchor"] in self._anchors else part
                 rest += part.values()
             elif isinstance(part, list):
                 rest += part
 
     def is_foreign(self, part: Mapping[str, Any]) -> bool:
-        """True for a schema within this one that references name in another way."""
+        """True for a subschema that references may name in another way."""
         return "$id" in part and part is not self._root
 
     def target(self, reference: str) -> Any:

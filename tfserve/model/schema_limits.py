@@ -1,7 +1,6 @@
-"""What a JSON schema may ask of the grammar library, measured before that library sees it. Torch-free.
+"""Size limits of JSON schemas, checked before the grammar library reads one. Torch-free.
 
-llguidance follows references by recursion, and the more properties there are, the longer it compiles. Nothing here
-recurses.
+llguidance follows references by recursion, and its compile time grows with the properties. Nothing here is recursive.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from tfserve.errors import RequestError
 from tfserve.model.schema_ends import SchemaDocument
 
 MAX_SCHEMA_CHARS = 131_072
-"""Longest JSON schema, and longest grammar (OpenAI's limit for a schema is about as high)."""
+"""Longest JSON schema, and longest grammar (OpenAI's limit for a schema is similar)."""
 
 MAX_LEVELS = 64
-"""Most levels of schemas within schemas, where a reference leads to a level more."""
+"""Most nested levels of schemas; a reference counts as a level."""
 
 MAX_PROPERTIES = 1000
 """Most properties of one schema, over all its objects."""
@@ -29,17 +28,17 @@ MAX_PARTS = 10_000
 """Most objects and lists in one schema."""
 
 _LIBRARY_KEY = "x-guidance"
-"""Holds options of llguidance: separators, white space, leniency. They are the server's to set."""
+"""Key of llguidance's options: separators, white space, leniency. Only the server sets them."""
 
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Keywords whose value maps names to schemas."""
 
 _DATA = frozenset({"const", "enum", "default", "examples"})
-"""Keywords whose value is data and no schema."""
+"""Keywords whose value is data, not a schema."""
 
 
 class _Kind(enum.Enum):
-    """What a part of a schema is; only a SCHEMA has keywords."""
+    """Kinds of parts of a schema; only a SCHEMA has keywords."""
 
     SCHEMA = enum.auto()
     MAP = enum.auto()
@@ -47,22 +46,22 @@ class _Kind(enum.Enum):
 
 
 _Part = tuple[int, _Kind]
-"""A part by its identity, and what it is taken for."""
+"""A part by its identity, and its kind."""
 
 _Edge = tuple[Any, _Kind, int]
-"""A part within another part, or referred to by it; its kind, and how many levels deeper it is."""
+"""A part within another part, or referenced by it; its kind, and its additional levels."""
 
 
 def check_schema(schema: Mapping[str, Any], param: str) -> int:
-    """How many bytes a schema has. Raises RequestError about the field `param` if it is too large or deep, or no JSON.
+    """The size of a schema in bytes. Raises RequestError about `param` if it is too large, too deep, or not JSON.
 
-    Takes a tenth of a second for the largest that is allowed; of larger ones only the size is measured.
+    Takes a tenth of a second for the largest allowed schema; for a larger one only the size is measured.
     """
     try:
         size = len(msgspec.json.encode(schema))
     except RecursionError:
         raise _refusal(param, _TOO_DEEP) from None
-    except (TypeError, ValueError, OverflowError):  # what is no JSON; its place is looked for below
+    except (TypeError, ValueError, OverflowError):  # not JSON; the place is searched for below
         size = 0
     if size > MAX_SCHEMA_CHARS:
         raise _refusal(param, f"there are {size} bytes, which is too long; the limit is {MAX_SCHEMA_CHARS}")
@@ -70,7 +69,7 @@ def check_schema(schema: Mapping[str, Any], param: str) -> int:
         _Survey(schema).check()
     except ValueError as error:
         raise _refusal(param, str(error)) from None
-    # The library fails on integers beyond 64 bits, and rounds a const to a double.
+    # llguidance fails on integers beyond 64 bits, and rounds a const to a double.
     if problem := strict_json.unreadable(schema, exact=("const", "enum")):
         raise _refusal(param, f"{problem}; change or remove it")
     return size
@@ -84,7 +83,7 @@ def _refusal(param: str, problem: str) -> RequestError:
 
 
 class _Survey:
-    """One walk over a schema, depth first, along its references too."""
+    """A depth-first walk over a schema that follows references."""
 
     def __init__(self, schema: Mapping[str, Any]) -> None:
         self._schema = schema
@@ -94,12 +93,12 @@ class _Survey:
     def check(self) -> None:
         """Raise ValueError with what is wrong.
 
-        The levels are those of the longest chain of parts. A reference back into the chain that is being followed ends
-        it: a schema that refers to itself is as deep as what lies between.
+        The number of levels is that of the longest chain of parts. A reference back into the current chain ends it: it
+        adds no levels.
         """
-        heights: dict[_Part, int] = {}  # levels below each part; 0 while it is being followed
+        heights: dict[_Part, int] = {}  # levels below each part; 0 while it is on the path
         path: list[tuple[_Part, int, Iterator[_Edge]]] = []
-        best = [0]  # for the root's parent and each part of the path: levels known to be below it
+        best = [0]  # for the root's parent and each part of the path: levels found below it so far
         depth = 0
         edges = iter([(self._schema, _Kind.SCHEMA, 0)])
         while True:
@@ -128,7 +127,7 @@ class _Survey:
                 raise ValueError(_TOO_DEEP)
 
     def _edges(self, value: Any, kind: _Kind) -> Iterator[_Edge]:
-        """The parts of a part, and what it refers to. Raises ValueError."""
+        """The parts within a part, and those it references. Raises ValueError."""
         if not isinstance(value, Mapping):
             for each in value:
                 if isinstance(each, _CONTAINERS):
@@ -162,6 +161,6 @@ _CONTAINERS = (dict, list, tuple)
 
 
 def _step(part: Any) -> int:
-    """How many levels deeper a part is than what holds it: what only refers to another is no level of its own."""
+    """Levels between a part and its parent: a schema that is only a reference is not a level."""
     is_reference = isinstance(part, Mapping) and "$ref" in part
     return 0 if is_reference and not any(isinstance(each, _CONTAINERS) for each in part.values()) else 1

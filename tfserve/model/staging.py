@@ -1,4 +1,4 @@
-"""Between the host and the device: a step's small arrays, and what came of it, in copies that nobody waits for."""
+"""Copies of a step's small inputs to the device and of its results to the host, without waiting."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 _ALIGN = 16
-"""Bytes; each array starts at a multiple, so that any element type can be viewed in the shared buffer."""
+"""Alignment of each array in bytes, so that any element type can be a view of the shared buffer."""
 
 
 def upload(device: torch.device, *arrays: NDArray[Any]) -> list[Tensor]:
     """The arrays as tensors of their own dtypes and shapes on `device`.
 
-    On a GPU they are views of one buffer, copied on the current stream. The host side of it is pinned memory from
-    torch's caching allocator, which hands it out again only when that copy has run: no ring of our own is needed. On
-    the CPU the tensors share the arrays' memory. (`tensor.to(device)` would wait: from ordinary memory, for the copy
-    and for all that is on the stream before it.)
+    On a GPU they are views of one buffer, copied on the current stream. Its host side is pinned memory of torch's
+    caching allocator, which reuses it only when the copy has run. On the CPU the tensors share the arrays' memory.
+    (`tensor.to(device)` from pageable memory waits for the copy and for all earlier work on the stream.)
     """
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
@@ -39,10 +38,10 @@ def upload(device: torch.device, *arrays: NDArray[Any]) -> list[Tensor]:
 
 
 class Download:
-    """Tensors on their way to the host, behind the work on the current stream that makes them; any thread may wait.
+    """Tensors that are copied to the host, behind the work on the current stream; any thread may wait for them.
 
-    From a GPU they are copied into pinned memory, which torch's allocator keeps for as long as the copy runs. CPU
-    tensors are handed on as they are: whoever downloads one must not write to it again.
+    From a GPU they are copied into pinned memory, which torch's allocator keeps until the copy has run. CPU tensors are
+    not copied: do not write to them after a download.
     """
 
     def __init__(self, *tensors: Tensor) -> None:

@@ -1,8 +1,7 @@
-"""The sandbox in which chat templates run: what they may reach, how long they may compute and how much text they make.
+"""The sandbox of chat templates: limits access, computing time and the amount of text.
 
-Templates are programs that come with checkpoints. jinja2's sandbox keeps them from Python's internals, but not from
-loops without an end or from text without measure: every loop, call, filter and operator here is counted against a
-limit. Torch-free.
+Templates are programs in checkpoints. jinja2's sandbox blocks access to Python's internals, but not endless loops or
+huge texts. Here every loop, call, filter and operator counts towards a limit. Torch-free.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MOST_SECONDS = 2.0
+MAX_SECONDS = 2.0
 """CPU time of one rendering. A conversation of thousands of messages takes some tenths."""
 
-MOST_CHARS = 200_000_000
-"""Characters of all texts that one rendering makes, intermediate ones included."""
+MAX_CHARS = 200_000_000
+"""Characters of all texts of one rendering, intermediate ones included."""
 
-_MOST_BITS = 4096
+_MAX_BITS = 4096
 """Longest integer that a template may compute."""
 
 _CHECK_EVERY = 64
 """Operations between two looks at the clock, which is a system call."""
 
 _ITEMS_AT_ONCE = 10_000
-"""Items of a value that are measured between two looks at the clock."""
+"""Items of a value that are counted between two looks at the clock."""
 
 _ITEM_CHARS = 50
-"""What anything but text counts for: it takes as long to look at, and may be written as long."""
+"""Characters that a value other than text counts for: about its length when written."""
 
 _QUOTES = 4
-"""What a text counts for beside its characters: quotes, a comma and a space in a list."""
+"""Added to a text's characters: quotes, a comma and a space in a list."""
 
 _AMPLIFIERS = frozenset(
     (
@@ -49,7 +48,7 @@ _AMPLIFIERS = frozenset(
         *("to_bytes", "indent", "wordwrap", "tojson", "xmlattr", "strftime_now", "batch", "slice"),
     )
 )
-"""Methods, filters and functions whose result may be as long as one argument times another."""
+"""Methods, filters and functions whose result may be as long as the product of two arguments."""
 
 _NO_TEXT = frozenset(
     (
@@ -58,16 +57,16 @@ _NO_TEXT = frozenset(
         *("selectattr", "sort", "sum", "unique"),
     )
 )
-"""Filters that do not write their value as text; a list is not measured for them."""
+"""Filters that do not convert their value to text, so that lists are not counted."""
 
 _UNNEEDED_FILTERS = ("pprint", "urlize", "wordwrap")
-"""Filters that no prompt needs, and whose time grows with the square of a text, or worse."""
+"""Removed filters: no prompt needs them, and their time is at least quadratic in the text."""
 
 _CHAR_COSTS = {"title": 20, "strftime_now": 10_000}
-"""What a character of an argument counts for, where it takes long."""
+"""Weight of a character of an argument, for slow functions."""
 
 _FORMATS = frozenset(("%", "format", "format_map", "strftime_now"))
-"""Amplifiers that read widths out of a text."""
+"""Functions that read widths from a format text."""
 
 _WIDTH = re.compile(r"\d{5}|%[^%a-z]*\*")
 
@@ -75,7 +74,7 @@ _CONTAINERS: tuple[type[Any], ...] = (list, tuple, set, frozenset, type({}.keys(
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
-    """A rendering that takes too long or makes too much text."""
+    """A rendering exceeds the time or the text limit."""
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
@@ -87,7 +86,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._finalize)
         self._meter = _Meter()
         self.restart = self._meter.restart
-        del self.globals["lipsum"]  # it writes as many words as it is told to
+        del self.globals["lipsum"]  # it writes any number of words
         for name in _UNNEEDED_FILTERS:
             del self.filters[name]
         for name, function in list(self.filters.items()):
@@ -97,7 +96,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         self.filters |= {"_made": self._meter.made, "_sliced": self._meter.sliced}
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
-        """Have templates call `function` by `name`, within the limits."""
+        """Make `function` callable in templates as `name`, within the limits."""
         is_marked = hasattr(function, "jinja_pass_arg")  # its first argument is then jinja2's own
 
         @functools.wraps(function)
@@ -130,7 +129,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             return self._meter.made(left + right)
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            if bits > _MOST_BITS:
+            if bits > _MAX_BITS:
                 raise TemplateLimitError("it computes an integer that is too long")
         elif operator == "%" and isinstance(left, str | bytes):
             self._meter.expect(operator, [left, right])
@@ -140,7 +139,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return self._meter.made(super().call_binop(context, operator, left, right))
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """What a template, macro or block has written, as one text."""
+        """Join the output of a template, macro or block."""
         return "".join(self._counted(pieces))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -149,7 +148,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return tree
 
     def _limited_test(self, function: Any) -> Callable[..., Any]:
-        """A test for `is`, or for filters as select, that counts as an operation."""
+        """A test for `is`, or for filters such as select, that counts as an operation."""
 
         @functools.wraps(function)
         def limited(*args: Any, **kwargs: Any) -> Any:
@@ -173,14 +172,14 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(map(str, parts))
 
     def _finalize(self, value: Any) -> Any:
-        """What an expression writes; texts are counted when they are put together."""
+        """Convert an expression's value for output; texts are counted when they are joined."""
         if not isinstance(value, str):
             self._meter.count(self._meter.size(value))
         return value
 
 
 class _Instrumented(NodeTransformer):
-    """Sends loops, `~`, slices and literals, which jinja2 compiles to plain Python, through filters."""
+    """Routes loops, `~`, slices and literals, which jinja2 compiles to plain Python, through filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802 - jinja2's name
         self.generic_visit(node)
@@ -211,30 +210,30 @@ def _filter(node: Any, name: str) -> nodes.Filter:
 
 
 class _Meter(threading.local):
-    """What is left to the rendering of this thread."""
+    """The remaining budget of this thread's rendering."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """All of both limits."""
-        self._chars = MOST_CHARS
+        """Reset both budgets."""
+        self._chars = MAX_CHARS
         self._operations = 0
-        self._end_s = time.thread_time() + MOST_SECONDS
+        self._end_s = time.thread_time() + MAX_SECONDS
 
     def count(self, chars: int) -> None:
-        """One operation that makes `chars` characters (or items). Raises TemplateLimitError."""
+        """Count an operation with `chars` characters (or items). Raises TemplateLimitError."""
         self._chars -= chars
         if self._chars < 0:
-            raise TemplateLimitError(f"it makes more than {MOST_CHARS} characters of text")
+            raise TemplateLimitError(f"it makes more than {MAX_CHARS} characters of text")
         self._operations += 1
         if self._operations % _CHECK_EVERY == 0:
             self._check_time()
 
     def size(self, value: Any) -> int:
-        """Characters of a value written as text, about; not more than the limit is looked at."""
+        """Approximate length of a value as text; stops at the limit."""
         size, left, looked_at = 0, [value], 0
-        while left and size <= MOST_CHARS:
+        while left and size <= MAX_CHARS:
             item = left.pop()
             if isinstance(item, str | bytes):
                 size += len(item) + _QUOTES
@@ -251,20 +250,20 @@ class _Meter(threading.local):
         return size
 
     def made(self, result: Any) -> Any:
-        """The result of a call, or a literal, counted with all that is in it.
+        """Count the result of a call, or a literal, with everything in it, and return it.
 
-        What holds itself twice, again and again, would take for ever to compare or to hash.
+        Values that contain the same value twice, on many levels, would take for ever to compare or to hash.
         """
         self.count(len(result) if isinstance(result, str) else self.size(result))
         return result
 
     def sliced(self, part: Any) -> Any:
-        """A slice, counted; what its items hold is there already."""
+        """Count a slice; the contents of its items are counted already."""
         self.count(len(part) * (1 if isinstance(part, str | bytes) else _ITEM_CHARS))
         return part
 
     def expect(self, name: str, given: Sequence[Any]) -> None:
-        """Count the longest result that the amplifier `name` may have for what it is given."""
+        """Count the longest possible result of the function `name` for its arguments."""
         if name == "replace" and all(isinstance(item, str) for item in given[:3]) and len(given) > 2:
             text, old, new = given[:3]
             self.count(len(text) + text.count(old) * len(new))
@@ -279,15 +278,15 @@ class _Meter(threading.local):
 
     def _check_time(self) -> None:
         if time.thread_time() > self._end_s:
-            raise TemplateLimitError(f"it computes for more than {MOST_SECONDS:.0f} s")
+            raise TemplateLimitError(f"it computes for more than {MAX_SECONDS:.0f} s")
 
 
 def _has_unknown_width(text: str, name: str) -> bool:
-    """True for a text that may be formatted far longer than it and its arguments are."""
+    """True for a format text with a width of five digits or of unknown size: the result may be huge."""
     if _WIDTH.search(text):
         return True
     try:
         fields = list(string.Formatter().parse(text)) if name in ("format", "format_map") else []
-    except ValueError:  # it is no such text
+    except ValueError:  # not a format text
         return False
     return any("{" in (spec or "") for _, _, spec, _ in fields)

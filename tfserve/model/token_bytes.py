@@ -1,7 +1,8 @@
-"""What one token adds to the text, as bytes: a tokenizer's decoder made usable token by token. Torch-free.
+"""The bytes of each token: a tokenizer's decoder, applied token by token. Torch-free.
 
-The `tokenizers` library decodes whole sequences. Every decoder that Llama and Qwen checkpoints use is in truth a table
-from token to bytes, so text can be made in linear time and a token's bytes shown beside its log probability.
+The `tokenizers` library decodes whole sequences. Every decoder of Llama and Qwen checkpoints is equivalent to a table
+from token to bytes. With it, text is decoded in linear time, and a token's bytes can be returned with its log
+probability.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ _KNOWN = {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
 class TokenBytes(dict[int, bytes]):
     """Bytes of each token of `backend`; the text of a sequence is their concatenation, decoded as UTF-8.
 
-    Look a token up by `[]`; what was looked up before is found at the speed of a dict. Empty for an id without a token
-    (padded vocabularies), and for those in `left_out`.
+    Look a token up by `[]`; results are cached. Empty for an id without a token (padded vocabularies), and for ids in
+    `left_out`.
 
     Knows byte-level BPE (Llama 3, Qwen2) and the SentencePiece decoders (Metaspace; Replace, ByteFallback, Fuse, Strip)
-    and raises ModelError for others. `leading_spaces` is how many spaces a sequence's first token loses.
+    and raises ModelError for others. `leading_spaces` is the number of spaces that are removed from a sequence's first
+    token.
     """
 
     def __init__(self, backend: Backend, left_out: frozenset[int] = frozenset()) -> None:
@@ -61,7 +63,7 @@ class TokenBytes(dict[int, bytes]):
         if self._byte_of_char is not None:
             try:
                 return bytes([self._byte_of_char[char] for char in token])
-            except KeyError:  # an added token with characters of its own, as DeepSeek's
+            except KeyError:  # an added token with other characters, as DeepSeek's
                 return token.encode()
         for pattern, content in self._replaced:
             token = token.replace(pattern, content)
@@ -91,14 +93,14 @@ def _replacements(step: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _leading_spaces(step: Mapping[str, Any]) -> int:
     if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
-        return 1 << 30  # all of the first token's
+        return 1 << 30  # all bytes of the first token
     if step["type"] == "Strip" and step["content"] == " ":
         return int(step["start"])
     return 0
 
 
 def _byte_level_chars() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: printable Latin-1 for itself, the others from U+0100 on."""
+    """GPT-2's printable character for each byte: printable Latin-1 unchanged, the others from U+0100 on."""
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     table = {char: ord(char) for char in alphabet if ord(char) < 256}
     others = (byte for byte in range(256) if byte not in table.values())

@@ -1,4 +1,4 @@
-"""From weights to tokens: the filters as one threshold per row, and a draw that a (seed, position) pair decides.
+"""Draws tokens from weights: filters as one threshold per row, and a random number as a function of (seed, position).
 
 The draw inverts the cumulative distribution in vocabulary order: a small change of the logits changes the token only if
 the random number lies close to a step of that distribution.
@@ -17,14 +17,14 @@ from torch.nn import functional
 from tfserve.model.staging import upload
 
 CANDIDATES = 1024
-"""Tokens of highest probability among which a nucleus is looked for first; where it is wider, among 8 times as many."""
+"""Number of highest probabilities that are searched first for a nucleus; a wider one is searched in 8 times as many."""
 
 _FLOAT_BITS = 30
 """Bits in which float32 numbers from 0 to 1 differ."""
 
 _BLOCK = 256
 _MIN_BLOCK = 32
-"""Rows are worked on in blocks of 256 tokens, or of the power of two that divides the vocabulary, if not below this."""
+"""Blocks of rows have 256 tokens, or the largest power of two that divides the vocabulary, if not below this."""
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -33,7 +33,7 @@ IntArray = npt.NDArray[np.int64]
 def uniform(seeds: npt.NDArray[np.uint64], positions: IntArray) -> FloatArray:
     """One number in [0, 1) per row, a function of (seed, position) alone: element `position` of a SplitMix64 stream.
 
-    The seed is mixed first, so that neighbouring seeds start at unrelated places.
+    The seed is mixed first, so that neighbouring seeds give unrelated streams.
     """
     with np.errstate(over="ignore"):
         steps = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -50,11 +50,11 @@ def _mix(bits: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def keep_thresholds(
     weights: Tensor, top_k: IntArray, top_p: FloatArray, min_p: FloatArray, scratch: Tensor
 ) -> Tensor | None:
-    """The lowest weight [N] fp32 that top-k, then top-p, then min-p leave in each row; None if no row has a filter.
+    """The lowest weight [N] fp32 that top-k, then top-p, then min-p keep in each row; None if no row has a filter.
 
     `weights` fp32 [N, V] are probabilities divided by the highest of their row; 0, 1 and 0 switch a row's filters off.
-    top-p counts the mass that top-k left. Tokens exactly as likely as the last one kept are kept too; the most likely
-    token always is. `scratch` is memory like `weights` to work in.
+    top-p counts the mass that top-k keeps. Ties with the last kept token are kept too; the most likely token is always
+    kept. `scratch` is working memory like `weights`.
     """
     ranked = np.flatnonzero(((top_k > 0) & (top_k < weights.shape[1])) | (top_p < 1))
     if not ranked.size and not min_p.any():
@@ -71,11 +71,11 @@ def keep_thresholds(
 
 
 def search_thresholds(weights: Tensor, top_k: IntArray, top_p: FloatArray, scratch: Tensor) -> Tensor:
-    """Thresholds [N] of top-k and top-p, as keep_thresholds has them, found without a word to the host.
+    """Thresholds [N] of top-k and top-p, as in keep_thresholds, computed without waiting on the host.
 
-    A nucleus ends at the highest threshold above which there is mass enough. Floats that are not negative are ordered
-    as their bits are, so halving the range of bits finds it in 30 passes over the weights, however wide the nucleus is;
-    looking among some candidates first would need the host to know where they were too few.
+    A nucleus ends at the highest threshold with enough mass above it. Non-negative floats are ordered as their bits, so
+    bisection over the bits finds it in 30 passes over the weights, for a nucleus of any width. A search among the top
+    candidates would need a decision on the host.
     """
     vocab_size = weights.shape[1]
     limited = (top_k > 0) & (top_k < vocab_size)
@@ -93,7 +93,7 @@ def search_thresholds(weights: Tensor, top_k: IntArray, top_p: FloatArray, scrat
         kept = torch.mul(weights, weights >= torch.maximum(threshold, kth)[:, None], out=scratch)
         return kept.sum(-1, dtype=torch.float64)
 
-    # All of it has the mass; nothing is above the highest weight, which is 1.
+    # Threshold 0 has all the mass; no weight is above 1.
     low = torch.zeros_like(kth, dtype=torch.int32)
     high = torch.ones_like(kth).view(torch.int32) + 1
     wanted = share * mass(low.view(torch.float32))
@@ -105,11 +105,11 @@ def search_thresholds(weights: Tensor, top_k: IntArray, top_p: FloatArray, scrat
 
 
 def _rank_thresholds(weights: Tensor, top_k: IntArray, top_p: FloatArray, candidates: int, scratch: Tensor) -> Tensor:
-    """Thresholds [N] of top-k and top-p, on the CPU: looked for in each row's highest `candidates`, then in more."""
+    """Thresholds [N] of top-k and top-p, on the CPU: searched in each row's highest `candidates`, then in more."""
     vocab_size = weights.shape[1]
     limited = (top_k > 0) & (top_k < vocab_size)
     nucleus = top_p < 1
-    # One more than the highest k, so that the values show where a tie at rank k ends.
+    # One more than the highest k, to see whether a tie at rank k continues.
     width = int(top_k[limited].max(initial=0)) + 1
     width = min(max(width, candidates) if nucleus.any() else width, vocab_size)
     top = _largest(weights, width, scratch)  # [N, width], descending
@@ -138,7 +138,7 @@ def _rank_thresholds(weights: Tensor, top_k: IntArray, top_p: FloatArray, candid
 
 def _largest(values: Tensor, count: int, scratch: Tensor) -> Tensor:
     """The `count` highest values [N, count] of each row, descending."""
-    # numpy selects with SIMD and carries no indices along: 10 times faster than torch.topk for 1,024 of 49,152.
+    # numpy selects with SIMD and without indices: 10 times faster than torch.topk for 1,024 of 49,152.
     array = scratch.copy_(values).numpy()
     if count < array.shape[1]:
         array.partition(array.shape[1] - count, axis=-1)
@@ -153,7 +153,7 @@ def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
     if size < _MIN_BLOCK:
         value, token = logits.max(-1)
         return value, token
-    # Which block, then where in it: the one pass over everything needs no indices, which makes it 5 times faster.
+    # First the block, then the index in it: the pass over all logits needs no indices and is 5 times faster.
     blocks = logits.view(len(logits), -1, size)
     value, block = blocks.amax(-1).max(-1)
     return value, block * size + _pick(blocks, block).argmax(-1)
@@ -162,8 +162,8 @@ def highest(logits: Tensor) -> tuple[Tensor, Tensor]:
 def draw(weights: Tensor, numbers: FloatArray) -> Tensor:
     """The token int64 [N] where a row's cumulative weight first exceeds number * total.
 
-    `weights` is fp32 [N, V], not negative and not all 0; `numbers` are in [0, 1). A token of no weight is never drawn.
-    Blocks of tokens are summed in fp32, blocks with each other and tokens inside the chosen block in fp64.
+    `weights` is fp32 [N, V], not negative and not all 0; `numbers` are in [0, 1). A token with weight 0 is never drawn.
+    Tokens of a block are summed in fp32; sums over blocks, and over the tokens of the chosen block, in fp64.
     """
     size = math.gcd(weights.shape[1], _BLOCK)
     if size < _MIN_BLOCK:
@@ -176,7 +176,7 @@ def draw(weights: Tensor, numbers: FloatArray) -> Tensor:
     block = (cumulative <= target[:, None]).sum(-1)
     before = functional.pad(cumulative, (1, 0)).gather(1, block[:, None])[:, 0]
     inside = _pick(blocks, block).cumsum(-1, dtype=torch.float64)
-    # The block's sum and the last of its running sums differ by rounding; the draw stays inside the block.
+    # Rounding may put the draw beyond the block's last running sum: clamp it to the block.
     rest = torch.minimum(target - before, _just_below(inside[:, -1]))
     return block * size + (inside <= rest[:, None]).sum(-1)
 

@@ -1,4 +1,4 @@
-"""Masks of allowed tokens for the rows whose requests must follow a grammar."""
+"""Masks of allowed tokens for rows with a grammar."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IDLE = 32
-"""Grammars kept compiled that no request has any more, the most recently used ones."""
+"""Most compiled grammars that are kept without a request; the least recently used one is dropped."""
 
 
 class GrammarCompiler:
@@ -34,21 +34,21 @@ class GrammarCompiler:
 
     `compile` and `hold` keep a grammar until `let_go`; see plan.Grammars. Safe to use from several threads.
 
-    Reads the vocabulary at once (a second for 128k tokens), so that the first grammar holds nobody up. Raises
-    ImportError without llguidance, ValueError where no token ends a text, and whatever llguidance says to a tokenizer
-    that it cannot read.
+    The constructor reads the vocabulary (a second for 128k tokens), so that the first grammar is fast. Raises
+    ImportError without llguidance, ValueError without an end token, and llguidance's error for a tokenizer that it
+    cannot read.
     """
 
     def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Collection[int]) -> None:
         from llguidance import LLTokenizer
 
         if not eos_token_ids:
-            # llguidance would guess one, which nothing else here takes for the end.
+            # llguidance would guess an end token that the engine does not use.
             raise ValueError("the checkpoint names no end-of-sequence token (eos_token_id), so no text could end")
         self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
         self._lock = threading.Lock()
         self._held: dict[str, LLMatcher] = {}
-        self._spent: set[str] = set()  # held ones that are to be compiled anew for the next request
+        self._spent: set[str] = set()  # held grammars that are compiled again for the next request
         self._idle: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def hold(self, grammar: str) -> bool:
@@ -64,7 +64,7 @@ class GrammarCompiler:
             return ""
         try:
             matcher = self._compile(grammar)
-            # What the first mask needs is made here, and copied with the matcher.
+            # Compute here what the first mask needs; copies of the matcher share it.
             matcher.compute_bitmask()
             if matcher.is_error():
                 return matcher.get_error().partition("\n")[0]
@@ -87,7 +87,7 @@ class GrammarCompiler:
                     self._idle.popitem(last=False)
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """A matcher at the grammar's beginning. Compiles, which may take long, what is not held."""
+        """A matcher at the start of the grammar. Compiles a grammar that is not held, which may take long."""
         with self._lock:
             compiled = self._held.get(grammar) or self._idle.get(grammar)
         if compiled is None:
@@ -98,9 +98,9 @@ class GrammarCompiler:
         return compiled.deep_copy()
 
     def forget(self, grammar: str) -> None:
-        """Compile a grammar anew for the next request.
+        """Compile a grammar again for the next request.
 
-        Copies of a matcher share its lexer: one that has reached a limit, or broken down, is of no use to any of them.
+        Copies of a matcher share its lexer: after a limit or an error in it, no copy can be used.
         """
         with self._lock:
             self._idle.pop(grammar, None)
@@ -114,9 +114,9 @@ class GrammarCompiler:
 
 
 class _Text:
-    """Where one row's text stands in its grammar. `lost` says why it cannot go on; empty as long as it can.
+    """The state of one row's text in its grammar. `lost` is the reason why it cannot continue; empty as long as it can.
 
-    Nothing here raises: what llguidance reports, raises or panics with is the end of this text and of no other.
+    Nothing here raises: an error or panic of llguidance ends only this text.
     """
 
     def __init__(self, compiler: GrammarCompiler, row: RowInit) -> None:
@@ -131,7 +131,7 @@ class _Text:
 
     def push(self, token: int) -> None:
         """Take the next token."""
-        # A text that has ended gets a token more where the next step was launched before its end was known.
+        # A finished text gets one more token if the next step was launched before its end was known.
         if self._matcher is not None and not self.lost and not self._matcher.is_stopped():
             with self._losing():
                 self._matcher.consume_token(token)
@@ -142,14 +142,14 @@ class _Text:
         if self._matcher is not None and not self.lost:
             with self._losing():
                 bits = self._matcher.compute_bitmask()
-        # In its error state llguidance allows the end, and a broken text would look like a whole one.
+        # In its error state llguidance allows the end token: a broken text would look complete.
         if self.lost:
             return None
         return np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little", count=vocab_size)
 
     @contextmanager
     def _losing(self) -> Iterator[None]:
-        """Do something to the matcher; what goes wrong becomes `lost`."""
+        """Call the matcher; an error becomes `lost`."""
         problem = ""
         try:
             yield
@@ -167,39 +167,39 @@ class _Text:
 
 
 class TokenMasks:
-    """For each row whose request has a grammar: where in it the row's text stands.
+    """The grammar state of each row with a grammar.
 
-    A row that is entered with output, after a preemption, reads it again; so does nothing else need to be saved. A text
-    that cannot follow its grammar any further (nothing satisfies it, or it reaches one of llguidance's limits) is
-    `lost`: its request must end with an error, for what it has written is no whole text.
+    A row that is entered with output, after a preemption, reads that output again, so no state is saved. A text that
+    cannot continue (no token is allowed, or one of llguidance's limits is reached) is `lost`: its request must end with
+    an error, because its text is incomplete.
 
-    Tokens are read where the next masks need them, by when the step after theirs is on its way to the device: a step
-    with grammars waits for the one before it there, others never wait.
+    Tokens are read when the next masks need them, after the forward pass of the next step has been launched. Only a
+    step with grammars waits for the previous step.
     """
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self.compiler = compiler
         self._texts: dict[Row, _Text] = {}
-        self._unread: tuple[Download, list[tuple[int, _Text]]] | None = None  # with their places in it
+        self._unread: tuple[Download, list[tuple[int, _Text]]] | None = None  # with their places in the batch
 
     def enter(self, row: RowInit) -> None:
-        """A request takes a row."""
+        """A request enters a row."""
         self.release(row.row)
         if row.params.grammar is not None:
             self._texts[row.row] = _Text(self.compiler, row)
 
     def release(self, row: Row) -> None:
-        """Forget a row; one that is empty stays so."""
+        """Clear a row; no effect on an empty one."""
         self._texts.pop(row, None)
 
     def has(self, row: int) -> bool:
-        """Whether the row's tokens are restricted."""
+        """True if the row has a grammar."""
         return row in self._texts
 
     def apply(self, logits: Tensor, rows: Sequence[int]) -> None:
-        """Set what is not allowed to -inf in `logits` fp32 [N, V], whose lines belong to `rows`.
+        """Set forbidden tokens to -inf in `logits` fp32 [N, V], one line for each of `rows`.
 
-        Waits for the tokens of the step before if one of the rows has a grammar. Lost rows stay as they are.
+        Waits for the tokens of the previous step if one of the rows has a grammar. Does not change lost rows.
         """
         for line, text in self._among(rows):
             self._read()
@@ -209,19 +209,19 @@ class TokenMasks:
                 logits[line].masked_fill_(forbidden, -torch.inf)
 
     def lost(self, rows: Sequence[int]) -> dict[int, str]:
-        """Which places of `rows` [N] are lost, and why; after `apply`."""
+        """The lost places of `rows` [N] and the reasons; call it after `apply`."""
         return {line: text.lost for line, text in self._among(rows) if text.lost}
 
     def append(self, rows: Sequence[int], chosen: Download) -> None:
-        """Go on by what was chosen for `rows` [N]: tokens int64 [N], and bool [N], false where a row has none."""
-        # The texts, not the rows: by when these tokens are read, a row may be another request's.
+        """Record the tokens int64 [N] chosen for `rows` [N]; bool [N] is false for a row without a token."""
+        # Keep the texts, not the rows: when the tokens are read, a row may belong to another request.
         held = self._among(rows)
         if held:
             self._read()
             self._unread = chosen, held
 
     def _among(self, rows: Sequence[int]) -> list[tuple[int, _Text]]:
-        """The texts of those of `rows` that have one, with their places."""
+        """The texts of the rows with a grammar, and their places in `rows`."""
         if not self._texts:
             return []
         return [(place, self._texts[Row(row)]) for place, row in enumerate(rows) if Row(row) in self._texts]
@@ -237,12 +237,12 @@ class TokenMasks:
 
 
 def open_masks(tokenizer_json: str, vocab_size: int, eos_token_ids: Collection[int]) -> TokenMasks | None:
-    """Masks for a model; None, with a line in the log, where the extra is missing or cannot read its tokenizer."""
+    """Masks for a model; None, with a log message, if the extra is missing or cannot read the tokenizer."""
     try:
         return TokenMasks(GrammarCompiler(tokenizer_json, vocab_size, eos_token_ids))
     except ImportError:
         how = install_command("grammar")
         logger.info("no grammars: response_format and forced tool calls need llguidance: %s", how)
-    except failures() as error:  # a model must load without grammars too, whatever its tokenizer
+    except failures() as error:  # a model must load without grammars too, with any tokenizer
         logger.warning("no grammars: llguidance cannot work with this model's tokenizer: %s", error)
     return None

@@ -30,31 +30,31 @@ _PIECES_AT_ONCE = 1000
 
 _LONG_TEXT_CHARS = 4096
 
-_MOST_BYTES = 128 * 2**20
-"""Largest file of a tokenizer; those of 250,000 tokens have about 35 MB."""
+_MAX_BYTES = 128 * 2**20
+"""Largest file of a tokenizer; a vocabulary of 250,000 tokens takes about 35 MB."""
 
 _TOKENIZER_SUFFIXES = frozenset((".json", ".txt", ".model", ".jinja"))
 
-_MOST_CHARS_PER_TOKEN = 8
-"""A text with more characters a token than this is rare: English has four or five."""
+_MAX_CHARS_PER_TOKEN = 8
+"""More characters per token are rare: English has four or five."""
 
 _CUT_TOKENS = 16
-"""More tokens than a word or a special token that is cut in two can gain."""
+"""More tokens than the cutting of a word or a special token can add."""
 
-_MOST_GROWTH = 16
-"""How many times as long a normalizer may make a text; most keep its length."""
+_MAX_GROWTH = 16
+"""Largest growth of a text by the normalizer; most keep the length."""
 
 _NAMED_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-"""Keys whose value is a token. Others that end like them may be flags, as add_bos_token is."""
+"""Keys whose value is a token. Other keys with this ending may be flags, such as add_bos_token."""
 
 
 class Tokenizer:
     """A checkpoint's tokenizer. Safe to use from several threads.
 
-    `control_tokens_in_messages` says what a control token is that a message spells out: "text", or (allow) the token.
-    `special_tokens` maps names as "eos_token" to texts; `special_ids` are what `skip_special_tokens` leaves out, and
-    `special_texts` has them by their texts. `eos_token_ids` are the tokenizer's own end-of-sequence tokens; config.json
-    and generation_config.json may name more.
+    `control_tokens_in_messages` decides how a control token in a message is encoded: as text, or (allow) as the token.
+    `special_tokens` maps names such as "eos_token" to texts. `skip_special_tokens` skips `special_ids`; `special_texts`
+    maps their texts to ids. `eos_token_ids` are the tokenizer's own end-of-sequence tokens; config.json and
+    generation_config.json may name more.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Tokenizer:
         eos_token_ids: Collection[int] = (),
         control_tokens_in_messages: ControlTokensInMessages = "text",
     ) -> None:
-        # A checkpoint may carry its training's truncation and padding: a prompt must be neither.
+        # A checkpoint may contain truncation and padding from its training: switch both off.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
@@ -83,7 +83,7 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: Path | str, control_tokens_in_messages: ControlTokensInMessages = "text") -> Tokenizer:
-        """Load from a Hugging Face model directory. Raises ModelError naming the file that cannot be used."""
+        """Load from a Hugging Face model directory. Raises ModelError naming the wrong file."""
         model_dir = Path(path)
         if not model_dir.is_dir():
             raise ModelError(f"{model_dir} is not a directory: give the directory that holds tokenizer.json")
@@ -97,7 +97,7 @@ class Tokenizer:
             backend, defaults = _convert(model_dir)
             special_tokens = defaults | special_tokens
         else:
-            require_file(source, _MOST_BYTES)
+            require_file(source, _MAX_BYTES)
             try:
                 backend = Backend.from_file(str(source))
             except failures() as error:  # the library raises bare Exception
@@ -111,7 +111,7 @@ class Tokenizer:
         eos = eos or _eos_token(backend, Fields(defaults, source))
         template = _chat_template(model_dir, config, special_tokens)
         if template is not None:
-            # Some checkpoints call them special, but they are what an answer says.
+            # Some checkpoints call these tags special, but they are part of the answer's text.
             backend = with_shown(backend, template.answer_tags)
         return cls(backend, special_tokens, template, dict.fromkeys(eos), control_tokens_in_messages)
 
@@ -128,22 +128,22 @@ class Tokenizer:
 
     @property
     def leading_spaces(self) -> int:
-        """How many spaces `decode` drops from the first token of a sequence (SentencePiece)."""
+        """Number of spaces that `decode` removes from the first token of a sequence (SentencePiece)."""
         return self._bytes.leading_spaces
 
     @property
     def tool_format(self) -> ToolFormat | None:
-        """How the model is told to write tool calls; None if its chat template shows no tools."""
+        """The format of tool calls by the chat template; None if it does not support tools."""
         return None if self._chat_template is None else self._chat_template.tool_format
 
     @property
     def thinks(self) -> bool:
-        """True if the chat template parts the thoughts in an answer from the rest."""
+        """True if the chat template separates reasoning from answers."""
         return self._chat_template is not None and self._chat_template.thinks
 
     @property
     def template_variables(self) -> frozenset[str]:
-        """Names that the chat template reads; none if there is no template."""
+        """Variables that the chat template reads; empty without a template."""
         return frozenset() if self._chat_template is None else self._chat_template.variables
 
     def to_json(self) -> str:
@@ -151,9 +151,9 @@ class Tokenizer:
         return self._backend.to_str()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; text from `apply_chat_template` has its special tokens already: pass False for it.
+        """Token ids of `text`. Text from `apply_chat_template` already has its special tokens: pass False for it.
 
-        Special tokens in a text are what they are, but for those that a PromptText cuts.
+        Special tokens in a text are encoded as such, except the ones that a PromptText cuts.
         Raises RequestError for text with half a surrogate pair.
         """
         try:
@@ -167,11 +167,11 @@ class Tokenizer:
             return self._encode_pieces(list(text.pieces()), add_special_tokens)
         if len(text) < _LONG_TEXT_CHARS:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        # `encode` keeps the interpreter lock for seconds on megabytes of text; the batch call gives it up.
+        # `encode` holds the interpreter lock, for seconds with megabytes of text; the batch call releases it.
         return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def _encode_pieces(self, pieces: Sequence[str], add_special_tokens: bool) -> list[int]:
-        """Ids of texts that are one text, some at a time: what the library makes of each takes a kilobyte."""
+        """Ids of the pieces of one text, some at a time: the library's result for a piece takes a kilobyte."""
         if add_special_tokens:
             parts = self._backend.encode_batch(pieces, add_special_tokens=False)
             return self._backend.post_process(Encoding.merge(parts), add_special_tokens=True).ids
@@ -182,32 +182,32 @@ class Tokenizer:
         return ids
 
     def exceeds(self, text: str, most: int) -> bool:
-        """True for a text of more than `most` tokens that is much longer than such texts are.
+        """True for a text of more than `most` tokens, found without tokenising all of it.
 
-        It is tokenised piece by piece, and only as far as it takes to know: tokenising needs a hundred bytes a
-        character. Raises RequestError as `encode`.
+        The text is tokenised piece by piece until the result is known: tokenising takes a hundred bytes per character.
+        Raises RequestError as `encode` does.
         """
-        if len(text) <= _MOST_CHARS_PER_TOKEN * most:
+        if len(text) <= _MAX_CHARS_PER_TOKEN * most:
             return False
         num_tokens, begin = 0, 0
         while begin < len(text) and num_tokens <= most:
             end = _piece_end(text, begin + max(4 * most, _LONG_TEXT_CHARS))
-            # What a cut may have added is taken off again.
+            # Subtract the tokens that the cuts may have added.
             num_tokens += len(self.encode(text[begin:end], add_special_tokens=False)) - _CUT_TOKENS
             begin = end
         return num_tokens > most
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of a whole sequence; bytes that are no UTF-8 become U+FFFD."""
+        """Text of a whole sequence; invalid UTF-8 becomes U+FFFD."""
         with panics_as_errors("decoding tokens"):
             return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for; may be part of a UTF-8 character, and empty for an id without a token."""
+        """The bytes of one token. They may be part of a UTF-8 character; empty for an id without a token."""
         return self._bytes[token_id]
 
     def bytes_table(self, skip_special_tokens: bool) -> Mapping[int, bytes]:
-        """`token_bytes` of every id as a mapping, for speed; in it special tokens are empty if they are skipped."""
+        """`token_bytes` as a mapping, for speed; with `skip_special_tokens` special tokens are empty in it."""
         return self._text_bytes if skip_special_tokens else self._bytes
 
     def token_str(self, token_id: int) -> str:
@@ -219,8 +219,8 @@ class Tokenizer:
     ) -> PromptText:
         """The prompt text of a conversation, ready for the assistant's answer; `kwargs` reach the template.
 
-        Control tokens in the messages and in `kwargs` stay text when it is encoded, unless they are allowed.
-        Raises RequestError if the model has no template, and for content that is no text or that the template rejects.
+        Control tokens in the messages and in `kwargs` are encoded as text, unless they are allowed.
+        Raises RequestError if the model has no template, and for content that is not text or that the template rejects.
         """
         if self._chat_template is None:
             raise RequestError(
@@ -238,15 +238,15 @@ class Tokenizer:
 
 
 def _piece_end(text: str, end: int) -> int:
-    """Where a piece of at most `end` characters ends: before its last space, if there is one close by."""
+    """End of a piece of at most `end` characters: before its last space, if one is near."""
     space = text.rfind(" ", end - 1024, end) if end < len(text) else -1
     return end if space < 0 else space
 
 
 def all_eos_token_ids(config: ModelConfig, tokenizer: Tokenizer, model_dir: Path) -> tuple[int, ...]:
-    """Every token that ends an answer of the model in `model_dir`: those of its two configs and of its tokenizer.
+    """Every token that ends an answer of the model in `model_dir`: from its two configs and its tokenizer.
 
-    Raises ModelError for a token that the model has no embedding for: its output can never hold it.
+    Raises ModelError for a token that the model has no embedding for: it can never be sampled.
     """
     for token in tokenizer.eos_token_ids:
         if token >= config.vocab_size:
@@ -260,7 +260,7 @@ def all_eos_token_ids(config: ModelConfig, tokenizer: Tokenizer, model_dir: Path
 
 
 def _special_tokens(fields: Fields) -> dict[str, str]:
-    """Entries as "eos_token", whose value is the text itself or a serialised AddedToken."""
+    """Entries such as "eos_token"; the value is the text or a serialised AddedToken."""
     tokens = {}
     for name in fields:
         if name in _NAMED_TOKENS or (name.endswith("_token") and isinstance(fields.value(name), str | dict)):
@@ -299,7 +299,7 @@ def _eos_token(backend: Backend, fields: Fields) -> list[int]:
 
 
 def _require_vocabulary(backend: Backend, source: Path) -> None:
-    """Refuse a tokenizer without tokens but added ones: transformers makes such of a directory with no vocabulary."""
+    """Refuse a tokenizer with added tokens only: transformers makes one from a directory without a vocabulary."""
     if backend.get_vocab().keys() <= {token.content for token in backend.get_added_tokens_decoder().values()}:
         if is_absent(source):
             raise ModelError(f"{source.parent} has no tokenizer.json, and no other file with a vocabulary; add it")
@@ -307,7 +307,7 @@ def _require_vocabulary(backend: Backend, source: Path) -> None:
 
 
 def _require_little_growth(backend: Backend, source: Path) -> None:
-    """Refuse a tokenizer that makes a text many times as long: a short prompt would take all memory."""
+    """Refuse a normalizer that makes a text many times longer: a short prompt could take all memory."""
     if backend.normalizer is None:
         return
     growth, left = 1, [json.loads(backend.normalizer.__getstate__())]
@@ -315,15 +315,15 @@ def _require_little_growth(backend: Backend, source: Path) -> None:
         step = left.pop()
         left += step.get("normalizers", ())
         growth *= max(len(step.get("content", "")), len(step.get("prepend", "")), 1)
-    if growth > _MOST_GROWTH:
-        raise ModelError(f"{source}: its normalizer can make a text more than {_MOST_GROWTH} times as long; correct it")
+    if growth > _MAX_GROWTH:
+        raise ModelError(f"{source}: its normalizer can make a text more than {_MAX_GROWTH} times as long; correct it")
 
 
 def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
     """Let transformers build the tokenizer from older files (vocab.json and merges.txt, tokenizer.model)."""
     for path in model_dir.iterdir():
         if path.suffix in _TOKENIZER_SUFFIXES:
-            require_file(path, _MOST_BYTES)
+            require_file(path, _MAX_BYTES)
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -332,7 +332,7 @@ def _convert(model_dir: Path) -> tuple[Backend, dict[str, str]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         return tokenizer.backend_tokenizer, _special_tokens(Fields(tokenizer.special_tokens_map, model_dir))
-    except failures() as error:  # any of a dozen types, by what is missing
+    except failures() as error:  # a dozen types are possible, depending on what is missing
         raise ModelError(
             f"{model_dir} has no tokenizer.json, and transformers cannot make one from its other files: "
             f"{one_line(error)}"

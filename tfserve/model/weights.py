@@ -11,11 +11,11 @@ from tfserve.model.linear import Linear, WeightFormat
 from tfserve.model.models.base import Weight
 
 Tensors = dict[str, Tensor]
-"""By the module's path and `.weight` or `.bias`: as the modules take them, rows of q and k interleaved."""
+"""By the module's path and `.weight` or `.bias`, in the modules' layout: rows of q and k interleaved."""
 
 
 def fill(parent: nn.Module, weights: Sequence[Weight], tensors: Tensors, fmt: WeightFormat) -> None:
-    """Give the modules of `parent`, made for `fmt`, their tensors; the weight of a norm may go into its reader's."""
+    """Load the modules of `parent`, which have format `fmt`; a norm's weight may be folded into the next linear's."""
     tensors = dict(tensors)
     for weight in weights:
         module, tensor = parent.get_submodule(weight.module), tensors[f"{weight.module}.weight"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 PATIENCE_S = 90.0
-"""How long an attack waits for an answer."""
+"""Longest wait of an attack for an answer."""
 
 
 class Target(NamedTuple):
@@ -27,13 +27,13 @@ class Target(NamedTuple):
 
 
 Run = Callable[[], str]
-"""Attacks, and says in a few words what the server answered."""
+"""Runs an attack; returns a short text about the server's answer."""
 
 
 class Attack(NamedTuple):
-    """`prepare` makes what is sent before the clocks run; what it returns runs in a process of its own.
+    """`prepare` builds the requests before the measurement; the function it returns runs in its own process.
 
-    `settings` are those of the server that the attack needs, as its command line has them.
+    `settings` are command-line settings that the server needs for this attack.
     """
 
     prepare: Callable[[Target], Run]
@@ -49,7 +49,7 @@ def attacks() -> dict[str, Attack]:
 
 
 def post(path: str, body: Callable[[Target], Any], copies: int = 1, **settings: str) -> Attack:
-    """Send one body, `copies` times at once. `body` makes it: bytes as they are, anything else as JSON."""
+    """Send one body, `copies` times at once. `body` returns it: bytes unchanged, anything else as JSON."""
 
     def prepare(target: Target) -> Run:
         made = body(target)
@@ -60,12 +60,12 @@ def post(path: str, body: Callable[[Target], Any], copies: int = 1, **settings: 
 
 
 def get(path: str, copies: int = 1, **settings: str) -> Attack:
-    """Ask for one path, `copies` times at once."""
+    """GET one path, `copies` times at once."""
     return Attack(lambda target: lambda: at_once(copies, lambda _: send(target, "GET", path)), settings)
 
 
 def at_once(copies: int, one: Callable[[int], str]) -> str:
-    """Run `one` in as many threads; the different answers, each with its number."""
+    """Run `one` in `copies` threads. Returns the different answers, each with its count."""
     answers: Counter[str] = Counter()
     threads = [threading.Thread(target=lambda n=n: answers.update([one(n)])) for n in range(copies)]
     for thread in threads:
@@ -76,7 +76,7 @@ def at_once(copies: int, one: Callable[[int], str]) -> str:
 
 
 def send(target: Target, method: str, path: str, data: bytes | None = None, **headers: str) -> str:
-    """One request and the whole of its answer: the status, and the field and text of an error, or the size."""
+    """Send one request and read its answer. Returns the status, and the field and text of an error, or the size."""
     host = urllib.parse.urlsplit(target.url).netloc
     connection = http.client.HTTPConnection(host, timeout=PATIENCE_S)
     try:
@@ -102,7 +102,7 @@ def send(target: Target, method: str, path: str, data: bytes | None = None, **he
 
 
 def open_socket(target: Target, data: bytes) -> socket.socket:
-    """A connection on which `data` has been sent, for attacks that do not read, or not as they should."""
+    """A connection on which `data` was sent, for attacks that do not read, or read in an unusual way."""
     parts = urllib.parse.urlsplit(target.url)
     connection = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=PATIENCE_S)
     connection.sendall(data)

@@ -1,4 +1,4 @@
-"""Messages that consist of control tokens, or of what could begin one: all of it is looked through."""
+"""Messages that consist of control tokens, or of possible beginnings of one: the server searches all of them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import psutil
 from benchmarks.attack.attacks import Attack, Run, Target, at_once, get, open_socket, send
 
 HELD_S = 5.0
-"""How long an engine is stopped, or connections are held."""
+"""Seconds for which an engine is stopped, or connections are held."""
 
 
 def _large() -> bytes:
@@ -22,7 +22,7 @@ def _large() -> bytes:
 
 
 def _stopped_engine(target: Target) -> Run:
-    """Large requests to an engine that is stopped, and goes on after a time."""
+    """Large requests to an engine that is stopped for a time."""
     data = _large()
 
     def run() -> str:
@@ -39,7 +39,7 @@ def _stopped_engine(target: Target) -> Run:
 
 
 def _connections(count: int) -> Attack:
-    """Connections that say nothing, held for a time."""
+    """Connections that send nothing, held for a time."""
 
     def prepare(target: Target) -> Run:
         def run() -> str:
@@ -60,7 +60,7 @@ def _connections(count: int) -> Attack:
 
 
 def _framing(count: int) -> Attack:
-    """What is no HTTP, on a connection each."""
+    """Data that is not HTTP, each on its own connection."""
 
     def prepare(target: Target) -> Run:
         parts = urllib.parse.urlsplit(target.url)

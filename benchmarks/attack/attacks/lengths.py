@@ -1,4 +1,4 @@
-"""Requests that are long in one of the ways a request can be: entries, tokens, messages, choices, log probabilities."""
+"""Requests that are long in one respect: entries, tokens, messages, choices, log probabilities."""
 
 from __future__ import annotations
 

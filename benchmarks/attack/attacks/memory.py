@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.attack.attacks import Attack, Run, Target, at_once, open_socket, send
 
 HOLD_S = 20.0
-"""How long a client leaves its answer unread, or its body unfinished."""
+"""Seconds for which a client leaves its answer unread, or its body unfinished."""
 
 _MIB = 2**20
 
@@ -54,7 +54,7 @@ def _unread(copies: int, **more: Any) -> Attack:
 
 
 def _sizes() -> Attack:
-    """Prompts of as many lengths as there are, one after the other."""
+    """Prompts of every length, one after the other."""
 
     def run(target: Target) -> str:
         answers = [

@@ -1,4 +1,4 @@
-"""The loop over scheduler, manager and a fake runner: what every request must get, whatever happens around it."""
+"""The loop with scheduler, manager and a fake runner: every request gets its tokens in all circumstances."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_fcfs_runs_prefill_alone_and_fcfs_chunked_beside_decodes():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_running_out_of_blocks_preempts_and_recomputes_with_identical_tokens(policy):
-    # The ratio of 0 admits everybody; 4 requests of 40 tokens then do not fit into 23 blocks of 4.
+    # The ratio of 0 admits all requests; 4 requests of 40 tokens then do not fit into 23 blocks of 4.
     engine = FakeEngine(num_blocks=24, policy=policy, reserve_ratio=0.0, reserve_min_ratio=0.0)
     prompts = {f"r{i}": [i + 1] * 10 for i in range(4)}
     for req, prompt in prompts.items():
@@ -195,7 +195,7 @@ def test_queue_is_first_come_first_served():
 
 
 class OnlyDecodes:
-    """Lets everybody in and grants no prompt tokens: as if decodes were to go first that then cannot run."""
+    """Admits all requests and grants no prompt tokens, as if decodes went first that then cannot run."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
         c = snapshot.columns

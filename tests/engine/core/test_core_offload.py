@@ -83,9 +83,9 @@ def test_a_full_host_pool_only_makes_more_to_compute(policy):
 
 @pytest.mark.parametrize("policy", SHARING)
 @pytest.mark.parametrize("num_blocks", [12, 24])
-def test_without_a_host_tier_nobody_leaves_just_before_what_it_came_for(policy, num_blocks):
-    # Two tokens a step, five steps an interval: whoever has a multiple of ten and one to compute lacks one token when
-    # the next exchange is due.
+def test_without_a_host_tier_no_request_is_preempted_just_before_its_next_token(policy, num_blocks):
+    # Two tokens a step, five steps an interval: a request with 10 n + 1 tokens to compute lacks one token when the next
+    # exchange is due.
     engine = FakeEngine(num_blocks, max_num_batched_tokens=2, policy=policy, schedule_interval_s=0.1)
     burst(engine, n=4, prompt=20, max_tokens=20)
     engine.run()
@@ -127,7 +127,7 @@ def test_decoding_stops_while_a_reader_has_enough_and_goes_on_in_time():
         engine.add("r", [1, 2, 3], 60, rate=10.0)
         engine.run()
         assert engine.outputs["r"] == expected_output([1, 2, 3], 60)
-        # 10 tokens are the second ahead; the other 50 take as long as reading them does.
+        # 10 tokens are the second ahead; the other 50 are generated at reading speed.
         assert 4.5 < engine.finished["r"].times.finished_s < 5.5
 
 
@@ -178,7 +178,7 @@ def test_whatever_arrives_everyone_ends_exactly_and_no_block_is_lost(
     """Arrivals over time, aborts, stop tokens, failing steps and copies, scarce memory in both tiers; check() after
     every step.
 
-    An interval is long enough to compute a request anew: whoever exchanges faster than that gets nowhere.
+    An interval is long enough to recompute a request: faster exchanges make no progress.
     """
     engine = FakeEngine(
         num_blocks,
@@ -218,7 +218,7 @@ def test_whatever_arrives_everyone_ends_exactly_and_no_block_is_lost(
         got, end = engine.outputs[f"r{i}"], engine.finished[f"r{i}"].finish_reason
         assert got == expected_output([i + 1] * prompt, len(got))
         if end in (FinishReason.LENGTH, FinishReason.STOP):
-            # A token may come before its turn, by chance.
+            # The stop token may come earlier, by chance.
             assert len(got) == max_tokens if stop is None or end is FinishReason.LENGTH else len(got) <= stop
         else:
             assert len(got) < max_tokens

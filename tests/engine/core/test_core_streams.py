@@ -1,4 +1,4 @@
-"""What the core tells of requests under way: who was let in or refused, who reads how far, who came back and how."""
+"""What the core reports of live requests: admission, refusal, reading progress, and resumes with their path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def streams_of(engine: FakeEngine) -> dict[str, StreamState]:
     return {state.id: state for state in answer.streams}
 
 
-def test_everybody_is_let_in_once_or_refused_with_a_time_to_come_back():
+def test_every_request_is_admitted_once_or_refused_with_a_retry_time():
     engine = FakeEngine(policy="tokenflow", overload="shed", num_blocks=30, num_host_blocks=100)
     for i in range(30):
         engine.add(f"r{i}", [i + 1] * 10, 30, rate=200.0)
@@ -76,7 +76,7 @@ def test_streams_are_listed_in_order_of_arrival_and_what_json_lacks_is_none():
     engine.run()
 
 
-def test_whoever_was_preempted_tells_by_which_path_it_came_back_and_how_long_its_reader_stalled():
+def test_a_resumed_request_reports_its_path_and_the_stall_of_its_reader():
     engine = FakeEngine(policy="tokenflow", overload="share", num_blocks=16, num_host_blocks=100)
     for i in range(6):
         engine.add(f"r{i}", [i + 1] * 10, 40, rate=40.0)

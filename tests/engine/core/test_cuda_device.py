@@ -15,7 +15,7 @@ GIB = 2**30
 
 def test_kv_gets_the_wanted_share_less_what_the_peak_and_the_graphs_take():
     assert kv_bytes(80 * GIB, 60 * GIB, 0.9, GIB // 2) == 72 * GIB - 20 * GIB - GIB // 2
-    # What others take counts too.
+    # Memory of other processes counts too.
     assert kv_bytes(80 * GIB, 5 * GIB, 0.9, 0) < 0
 
 

@@ -80,7 +80,7 @@ def test_an_end_beyond_the_vocabulary_never_reaches_a_step(model_dir: Path) -> N
 
 
 def test_min_tokens_with_most_of_the_vocabulary_forbidden_fails_no_neighbour(model_dir: Path) -> None:
-    """Every id a request may name is one of the logits': what it forbids or favours is its own affair."""
+    """A request may forbid or favour every id that the logits have."""
     write(model_dir / "config.json", eos_token_id=list(range(400)))
     odd = SamplingParams(
         temperature=0.0,

@@ -1,4 +1,4 @@
-"""How large the host tier is where nobody says, on a laptop and beside a GPU."""
+"""The default size of the host tier, on a laptop and beside a GPU."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ NUM_TOKENS = 20
 
 
 class Script:
-    """A policy that says what the test wants at a given step, and admits everybody at all others."""
+    """A policy with decisions of the test at given steps; it admits all requests at other steps."""
 
     def __init__(self, decisions: dict[int, Decision]) -> None:
         self.decisions = decisions
@@ -155,7 +155,7 @@ def test_a_row_that_is_entered_again_gets_its_tokens_from_the_host_and_then_from
     assert all(seq.token_ids is None for seq in again[1:])
 
 
-def test_a_stop_wastes_one_token_which_nobody_gets_and_max_tokens_wastes_none():
+def test_a_stop_wastes_one_token_that_is_not_sent_and_max_tokens_wastes_none():
     third = expected_output(PROMPTS["a"], 3)[-1]
     engine = start({}, stop_token_ids=(third,))
     engine.run()
@@ -165,7 +165,7 @@ def test_a_stop_wastes_one_token_which_nobody_gets_and_max_tokens_wastes_none():
     assert engine.core.stats().num_output_tokens == 3 + NUM_TOKENS
 
 
-def test_a_token_in_flight_at_an_abort_goes_to_nobody_not_even_to_the_next_owner_of_the_id():
+def test_a_token_in_flight_at_an_abort_is_dropped_also_if_the_id_is_used_again():
     engine = start({})
     for _ in range(4):
         engine.step()
@@ -179,7 +179,7 @@ def test_a_token_in_flight_at_an_abort_goes_to_nobody_not_even_to_the_next_owner
     assert engine.outputs["b"] == expected_output(PROMPTS["b"], NUM_TOKENS)
 
 
-def test_a_failed_step_ends_its_requests_and_not_those_that_joined_the_next_one():
+def test_a_failed_step_ends_its_requests_but_no_request_that_joined_the_next_step():
     engine = start({})
     engine.runner.fail_on = {3}
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Two steps deep on a real tiny model: exactly what one step deep gives, whatever a request asks for."""
+"""Two steps deep on a real tiny model: exactly the results of one step deep, for all parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prompt(i: int) -> list[int]:
 def serve(
     model_dir, depth: int, params: list[SamplingParams], scheduler: SchedulerConfig, num_blocks: int
 ) -> tuple[list[RequestOutput], int]:
-    """What each request gets, and how many preemptions it took."""
+    """The output of each request, and the number of preemptions."""
     config = EngineConfig(
         model=str(model_dir),
         engine_process="off",
@@ -55,7 +55,7 @@ def serve(
 
 
 def wishes(free: list[RequestOutput]) -> list[SamplingParams]:
-    """Every kind of wish, greedy or seeded; stops at what the unbounded answers `free` are known to say."""
+    """Every kind of parameter, greedy or seeded; stop strings are taken from the unbounded answers `free`."""
     stop_token = free[0].token_ids[NUM_TOKENS // 2]
     text = free[1].text
     stop = text[len(text) // 2 :][:4]
@@ -119,7 +119,7 @@ def test_two_deep_every_wish_is_met_as_it_is_one_deep(model_dir, one_deep, sched
             assert [entry.logprob for entry in again or ()] == pytest.approx(chosen, abs=1e-4)
 
 
-async def test_two_deep_an_abort_frees_everything_and_disturbs_nobody(model_dir, one_deep):
+async def test_two_deep_an_abort_frees_everything_and_disturbs_no_other_request(model_dir, one_deep):
     params, expected = one_deep
     config = EngineConfig(model=str(model_dir), threads=1, max_model_len=128, pipeline_depth=2, debug_checks=True)
     with Engine(config) as engine:

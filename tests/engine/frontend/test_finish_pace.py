@@ -12,7 +12,7 @@ def test_the_wait_follows_the_finishes() -> None:
     assert 9.9 < pace.wait_s(5) < 10.1
 
 
-def test_an_idle_night_makes_nobody_wait_longer() -> None:
+def test_idle_time_does_not_lengthen_the_predicted_wait() -> None:
     pace = FinishPace(0.0)
     for now_s in range(1, 100):
         pace.on_finish(now_s)

@@ -1,4 +1,4 @@
-"""How an engine ends that nothing shuts down: the program leaves it behind, drops it, or forks."""
+"""The end of an engine without shutdown: the program exits, drops it, or forks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages for an engine that does not read: what must go waits in order, what need not is refused, nobody blocks."""
+"""Messages for an engine that does not read: aborts wait in order, other messages are refused, no caller blocks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fill(outbox: Outbox, frame: bytes = LARGE) -> int:
     raise AssertionError("an outbox without end")
 
 
-def test_frames_that_nobody_reads_are_refused_and_those_that_were_taken_arrive_in_order(
+def test_unread_frames_are_refused_and_accepted_ones_arrive_in_order(
     pipe: tuple[Outbox, Connection],
 ) -> None:
     outbox, far = pipe
@@ -60,7 +60,7 @@ def test_small_frames_are_bounded_too(pipe: tuple[Outbox, Connection]) -> None:
     assert outbox.is_full
 
 
-def test_who_may_wait_does_so_until_there_is_room(pipe: tuple[Outbox, Connection]) -> None:
+def test_a_caller_with_patience_waits_until_there_is_room(pipe: tuple[Outbox, Connection]) -> None:
     outbox, far = pipe
     num_taken = fill(outbox)
     waiting = threading.Thread(target=outbox.put_in_turn, args=(b"last", None))
@@ -70,7 +70,7 @@ def test_who_may_wait_does_so_until_there_is_room(pipe: tuple[Outbox, Connection
     assert not waiting.is_alive()
 
 
-def test_whoever_waits_hears_of_the_other_ends_end(pipe: tuple[Outbox, Connection]) -> None:
+def test_a_waiting_caller_gets_an_error_when_the_other_end_closes(pipe: tuple[Outbox, Connection]) -> None:
     outbox, far = pipe
     fill(outbox)
     told: list[type[Exception]] = []

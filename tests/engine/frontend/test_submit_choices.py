@@ -9,7 +9,7 @@ import pytest
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.engine.engine import Engine
-from tfserve.engine.frontend.link import connect
+from tfserve.engine.frontend.core_client import connect
 from tfserve.engine.frontend.stream import RequestStream
 from tfserve.errors import QueueFullError, RequestError
 from tfserve.messages import AddRequest
@@ -54,10 +54,10 @@ async def test_what_choices_share_is_sent_once(tiny_llama3: Path) -> None:
     sent = []
 
     def spying(*args):
-        link = connect(*args)
-        send = link.send
-        link.send = lambda message, *more: (sent.append(message), send(message, *more))
-        return link
+        client = connect(*args)
+        send = client.send
+        client.send = lambda message, *more: (sent.append(message), send(message, *more))
+        return client
 
     with Engine(config_for(tiny_llama3), spying) as engine:
         for stream in engine.submit_choices(PROMPT, SamplingParams(max_tokens=2), IDS):

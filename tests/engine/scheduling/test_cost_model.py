@@ -1,4 +1,4 @@
-"""What the cost model learns from synthetic steps and copies."""
+"""The cost model learns from synthetic steps and copies."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_handful_of_noisy_steps_does_not_overrule_calibration():
     dear = msgspec.structs.replace(TRUE, prompts=0.02)
     cost = model()
     cost.calibrate(steps(dear, 40, noise=0.0))
-    # A burst begins: every step is full of prompts, so its price and that of decoding beside it cannot be told apart.
+    # A burst begins: every step is full of prompts, so the costs of prompts and of decodes cannot be separated.
     for n_decode, noise in zip((0, 6, 10, 14, 17), (1.1, 0.92, 1.08, 0.95, 1.05), strict=True):
         work = (n_decode, 200.0 * n_decode, 512 - n_decode, 40_000.0)
         cost.observe_step(StepSample(*work, seconds(dear, *work) * noise))

@@ -24,7 +24,7 @@ HONEST = [Ask(1.0 + 4.0 * k, 80, 50, 6.0) for k in range(4)]
 
 
 def first_waits(hostile: list[Ask], machine: Machine = CPU_32, **scheduler) -> list[float]:
-    """How long honest readers beside these requests wait for their first tokens; the run ends with their answers."""
+    """The wait of honest readers for their first tokens, beside these requests; the run ends with their answers."""
     driver = Driver([*HONEST, *hostile], machine, policy="tokenflow", **scheduler)
     honest = [req for req, ask in driver.asks.items() if any(ask is each for each in HONEST)]
     while any(len(driver.times[req]) < driver.asks[req].output for req in honest):
@@ -91,7 +91,7 @@ def test_a_high_rate_makes_room_for_a_newcomer_as_any_other_that_is_ahead():
     assert moves(1e6).admit == moves(41.0).admit == ("new",)
 
 
-def test_shed_refuses_nobody_for_what_another_names():
+def test_shed_refuses_no_request_because_of_another_ones_rate():
     scene = Scene(cost=FlatCost(gamma=200.0, step=0.05)).running("fast", rate=1e6)
     for number in range(8):
         scene.waiting(f"honest {number}", rate=6.0)
@@ -108,7 +108,7 @@ def test_twenty_at_a_high_rate_do_no_more_harm_than_twenty_honest_ones(rate):
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1])
-def test_those_who_hardly_read_bar_nobody_from_memory(rate):
+def test_slow_readers_keep_no_request_out_of_memory(rate):
     # Device and host hold 16 of them. Their forty prompts come first, 6 s of work.
     slow = first_waits([Ask(0.0, 80, 300, rate) for _ in range(40)], small(30))
     assert max(slow) < 10.0
@@ -123,7 +123,7 @@ def test_those_who_hardly_read_bar_nobody_from_memory(rate):
     overload=st.sampled_from(["queue", "share"]),
 )
 def test_no_honest_reader_waits_because_others_name_more_than_they_can_get(rates, output, num_blocks, overload):
-    """A full device gives 12 to 25 tokens/s to each: whoever names far more may as well name 100."""
+    """A full device gives 12 to 25 tokens/s to each request: any much higher rate counts like 100."""
 
     def longest(highest: float) -> float:
         hostile = [Ask(0.0, 80, output, min(rate, highest)) for rate in rates]

@@ -16,7 +16,7 @@ from tfserve.types import FinishReason, Tenant
 
 
 class FakeGrammars:
-    """Compiles a grammar when the test says so; `problems` are those that cannot be."""
+    """Compiles a grammar when the test says so; `problems` are the invalid ones."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -98,7 +98,7 @@ def test_a_request_begins_when_its_grammar_is_compiled_and_others_do_not_wait(
     assert not grammars.held
 
 
-def test_one_grammar_is_compiled_once_for_all_who_have_it(grammars: FakeGrammars) -> None:
+def test_a_grammar_is_compiled_once_for_all_its_requests(grammars: FakeGrammars) -> None:
     engine = Gated(grammars)
     for number in range(3):
         engine.add(f"r{number}", [number + 1], 3, grammar="g")

@@ -96,7 +96,7 @@ def test_greedy_preempts_the_youngest():
 # -- controls
 
 
-def test_round_robin_exchanges_who_was_here_longest_for_who_was_away_longest():
+def test_round_robin_swaps_the_longest_running_for_the_longest_waiting():
     # 15 blocks each, and 25 tokens within the interval take two more.
     scene = Scene(num_blocks=34, cost=FlatCost(prefill=1e-2))
     scene.running("old", for_s=9.0, unread_s=0.0).running("young", for_s=2.0, unread_s=30.0)
@@ -125,7 +125,7 @@ def test_between_intervals_controls_only_fill_up(policy):
 
 
 @pytest.mark.parametrize(("policy", "by"), [("andes", RECOMPUTE), ("andes-offload", LOAD)])
-def test_andes_prefers_who_gains_most_experience_per_token(policy, by):
+def test_andes_prefers_the_highest_gain_of_experience_per_token(policy, by):
     scene = Scene(num_blocks=34, cost=FlatCost(prefill=1e-2))
     scene.running("full", unread_s=9.5).running("low", unread_s=1.0).waiting("new", prompt=200, for_s=3.0)
     decision = decide(policy, scene)
@@ -153,9 +153,9 @@ def test_generating_ahead_is_capped_per_reader():
     assert c.ids_of(rows) == ("full",)
     assert release_s == pytest.approx(scene.now_s + 4.0)
     assert not held_back(c, None).any()
-    for nobody in (held_on_device(c, 10.0), held_on_device(c, None)):
-        assert not len(nobody[0])
-        assert nobody[1] is None
+    for held in (held_on_device(c, 10.0), held_on_device(c, None)):
+        assert not len(held[0])
+        assert held[1] is None
 
 
 def test_the_fullest_buffer_is_written_first():

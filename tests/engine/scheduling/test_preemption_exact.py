@@ -1,6 +1,6 @@
-"""A real tiny model whose requests are put out and brought back: exactly the tokens of an undisturbed run.
+"""A real tiny model whose requests are preempted and resumed: exactly the tokens of an undisturbed run.
 
-At both depths of the pipeline, and under whatever a request may ask of the sampler or stop at.
+At both depths of the pipeline, with all sampling parameters and stop conditions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a request keeps when its prompt is computed more than once."""
+"""The state that a request keeps when its prompt is computed more than once."""
 
 from __future__ import annotations
 

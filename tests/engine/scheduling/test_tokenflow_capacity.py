@@ -1,4 +1,4 @@
-"""The tokenflow policy: whom the node can promise to feed, and how prompts share steps with readers."""
+"""The tokenflow policy: admission within the capacity, and how prompts share steps with decodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def overloaded(**cost) -> Scene:
     return scene.waiting("c", for_s=0.9).waiting("d", for_s=0.5)
 
 
-def test_queue_lets_in_only_whom_the_capacity_can_feed():
+def test_queue_admits_only_readers_within_the_capacity():
     # Two readers at 20/s run; 50/s feed no third. By memory alone fcfs would let both in, reserving their output.
     scene = overloaded()
     scene.num_blocks = 31
@@ -27,7 +27,7 @@ def test_queue_lets_in_only_whom_the_capacity_can_feed():
     assert policy.is_fallback
 
 
-def test_in_the_fallback_memory_that_covers_everybodys_output_is_used():
+def test_in_the_fallback_memory_that_covers_all_outputs_is_used():
     scene = overloaded()
     scene.num_blocks = 1000
     assert decide(scene).admit == ("c", "d")
@@ -51,13 +51,13 @@ def test_shed_refuses_and_says_when_to_come_back():
     assert waits[0] <= waits[1]
 
 
-def test_shed_refuses_nobody_without_a_reader():
+def test_shed_refuses_no_request_without_a_reader():
     scene = overloaded().waiting("batch", rate=None)
     scene.num_blocks = 60
     assert [req for req, _ in decide(scene, overload="shed").reject] == ["c", "d"]
 
 
-def test_who_has_no_reader_does_not_change_how_long_a_reader_waits():
+def test_requests_without_a_reader_do_not_change_how_long_a_reader_waits():
     def waits(*background: str) -> list[float]:
         scene = Scene(cost=FlatCost(gamma=100.0)).running("a")
         for req in background:
@@ -70,7 +70,7 @@ def test_who_has_no_reader_does_not_change_how_long_a_reader_waits():
     assert max(waits()) > min(waits())
 
 
-def test_a_crowd_at_an_idle_node_is_told_to_wait_for_those_who_were_let_in_with_it():
+def test_at_an_idle_node_refused_requests_wait_for_the_admitted_ones():
     scene = Scene(cost=FlatCost(gamma=50.0), num_blocks=1000)
     for number in range(6):
         scene.waiting(f"r{number}", max_tokens=100)
@@ -175,7 +175,7 @@ def test_prompts_do_not_wait_for_decodes_that_are_held_back():
 
 def test_a_wait_for_a_first_token_excuses_a_little_stalling():
     scene = Scene(cost=FlatCost(step=0.02, prefill=1e-3))
-    # 46 tokens 2 s ago: 0.3 s are left, and nobody has stalled.
+    # 46 tokens 2 s ago: 0.3 s are left, and no reader has stalled.
     scene.tracker.add("a", arrival_s=scene.now_s - 3, num_prompt=32, max_tokens=1000, rate=20.0)
     scene.tracker.on_tokens(["a"], 46, scene.now_s - 2)
     scene.tracker.set_state("a", RequestState.RUNNING, scene.now_s - 3)

@@ -1,4 +1,4 @@
-"""The tokenflow policy, one decision at a time: who comes, who leaves, when it looks."""
+"""The tokenflow policy, one decision at a time: admissions, preemptions, and the times of full passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOAD, RECOMPUTE = ResumeBy.LOAD, ResumeBy.RECOMPUTE
 # -- stress and what goes on without it
 
 
-def test_without_stress_everybody_keeps_running():
+def test_without_stress_all_requests_keep_running():
     scene = Scene().running("a").running("b", unread_s=2.0)
     assert not is_stressed(scene.snapshot(), 1.0)
     decision = decide(scene)
@@ -31,7 +31,7 @@ def test_without_stress_everybody_keeps_running():
         Scene().running("a").loading("b"),
     ],
 )
-def test_somebody_waiting_away_or_low_is_stress(scene):
+def test_a_waiting_paused_or_low_request_is_stress(scene):
     assert is_stressed(scene.snapshot(), 1.0)
 
 
@@ -59,7 +59,7 @@ def test_a_newcomer_displaces_the_fullest_buffer_that_survives_it():
 
 
 @pytest.mark.parametrize("comes", ["newcomer", "returning"])
-def test_of_readers_well_ahead_the_one_who_is_through_first_leaves(comes):
+def test_of_requests_far_ahead_the_one_read_first_to_its_end_is_preempted(comes):
     # 12 %, 27 % and 40 % are unread; the last two are well ahead, with 180 and 360 tokens still to read.
     scene = Scene(num_blocks=45).running("low", unread_s=2.4, max_tokens=400)
     scene.running("far", unread_s=8.0, max_tokens=400).running("near", unread_s=4.0, max_tokens=300)
@@ -79,12 +79,12 @@ def test_a_slow_reader_well_ahead_stays_before_a_fast_one():
     assert decide(scene.running("slow", unread_s=8.0, max_tokens=400).waiting("new")).preempt == (("fast", LOAD),)
 
 
-def test_whoever_nobody_reads_leaves_before_readers_do():
+def test_requests_without_a_reader_are_preempted_first():
     scene = Scene(num_blocks=45).running("far", unread_s=16.0, max_tokens=400).running("batch", rate=None)
     assert decide(scene.running("near", unread_s=4.0, max_tokens=400).waiting("new")).preempt == (("batch", LOAD),)
 
 
-def test_nobody_is_displaced_who_would_run_dry_meanwhile():
+def test_no_reader_is_displaced_that_would_stall_meanwhile():
     scene = Scene(num_blocks=30).running("a", unread_s=2.5).running("b", unread_s=2.5).waiting("new", for_s=30.0)
     scene.cost = FlatCost(out_s=1.0, back_s=1.0, prefill=1.0)
     set_kv(scene.tracker, ["a", "b"], host_tokens=0)
@@ -99,7 +99,7 @@ def test_the_longer_a_newcomer_waits_the_shorter_a_victims_buffer_may_be():
     assert decision.preempt == (("a", LOAD),)
 
 
-def test_nobody_leaves_for_a_prompt_whose_turn_is_not_next():
+def test_no_request_is_preempted_for_a_prompt_that_is_not_next():
     scene = Scene(num_blocks=70).running("a", unread_s=8.0).running("b", unread_s=8.0).prefilling("long", prompt=600)
     assert decide(scene.waiting("new")).preempt == ()
     scene = Scene(num_blocks=33).running("a", unread_s=8.0).running("b", unread_s=8.0).prefilling("short", prompt=16)
@@ -111,7 +111,7 @@ def test_conservativeness_of_twenty_queues_like_fcfs():
     assert decide(scene, buffer_conservativeness=20.0).preempt == ()
 
 
-def test_whoever_has_just_come_stays_a_while():
+def test_a_new_resident_keeps_its_place_for_a_minimum_time():
     scene = Scene(num_blocks=30).running("a", unread_s=8.0, for_s=0.5).running("b", unread_s=8.0, for_s=0.5)
     assert decide(scene.waiting("new")).preempt == ()
 
@@ -137,7 +137,7 @@ def test_a_paused_reader_comes_back_when_its_playback_nears_its_end_and_not_befo
     assert decision.resume == (("p", LOAD),)
 
 
-def test_free_memory_is_used_before_anybody_is_in_need():
+def test_free_memory_is_used_before_any_buffer_is_low():
     scene = Scene(num_blocks=60).running("a", unread_s=8.0).paused("p", unread_s=30.0)
     decision = decide(scene)
     assert (decision.preempt, decision.resume) == ((), (("p", LOAD),))
@@ -148,7 +148,7 @@ def test_no_exchange_between_buffers_that_are_nearly_equal():
     assert decide(scene).preempt == ()
 
 
-def test_a_starving_reader_displaces_even_those_who_cannot_afford_it():
+def test_a_starving_reader_displaces_even_low_buffers():
     scene = Scene(num_blocks=30).running("a", unread_s=0.4).running("b", unread_s=0.2).paused("p", unread_s=-6.0)
     decision = decide(scene)
     assert decision.preempt == (("a", LOAD),)
@@ -218,7 +218,7 @@ def test_without_a_rate_newcomers_do_not_take_the_memory_that_one_waits_for_to_r
     assert decision.admit == ("reader", "small")
 
 
-def test_a_reader_passes_those_without_a_rate_who_lack_memory():
+def test_a_reader_passes_requests_without_a_rate_that_lack_memory():
     scene = Scene(num_blocks=30).running("a", rate=None).running("b", rate=None)
     scene.waiting("batch", rate=None, for_s=60).waiting("reader", for_s=0.5)
     decision = decide(scene)
@@ -267,7 +267,7 @@ def test_a_newcomer_that_has_lacked_memory_for_an_interval_is_looked_after_at_ev
     assert policy.decide(scene.snapshot()).admit == ("new",)
 
 
-def test_a_newcomer_without_a_reader_hurries_nobody_while_it_is_patient():
+def test_a_new_request_without_a_reader_forces_no_pass_during_its_slack():
     policy = TokenFlow(SchedulerConfig(policy="tokenflow", schedule_interval_s=1.0, watermark=0.0))
     scene = Scene(num_blocks=30).running("a", unread_s=8.0).running("b", unread_s=8.0)
     scene.waiting("batch", rate=None, for_s=5.0)

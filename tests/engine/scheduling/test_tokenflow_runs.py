@@ -88,7 +88,7 @@ def test_the_papers_figure_6():
         (5.0, "run", "R1"),
     ]
     c = slots.tracker.columns(30.0)
-    # A reader starts on its first token; nobody stalls for as much as a step after that.
+    # A reader starts with its first token; after that no reader stalls for as long as a step.
     assert c.stall_s == pytest.approx(np.zeros(3), abs=1 / 40)
     # 75 tokens/s asked, 80 generated: what is unread in all has grown by 5 tokens/s since t = 3.
     assert c.unread.sum() == pytest.approx(60 + 30 + 5 * 27, abs=3)
@@ -214,12 +214,12 @@ def test_every_request_finishes_and_no_block_is_lost(
     while driver.step():
         driver.check()
         assert driver.steps < 50_000
-        assert_nobody_starves(driver)
+        assert_no_request_starves(driver)
     assert all(len(driver.times[req]) == ask.output for req, ask in driver.asks.items())
 
 
-def assert_nobody_starves(driver: Driver, bound_s: float = 10.0) -> None:
-    """Nobody has nothing to read, waits for a first token, or is off the device without a reader, for long.
+def assert_no_request_starves(driver: Driver, bound_s: float = 10.0) -> None:
+    """No request is without text to read, waits for its first token, or is paused without a reader, for long.
 
     One after another these would take 25 s. Under `share` a starving reader is relieved once it is `relief_s` (5 s)
     worse off than another; the longest seen in 150 examples were 4.9, 1.7 and 3.5 s.

@@ -143,7 +143,7 @@ def test_two_deep_the_device_does_not_wait_for_the_host():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_in_a_burst_tokenflow_brings_first_tokens_sooner_than_fcfs_and_nobody_stalls_for_it(depth):
+def test_in_a_burst_tokenflow_brings_first_tokens_sooner_than_fcfs_without_stalls(depth):
     rate = 8.0
     fcfs = burst("fcfs", 0, rate, depth=depth).report(rate)
     sharing = {"schedule_interval_s": 0.2, "min_residency_s": 0.2, "critical_s": 0.5}

@@ -46,12 +46,12 @@ def test_sizes_are_those_of_the_models():
 
 
 def test_decoding_is_bound_by_memory_and_long_prompts_by_compute():
-    gpu, law = RTX.gpu, Roofline(RTX.gpu, LLAMA3_8B)
+    gpu, cost = RTX.gpu, Roofline(RTX.gpu, LLAMA3_8B)
     moved = LLAMA3_8B.weight_bytes - 2 * LLAMA3_8B.head_parameters + 8001 * 131072
     bytes_s = moved / (gpu.memory_bytes_per_s * gpu.memory_share)
-    assert law(1, 8000, 0, 0) == pytest.approx(bytes_s + gpu.step_s + gpu.row_s)
+    assert cost(1, 8000, 0, 0) == pytest.approx(bytes_s + gpu.step_s + gpu.row_s)
     flops = 2048 * 2 * LLAMA3_8B.linear_parameters
-    assert law(0, 0, 2048, 0) == pytest.approx(flops / (gpu.flops * gpu.compute_share) + gpu.step_s)
+    assert cost(0, 0, 2048, 0) == pytest.approx(flops / (gpu.flops * gpu.compute_share) + gpu.step_s)
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "fcfs-greedy", "andes", "tokenflow"])
@@ -149,8 +149,8 @@ HEAD = TraceHead(
 )
 
 
-def made_up(num_steps: int, concave: float = 0.0, law: StepCoefficients = TRUE) -> Trace:
-    """Steps by `law`, 1 ms + 0.1 ms a row between them, and a nap now and then.
+def made_up(num_steps: int, concave: float = 0.0, cost: StepCoefficients = TRUE) -> Trace:
+    """Steps by `cost`, 1 ms + 0.1 ms a row between them, and a nap now and then.
 
     `concave`: faster per token if large.
     """
@@ -159,7 +159,7 @@ def made_up(num_steps: int, concave: float = 0.0, law: StepCoefficients = TRUE) 
     for number in range(num_steps):
         n, prompt = int(rng.integers(1, 9)), int(rng.choice([0, 0, 64, 200]))
         work = (n, 100.0 * n + number, prompt, prompt * prompt / 2)
-        seconds = MeasuredCost(law)(*work) * (n + prompt) ** -concave * (1 + 0.02 * rng.normal())
+        seconds = MeasuredCost(cost)(*work) * (n + prompt) ** -concave * (1 + 0.02 * rng.normal())
         now_s += 1e-3 + 1e-4 * n + seconds + (5.0 if number % 40 == 20 else 0.0)
         steps.append(
             TraceStep(
@@ -181,9 +181,9 @@ def made_up(num_steps: int, concave: float = 0.0, law: StepCoefficients = TRUE) 
 
 def test_a_fit_finds_the_law_and_says_how_far_off_it_is():
     profile = fit(made_up(400))
-    law = MeasuredCost(profile.step, profile.sizes)
+    cost = MeasuredCost(profile.step, profile.sizes)
     for work in [(1, 300, 0, 0), (8, 1200, 0, 0), (4, 500, 200, 20_000)]:
-        assert law(*work) == pytest.approx(MeasuredCost(TRUE)(*work), rel=0.05)
+        assert cost(*work) == pytest.approx(MeasuredCost(TRUE)(*work), rel=0.05)
     assert profile.host_s == pytest.approx(1e-3, rel=0.2)
     assert profile.host_row_s == pytest.approx(1e-4, rel=0.2)
     assert profile.store_bytes_per_s == pytest.approx(1e9)
@@ -205,7 +205,7 @@ def test_a_machine_that_is_faster_per_token_in_large_steps_is_fitted_too():
 
 def test_what_a_step_takes_for_having_prompts_at_all_is_told_from_their_price():
     dear = msgspec.structs.replace(TRUE, prompts=0.1)
-    profile = fit(made_up(400, law=dear))
+    profile = fit(made_up(400, cost=dear))
     assert profile.step.prompts == pytest.approx(0.1, rel=0.15)
     assert fit(made_up(400)).step.prompts < 0.01
     cost = CostModel(kv_bytes_per_token=1000, max_num_seqs=8)

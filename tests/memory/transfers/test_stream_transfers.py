@@ -70,7 +70,7 @@ def test_a_copy_that_waits_for_nothing_is_on_the_device_at_once_and_acknowledged
 
 def test_a_step_that_is_running_is_waited_for_on_the_device(bench):
     bench.engine.submit([copy(0, STORE, 1, 1, fence=3)])
-    assert bench.enqueued() == 0  # nobody has launched step 3 yet
+    assert bench.enqueued() == 0  # step 3 is not launched yet
     mark = bench.link.launch(lambda: bench.device.__setitem__(1, 9))
     bench.engine.launched(Fence(3), mark)
     assert bench.enqueued() == 1

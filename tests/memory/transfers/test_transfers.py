@@ -165,7 +165,7 @@ def test_what_has_ended_cannot_be_cancelled(bench):
     assert bench.engine.cancel({CopyId(0)}) == set()
 
 
-def test_a_copy_nobody_submitted_counts_as_ended(bench):
+def test_a_copy_that_was_never_submitted_counts_as_ended(bench):
     bench.engine.submit([copy(5, LOAD, 1, 1, copies=[4])])
     assert ids(bench.settle(1)) == [5]
 

@@ -1,1 +1,1 @@
-"""The core: the loop that runs steps, its process, and what it is built of."""
+"""The core: the loop that runs steps, its process, and its construction."""

@@ -32,11 +32,11 @@ from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.cache_dir import cache_dir
 from tfserve.model.config import ModelConfig, load_model_config
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
 from tfserve.model.fields import loading
 from tfserve.model.loader import load_model
 from tfserve.model.runner import ModelRunner
-from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.token_masks import TokenMasks, open_masks
 from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
 from tfserve.plan import Clock, Runner
@@ -45,9 +45,9 @@ from tfserve.types import EngineInfo
 logger = logging.getLogger(__name__)
 
 _ROW_BYTES = 1024
-"""About what a row takes beside its block table: sampling parameters, its place in the scheduler's lists."""
+"""Approximate size of a row without its block table: sampling parameters, entries in the scheduler's lists."""
 
-_MOST_FOR_ROWS = 0.05
+_MAX_FOR_ROWS = 0.05
 """Share of the free memory that such tables may take."""
 
 
@@ -98,7 +98,7 @@ def _build(
     cache = _reserve(config, loaded, stream)
     runner = _runner(config, loaded, cache, stream)
     clock = RealClock()
-    tier = open_host_tier(config, cache.pool, clock, runner if isinstance(runner, StreamRunner) else None)
+    tier = open_host_tier(config, cache.pool, clock, runner if isinstance(runner, CudaStreamRunner) else None)
     scheduler = make_scheduler(
         config.scheduler,
         KVMemory(cache.pool.layout.block_size, cache.pool.num_blocks, tier.num_blocks if tier else 0),
@@ -141,7 +141,7 @@ def _load(config: EngineConfig) -> _Loaded:
     with loading(path), ThreadPoolExecutor(1) as beside:
         tokenizer = Tokenizer.from_dir(path)
         eos_token_ids = all_eos_token_ids(model_config, tokenizer, path)
-        # Neither masks nor weights need the other, and both take a while.
+        # Masks and weights do not depend on each other, and both take seconds: load them in parallel.
         opening = beside.submit(open_masks, tokenizer.to_json(), model_config.vocab_size, eos_token_ids)
         model = load_model(
             path,
@@ -179,7 +179,7 @@ def _reserve(config: EngineConfig, loaded: _Loaded, stream: torch.cuda.Stream | 
 
 def _runner(
     config: EngineConfig, loaded: _Loaded, cache: _Cache, stream: torch.cuda.Stream | None
-) -> ModelRunner | StreamRunner:
+) -> ModelRunner | CudaStreamRunner:
     """What runs the steps: on a GPU, on `stream`."""
     model, backend, kv = loaded.model, loaded.backend, PagedKV(cache.pool.layers())
     max_model_len, masks = cache.max_model_len, loaded.masks
@@ -339,7 +339,7 @@ def _num_blocks(config: EngineConfig, layout: KVLayout, device: str, measured_by
 def _check_rows(config: EngineConfig, max_model_len: int, block_size: int) -> None:
     """Raise ConfigError if there is no memory for the tables of `max_num_seqs` rows."""
     row_bytes = _ROW_BYTES + 4 * -(-max_model_len // block_size)
-    most = int(available_bytes() * _MOST_FOR_ROWS / row_bytes)
+    most = int(available_bytes() * _MAX_FOR_ROWS / row_bytes)
     if config.max_num_seqs > most:
         raise ConfigError(
             "max_num_seqs",

@@ -1,4 +1,4 @@
-"""Calibration: a few steps on made-up requests before the first real one, so that the CostModel knows the machine."""
+"""Calibration: measures a few steps of made-up requests at start, so that the CostModel knows the machine."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tfserve.engine.scheduling.cost_model import CostModel, StepSample
 from tfserve.plan import BlockId, Clock, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 
-_MOST_S = 0.5
-"""No step that could be missed starts after this long, the first one, which also warms up, not counted."""
+_MAX_S = 0.5
+"""No optional step starts after this long, counted from the end of the first step, which is the warm-up."""
 
 _NEEDED = 5
-"""Steps that are never missed: the warm-up, decodes of several rows and of one, prompts of two sizes."""
+"""Steps that always run: the warm-up, decodes of several rows and of one, prompts of two sizes."""
 
 _ROWS = 8
 _PROMPT = 4
@@ -35,9 +35,9 @@ def calibrate(
     block_size: int,
     max_model_len: int,
 ) -> None:
-    """Run prompts, decodes of one and of several rows, and chunks that grow until they cost time; give rows back.
+    """Run prompts, decodes of one and of several rows, and growing chunks until they are compute bound; free the rows.
 
-    It writes the first blocks of the device pool, which nobody has yet. Where those are too few it does less.
+    The steps write to the first blocks of the device pool, which are still free. With too few blocks, fewer steps run.
     """
     rows = min(_ROWS, config.max_num_seqs, num_blocks - 1, config.max_num_batched_tokens // _PROMPT)
     # Every row stays inside one block.
@@ -50,7 +50,7 @@ def calibrate(
         ([_prompt(row, 0, _PROMPT) for row in every], 0),
         ([_decode(row, _PROMPT) for row in every], rows),
         (one, 1),
-        # What prompts cost is what a step takes for having any and what each token adds.
+        # The cost of prompts has two parts: a constant per step with prompts, and a cost per token.
         ([_prompt(rows - 1, _PROMPT + 1, -(-chunk // _GROWTH))], 0),
         ([_prompt(rows - 1, _PROMPT + 1, chunk)], 0),
         ([_decode(row, _PROMPT + 1) for row in every], rows),
@@ -68,7 +68,7 @@ def calibrate(
         plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
         result = runner.launch(plan).result()
         if number == 0:
-            end_s = clock.now() + _MOST_S
+            end_s = clock.now() + _MAX_S
         else:
             samples.append(sample_of(plan.seqs, n_decode, result.device_s))
     start = _PROMPT + 1 + chunk
@@ -88,7 +88,7 @@ def calibrate(
 
 
 def _is_compute_bound(samples: Sequence[StepSample]) -> bool:
-    """True if the longest step was that of a prompt and stands out."""
+    """True if the longest prompt step takes much longer than the shortest decode step."""
     decode_s = min((sample.seconds for sample in samples if sample.n_decode), default=0.0)
     prompt_s = max((sample.seconds for sample in samples if sample.n_prefill), default=0.0)
     return prompt_s > _COMPUTE_BOUND * decode_s

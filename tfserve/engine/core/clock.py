@@ -10,7 +10,8 @@ class RealClock:
     """plan.Clock on the machine's monotonic clock, which all its processes share."""
 
     def __init__(self) -> None:
-        # Reentrant, unlike an Event's: the interpreter may drop an Engine, which notifies, in the middle of `notify`.
+        # Reentrant, unlike an Event's lock: the interpreter may finalize an Engine inside `notify`, and that calls
+        # `notify`.
         self._bell = threading.Condition()
         self._has_rung = False
 

@@ -1,4 +1,4 @@
-"""What a CUDA device adds to an engine: a runner on a stream, with graphs, and how much memory KV may take."""
+"""The CUDA parts of an engine: a runner on a stream, with graphs, and the measurement of memory for KV."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.attention.paged_backend import PagedBackend
 from tfserve.model.cuda_graphs import CudaRecorder, DecodeGraphs
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
 from tfserve.model.runner import ModelRunner
-from tfserve.model.stream_runner import StreamRunner
 from tfserve.model.token_masks import TokenMasks
 from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
@@ -25,10 +25,10 @@ from tfserve.types import SamplingParams
 logger = logging.getLogger(__name__)
 
 _GRAPH_BYTES = 512 * 2**20
-"""Left free for the CUDA graphs, which can be captured only once the KV has its place."""
+"""Left free for the CUDA graphs, which are captured after the KV cache is allocated."""
 
 _EVERYTHING = SamplingParams(temperature=1.0, top_p=0.9, top_k=100, repetition_penalty=1.1, logprobs=5)
-"""Parameters that make the sampler take all the memory it may."""
+"""Parameters with which the sampler needs most memory."""
 
 
 def cuda_runner(
@@ -40,12 +40,12 @@ def cuda_runner(
     max_model_len: int,
     stream: torch.cuda.Stream,
     masks: TokenMasks | None = None,
-) -> StreamRunner:
+) -> CudaStreamRunner:
     """The runner of a live engine: on `stream`, with its decode graphs captured unless `enforce_eager`."""
     graphs = None
     if isinstance(backend, PagedBackend) and not config.enforce_eager:
         max_blocks = -(-max_model_len // kv.block_size)
-        torch.cuda.synchronize(stream.device)  # what the graphs read was made on the default stream
+        torch.cuda.synchronize(stream.device)  # the graphs' inputs were created on the default stream
         torch.cuda.empty_cache()  # as each capture does: it would pass for memory that the graphs gave
         began_s, free_before = time.monotonic(), torch.cuda.mem_get_info()[0]
         graphs = DecodeGraphs(
@@ -62,22 +62,22 @@ def cuda_runner(
     runner = ModelRunner(
         model, kv, backend, max_num_seqs=config.max_num_seqs, max_model_len=max_model_len, graphs=graphs, masks=masks
     )
-    return StreamRunner(runner, stream)
+    return CudaStreamRunner(runner, stream)
 
 
 def kv_bytes(total: int, free_at_peak: int, utilization: float, reserved: int) -> int:
-    """Bytes for KV: the share `utilization` of `total`, less what everything else took at its peak and `reserved`."""
+    """Bytes for KV: `utilization` times `total`, minus the peak of all other memory and `reserved`."""
     return int(utilization * total) - (total - free_at_peak) - reserved
 
 
 def measure_kv_bytes(
     model: Decoder, layout: KVLayout, backend: AttentionBackend, config: EngineConfig, stream: torch.cuda.Stream
 ) -> int:
-    """Run the largest step that can come and see what it leaves: bytes for KV, below 0 if nothing.
+    """Bytes left for KV after the largest possible step has run; negative if none are left.
 
-    What the step took stays with torch's allocator and so counts as taken. Raises ConfigError if it does not fit.
+    The step's memory stays in torch's allocator and counts as used. Raises ConfigError if the step does not fit.
     """
-    # What an engine before this one had is still with the allocator, or in a cycle, and would count too.
+    # Memory of an earlier engine may still be in the allocator, or in a reference cycle: free it, or it counts as used.
     gc.collect()
     torch.cuda.empty_cache()
     max_model_len = config.max_model_len or model.config.max_position_embeddings
@@ -88,7 +88,7 @@ def measure_kv_bytes(
     plan = largest_step(
         config.max_num_seqs, config.max_num_batched_tokens, max_model_len, layout.block_size, model.config.vocab_size
     )
-    run_largest(StreamRunner(runner, stream), plan)
+    run_largest(CudaStreamRunner(runner, stream), plan)
     del runner, pool
     free, total = torch.cuda.mem_get_info()
     reserved = 0 if config.enforce_eager else _GRAPH_BYTES
@@ -117,9 +117,9 @@ def run_largest(runner: Runner, plan: StepPlan) -> None:
 def largest_step(
     max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int, block_size: int, vocab_size: int
 ) -> StepPlan:
-    """As many prompts as fit into a step, as long as they may be, all sampled with everything the sampler can do.
+    """The largest step: as many prompts of full length as fit, all sampled with every feature of the sampler.
 
-    All of them share one block: they overwrite each other's KV, which nobody will read.
+    All prompts share one block and overwrite each other's KV. That KV is never read.
     """
     num_seqs = min(max_num_seqs, max_num_batched_tokens)
     share, left = divmod(max_num_batched_tokens, num_seqs)

@@ -18,24 +18,24 @@ from tfserve.memory.transfers.copy_runs import BlockGeometry, blocks_per_chunk
 from tfserve.memory.transfers.cuda_link import CudaLink
 from tfserve.memory.transfers.stream_transfers import StreamTransfers
 from tfserve.memory.transfers.worker_transfers import TierArrays, WorkerTransfers
-from tfserve.model.stream_runner import StreamRunner
+from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.plan import Clock, Direction, TransferEngine
 
 logger = logging.getLogger(__name__)
 
 _PER_DEVICE_BLOCK = 4
-"""Host blocks per device block, where memory allows: five times as many readers are under way as the device holds."""
+"""Host blocks per device block, if memory allows: both tiers together hold five times the KV of the device."""
 
-_MOST_PINNED_BYTES = 64 * 2**30
-"""Most memory that is pinned unasked: the driver takes about half a second for each GiB (estimated)."""
+_MAX_PINNED_BYTES = 64 * 2**30
+"""Most memory that is pinned by default: the driver takes about half a second for each GiB (estimated)."""
 
 _CHUNK_BYTES = 2**30
-"""Host memory is pinned so much at a time."""
+"""Bytes of host memory pinned in one call."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostTierMemory:
-    """Blocks on the host, the reserved one included, why so many, and what moves KV to them and back."""
+    """The host tier: its number of blocks (the reserved one included), the reason for it, and the transfers to it."""
 
     num_blocks: int
     reason: str
@@ -43,16 +43,17 @@ class HostTierMemory:
 
 
 def open_host_tier(
-    config: EngineConfig, device: DevicePool, clock: Clock, runner: StreamRunner | None
+    config: EngineConfig, device: DevicePool, clock: Clock, runner: CudaStreamRunner | None
 ) -> HostTierMemory | None:
-    """The host tier that `config` asks for; None if there is to be none. `runner` is that of a CUDA device.
+    """The host tier that `config` asks for, or None. `runner` is set on a CUDA device only.
 
-    Raises ConfigError for one that this machine has no memory for, or cannot pin for the device.
+    Raises ConfigError if the machine has too little memory for it, or cannot pin that memory.
     """
     if config.host_kv_gib == 0 or not config.scheduler.offload or config.scheduler.policy not in OFFLOADING:
         return None
     block_bytes = device.layout.block_bytes
-    # On a CPU both tiers are of the same memory, of which the device's KV has taken nothing yet.
+    # On a CPU both tiers use the same memory. The device's KV is allocated but not yet written, so it still counts as
+    # free.
     promised = device.num_blocks * block_bytes if runner is None else 0
     available = available_bytes()
     if config.host_kv_gib is None:
@@ -73,16 +74,16 @@ def open_host_tier(
 
 
 def default_host_blocks(device_blocks: int, block_bytes: int, available: int, *, pinned: bool) -> tuple[int, str]:
-    """Host blocks where `host_kv_gib` is not set, and which limit decided, in words.
+    """Number of host blocks if `host_kv_gib` is not set, and the limit that decided it, as text.
 
-    On a CPU both tiers share the memory with everything else that runs there, and the system gives it as it is used.
+    On a CPU both tiers share the memory with other programs, and the system hands out pages on first use.
     Beside a GPU the memory is pinned at the start.
     """
     limits = [(_PER_DEVICE_BLOCK * device_blocks, f"{_PER_DEVICE_BLOCK} times the device's KV")]
     if pinned:
         limits += [
             (available // 2 // block_bytes, "half of the free memory"),
-            (_MOST_PINNED_BYTES // block_bytes, f"no more than {_MOST_PINNED_BYTES // 2**30} GiB is pinned unasked"),
+            (_MAX_PINNED_BYTES // block_bytes, f"no more than {_MAX_PINNED_BYTES // 2**30} GiB is pinned unasked"),
         ]
     else:
         limits.append((available // 4 // block_bytes, "a quarter of the free memory"))
@@ -109,7 +110,7 @@ def _worker_transfers(config: EngineConfig, device: DevicePool, num_blocks: int,
 
 
 def _stream_transfers(
-    config: EngineConfig, device: DevicePool, num_blocks: int, clock: Clock, runner: StreamRunner
+    config: EngineConfig, device: DevicePool, num_blocks: int, clock: Clock, runner: CudaStreamRunner
 ) -> TransferEngine:
     if config.emulated_bandwidth is not None:
         raise ConfigError("emulated_bandwidth", "a GPU's link has a speed of its own: leave it out")

@@ -1,4 +1,4 @@
-"""EngineCore: the loop. Take acknowledgements and requests, schedule, move KV, run, commit, hand out."""
+"""EngineCore: the loop. Take acknowledgements and requests, schedule, move KV, run and commit steps, emit outputs."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams, 
 
 logger = logging.getLogger(__name__)
 
-_LEAST_SLEEP_S = 0.002
-"""The loop sleeps at least this long when nothing can run, whatever a policy asks for: it must never spin."""
+_MIN_SLEEP_S = 0.002
+"""Shortest sleep when nothing can run, whatever the policy asks for: the loop must never spin."""
 
 
 class Inbox:
-    """Messages on their way to the core; any thread may put."""
+    """Queue of messages to the core; any thread may put."""
 
     def __init__(self, clock: Clock) -> None:
         self._messages: deque[ToCore] = deque()
         self._clock = clock
 
     def put(self, message: ToCore) -> None:
-        """Leave a message and wake the loop."""
+        """Queue a message and wake the loop."""
         self._messages.append(message)
         self._clock.notify()
 
@@ -60,9 +60,9 @@ class Inbox:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step under way, and those it touches as they were then: an id may have a new owner when it ends.
+    """A launched step and its requests. It keeps the objects: when it ends, an id may belong to another request.
 
-    `after_sleep`: the device had nothing to do before it because there was nothing to run.
+    `after_sleep`: the device was idle before this step because there was nothing to run.
     """
 
     plan: StepPlan
@@ -72,16 +72,15 @@ class _Launched:
 
 
 class EngineCore:
-    """Runs requests to their end. Everything it touches is injected; `emit` gets every step's outputs.
+    """The engine's loop. All its parts are injected; `emit` gets the outputs of every step.
 
-    `pipeline_depth` steps may be under way: at 2, a step is planned and launched before the tokens of the one before it
-    are known to the host, so that the device need not wait for the host. A request that then turns out to have ended
-    has one more token computed; it is dropped. `trace` is told of every step and finished request. `tokenizer` is for
-    stop strings: None where no request has any.
+    Up to `pipeline_depth` steps run at once. At 2, a step is launched before the host knows the tokens of the previous
+    step, so the device does not wait for the host. If a request has ended in the previous step, its extra token is
+    dropped. `trace` records every step and every finished request. `tokenizer` is for stop strings; None if no request
+    has any.
 
-    One request can never take it down: an exception in a step fails the requests of that batch and the loop goes on; so
-    does one request whose text cannot be made. Other exceptions are bugs in our own bookkeeping: they leave `run`, and
-    `close` must then be called.
+    An exception in a step fails the requests of that step, and the loop continues. A request whose tokens cannot be
+    decoded fails alone. Any other exception is a bug in the engine: it leaves `run`, and the caller must call `close`.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class EngineCore:
         self._requests: dict[RequestId, Request] = {}
         self._outputs: list[TokenOutput] = []
         self._resumed: list[tuple[str, float]] = []
-        self._told_free = self._num_free  # as the last message had them
+        self._told_free = self._num_free  # as in the last message sent
         self._step = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
@@ -124,7 +123,7 @@ class EngineCore:
         self._stopping = False
 
     def run(self) -> None:
-        """Loop until a Shutdown message; what is unfinished then ends as aborted."""
+        """Loop until a Shutdown message. Unfinished requests then end as aborted."""
         while not self._stopping:
             if not self.step() and not self._stopping:
                 self.sleep()
@@ -133,20 +132,20 @@ class EngineCore:
         self._flush()
 
     def close(self) -> None:
-        """Wait for what is under way and let go of threads, memory and the trace; after `run`, however that ended.
+        """Wait for running steps; release threads, memory and the trace. Call it after `run`, also if that has raised.
 
-        This may take long, or for ever where a device hangs: tell first what there is to tell.
+        If the device hangs, this never returns: report errors before the call.
         """
-        with ExitStack() as closing:  # from the last to the first, each even if one fails
+        with ExitStack() as closing:  # closed in reverse order, each one even if another fails
             if self._trace is not None:
                 closing.callback(self._trace.close)
             closing.callback(self._scheduler.close)
             closing.callback(self._runner.close)
 
     def step(self) -> bool:
-        """One turn of the loop: launch a step, and commit the one before if too many are under way or none is new.
+        """One turn of the loop: launch a step, then commit until fewer than `pipeline_depth` steps are running.
 
-        False when there was nothing to run.
+        Without a new step it commits all. Returns False if there was nothing to run or to commit.
         """
         self._scheduler.take_acks(self._clock.now())
         self._take_messages()
@@ -171,10 +170,10 @@ class EngineCore:
         return worked
 
     def sleep(self) -> None:
-        """Wait for a message, an acknowledgement, or the moment that the scheduler wants to be asked again."""
+        """Wait for a message, an acknowledgement, or the time at which the scheduler has to decide again."""
         self._slept = True
         wake_s = self._scheduler.wake_s
-        self._clock.wait(None if wake_s is None else max(wake_s, self._clock.now() + _LEAST_SLEEP_S))
+        self._clock.wait(None if wake_s is None else max(wake_s, self._clock.now() + _MIN_SLEEP_S))
 
     def stats(self) -> EngineStats:
         """The present state in numbers."""
@@ -222,7 +221,7 @@ class EngineCore:
                     self._stopping = True
 
     def _add(self, message: AddRequest, request_id: RequestId, number: int) -> None:
-        """Queue one request of a message, the `number`-th; what may grow is its own."""
+        """Queue request `number` of a message. It gets its own copy of everything that grows."""
         params = message.params
         seed = self._seeds.getrandbits(63) if params.seed is None else nth_seed(params.seed, number)
         request = Request(
@@ -256,11 +255,11 @@ class EngineCore:
         self._step += 1
 
     def _commit(self, launched: _Launched) -> None:
-        """Wait for a step's end and hand out what it produced."""
+        """Wait for a step's end and emit its results."""
         plan = launched.plan
         try:
             result = launched.flight.result()
-        except failures() as error:  # whatever a kernel raises must not end other people's streams
+        except failures() as error:  # an error in a kernel ends only the requests of its step
             logger.exception("step %d failed", plan.step)
             self._scheduler.ended(plan)
             self._fail(launched, _words(error))
@@ -274,7 +273,7 @@ class EngineCore:
             self._hand_out(launched, result)
 
     def _hand_out(self, launched: _Launched, result: StepResult) -> None:
-        """Give those who still want them their tokens, wherever they are by now."""
+        """Give each sampled request that has not finished its token, also if it has been preempted meanwhile."""
         now_s = self._clock.now()
         sampled = [launched.requests[seq.req] for seq in launched.plan.seqs if seq.sample]
         wanted = [not request.is_finished for request in sampled]
@@ -310,26 +309,26 @@ class EngineCore:
                 self._finish(request, reason, output)
 
     def _append(self, request: Request, token: int, now_s: float) -> tuple[Finish | None, str | None]:
-        """Give a request its next token; how it finished with it, if it did, and what went wrong, if anything."""
+        """Append a token to a request. Returns how the request finished with it (or None) and an error (or None)."""
         try:
             return request.append(token, now_s), None
-        except failures() as error:  # its text is looked through for stop strings: a tokenizer is at fault
+        except failures() as error:  # the tokenizer failed while the text was searched for stop strings
             logger.exception("the text of request %s cannot be made", request.id)
             return (FinishReason.ERROR, None), _words(error)
 
     def _fail(self, launched: _Launched, error: str) -> None:
-        """End every request the failed step touched; those that merely took a row in it too, for it may be unset."""
+        """End every request of a failed step, also one that only entered a row in it: the row may be incomplete."""
         for req, request in launched.requests.items():
             if not request.is_finished:
                 self._finish(request, FinishReason.ERROR, TokenOutput(req, error=error))
 
     def _reject(self, request: Request, wait_s: float) -> None:
-        """Refuse a request that has not started: the rates of those let in already add up to the capacity."""
+        """Refuse a request that has not started: the rates of the admitted requests already use up the capacity."""
         error = f"overloaded: more readers than this engine can keep supplied; try again in {max(1, round(wait_s))} s"
         self._finish(request, FinishReason.ERROR, TokenOutput(request.id, error=error, retry_after_s=wait_s))
 
     def _finish(self, request: Request, reason: FinishReason, last: TokenOutput | None = None) -> None:
-        """Free everything the request holds and tell the front, with what it produced last."""
+        """Free everything the request holds and emit its last output."""
         finished_s = self._clock.now()
         times = self._scheduler.times(request, finished_s)
         self._scheduler.finish(request, completed=reason in (FinishReason.STOP, FinishReason.LENGTH))
@@ -341,7 +340,7 @@ class EngineCore:
         self._outputs.append(msgspec.structs.replace(last, finish_reason=reason, times=times))
 
     def _copied(self) -> list[CopyTotals]:
-        """Totals of both directions, for the trace."""
+        """Totals of copies in both directions, for the trace."""
         offload = self._scheduler.offload
         return [CopyTotals(offload.bytes_moved[direction], offload.busy_s[direction]) for direction in Direction]
 
@@ -353,7 +352,7 @@ class EngineCore:
     def _flush(self) -> None:
         started = self._scheduler.take_started()
         free = self._num_free
-        # A copy may end after the last step: without a message the block that it held would count as used for good.
+        # A copy may end after the last step. Without this message the front would count its block as used for ever.
         is_stale = not self._launched and free != self._told_free
         if self._outputs or started or is_stale:
             self._told_free = free
@@ -363,5 +362,5 @@ class EngineCore:
 
 
 def _words(error: BaseException) -> str:
-    """What a request's error says of an exception; it may go to another process, as UTF-8."""
+    """An exception as the text of a request's error: valid UTF-8, since it may go to another process."""
     return f"{type(error).__name__}: {error}".encode(errors="replace").decode()

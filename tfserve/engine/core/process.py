@@ -1,7 +1,7 @@
-"""The engine process: `python -m tfserve.engine.core.process FD`, started by ProcessLink and by nobody else.
+"""The engine process: `python -m tfserve.engine.core.process FD`, started by ProcessClient only.
 
 FD is one end of a socket pair. The first frame is the EngineConfig, the answer is Ready or Failed; then ToCore frames
-come in and StepOutputs go out. When the other end closes, for whatever reason, this process ends at once.
+come in and StepOutputs go out. When the other end closes, this process ends at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tfserve.messages import Failed, Ready, ToCore, ToFront
 
 def main(fd: int) -> int:
     """Run the core until the front says Shutdown (returns 0) or something fails (returns 1)."""
-    # A terminal's Ctrl-C, its end, and a supervisor's SIGTERM reach the whole group; the front decides when we end.
+    # Ctrl-C, a closed terminal and a supervisor's SIGTERM reach the whole process group. The front decides when this
+    # process ends.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     trim_heap()
@@ -34,7 +35,7 @@ def main(fd: int) -> int:
     log_to_stderr(config.log_level, config.log_format, "engine")
     inbox_ready: threading.Event = threading.Event()
     box: list[Inbox] = []
-    # Listening starts before loading does, so that a front that dies meanwhile leaves no orphan.
+    # Listen before the model is loaded: if the front dies during the load, this process ends too.
     threading.Thread(target=_listen, args=(conn, inbox_ready, box), name="tfserve-inbox", daemon=True).start()
     core: EngineCore | None = None
     try:
@@ -49,7 +50,7 @@ def main(fd: int) -> int:
         return _fail(conn, Failed(str(error).removeprefix(f"{error.key}: "), error.key, error.exit_code))
     except TfserveError as error:
         return _fail(conn, Failed(str(error), None, error.exit_code))
-    except BaseException as error:  # a Rust library's panic too: the front must hear of whatever ends this process
+    except BaseException as error:  # also a Rust library's panic: the front must learn why this process ends
         logging.getLogger(__name__).exception("the engine process failed")
         return _fail(conn, Failed(f"{type(error).__name__}: {error}"))
     finally:
@@ -78,10 +79,10 @@ def _listen(conn: Connection, inbox_ready: threading.Event, box: list[Inbox]) ->
             inbox_ready.wait()
             box[0].put(message)
     except (EOFError, OSError):
-        # Nobody is left to serve; a step in flight has nothing worth saving.
+        # The front is gone, so no request can be answered: end at once.
         os._exit(1)
     except BaseException:
-        # An engine that no longer hears its front must not look alive.
+        # Without its inbox the engine cannot work: it must end visibly.
         logging.getLogger(__name__).exception("the inbox failed")
         os._exit(1)
 

@@ -1,6 +1,6 @@
-"""The step trace: what an engine did, a JSON line per step and per finished request, to fit and to replay. Torch-free.
+"""The step trace: one JSON line per step and per finished request, to fit and to replay. Torch-free.
 
-`read_trace` reads it; engine/simulation/fitted.py makes a machine of it; `tfserve bench replay` runs its requests.
+`read_trace` reads it; engine/simulation/fitted.py fits a machine to it; `tfserve bench replay` runs its requests.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class TraceHead(msgspec.Struct, frozen=True, kw_only=True, tag="engine"):
-    """The first line: what ran. Blocks include the reserved ones."""
+    """The first line: the engine and its limits. Numbers of blocks include the reserved block."""
 
     model: str
     device: str
@@ -77,7 +77,7 @@ class TraceStep(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
-    """A request that has ended: what it asked for and what became of it. Times by the engine's clock."""
+    """A finished request: its parameters and its result. Times by the engine's clock."""
 
     arrival_s: float
     prompt_tokens: _Positive
@@ -102,12 +102,12 @@ class Trace(msgspec.Struct, frozen=True):
 
     @property
     def timed_steps(self) -> list[TraceStep]:
-        """Steps that did something and took time: those that a law can be held against."""
+        """The steps that computed something and took time: the ones that a step time model can be fitted to."""
         return [step for step in self.steps if step.seconds > 0 and step.n_decode + step.n_prefill > 0]
 
 
 class StepTrace:
-    """Writes a trace file; one that can no longer be written ends, is said once, and costs the engine nothing else.
+    """Writes a trace file. After a write error the trace ends with one warning, and the engine continues.
 
     Raises TfserveError if the file cannot be opened.
     """
@@ -144,7 +144,7 @@ class StepTrace:
         )
 
     def on_finished(self, request: Request, finished_s: float, num_preemptions: int) -> None:
-        """A request has ended, however it did."""
+        """A request has ended, for any reason."""
         self._write(
             TraceRequest(
                 arrival_s=request.arrival_s,
@@ -160,7 +160,7 @@ class StepTrace:
         )
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write the buffered lines."""
         if self._file is not None:
             try:
                 self._file.close()
@@ -176,7 +176,7 @@ class StepTrace:
             self._give_up(error)
 
     def _give_up(self, error: OSError) -> None:
-        """Trace no more: what is buffered is lost."""
+        """End the trace; the buffered lines are lost."""
         logger.warning("step_trace: %s cannot be written (%s); this trace ends here", self._path, error.strerror)
         if self._file is not None:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""StepWorker: launches steps on a thread of its own, so that the next one is planned meanwhile. Torch-free."""
+"""StepWorker: launches steps on its own thread, while the loop plans the next step. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class StepWorker:
-    """plan.Runner around another, whose `launch` may take long: because it computes, or because it prepares a device.
+    """A plan.Runner that calls another runner's `launch`, which may take long, on its own thread.
 
-    This one's returns at once. Results are read, and waited for, on the thread that asks for them.
+    Its own `launch` returns at once. `result` waits on the thread that calls it.
 
-    Everything that computes with torch must happen on the one thread, loading the model included (use `call`): torch on
-    a CPU keeps OpenMP threads for every thread that computes, and with more threads than cores none of them spins,
-    which makes every step 1.5 times as long. The thread is a daemon: a program that leaves without shutting its engine
-    down need not wait for it (an executor's would be waited for, and fail the loop's next launch meanwhile).
+    All torch work must run on this one thread, the loading of the model included (use `call`). Torch on a CPU keeps a
+    set of OpenMP threads for every thread that computes. With more threads than cores they stop spinning, and every
+    step takes 1.5 times as long. The thread is a daemon, so that a program can end without a shutdown of its engine; an
+    executor's thread would be joined at exit.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class StepWorker:
         self._thread.start()
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function on the thread; wait for what it returns, or raise what it raises."""
+        """Run a function on the thread and wait for it. Returns its result, or raises its exception."""
         return self._submit(functools.partial(function, *args, **kwargs)).result()
 
     def serve(self, runner: Runner) -> None:
@@ -81,5 +81,5 @@ class QueuedStep:
     launched: Future[InFlight]
 
     def result(self) -> StepResult:
-        """What the step produced; waits for it, and raises what it raised."""
+        """Wait for the step. Returns its result, or raises its exception."""
         return self.launched.result().result()

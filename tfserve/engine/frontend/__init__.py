@@ -1,1 +1,1 @@
-"""The caller's side of an engine: validation, streams of outputs, and the link to the core process. Torch-free."""
+"""The caller's side of an engine: validation, streams of outputs, and the client of the core process. Torch-free."""

@@ -1,9 +1,9 @@
-"""How soon the queue moves on. Torch-free."""
+"""How fast running requests finish: predicts the wait in the queue. Torch-free."""
 
 from __future__ import annotations
 
 _WEIGHT = 0.1
-"""How much the newest interval counts in the average."""
+"""Weight of the newest interval in the average."""
 
 
 class FinishPace:
@@ -14,7 +14,7 @@ class FinishPace:
         self._last_s = now_s
 
     def on_work(self, now_s: float) -> None:
-        """Work begins: nothing could finish before, however long that was."""
+        """Work begins: the idle time before it is no interval."""
         self._last_s = now_s
 
     def on_finish(self, now_s: float) -> None:
@@ -23,5 +23,5 @@ class FinishPace:
         self._last_s = now_s
 
     def wait_s(self, num_finishes: int) -> float:
-        """How long so many finishes take; a second at least."""
+        """Time until so many requests have finished; at least a second."""
         return max(1.0, self._interval_s * num_finishes)

@@ -1,4 +1,4 @@
-"""How an engine ends that no call ends: dropped by the program, left behind at its exit, or copied by a fork."""
+"""The end of an engine without a call to `shutdown`: it is garbage collected, open at exit, or copied by a fork."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Protocol, TypeVar
 T = TypeVar("T")
 
 _EXIT_S = 30.0
-"""How long a program that leaves waits for the step under way, or for a model that is still loading."""
+"""At exit the program waits this long for the running step, or for a model that is loading."""
 
 
 class Closable(Protocol):
-    """What must have ended before the interpreter does."""
+    """Something that must end before the interpreter does."""
 
     def close(self, timeout_s: float) -> None:
-        """End within `timeout_s`; may be called again."""
+        """End within `timeout_s`; idempotent."""
         ...
 
 
 class Disownable(Protocol):
-    """What a fork has a copy of that cannot work."""
+    """Something whose copy in a forked child cannot work."""
 
     def disown(self) -> None:
-        """Let go of what belongs to the process that was forked."""
+        """Release what belongs to the parent process."""
         ...
 
 
@@ -36,13 +36,13 @@ _at_exit: weakref.WeakSet[Closable] = weakref.WeakSet()
 _at_fork: weakref.WeakSet[Disownable] = weakref.WeakSet()
 
 
-def close_at_exit(link: Closable) -> None:
-    """Close `link` when the program leaves, if it is still alive.
+def close_at_exit(client: Closable) -> None:
+    """Close `client` at exit, if it still exists.
 
-    A thread that comes back from torch's C++ while the interpreter ends is unwound by force, and C++ then ends the
-    process with SIGABRT in place of its own exit code.
+    A thread that returns from torch's C++ code while the interpreter ends is unwound by force. C++ then ends the
+    process with SIGABRT instead of its exit code.
     """
-    _at_exit.add(link)
+    _at_exit.add(client)
 
 
 def disown_in_fork(owner: Disownable) -> None:
@@ -51,7 +51,7 @@ def disown_in_fork(owner: Disownable) -> None:
 
 
 def weakly(method: Callable[[T], None]) -> Callable[[T], None]:
-    """The method, as long as its object lives."""
+    """A callable that holds its object by a weak reference; a no-op once the object is gone."""
     reference = weakref.WeakMethod(method)
 
     def call(argument: T) -> None:
@@ -63,13 +63,13 @@ def weakly(method: Callable[[T], None]) -> Callable[[T], None]:
 
 @atexit.register
 def _close_all() -> None:
-    links = list(_at_exit)
+    clients = list(_at_exit)
     try:
-        for timeout_s in (0.0, _EXIT_S):  # first all are asked, then each is waited for
-            for link in links:
-                link.close(timeout_s)
+        for timeout_s in (0.0, _EXIT_S):  # ask all to end, then wait for each
+            for client in clients:
+                client.close(timeout_s)
     except KeyboardInterrupt:
-        # Impatience: leave without the interpreter's own end.
+        # A second Ctrl-C: exit at once, without finalizing the interpreter.
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

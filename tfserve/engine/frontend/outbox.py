@@ -1,4 +1,4 @@
-"""Messages on their way to the engine process. Torch-free."""
+"""Queue of messages to the engine process. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from multiprocessing.connection import Connection
 
 from tfserve.errors import EngineDeadError, EngineStalledError
 
-MOST_BYTES = 64 * 2**20
-"""What may wait for an engine that does not read; a living one leaves next to nothing waiting."""
+MAX_BYTES = 64 * 2**20
+"""Bytes that may wait for an engine that does not read. A working engine leaves almost none waiting."""
 
 _FRAME_BYTES = 256
-"""What a frame takes beside its bytes, so that small ones have a limit too (250,000 of them)."""
+"""Counted for each frame in addition to its bytes, so that small frames are limited too (to 250,000)."""
 
 
 class Outbox:
-    """Frames for a connection, which a thread of this object writes in order: only that thread waits for the reader.
+    """Frames for a connection, written in order by a thread of this object. Only that thread waits for the reader.
 
-    `put` from any thread.
+    Call `put` from any thread.
     """
 
-    def __init__(self, conn: Connection, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, conn: Connection, most_bytes: int = MAX_BYTES) -> None:
         self._conn = conn
         self._most_bytes = most_bytes
         self._frames: deque[bytes] = deque()
         self._num_bytes = 0
         self._is_over = False
-        # Reentrant, as the interpreter may drop an Engine, and so put a last message, in any thread.
+        # Reentrant: the interpreter may finalize an Engine in any thread, which puts a last message.
         self._changed = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._write_all, name="tfserve-engine-writer", daemon=True)
         self._thread.start()
 
     @property
     def is_full(self) -> bool:
-        """True while more waits than may: the other end does not read."""
+        """True while the limit is reached: the other end does not read."""
         return self._num_bytes >= self._most_bytes
 
     def put(self, frame: bytes) -> None:
-        """Leave a frame, full or not. Raises EngineDeadError once the other end has gone."""
+        """Queue a frame, also beyond the limit. Raises EngineDeadError once the other end has closed."""
         with self._changed:
             if self._is_over:
                 raise EngineDeadError("the engine process is gone")
@@ -47,9 +47,9 @@ class Outbox:
             self._changed.notify_all()
 
     def put_in_turn(self, frame: bytes, patience_s: float | None) -> None:
-        """Leave a frame once there is room, which may take `patience_s` (None: for ever).
+        """Queue a frame once there is room; waits up to `patience_s` (None: without limit).
 
-        Raises EngineStalledError if there is none by then, and as `put`.
+        Raises EngineStalledError if there is no room by then, and EngineDeadError as `put`.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._is_over or not self.is_full, patience_s):
@@ -59,7 +59,7 @@ class Outbox:
             self.put(frame)
 
     def close(self, timeout_s: float) -> None:
-        """End the thread, dropping what is left; the other end must have gone, or a write may go on."""
+        """Drop all frames and end the thread. The other end must be closed, or a write may block on."""
         with self._changed:
             self._end()
         if threading.current_thread() is not self._thread:
@@ -69,17 +69,17 @@ class Outbox:
         while (frame := self._next()) is not None:
             try:
                 self._conn.send_bytes(frame)
-            except OSError:  # the link's reader tells why
+            except OSError:  # the client's reading thread reports the reason
                 with self._changed:
                     self._end()
                 return
             with self._changed:
-                # What is being written still counts: a frame that is not taken is one that waits.
+                # A frame counts until it is written: one that the reader does not take is still waiting.
                 self._num_bytes -= len(frame) + _FRAME_BYTES
                 self._changed.notify_all()
 
     def _next(self) -> bytes | None:
-        """The next frame, which may have to be waited for; None at the end."""
+        """Wait for the next frame; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_over or self._frames)
             return None if self._is_over else self._frames.popleft()

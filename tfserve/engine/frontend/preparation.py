@@ -1,4 +1,4 @@
-"""From what a caller gives to the message that the core gets. Torch-free."""
+"""Turns the arguments of a call into a message for the core. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import ONE_TENANT, ConsumptionRate, EngineInfo, RequestId, SamplingParams, Tenant
 
 Conversation = str | Sequence[Mapping[str, Any]]
-"""Messages as OpenAI's API has them, or the text of a single one of the user."""
+"""Messages in OpenAI's form, or the text of a single user message."""
 
 
 class RequestPreparer:
-    """Makes validated AddRequests for one engine."""
+    """Builds validated AddRequests for one engine."""
 
     def __init__(self, tokenizer: Tokenizer, info: EngineInfo, default_rate: float) -> None:
         self._tokenizer = tokenizer
@@ -37,7 +37,7 @@ class RequestPreparer:
         priority: int = 0,
         tenant: Tenant = ONE_TENANT,
     ) -> AddRequest:
-        """A request for each id, all for one prompt. Raises RequestError naming the field that cannot be served."""
+        """A request for each id, all for one prompt. Raises RequestError with the name of the wrong field."""
         prompt = as_prompt(prompt)
         if isinstance(prompt, str):
             check_text(self._tokenizer, prompt, self._info)
@@ -52,7 +52,7 @@ class RequestPreparer:
         return AddRequest(first, token_ids, params, now_s, rate, priority, is_rate_assumed, tenant, tuple(siblings))
 
     def prompt_of(self, conversation: Conversation) -> list[int]:
-        """A conversation as the model's chat template shows it, up to where the answer begins. Raises RequestError."""
+        """The prompt text that the chat template makes of a conversation. Raises RequestError."""
         turns = [{"role": "user", "content": conversation}] if isinstance(conversation, str) else conversation
         if not isinstance(turns, Sequence) or not turns or not all(map(_is_message, turns)):
             wanted = "text, or a list of messages such as {'role': 'user', 'content': 'Hello'}"

@@ -1,4 +1,4 @@
-"""What callers give as prompts, as text or lists of token ids. Torch-free: tensors are known by what they can do."""
+"""Converts prompts of callers to text or lists of token ids. Torch-free: tensors are recognised by their methods."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tfserve.errors import RequestError
 Prompt = str | Sequence[int]
 
 _NO_PROMPTS = (bytes, bytearray, memoryview, Mapping, AbstractSet)
-"""What can be iterated, and would then be read as something else than was meant."""
+"""Iterable types that cannot be meant as prompts: iterating them would give something else."""
 
 _PLAIN = (str, int, list, tuple, *_NO_PROMPTS)
 
 
 def as_batch(prompts: Any) -> list[Prompt]:
-    """The prompts of `prompts`, or the one that it is.
+    """A list of prompts from one prompt or several.
 
     Takes text, token ids, and any iterable of them; ids may be integers, arrays or tensors of any library. Raises
-    RequestError about `prompts` for anything else; whether ids are of the vocabulary is not looked at.
+    RequestError about `prompts` for anything else. Does not check that ids are in the vocabulary.
     """
     items = _items(prompts, "prompts", "text, token ids, or a list of such prompts")
     if isinstance(items, str):
@@ -38,7 +38,7 @@ def as_prompt(prompt: Any, name: str = "prompt") -> Prompt:
 
 
 def _items(value: Any, name: str, wanted: str) -> str | list[Any]:
-    """Text as it is, the rest as a list whose numbers are Python's own."""
+    """Text unchanged, anything else as a list of Python numbers."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and set(map(type, value)) == {int}:
@@ -53,7 +53,7 @@ def _items(value: Any, name: str, wanted: str) -> str | list[Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, _PLAIN):
-        # Of a class derived from int, no message to another process can be made.
+        # A subclass of int cannot be encoded in a message to another process.
         return value if to_integer(value) is None else to_integer(value)
     try:
         return to_number(value)

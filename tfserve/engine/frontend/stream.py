@@ -1,4 +1,4 @@
-"""The front's end of one request: turns the core's tokens into text at the pace of whoever reads. Torch-free."""
+"""The stream of one request: turns the core's tokens into text when the reader takes it. Torch-free."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from tfserve.types import FinishReason, RequestId, RequestOutput
 
 
 class OutputBuffer:
-    """Collects a request's TokenOutputs and gives what is new as one RequestOutput.
+    """Collects a request's TokenOutputs; `take` returns everything new as one RequestOutput.
 
-    A slow reader costs no more memory than the tokens themselves, twelve bytes each: text is made when it is taken.
-    Log probabilities wait packed.
-    `token_s` is when each token came, by time.monotonic; `num_chars` the text taken so far.
+    Waiting tokens take twelve bytes each: text is made when it is taken. Waiting log probabilities are packed.
+    `token_s` is the arrival time of each token by time.monotonic; `num_chars` is the length of the text taken so far.
     """
 
     def __init__(self, request_id: RequestId, num_prompt_tokens: int, detokenizer: Detokenizer) -> None:
@@ -49,12 +48,12 @@ class OutputBuffer:
 
     @property
     def num_waiting(self) -> int:
-        """Tokens that have come and were not taken."""
+        """Tokens that have arrived and were not taken."""
         return len(self._tokens)
 
     @property
     def is_refused(self) -> bool:
-        """True from the news that the policy refuses the request until that is taken."""
+        """True if the policy has refused the request and that output was not taken yet."""
         return self._last is not None and self._last.retry_after_s is not None
 
     def take(self, most: int | None = None) -> RequestOutput | None:
@@ -94,18 +93,18 @@ class OutputBuffer:
         if last is None:
             return self._detokenizer.push(tokens)
         ended_by_token = last.finish_reason is FinishReason.STOP and not isinstance(last.stop_reason, str)
-        # The token that ended the request (end of sequence, stop token) is no text unless it is asked for.
+        # The token that ended the request (end of sequence, stop token) is not part of the text unless it is asked for.
         is_text = self._detokenizer.include_stop or not ended_by_token
         text = self._detokenizer.push(tokens if is_text else tokens[:-1])
         return text + self._detokenizer.finish()
 
 
 class RequestStream:
-    """One request as an asyncio reader sees it. Belongs to the event loop it was made on.
+    """The stream of one request for asyncio. It belongs to the event loop it was created on.
 
-    Read it by `next`, or set `on_news` and `take` when it is called: on the loop, once for all that has come meanwhile.
-    `rate` is how fast its reader reads, in tokens/s as far as is known at its start; NaN without a reader. `started`
-    turns true once the request has been let in, or has ended.
+    Read it by `next`. Or set `on_news`, which is called on the loop once for everything new, and then call `take`.
+    `rate` is the reader's speed in tokens/s as known at the start; NaN without a reader. `started` is true once the
+    request has been admitted, or has ended.
     """
 
     def __init__(
@@ -153,16 +152,16 @@ class RequestStream:
 
     @property
     def num_waiting(self) -> int:
-        """Tokens that have come and were not taken."""
+        """Tokens that have arrived and were not taken."""
         return self._buffer.num_waiting
 
     @property
     def token_s(self) -> Sequence[float]:
-        """When each token came, taken or not, by time.monotonic."""
+        """Arrival time of each token, taken or not, by time.monotonic."""
         return self._buffer.token_s
 
     async def next(self, timeout_s: float | None = None) -> RequestOutput | None:
-        """Everything new since the last call; None if nothing came within the timeout.
+        """Everything new since the last call; None if nothing arrived within the timeout.
 
         Raises EngineDeadError, and RequestError after the last output (the one that is `finished`).
         """
@@ -180,26 +179,26 @@ class RequestStream:
             return None
 
     def take(self, most: int | None = None) -> RequestOutput | None:
-        """What has come since the last call, or its first `most` tokens, without waiting; None if there is nothing.
+        """Everything new since the last call, or its first `most` tokens, without waiting; None if there is nothing.
 
-        Raises EngineDeadError if nothing ever will.
+        Raises EngineDeadError if the engine has ended.
         """
         output = self._buffer.take(most)
         if self._death is not None:
             if output is None:
                 raise EngineDeadError(self._death)
-            # Its reader has what had come, and must come once more for the news of the end.
+            # The reader has all text; notify it again, so that it takes the end.
             self.loop.call_soon(self.notify)
         if output is not None and output.finished:
             self._is_over = True
         return output
 
     def abort(self) -> None:
-        """Stop the request and free what it holds; a finished one is left as it is."""
+        """Stop the request and free what it holds; no effect on a finished one."""
         self._abort(self.request_id)
 
     def report_played(self, num_tokens: int) -> None:
-        """Tell the scheduler that the reader has read `num_tokens` so far; this replaces its estimate."""
+        """Report that the reader has read `num_tokens` so far; this replaces the scheduler's estimate."""
         self._report_played(self.request_id, num_tokens)
 
     def put(self, output: TokenOutput, now_s: float) -> None:
@@ -208,24 +207,24 @@ class RequestStream:
         self._buffer.add(output, now_s)
 
     def start(self) -> None:
-        """The request has been let in (on the loop); `notify` tells the reader."""
+        """The request has been admitted (on the loop); `notify` tells the reader."""
         self.started = True
 
     def notify(self) -> None:
-        """Let the reader know that something has come (on the loop)."""
+        """Notify the reader of something new (on the loop)."""
         self._news.set()
         if self.on_news is not None:
             self.on_news()
 
     def die(self, reason: str) -> None:
-        """Let the reader have what has come, then the news of the engine's end (on the loop)."""
+        """The engine has ended: the reader gets what has arrived, then an error (on the loop)."""
         self._death = reason
         self.started = True
         self.notify()
 
 
 class Collector:
-    """One request as a blocking caller sees it: all of its output at once, from any thread."""
+    """The output of one request for a blocking caller: all of it at once, from any thread."""
 
     loop: asyncio.AbstractEventLoop | None = None
 
@@ -249,6 +248,6 @@ class Collector:
             self._done.set()
 
     def die(self, reason: str) -> None:
-        """Release the waiting caller with an error."""
+        """Raise an error in the waiting caller."""
         self._death = reason
         self._done.set()

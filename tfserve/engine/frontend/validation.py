@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a request, found before it reaches the loop. Torch-free."""
+"""Validates a request before it reaches the loop. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfserve.types import ConsumptionRate, EngineInfo, RequestId, SamplingParams
 
 
 class SupportsExceeds(Protocol):
-    """What is needed of a tokenizer here."""
+    """The part of a tokenizer that is used here."""
 
     def exceeds(self, text: str, most: int) -> bool:
         """See Tokenizer."""
@@ -26,7 +26,7 @@ class SupportsExceeds(Protocol):
 
 
 def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) -> SamplingParams:
-    """Params with max_tokens resolved, for a prompt of token ids. Raises RequestError naming the field at fault."""
+    """Params with max_tokens resolved, for a prompt of token ids. Raises RequestError naming the wrong field."""
     if not isinstance(params, SamplingParams):
         fix = "write SamplingParams(**params)" if isinstance(params, Mapping) else "give SamplingParams(...)"
         raise RequestError("params", f"params must be SamplingParams, got {type(params).__name__}; {fix}")
@@ -50,20 +50,20 @@ def validate(prompt: Sequence[int], params: SamplingParams, info: EngineInfo) ->
 
 
 def require_grammars(info: EngineInfo, param: str) -> None:
-    """Raise RequestError about the field `param` if the model's outputs cannot be held to a grammar."""
+    """Raise RequestError about the field `param` if the model does not support grammars."""
     if not info.grammars:
         message = f"{param}: this model's outputs cannot be held to a grammar; the server's log of its start says why"
         raise RequestError(param, message, "unsupported_parameter")
 
 
 def check_length(num_tokens: int, info: EngineInfo) -> None:
-    """Raise RequestError for a prompt that leaves no room for a token of output. To be asked before all else."""
+    """Raise RequestError for a prompt that leaves no room for a token of output. Check this first."""
     if num_tokens >= info.max_model_len:
         raise _too_long(f"{num_tokens} tokens", info)
 
 
 def check_text(tokenizer: SupportsExceeds, text: str, info: EngineInfo) -> None:
-    """Raise RequestError for a prompt that is too long by far, before all of it is tokenised."""
+    """Raise RequestError for a prompt that is much too long, before all of it is tokenised."""
     if tokenizer.exceeds(text, info.max_model_len):
         raise _too_long(f"more than {info.max_model_len} tokens", info)
 
@@ -77,7 +77,7 @@ def _too_long(length: str, info: EngineInfo) -> RequestError:
 
 
 def _limit(info: EngineInfo) -> str:
-    """OpenAI's words: LiteLLM, among others, knows this error by them and not by its code."""
+    """OpenAI's wording: LiteLLM, among others, recognises this error by it and not by its code."""
     return f"This model's maximum context length is {info.max_model_len} tokens"
 
 
@@ -93,7 +93,7 @@ def check_tokens(prompt: Sequence[int], vocab_size: int, param: str = "prompt") 
 
 
 def as_rate(rate: Any, default: float) -> ConsumptionRate:
-    """A reader's rate, of Python's own types. Raises RequestError; "auto" stays, which is more than a number."""
+    """A reader's rate as a Python float or "auto". Raises RequestError."""
     if isinstance(rate, str):
         rate = str.__str__(rate)
     elif rate is not None and type(rate) not in (bool, float):
@@ -112,14 +112,14 @@ def as_priority(priority: Any) -> int:
 
 
 def check_tenant(tenant: Any) -> None:
-    """Raise RequestError for what is no tenant, or has a weight that nothing can be shared by."""
+    """Raise RequestError unless it is a tenant with a finite weight above 0."""
     is_tenant = isinstance(tenant, Tenant) and isinstance(tenant.name, str) and is_text(tenant.name)
     if not is_tenant or not isinstance(tenant.weight, int | float) or not 0 < tenant.weight < math.inf:
         raise RequestError("tenant", f"tenant must be a Tenant with a name and a weight above 0, got {tenant!r:.200}")
 
 
 def as_id(request_id: object, reserved: str) -> str:
-    """An id that a caller chooses: text that does not begin with `reserved`. Raises RequestError."""
+    """An id that a caller has chosen: text that does not begin with `reserved`. Raises RequestError."""
     is_id = isinstance(request_id, str) and request_id and is_text(request_id)
     if not is_id or str(request_id).startswith(reserved):
         message = (
@@ -127,7 +127,7 @@ def as_id(request_id: object, reserved: str) -> str:
             f" (ids that the engine gives), got {request_id!r}"
         )
         raise RequestError("request_id", message)
-    return str.__str__(request_id)  # of a class of its own, it could not be sent to another process
+    return str.__str__(request_id)  # a subclass of str cannot be encoded in a message to another process
 
 
 def all_different(ids: list[RequestId]) -> list[RequestId]:
@@ -143,7 +143,7 @@ def id_in_use(request_id: RequestId) -> RequestError:
 
 
 def as_count(value: Any, param: str) -> int:
-    """A number of tokens as an int of 64 bits; those beyond are the nearest of them. Raises RequestError."""
+    """A number of tokens as an int, clamped to 64 bits. Raises RequestError."""
     number = to_integer(value)
     if number is None:
         raise RequestError(param, f"{param} must be an integer, got {value!r}")

@@ -1,4 +1,4 @@
-"""SimClock: virtual time, and what is going to happen in it."""
+"""SimClock: virtual time and its queue of events."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class SimClock:
 
     @property
     def next_event_s(self) -> float | None:
-        """When the next event happens; None if nothing is going to."""
+        """Time of the next event; None if there is none."""
         return self._events[0][0] if self._events else None
 
     def call_at(self, time_s: float, event: Callable[[], None]) -> None:
-        """Let `event` happen at `time_s`, or now if that is past."""
+        """Schedule `event` for `time_s`, or for now if that has passed."""
         heapq.heappush(self._events, (max(time_s, self._now), next(self._order), event))
 
     def wait(self, until: float | None) -> None:
         """Go to the next event, or to `until` if that comes first; stay if notified since the last wait.
 
-        Raises RuntimeError if nothing would ever end the wait: the simulated engine is stuck, or at its end.
+        Raises RuntimeError if no event can end the wait: the simulated engine is stuck, or has ended.
         """
         if not self._notified:
             moments = [time_s for time_s in (until, self.next_event_s) if time_s is not None]
@@ -49,7 +49,7 @@ class SimClock:
         self._notified = True
 
     def advance_to(self, time_s: float) -> None:
-        """Let everything happen up to and at `time_s`, and go there: a step ends, or CPU work is charged for."""
+        """Run all events up to and at `time_s`, and move to it: a step ends, or CPU work is charged."""
         while self._events and self._events[0][0] <= time_s:
             self._now, _, event = heapq.heappop(self._events)
             event()

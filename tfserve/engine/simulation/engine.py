@@ -26,7 +26,7 @@ _VOCAB_SIZE = 32000
 
 
 class SimMachine(msgspec.Struct, frozen=True, kw_only=True):
-    """What a simulated engine runs on: how long steps and copies take, and how many tokens of KV fit where.
+    """A simulated machine: the duration of steps and copies, and the tokens of KV that each tier holds.
 
     `host_s` is the CPU time charged before each launch.
     """
@@ -43,10 +43,9 @@ class SimMachine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SimRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request to come. Its answer has `output_tokens`: the model stops by itself there, before `max_tokens` perhaps.
+    """A future request. Its answer has `output_tokens`, at most `max_tokens`: the model stops there by itself.
 
-    `told_rate` is the consumption rate that the server hears of, `rate` the one that its reader has
-    (tokens/s; NaN: nobody reads it).
+    `told_rate` is the consumption rate that the request names, `rate` its reader's true one (tokens/s; NaN: no reader).
     """
 
     arrival_s: float
@@ -68,7 +67,7 @@ class Moment(msgspec.Struct, frozen=True):
 
 
 class SimRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run came to. `served` is in the order of the requests; a refused one has no tokens.
+    """The result of a run. `served` is in the order of the requests; a refused one has no tokens.
 
     `moments` has the state at the end of each stretch of `MOMENT_S`.
     """
@@ -152,7 +151,7 @@ class SimEngine:
         self._clock.call_at(request.arrival_s, lambda: self._core.inbox.put(message))
 
     def _emit(self, message: StepOutputs | StreamStates) -> None:
-        assert isinstance(message, StepOutputs), "nobody asks a simulation for its streams"
+        assert isinstance(message, StepOutputs), "a simulation gets no queries for streams"
         now_s, stats = self._clock.now(), message.stats
         for output in message.outputs:
             self._token_s[self._index[output.request_id]].extend([now_s] * len(output.token_ids))

@@ -1,4 +1,4 @@
-"""A simulated machine fitted to what a real one did: its step times, loop times and copies, from a step trace."""
+"""A simulated machine fitted to the step trace of a real one: its step times, loop times and copies."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from tfserve.engine.simulation.transfers import SimLinks
 from tfserve.errors import TfserveError
 from tfserve.plan import StepPlan
 
-_LEAST_STEPS = 50
+_MIN_STEPS = 50
 
 _IDLE = 10.0
-"""A pause between steps this many times the usual one was not work: the loop slept."""
+"""A gap between steps this many times the median is not work: the loop was asleep."""
 
 _UNKNOWN_BYTES_PER_S = 5e9
-"""Of a link on which nothing was copied."""
+"""Speed of a link on which nothing was copied."""
 
-_LEAST_SCALE = np.array([5e-3, 5e-4, 1e-6, 5e-4, 1e-6, 1e-2])
-"""Coefficients as a CPU has them, whose steps are a thousand times those of a GPU."""
+_MIN_SCALE = np.array([5e-3, 5e-4, 1e-6, 5e-4, 1e-6, 1e-2])
+"""Coefficients of a CPU, whose steps take a thousand times as long as those of a GPU."""
 
 _PRIOR_STRENGTH = 1e-6
-"""It only decides what steps leave wholly open."""
+"""So weak that it only decides coefficients that the steps leave undetermined."""
 
-_LEAST_ALIKE = 4
-"""Steps of about a size that can say how far off the law is at that size."""
+_MIN_ALIKE = 4
+"""Steps of about one size that are needed to correct the model at that size."""
 
 
 class FitError(msgspec.Struct, frozen=True, kw_only=True):
-    """How far off the law is on steps that it was not fitted to: relative errors of single steps, and of their sum."""
+    """Error of the step time model on steps it was not fitted to: relative errors of single steps, and of their sum."""
 
     num_steps: int
     median: float
@@ -47,17 +47,17 @@ class FitError(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SizeFactor(msgspec.Struct, frozen=True):
-    """Steps of about `num_tokens` take `factor` times what the law says: a matrix product is not linear in its rows."""
+    """Steps of about `num_tokens` take `factor` times the linear model: a matrix product is not linear in its rows."""
 
     num_tokens: float
     factor: float
 
 
 class FittedProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """A machine as measured; what `tfserve bench fit` writes. Seconds, bytes/s, blocks with the reserved one.
+    """A measured machine, as `tfserve bench fit` writes it. Seconds, bytes/s, blocks with the reserved one.
 
-    A step takes what the law `step` says, times the factor of its size (`sizes`, ascending). `host_s` passes between
-    the end of a step and the start of the next, and `host_row_s` more for each decode in it.
+    A step takes the time of the linear model `step` times the factor of its size (`sizes`, ascending). Between the end
+    of a step and the start of the next pass `host_s`, and `host_row_s` more for each decode in it.
     """
 
     source: str
@@ -91,9 +91,9 @@ class FittedProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MeasuredCost:
-    """sim.runner.StepCost: the law of the engine's CostModel, linear in the step's work, times a factor for its size.
+    """A StepCost: the engine's CostModel, linear in the step's work, times a factor for the step's size.
 
-    Between two sizes the factor is interpolated over the logarithm of tokens; beyond them it stays.
+    Between two sizes the factor is interpolated over the logarithm of tokens; beyond them it is constant.
     """
 
     def __init__(self, coefficients: StepCoefficients, sizes: Sequence[SizeFactor] = ()) -> None:
@@ -104,11 +104,11 @@ class MeasuredCost:
     def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
         """Seconds of a step; arguments as StepCost's."""
         features = StepSample(n_decode, decode_ctx, n_prefill, prefill_ctx, 0.0).features()
-        law_s = math.fsum(per * feature for per, feature in zip(self._per, features, strict=True))
+        linear_s = math.fsum(per * feature for per, feature in zip(self._per, features, strict=True))
         if not self._factors:
-            return law_s
+            return linear_s
         size = math.log(max(n_decode + n_prefill, 1))
-        return law_s * float(np.interp(size, self._log_tokens, self._factors))
+        return linear_s * float(np.interp(size, self._log_tokens, self._factors))
 
 
 class HostTime:
@@ -123,10 +123,10 @@ class HostTime:
 
 
 def fit(trace: Trace) -> FittedProfile:
-    """Fit a profile: every other step teaches, the rest tests. Raises TfserveError for a trace that is too short."""
+    """Fit a profile to every other step, test it on the rest. Raises TfserveError for a trace that is too short."""
     steps = trace.timed_steps
-    if len(steps) < _LEAST_STEPS:
-        raise TfserveError(f"a trace of {len(steps)} steps is too short to fit; {_LEAST_STEPS} are needed")
+    if len(steps) < _MIN_STEPS:
+        raise TfserveError(f"a trace of {len(steps)} steps is too short to fit; {_MIN_STEPS} are needed")
     head = trace.head
     taught = [step.sample() for step in steps[::2]]
     coefficients = fit_steps(taught)
@@ -152,32 +152,32 @@ def fit(trace: Trace) -> FittedProfile:
 
 
 def fit_steps(samples: Sequence[StepSample]) -> StepCoefficients:
-    """The law of these steps. They are many, so it is free to be far from the usual, unlike the engine's cost model."""
+    """Fit the linear model. There are many steps, so unlike in the engine's cost model the prior is weak."""
     work = np.array([sample.features() for sample in samples])
     seconds = np.array([sample.seconds for sample in samples])
     usual = np.array(msgspec.structs.astuple(StepCoefficients()))
-    return StepCoefficients(*fit_law(work, seconds, usual, _LEAST_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
+    return StepCoefficients(*fit_law(work, seconds, usual, _MIN_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
 
 
 def fit_sizes(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> list[SizeFactor]:
-    """How far off the law is at each size: a factor for every power of two of tokens that was seen often enough."""
-    law = MeasuredCost(coefficients)
+    """Correction by size: a factor for every power of two of tokens with enough steps."""
+    cost = MeasuredCost(coefficients)
     alike: dict[int, list[StepSample]] = {}
     for sample in samples:
         alike.setdefault((sample.n_decode + sample.n_prefill - 1).bit_length(), []).append(sample)
     found = []
     for _, group in sorted(alike.items()):
-        if len(group) >= _LEAST_ALIKE:
+        if len(group) >= _MIN_ALIKE:
             num_tokens = math.exp(sum(math.log(s.n_decode + s.n_prefill) for s in group) / len(group))
-            factor = sum(sample.seconds for sample in group) / float(_predicted(law, group).sum())
+            factor = sum(sample.seconds for sample in group) / float(_predicted(cost, group).sum())
             found.append(SizeFactor(num_tokens, factor))
     return found
 
 
-def fit_error(law: StepCost, samples: Sequence[StepSample]) -> FitError:
-    """How far off the law is on these steps."""
+def fit_error(cost: StepCost, samples: Sequence[StepSample]) -> FitError:
+    """Error of the model on these steps."""
     measured = np.array([sample.seconds for sample in samples])
-    predicted = _predicted(law, samples)
+    predicted = _predicted(cost, samples)
     relative = np.abs(predicted - measured) / measured
     return FitError(
         num_steps=len(samples),
@@ -187,12 +187,12 @@ def fit_error(law: StepCost, samples: Sequence[StepSample]) -> FitError:
     )
 
 
-def _predicted(law: StepCost, samples: Sequence[StepSample]) -> Floats:
-    return np.array([law(s.n_decode, s.decode_ctx, s.n_prefill, s.prefill_ctx) for s in samples])
+def _predicted(cost: StepCost, samples: Sequence[StepSample]) -> Floats:
+    return np.array([cost(s.n_decode, s.decode_ctx, s.n_prefill, s.prefill_ctx) for s in samples])
 
 
 def _host_time(steps: Sequence[TraceStep]) -> tuple[float, float]:
-    """Seconds between steps, and more per decode, where the loop went straight on."""
+    """Seconds between steps, and seconds per decode, where the loop did not sleep."""
     gaps = np.array([after.end_s - after.seconds - before.end_s for before, after in pairwise(steps)])
     rows = np.array([after.n_decode for _, after in pairwise(steps)], np.float64)
     gaps = np.maximum(gaps, 0.0)

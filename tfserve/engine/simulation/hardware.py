@@ -1,7 +1,7 @@
-"""Hardware and models by their numbers, and how long a step takes on them: a roofline. Nothing here was measured.
+"""Hardware and models as numbers, and a roofline for the time of a step. Nothing here is measured.
 
-step time = max(compute, memory) + overhead. What a real device does of its peak is a factor per device; the factors are
-assumptions until a profile fitted from measured steps (engine/simulation/fitted.py) replaces them.
+step time = max(compute, memory) + overhead. A factor per device says which share of its peak it reaches. The factors
+are assumptions; a profile fitted to measured steps (engine/simulation/fitted.py) replaces them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MIB = 2**20
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     """One device and its link to the host. Bytes, bytes/s, FLOP/s (dense bf16, fp32 accumulation), seconds.
 
-    `compute_share` and `memory_share` are what steps reach of the peaks; `link_bytes_per_s` is what copies reach in one
-    direction, `contention` how many times as long they take while the other direction is busy too. `step_s` is what a
-    step costs beside its work (launches, sampling, the loop), `row_s` the same for each request in it, and
-    `reserved_bytes` are activations and graphs.
+    `compute_share` and `memory_share` are the shares of the peaks that steps reach. `link_bytes_per_s` is the speed of
+    copies in one direction; they take `contention` times as long while the other direction is busy. `step_s` is the
+    overhead of a step (launches, sampling, the loop), `row_s` that of each request in it; `reserved_bytes` are for
+    activations and graphs.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What a decoder's sizes are, as its Hugging Face config says."""
+    """The sizes of a decoder, named as in its Hugging Face config."""
 
     name: str
     num_layers: int
@@ -171,10 +171,10 @@ class Roofline:
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """A model served on a device: `memory_fraction` of its memory is ours, `host_kv_bytes` of the host's.
+    """A model served on a device, with `memory_fraction` of its memory and `host_kv_bytes` of the host's.
 
-    The engine's limits are its usual ones for the size of the device. Blocks are flash-attn's pages of 256 tokens where
-    there is room for that, and 32 on smaller devices.
+    The engine's limits are the usual ones for the size of the device. Blocks have 256 tokens (flash-attn's pages) where
+    memory allows, and 32 on smaller devices.
     """
 
     gpu: Gpu
@@ -274,18 +274,18 @@ PROFILES = {
 
 
 def capacity(profile: Profile, mean_prompt: float, mean_output: float) -> float:
-    """Generated tokens/s that the law of the device allows with requests of these lengths, their prompts included.
+    """Most generated tokens/s by the device's roofline with requests of these lengths, prefill time included.
 
-    The batch is as large as memory allows when every request is half done.
+    The batch is as large as memory allows with every request half done.
     """
-    law = Roofline(profile.gpu, profile.model)
+    step_s = Roofline(profile.gpu, profile.model)
     context = mean_prompt + mean_output / 2
     batch = min(profile.max_num_seqs, profile.kv_tokens / context)
-    token_s = law(round(batch), batch * context, 0, 0) / batch
+    token_s = step_s(round(batch), batch * context, 0, 0) / batch
     return 1.0 / (token_s + mean_prompt / mean_output / prefill_tokens_per_s(profile, mean_prompt))
 
 
 def prefill_tokens_per_s(profile: Profile, mean_prompt: float) -> float:
-    """Prompt tokens/s in steps of full budget."""
+    """Prompt tokens/s in steps of `max_num_batched_tokens`."""
     n = profile.max_num_batched_tokens
     return n / Roofline(profile.gpu, profile.model)(0, 0, n, n * mean_prompt / 2)

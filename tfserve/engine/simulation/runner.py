@@ -1,4 +1,4 @@
-"""SimRunner: steps that take the time a cost function says, and tokens that anybody can foretell."""
+"""SimRunner: the time of a step comes from a cost function, tokens from a formula."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfserve.types import RequestId
 
 
 class StepCost(Protocol):
-    """CostModel.step_s, or the law of a simulated device."""
+    """Step time: CostModel.step_s, or the model of a simulated device."""
 
     def __call__(self, n_decode: int, decode_ctx: float, n_prefill: int, prefill_ctx: float) -> float:
         """Seconds of a step.
@@ -45,10 +45,9 @@ class SimInFlight:
 class SimRunner:
     """plan.Runner in virtual time. Steps follow each other on the device: one starts when the one before has ended.
 
-    Tokens are `sim_token` of request and position, so that a preemption which lost or repeated a position shows; but
-    0 at the position that `ends` gives for a request, where a model of its own accord would stop. `host_s` is the CPU
-    time to charge before each launch: the device does not start earlier, and is idle
-    meanwhile if no other step is under way.
+    Tokens are `sim_token` of request and position, so that a lost or repeated position shows. At the position that
+    `ends` gives for a request the token is 0, the end of the answer. `host_s` is the CPU time charged before each
+    launch: the device starts after it, and is idle meanwhile if no other step is running.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class SimRunner:
         self._busy_until_s: float | None = None
 
     def launch(self, plan: StepPlan) -> SimInFlight:
-        """Start a step; clock.next_event_s knows its end, so that a loop may wait for it."""
+        """Start a step; its end becomes an event of the clock."""
         if self._host_s is not None:
             self._clock.advance_to(self._clock.now() + self._host_s(plan))
         decodes, prefills = plan.seqs[: plan.n_decode], plan.seqs[plan.n_decode :]
@@ -87,7 +86,7 @@ class SimRunner:
         return SimInFlight(result, self._busy_until_s, self._clock)
 
     def close(self) -> None:
-        """See plan.Runner; nothing to let go of."""
+        """See plan.Runner; there is nothing to release."""
 
     def _token(self, req: RequestId, position: int) -> int:
         return 0 if self._ends.get(req) == position else sim_token(req, position, self._vocab_size)

@@ -1,4 +1,4 @@
-"""SimTransfers: copies that take the time a link would."""
+"""SimTransfers: copies that take the time of a simulated link."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfserve.plan import Ack, Copy, CopyId, Direction, Fence
 
 
 class SimLinks(msgspec.Struct, frozen=True, kw_only=True):
-    """What lies between the tiers: bytes/s each way, seconds per copy, and what both ways at once cost.
+    """The link between the tiers: bytes/s each way, seconds per copy, and the slow-down when both directions are busy.
 
     A copy that starts while the other direction is busy takes `contention` times as long.
     """
@@ -26,7 +26,7 @@ class SimLinks(msgspec.Struct, frozen=True, kw_only=True):
 class SimTransfers:
     """plan.TransferEngine in virtual time: a queue per direction, one copy at a time in each.
 
-    A copy that goes on where the one before ended, on both tiers, belongs to the same transfer and pays no latency.
+    A copy that continues the previous one on both tiers belongs to the same transfer and pays no latency.
     """
 
     def __init__(self, clock: SimClock, links: SimLinks, token_bytes: int) -> None:
@@ -60,7 +60,7 @@ class SimTransfers:
         return acks
 
     def cancel(self, ids: set[CopyId]) -> set[CopyId]:
-        """Drop those that have not started; returns which."""
+        """Drop the copies that have not started; returns their ids."""
         gone: set[CopyId] = set()
         for direction, queue in self._queues.items():
             gone |= {copy.id for copy in queue if copy.id in ids}
@@ -70,12 +70,12 @@ class SimTransfers:
         return gone
 
     def close(self) -> None:
-        """Drop what has not started."""
+        """Drop the copies that have not started."""
         for queue in self._queues.values():
             queue.clear()
 
     def _start(self) -> None:
-        """Start what may start."""
+        """Start every copy whose link is free and whose dependencies are done."""
         for direction, queue in self._queues.items():
             if self._busy[direction] is None and queue and self._ready(queue[0]):
                 self._run(queue.popleft())

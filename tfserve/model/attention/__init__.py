@@ -17,11 +17,11 @@ _PAGED: dict[str, type[FlashKernels] | type[VarlenKernels]] = {
     FlashKernels.name: FlashKernels,
     VarlenKernels.name: VarlenKernels,
 }
-_MOST_HEAD_DIM, _HEAD_DIM_UNIT = 256, 8
+_MAX_HEAD_DIM, _HEAD_DIM_UNIT = 256, 8
 
 
 def select_backend(wish: str, device: str, dtype: str, head_dim: int) -> AttentionBackend:
-    """The backend named by `wish`; "auto" takes the best for the device and logs it.
+    """The backend that `wish` names; "auto" selects the best one for the device and logs it.
 
     Raises ConfigError for a backend that does not exist or cannot run here, and for a dtype that it cannot serve.
     """
@@ -43,7 +43,7 @@ def select_backend(wish: str, device: str, dtype: str, head_dim: int) -> Attenti
 
 
 def _best(device: str, dtype: str, head_dim: int) -> AttentionBackend:
-    """The first paged backend that runs here, or the one that runs anywhere, which on a GPU deserves a warning."""
+    """The first paged backend that runs here, else the torch backend, which runs anywhere; on a GPU with a warning."""
     if device != "cuda":
         return TorchBackend()
     reasons = []
@@ -64,8 +64,8 @@ def _paged(name: str, device: str, head_dim: int) -> PagedBackend:
     """A paged backend by name. Raises ConfigError that says what is missing."""
     if device != "cuda":
         raise ConfigError("attention_backend", f"{name!r} needs an NVIDIA GPU, and the device is {device}: use torch")
-    if head_dim > _MOST_HEAD_DIM or head_dim % _HEAD_DIM_UNIT:
-        limits = f"multiples of {_HEAD_DIM_UNIT} up to {_MOST_HEAD_DIM}"
+    if head_dim > _MAX_HEAD_DIM or head_dim % _HEAD_DIM_UNIT:
+        limits = f"multiples of {_HEAD_DIM_UNIT} up to {_MAX_HEAD_DIM}"
         raise ConfigError("attention_backend", f"{name!r} serves heads of {limits}, and this model's are {head_dim}")
     kernels = _PAGED[name].load()
     if kernels is None:

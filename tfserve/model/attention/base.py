@@ -1,4 +1,4 @@
-"""What an attention backend is, and what it is given: paged KV and one step's batch."""
+"""The interface of attention backends: paged KV, and one step's attention over it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class PagedKV:
     """The KV cache as attention sees it: per layer K and V as views, with any strides, of shape
     `[num_blocks, block_size, kv_heads, head_dim]`.
 
-    Block 0 takes the place of blocks that do not exist: it is read, with weight 0, and must stay finite, as must
-    everything else in the cache where a backend reads stale KV.
+    Block 0 stands for missing blocks: it is read with weight 0 and must stay finite. So must the whole cache if the
+    backend reads stale KV.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]  # K and V
@@ -68,12 +68,12 @@ class AttentionBackend(Protocol):
     name: str
     dtypes: tuple[torch.dtype, ...]
     reads_stale_kv: bool
-    """Whether what lies in a block beyond a sequence's tokens is read, with weight 0: a NaN there would spread."""
+    """True if the kernel reads a block beyond a sequence's tokens, with weight 0: a NaN there would spread."""
 
     def block_size(self, wish: int | None) -> int:
-        """Tokens per KV block: the wish, or what the backend prefers. Raises ConfigError if it cannot use the wish."""
+        """Tokens per KV block: `wish`, or the backend's default. Raises ConfigError for a `wish` it cannot use."""
         ...
 
     def build(self, batch: ForwardBatch, kv: PagedKV) -> AttentionStep:
-        """Prepare a step: everything that does not depend on the layer, once."""
+        """Prepare a step: compute once what all layers share."""
         ...

@@ -20,12 +20,12 @@ PAGE_TOKENS = 256
 class PagedBackend:
     """Decodes and prefill chunks as one call each per layer, in bfloat16 or float16.
 
-    Two calls, because in a call with chunks the decodes would lose what makes them fast: packing a group's queries into
-    one tile, and splitting long contexts over the chip.
+    Two calls, because decodes are slow in a call with chunks. Alone, the kernel packs the queries of a group into one
+    tile and splits long contexts over the chip.
     """
 
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    # A score beyond a sequence's end is replaced, and values there are not loaded: flash_fwd_kernel.h of flash-attn 2.8
+    # Scores beyond a sequence's end are masked, values there are not loaded: flash_fwd_kernel.h of flash-attn 2.8
     # (apply_mask, Clear_OOB_MN).
     reads_stale_kv = False
 
@@ -34,7 +34,7 @@ class PagedBackend:
         self._kernels = kernels
 
     def block_size(self, wish: int | None) -> int:
-        """256 tokens, or a wish that is a multiple of it. Raises ConfigError for others."""
+        """256 tokens, or `wish` if it is a multiple of 256. Raises ConfigError for other values."""
         if wish is not None and wish % PAGE_TOKENS:
             raise ConfigError(
                 "block_size",
@@ -43,7 +43,7 @@ class PagedBackend:
         return wish or PAGE_TOKENS
 
     def build(self, batch: ForwardBatch, kv: PagedKV) -> PagedStep:
-        """Prepare a step over `kv`: its integers go to the device in one copy."""
+        """Prepare a step over `kv`: all its integers go to the device in one copy."""
         n = batch.num_decodes
         decode_args, prefill_args = _decode_arrays(batch, kv), _prefill_arrays(batch, kv)
         tensors = upload(kv.device, *decode_args, *prefill_args)
@@ -56,9 +56,9 @@ class PagedBackend:
         return PagedStep(self._kernels, kv, batch.slots, num_decodes=n, decode=decode, prefill=prefill)
 
     def build_decode(self, slots: Tensor, work: DecodeWork, kv: PagedKV) -> PagedStep:
-        """A step of decodes only, all of whose inputs are on the device already; `slots` int64 `[B]`.
+        """A step of decodes only, with all inputs on the device already; `slots` int64 `[B]`.
 
-        It launches nothing that depends on their values: it can be captured in a graph, and replayed with others.
+        No launch depends on the values of the inputs, so a graph of it can be replayed with other values.
         """
         return PagedStep(self._kernels, kv, slots, num_decodes=len(slots), decode=work, prefill=None)
 
@@ -102,8 +102,8 @@ class PagedStep:
 def as_rows(pages: Tensor) -> Tensor:
     """`pages [num_blocks, block_size, kv_heads, D]`, a token's heads dense, as `[rows, kv_heads * D]`: a view.
 
-    Rows run over all that lies between the first page and the last, other layers' pages included: token t of block b
-    is row b * (rows per block) + t.
+    Rows cover everything between the first page and the last, pages of other layers included: token t of block b is row
+    b * (rows per block) + t.
     """
     num_blocks, block_size, heads, width = pages.shape
     rows = (num_blocks - 1) * _rows_per_block(pages) + block_size
@@ -120,7 +120,7 @@ def _rows_per_block(pages: Tensor) -> int:
 
 
 def _decode_arrays(batch: ForwardBatch, kv: PagedKV) -> list[NDArray[np.int32]]:
-    """What DecodeWork is made of, on the host; nothing if there are no decodes."""
+    """The arrays of DecodeWork on the host; empty if there are no decodes."""
     n = batch.num_decodes
     if n == 0:
         return []

@@ -1,4 +1,4 @@
-"""Kernels that read paged KV through a block table, and what they are given: flash-attn 2, as itself or in torch."""
+"""Kernels that read paged KV through a block table, and their inputs: flash-attn 2, its own package or torch's copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 class DecodeWork:
     """B sequences with one query each. Int32, on the KV's device."""
 
-    context_lens: Tensor  # [B], tokens with the one of this step; 0 for a padding row, whose output is zeros
+    context_lens: Tensor  # [B], tokens including this step's; 0 for a padding row: its output is zeros
     block_tables: Tensor  # [B, W]; entries past a sequence's last block are not read
 
 
@@ -23,8 +23,8 @@ class DecodeWork:
 class PrefillWork:
     """S chunks, each the last tokens of its sequence. Tensors are int32, on the KV's device."""
 
-    query_ends: Tensor  # [S + 1], where each chunk's tokens begin and the last's end, from 0
-    context_ends: Tensor  # [S + 1], the same of whole sequences
+    query_ends: Tensor  # [S + 1], start of each chunk's tokens, and the end of the last
+    context_ends: Tensor  # [S + 1], the same for whole sequences
     context_lens: Tensor  # [S]
     block_tables: Tensor  # [S, W]
     max_query: int
@@ -58,7 +58,7 @@ class FlashKernels:
 
     @classmethod
     def load(cls) -> FlashKernels | None:
-        """The installed package's; None without it. (flash-attn 4 alone has the package, but not these functions.)"""
+        """Those of the installed package; None without it. (flash-attn 4 has the package, but not these functions.)"""
         try:
             from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
         except ImportError:
@@ -102,7 +102,7 @@ class VarlenKernels:
 
     @classmethod
     def load(cls) -> VarlenKernels | None:
-        """This torch's; None if it cannot read paged KV."""
+        """Those of this torch; None if it cannot read paged KV."""
         try:
             from torch.nn.attention.varlen import varlen_attn
         except ImportError:

@@ -1,4 +1,4 @@
-"""Attention with PyTorch's own operators: any device, any float dtype; on the CPU in float32 also fast."""
+"""Attention with PyTorch's own operators: any device, any float dtype; fast on the CPU in float32."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tfserve.model.attention.bag_decode import BagDecode
 from tfserve.model.attention.base import PagedKV
+from tfserve.model.attention.embedding_bag_attention import EmbeddingBagAttention
 from tfserve.model.forward_batch import ForwardBatch
 
 
@@ -20,15 +20,15 @@ class TorchBackend:
     """Decodes as one call over the whole batch, prefills as one call per sequence.
 
     Keys and values need no particular layout. Decode in float32 on the CPU is several times faster with the layout that
-    BagDecode reads; everything else gathers the blocks and runs scaled_dot_product_attention.
+    EmbeddingBagAttention reads; everything else gathers the blocks and runs scaled_dot_product_attention.
     """
 
     name = "torch"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    reads_stale_kv = True  # a masked score is a sum with -inf, and a sum over values takes all of them
+    reads_stale_kv = True  # masking adds -inf to scores, and the sum over values includes masked ones
 
     def block_size(self, wish: int | None) -> int:
-        """Any size will do; 32 is measured to be as fast as larger ones and wastes less."""
+        """Any size works; 32 is as fast as larger sizes (measured) and wastes less memory."""
         return 32 if wish is None else wish
 
     def build(self, batch: ForwardBatch, kv: PagedKV) -> TorchStep:
@@ -36,7 +36,7 @@ class TorchBackend:
         n = batch.num_decodes
         decode: DecodePart | None = None
         if n:
-            part = BagDecode if BagDecode.can_read(kv) else GatherDecode
+            part = EmbeddingBagAttention if EmbeddingBagAttention.can_read(kv) else GatherDecode
             decode = part(batch.block_tables[:n], batch.context_lens[:n], kv)
         return TorchStep(batch, kv, decode, _chunks(batch, kv))
 
@@ -81,7 +81,7 @@ class TorchStep:
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Tokens `[begin, end)` of the step, all of one sequence; `blocks` and `mask` are None where it starts at 0."""
+    """Tokens `[begin, end)` of the step, all of one sequence; `blocks` and `mask` are None if it starts at 0."""
 
     begin: int
     end: int
@@ -90,7 +90,7 @@ class PrefillChunk:
     mask: Tensor | None  # [end - begin, context_len], 0 or -inf
 
     def gather(self, pages: Tensor) -> Tensor:
-        """The sequence's K (or V) so far, `[context_len, kv_heads, D]`, out of a layer's pages."""
+        """The sequence's K (or V) so far, `[context_len, kv_heads, D]`, gathered from a layer's pages."""
         return pages[self.blocks].flatten(0, 1)[: self.context_len]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:

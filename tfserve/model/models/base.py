@@ -1,4 +1,4 @@
-"""What a model family says of itself: how it reads `config.json`, and its weights, each named once. Torch-free."""
+"""The definition of a model family: how it reads `config.json`, and its weights, each named once. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class Llama3RopeScaling(msgspec.Struct, frozen=True):
-    """How Llama 3.1 and later stretch the slow rotary frequencies past the context they were trained on."""
+    """RoPE scaling of Llama 3.1 and later: lowers the slow frequencies for contexts beyond the trained one."""
 
     factor: float
     low_freq_factor: float
@@ -23,12 +23,11 @@ class Llama3RopeScaling(msgspec.Struct, frozen=True):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The shape of a decoder; names are Hugging Face's where they have one.
+    """The shape of a decoder; fields have Hugging Face's names where they exist.
 
-    `dtype` is what the checkpoint says its weights are. `eos_token_ids` are those of `config.json`, then what
-    `generation_config.json` adds; the tokenizer may name one more (`Tokenizer.eos_token_ids`).
-    `max_position_embeddings` is the longest context that the model was made for, in tokens, and no more than its
-    `sliding_window`, where it has one.
+    `dtype` is that of the checkpoint's weights. `eos_token_ids` are those of `config.json`, then those of
+    `generation_config.json`; the tokenizer may name one more (`Tokenizer.eos_token_ids`). `max_position_embeddings` is
+    the model's longest context in tokens, at most its `sliding_window`, if it has one.
     """
 
     architecture: str
@@ -69,9 +68,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """A tensor of the checkpoint: its name there and in a GGUF file, without prefix and `.weight`, and its rows.
+    """A tensor of the checkpoint: its names there and in GGUF files, without prefix and `.weight`, and its rows.
 
-    `rotated` rows are heads that rotary embedding turns. `heads` is how many heads have this one norm's weight.
+    `rotated`: the rows are heads that RoPE rotates. `heads` is the number of heads that share this norm's weight.
     """
 
     name: str
@@ -82,10 +81,10 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class Weight(msgspec.Struct, frozen=True):
-    """What one module of the decoder holds: `parts`, one below the other; `columns` is None for the weight of a norm.
+    """The weight of one module of the decoder: `parts`, stacked by rows; `columns` is None for a norm's weight.
 
-    `module` is the module's path in the decoder, or in its layer. `read_by` is the linear that a norm's weight can be
-    folded into.
+    `module` is the module's path in the decoder, or in its layer. A norm's weight can be folded into the linear
+    `read_by`.
     """
 
     module: str
@@ -96,10 +95,10 @@ class Weight(msgspec.Struct, frozen=True):
 
 
 class Traits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a family reads out of `config.json` beyond what all have.
+    """The fields that a family adds to the common ones of `config.json`.
 
-    `head_dim` is what a missing one means, None: hidden_size over the heads. `sliding_window` is how many tokens a
-    token sees, itself included, None: all before it.
+    `head_dim` is the default of a missing one; None: hidden_size / number of heads. `sliding_window` is the number of
+    tokens that a token attends to, itself included; None: all before it.
     """
 
     qkv_bias: bool = False
@@ -113,9 +112,9 @@ class Traits(msgspec.Struct, frozen=True, kw_only=True):
 class Family(msgspec.Struct, frozen=True, kw_only=True):
     """One architecture, by its class in transformers.
 
-    `traits` reads `config.json`, and raises ModelError by name for what would be computed wrongly. `layer` names the
-    weights of one decoder layer. `gguf` is the architecture in GGUF files, None if it has none of its own;
-    `gguf_pairs`: llama.cpp stores the rows of q and k so that rotated pairs are neighbours.
+    `traits` reads `config.json`, and raises ModelError by name for unsupported values. `layer` lists the weights of a
+    decoder layer. `gguf` is the architecture's name in GGUF files, None without its own; `gguf_pairs`: llama.cpp stores
+    rows of q and k with rotated pairs as neighbours.
     """
 
     architecture: str
@@ -126,16 +125,16 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FAMILIES: dict[str, Family] = {}
-"""By the name of the class in transformers."""
+"""By the class name in transformers."""
 
 
 def register(family: Family) -> None:
-    """Add `family` to the families that are served."""
+    """Register `family`."""
     FAMILIES[family.architecture] = family
 
 
 def layer_weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """What each decoder layer holds; a norm comes before the linear that reads it."""
+    """The weights of each decoder layer; a norm comes before the linear that reads it."""
     return FAMILIES[config.architecture].layer(config)
 
 
@@ -145,7 +144,7 @@ def embedding_weight(config: ModelConfig) -> Weight:
 
 
 def head_weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """What follows the layers; a tied head is the embeddings again."""
+    """The weights after the layers; a tied head is the embeddings again."""
     head = Part("lm_head", "output", config.vocab_size)
     parts = embedding_weight(config).parts if config.tie_word_embeddings else (head,)
     return (
@@ -155,7 +154,7 @@ def head_weights(config: ModelConfig) -> tuple[Weight, ...]:
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as a checkpoint must hold it; `gguf` is its name in a GGUF file."""
+    """A tensor that a checkpoint must contain; `gguf` is its name in a GGUF file."""
 
     name: str
     gguf: str
@@ -164,12 +163,12 @@ class StoredTensor(NamedTuple):
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors begin with."""
+    """Prefix of the names of a layer's tensors."""
     return f"model.layers.{layer}."
 
 
 def stored_tensors(config: ModelConfig) -> Iterator[StoredTensor]:
-    """Every tensor that a checkpoint of `config` must hold; a tied head's comes twice."""
+    """Every tensor that a checkpoint of `config` must contain; a tied head's is listed twice."""
     yield from _stored((embedding_weight(config), *head_weights(config)), "", "")
     weights = layer_weights(config)
     for layer in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Llama 3, and what has its shape (SmolLM2). Source: LlamaForCausalLM of transformers."""
+"""Llama 3 and models with its architecture (SmolLM2). Source: LlamaForCausalLM of transformers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Mistral (7B, Nemo, Small): Llama's weights, and in the oldest a sliding window. In a GGUF file it is a Llama.
+"""Mistral (7B, Nemo, Small): Llama's weights; the oldest has a sliding window. GGUF files call it a Llama.
 
-Within the window full attention computes the same, so the window is the longest context.
+Up to the window's size full attention computes the same, so the window limits the context.
 Source: MistralForCausalLM of transformers.
 """
 
@@ -11,7 +11,7 @@ from tfserve.model.models import llama
 from tfserve.model.models.base import Family, Traits, register
 
 _SLIDING_WINDOW = 4096
-"""What transformers takes where `sliding_window` is not named at all; null means none."""
+"""transformers' default if `sliding_window` is missing; null means no window."""
 
 
 def _traits(fields: Fields) -> Traits:

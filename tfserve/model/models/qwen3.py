@@ -1,4 +1,4 @@
-"""Qwen3, dense (0.6B to 32B): Llama with q and k normalised, each head by itself, before they are rotated.
+"""Qwen3, dense (0.6B to 32B): Llama with an RMSNorm on each head of q and k before the rotation.
 
 Source: Qwen3ForCausalLM of transformers.
 """
@@ -10,7 +10,7 @@ from tfserve.model.models import llama
 from tfserve.model.models.base import Family, ModelConfig, Part, Traits, Weight, register
 
 _HEAD_DIM = 128
-"""What transformers takes for a missing head_dim."""
+"""transformers' default for a missing head_dim."""
 
 
 def _layer(config: ModelConfig) -> tuple[Weight, ...]:

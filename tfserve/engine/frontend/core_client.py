@@ -1,4 +1,4 @@
-"""How the front reaches the core: a thread of this process or a process of its own, behind one protocol. Torch-free."""
+"""Clients of the core, which runs in a thread of this process or in its own process: one protocol. Torch-free."""
 
 from __future__ import annotations
 
@@ -30,59 +30,58 @@ Deliver = Callable[[StepOutputs | StreamStates], None]
 OnDeath = Callable[[str], None]
 
 CORE_MODULE = "tfserve.engine.core.process"
-"""What a core's process runs; its only argument is the file descriptor of its end of the socket pair."""
+"""The module that the core's process runs; its argument is the file descriptor of its end of the socket pair."""
 
 _ENVIRONMENT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
-"""For a core's process, unless set: oneDNN keeps a kernel of half a MB for each shape of linear layer and batch size.
-
-256 are those of the 50 batch sizes used last; oneDNN's own bound is 1024. Making those of one batch size again takes
-about 5 ms (measured with SmolLM2-135M in float32).
+"""Environment of a core's process; values that are set already win. oneDNN caches a kernel of half a MB for each shape
+of linear layer and batch size. 256 kernels are enough for 50 batch sizes; oneDNN's default limit is 1024. Rebuilding
+the kernels of one batch size takes about 5 ms (measured with SmolLM2-135M in float32).
 """
 
 
 class Connect(Protocol):
-    """Starts a core, or finds one."""
+    """Starts a core and returns its client."""
 
-    def __call__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+    def __call__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreClient:
         """Wait until the core is ready. Raises ConfigError or ModelError."""
         ...
 
 
-class CoreLink(Protocol):
-    """A running core. `deliver` and `on_death` (given at construction) are called from a thread of the link."""
+class CoreClient(Protocol):
+    """A running core. `deliver` and `on_death` (given at construction) are called from a thread of the client."""
 
     info: EngineInfo
 
     @property
     def is_full(self) -> bool:
-        """True while so much waits for the core that it takes nothing more but ends of requests."""
+        """True while too many messages wait for the core: then only aborts are accepted."""
         ...
 
     def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:
-        """Hand a message over, in order; the core need not be taking any for that.
+        """Queue a message, in order, also if the core does not read at the moment.
 
-        A message that begins or asks something may have to wait for room, for `patience_s` (None: for ever).
-        Raises EngineStalledError if there is none by then, EngineDeadError if nobody is there to take it.
+        A message that starts or queries something may wait for room for `patience_s` (None: without limit).
+        Raises EngineStalledError if there is no room by then, EngineDeadError if the core has ended.
         """
         ...
 
     def close(self, timeout_s: float) -> None:
-        """End the core, aborting what is left; returns when it has ended."""
+        """Abort all requests and end the core; returns when it has ended."""
         ...
 
 
-def connect(config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreLink:
+def connect(config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> CoreClient:
     """Start a core as `config.engine_process` says and wait until it is ready. Raises ConfigError or ModelError."""
     if config.engine_process == "on":
-        return ProcessLink(config, deliver, on_death)
-    return ThreadLink(config, deliver, on_death)
+        return ProcessClient(config, deliver, on_death)
+    return ThreadClient(config, deliver, on_death)
 
 
-class ThreadLink:
+class ThreadClient:
     """The core in a daemon thread: nothing is encoded, `deliver` runs in the core's thread.
 
-    The model is loaded in that thread too: torch on a CPU keeps OpenMP threads for every thread that computes,
-    and with more threads than cores none of them spins, which makes every step 1.5 times as long.
+    The model is loaded in that thread too. Torch on a CPU keeps a set of OpenMP threads for every thread that computes.
+    With more threads than cores they stop spinning, and every step takes 1.5 times as long.
     """
 
     def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath) -> None:
@@ -96,25 +95,25 @@ class ThreadLink:
         try:
             self._thread.start()
             self.info = started.result()
-        except BaseException:  # Ctrl-C too: the thread then ends as soon as it has loaded
+        except BaseException:  # also on Ctrl-C; the thread then ends once the model is loaded
             self._ask_to_end()
             raise
 
     @property
     def is_full(self) -> bool:
-        """See CoreLink. Never: what waits is objects of this process that its caller has made."""
+        """See CoreClient. Never: waiting messages are objects of this process."""
         return False
 
     def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:  # noqa: ARG002 - there is always room
-        """See CoreLink."""
+        """See CoreClient."""
         if self._inbox is None or not self._thread.is_alive():
             raise EngineDeadError("the engine thread has ended")
         self._inbox.put(message)
 
     def close(self, timeout_s: float) -> None:
-        """See CoreLink. A thread cannot be killed: one that is still in a step after the timeout is left to finish."""
+        """See CoreClient. A thread cannot be killed: one still in a step after the timeout is left to finish."""
         self._ask_to_end()
-        # The interpreter may drop an Engine in any thread.
+        # The interpreter may finalize an Engine in any thread.
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_s)
 
@@ -126,7 +125,7 @@ class ThreadLink:
     def _run(self, config: EngineConfig, deliver: Deliver, started: Future[EngineInfo]) -> None:
         try:
             with panics_as_errors("loading the model"):
-                # Only here does the front's process import torch.
+                # The only place where the front's process imports torch.
                 from tfserve.engine.core.build import build_core
 
                 core, info = build_core(config, deliver)
@@ -148,11 +147,11 @@ class ThreadLink:
         core.close()
 
 
-class ProcessLink:
-    """The core in a process of its own, over a socket pair that is also the life line: whoever sees it close ends.
+class ProcessClient:
+    """The core in its own process, behind a socket pair. When one end closes, the process at the other end ends.
 
-    The child is started by subprocess, not by multiprocessing, so that user scripts need no __main__ guard and the
-    front need not import torch.
+    The child is started by subprocess, not by multiprocessing: user scripts need no __main__ guard, and the front does
+    not import torch.
     """
 
     def __init__(self, config: EngineConfig, deliver: Deliver, on_death: OnDeath, module: str = CORE_MODULE) -> None:
@@ -190,20 +189,20 @@ class ProcessLink:
 
     @property
     def is_full(self) -> bool:
-        """See CoreLink."""
+        """See CoreClient."""
         return self._outbox.is_full
 
     def send(self, message: ToCore, patience_s: float | None = 0.0) -> None:
-        """See CoreLink."""
+        """See CoreClient."""
         frame = msgspec.msgpack.encode(message)
         if isinstance(message, AbortRequest | Shutdown):
-            # A request ends a few times at most, so these need no limit; and they make room.
+            # A request is aborted a few times at most, so aborts need no limit; and they free room.
             self._outbox.put(frame)
         else:
             self._outbox.put_in_turn(frame, patience_s)
 
     def close(self, timeout_s: float) -> None:
-        """See CoreLink. A process that does not end in time is killed."""
+        """See CoreClient. A process that does not end in time is killed."""
         self._closing = True
         try:
             self.send(Shutdown())
@@ -212,14 +211,14 @@ class ProcessLink:
             self._process.kill()
         self._process.wait()
         self._outbox.close(timeout_s)
-        if threading.current_thread() is not self._reader:  # the interpreter may drop an Engine in any thread
+        if threading.current_thread() is not self._reader:  # the interpreter may finalize an Engine in any thread
             self._reader.join(timeout_s)
         self._conn.close()
 
     def disown(self) -> None:
-        """Let go of the socket, in a fork: the core must see it close when the process that was forked ends."""
+        """In a forked child, close the socket: the core must see it closed when the parent ends."""
         self._conn.close()
-        # Its own process is no child of this one: there is nothing to wait for.
+        # The core is a child of the parent: this process cannot wait for it.
         self._process.returncode = 0
 
     def _await_ready(self) -> EngineInfo:
@@ -241,13 +240,13 @@ class ProcessLink:
         except BaseException as error:  # whatever ends this thread, the streams must hear of it
             logger.exception("the engine's outputs cannot be read")
             reason = f"the engine's outputs cannot be read: {type(error).__name__}: {error}"
-            # It has no reader any more, and would go on for ever.
+            # Without a reader the request would run on; abort it.
             self._process.kill()
         if not self._closing:
             self._on_death(reason)
 
     def _deliver_all(self) -> str:
-        """Deliver outputs until the core has ended; why it has."""
+        """Deliver outputs until the core ends. Returns the reason for its end."""
         while True:
             try:
                 message = receive(self._conn)
@@ -268,7 +267,7 @@ _decoder = msgspec.msgpack.Decoder(ToFront)
 
 
 def receive(conn: Connection) -> ToFront:
-    """The next message of a core. Raises EOFError when it is gone."""
+    """The next message of a core. Raises EOFError when the core has ended."""
     message: ToFront = _decoder.decode(conn.recv_bytes())
     return message
 

@@ -1,9 +1,10 @@
-"""SmoothQuant: inputs made even before they are rounded to 8 bits, at no cost per step.
+"""SmoothQuant: evens out the inputs of int8 linears before they are rounded, without cost per step.
 
-A few channels of a linear's input dwarf the rest, and rounding a row to 256 steps of its largest value leaves the rest
-little. Dividing each channel by a factor, and multiplying the weight's column by it, computes the same and moves part
-of the difference into the weight, which has a scale per row to take it. The division costs nothing: the factors go
-into whatever made the channels. Source: Xiao et al., 2022, "SmoothQuant", for int8 weights and inputs.
+A few channels of a linear's input are much larger than the rest. A row is rounded to 256 steps of its largest value, so
+small channels lose precision. Dividing each channel by a factor and multiplying the weight's column by it gives the
+same product, and moves part of the difference into the weight, which has a scale per row. The division is free: the
+factors are folded into the norm or linear before. Source: Xiao et al., 2022, "SmoothQuant", for int8 weights and
+inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tfserve.model.weights import Tensors, fill
 
 
 class Smoother:
-    """Runs a text through the float32 layers, one after the other, and evens out each before it is quantised."""
+    """Runs a text through the float32 layers, one after the other, and smooths each before it is quantised."""
 
     def __init__(self, config: ModelConfig, embeddings: Tensor, token_ids: Tensor) -> None:
         """`embeddings [vocab, H]` float32 on the CPU; the text is `token_ids [T]` int64."""
@@ -33,13 +34,13 @@ class Smoother:
         self._rotations = Rotary(config, self._format.device).at(torch.arange(len(token_ids)))
 
     def smooth_layer(self, tensors: Tensors) -> None:
-        """Fold factors into the next layer's `tensors`, in place; layers come in their order, each once."""
+        """Fold factors into the next layer's `tensors`, in place; call it once for each layer, in order."""
         config, peaks = self._config, self._run(tensors)
         qkv, gate_up = tensors["attention.qkv_proj.weight"], tensors["mlp.gate_up_proj.weight"]
         o, down = tensors["attention.o_proj.weight"], tensors["mlp.down_proj.weight"]
         v_rows, up_rows = slice(config.q_size + config.kv_size, None), slice(config.intermediate_size, None)
 
-        # One channel of v becomes the same channel of each head of its group: they share a factor.
+        # One channel of v is the same channel of each query head of its group: these share a factor.
         groups = (config.num_key_value_heads, -1, config.head_dim)
         peak = peaks["attention.o_proj"]
         shared = smoothing_factors(*(x.view(groups).amax(dim=1) for x in (peak, column_peaks(o))))
@@ -53,7 +54,7 @@ class Smoother:
         if (bias := tensors.get("mlp.gate_up_proj.bias")) is not None:
             bias[up_rows] /= factors
 
-        # Rows first: the factors of what reads the norms depend on the rows' sizes.
+        # Rows first: the factors of the linears after the norms depend on the sizes of their rows.
         for weight in self._weights:
             if weight.read_by is not None:
                 read = tensors[f"{weight.read_by}.weight"]
@@ -71,7 +72,7 @@ class Smoother:
         tensors |= {"norm.weight": norm / factors, "lm_head.weight": head * factors}
 
     def _run(self, tensors: Tensors) -> dict[str, Tensor]:
-        """Take the text through a layer; the largest size `[in]` of each channel that reached each linear, by path."""
+        """Run the text through a layer. Returns the largest size `[in]` of each linear's input channels, by path."""
         layer = DecoderLayer(self._config, 0, self._format)
         fill(layer, self._weights, tensors, self._format)
         peaks: dict[str, Tensor] = {}
@@ -83,22 +84,22 @@ class Smoother:
 
 
 def column_peaks(weight: Tensor) -> Tensor:
-    """Largest size `[in]` in each column of `weight [out, in]`, as a part of the largest in its row.
+    """Largest size `[in]` in each column of `weight [out, in]`, relative to the largest in its row.
 
-    A row is quantised with a scale of its own, so its size says nothing about what it can take.
+    Each row is quantised with its own scale, so only sizes relative to the row matter.
     """
     sizes = weight.abs()
     return (sizes / sizes.amax(dim=1, keepdim=True).clamp(min=_TINY)).amax(dim=0)
 
 
 def smoothing_factors(input_peaks: Tensor, weight_peaks: Tensor) -> Tensor:
-    """What to divide each input channel by, from its largest size and its weight column's (any one shape)."""
+    """The divisor of each input channel, from its largest size and that of its weight column (any one shape)."""
     return input_peaks.clamp(min=_TINY) ** _ALPHA / weight_peaks.clamp(min=_TINY) ** (1 - _ALPHA)
 
 
-_TINY = 1e-5  # for a channel that the text never reached, or that no weight reads
+_TINY = 1e-5  # for a channel without input in this text, or with zero weights
 _ALPHA = 0.5
-"""How much of the inputs' unevenness moves into the weights: 0 none, 1 all."""
+"""Share of the inputs' unevenness that moves into the weights: 0 none, 1 all."""
 
 
 def calibration_ids(model_dir: Path, vocab_size: int) -> Tensor:
@@ -110,7 +111,7 @@ def calibration_ids(model_dir: Path, vocab_size: int) -> Tensor:
 
 
 def _move(factors: Tensor, made_by: Tensor, read_by: Tensor) -> None:
-    """From the norm or the linear that makes some channels to the linear that reads them, in place."""
+    """Divide outputs of a norm or linear by the factors, multiply the next linear's columns by them; in place."""
     made_by /= factors if made_by.ndim == 1 else factors[:, None]
     read_by *= factors
 

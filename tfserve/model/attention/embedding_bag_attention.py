@@ -1,9 +1,10 @@
-"""Decode attention in float32 on the CPU: weighted sums of table rows, straight from scattered blocks.
+"""Decode attention in float32 on the CPU: `embedding_bag` over the blocks of the KV cache, without gathering them.
 
-A decode step does two things per query head: scores = sum over d of q[d] * K[d, :], and output = sum over t of
-p[t] * V[t, :]. Both are what `embedding_bag` computes (a weighted sum of indexed rows, compiled for the row's width and
-spread over threads) once keys lie transposed inside a block. So nothing is gathered, fragmentation costs nothing, and
-sequences of different lengths share a call. `benchmarks/micro/attention_cpu.py` compares it with the alternatives.
+A decode step computes two sums per query head: scores = sum over d of q[d] * K[d, :], and output = sum over t of p[t] *
+V[t, :]. With keys stored transposed inside a block, both are a weighted sum of indexed rows, which is what
+`embedding_bag` computes (compiled for the row's width, parallel over threads). So nothing is gathered, fragmentation
+costs nothing, and sequences of different lengths share a call. `benchmarks/micro/attention_cpu.py` compares it with the
+alternatives.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from torch import Tensor
 from tfserve.model.attention.base import PagedKV
 
 _SHRINK = 0.7
-"""A sequence this much shorter than the longest of its bucket opens the next: padding costs time in softmax and V."""
+"""A sequence this much shorter than the longest of its bucket starts a new one: padding costs time in softmax and V."""
 
 
-class BagDecode:
+class EmbeddingBagAttention:
     """One query for each of R sequences. Sequences are sorted by length into buckets that share a padded length."""
 
     @staticmethod
@@ -39,7 +40,7 @@ class BagDecode:
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """From `q [R, heads, D]` to `[R, heads * D]`."""
         index = self._index
-        if index is None:  # the number of query heads is known only now; all layers share the index
+        if index is None:  # built here because the number of query heads is known only now; all layers share it
             index = self._index = _BagIndex(self._tables, self._lens, self._kv, num_heads=q.shape[1])
         head_dim = self._kv.head_dim
         # [blocks * kv_heads * D, block_size] and [blocks * kv_heads * block_size, D]
@@ -47,7 +48,7 @@ class BagDecode:
         key_rows = keys.permute(0, 2, 3, 1).view(-1, self._kv.block_size)
         value_rows = values.permute(0, 2, 1, 3).view(-1, head_dim)
 
-        # At batch 1 the time is that of the calls themselves, so there are as few as will do.
+        # At batch 1 the overhead of the calls dominates, so there are as few calls as possible.
         torch.index_select(q.reshape(-1, head_dim), 0, index.query_of_bag, out=index.weights)
         scores = _weighted_sums(key_rows, index.key_rows, index.key_offsets, index.weights.view(-1)).view(-1)
         for part, mask, probs in index.buckets:
@@ -64,7 +65,7 @@ class _BagIndex:
         size, head_dim, num_kv = kv.block_size, kv.head_dim, kv.num_kv_heads
         group = num_heads // num_kv
         num_rows = kv.num_blocks * num_kv * max(size, head_dim)
-        # 32-bit indices halve what is read beside the KV itself.
+        # 32-bit indices halve the memory traffic of the index.
         dtype: np.dtype[Any] = np.dtype(np.int32 if num_rows < 2**31 else np.int64)
         num_blocks = -(-lens // size)
         order = np.argsort(-num_blocks, kind="stable")
@@ -80,13 +81,13 @@ class _BagIndex:
             exists = np.broadcast_to((np.arange(width) < num_blocks[seqs, None])[:, None, None], bags)
             key_pages = np.broadcast_to(pages[:, :, None], bags)[exists]
             key_rows.append((key_pages[:, None] * head_dim + np.arange(head_dim, dtype=dtype)).ravel())
-            key_counts.append(exists.ravel() * head_dim)  # a block that does not exist is an empty bag: zeros, for free
+            key_counts.append(exists.ravel() * head_dim)  # a missing block is an empty bag: its scores are zeros
             heads = (seqs[:, None] * num_heads + np.arange(num_heads)).reshape(len(seqs), num_kv, group, 1)
             queries.append(np.broadcast_to(heads, bags)[exists])
 
             valid = (np.arange(width * size) < lens[seqs, None])[:, None]  # [seqs, 1, width * size]
             rows = (pages[..., None] * size + np.arange(size, dtype=dtype)).reshape(len(seqs), num_kv, -1)
-            rows = np.where(valid, rows, dtype.type(0))  # what is past the end reads the null block with weight 0
+            rows = np.where(valid, rows, dtype.type(0))  # positions past the end read the null block with weight 0
             value_rows.append(np.broadcast_to(rows[:, :, None], (*bags[:3], width * size)).ravel())
             value_counts.append(np.full(len(seqs) * num_heads, width * size))
             masks.append(np.where(valid, np.float32(0), np.float32(-np.inf)))
@@ -102,7 +103,7 @@ class _BagIndex:
         self.probs = torch.empty(len(self.value_rows))
         self.buckets: list[
             tuple[slice, Tensor, Tensor]
-        ] = []  # where in the scores, mask [seqs, 1, t], probs [seqs, heads, t]
+        ] = []  # slice of the scores, mask [seqs, 1, t], probs [seqs, heads, t]
         begin = 0
         for mask in masks:
             end = begin + mask.size * num_heads
@@ -112,7 +113,7 @@ class _BagIndex:
 
 
 def _bucket_bounds(descending: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Split sequences, longest first, where they become much shorter than the first of their bucket."""
+    """Split sequences, longest first, into buckets: one much shorter than the first of its bucket starts a new one."""
     bounds, begin = [], 0
     for i, blocks in enumerate(descending.tolist()):
         if blocks < _SHRINK * descending[begin] - 1:

@@ -1,4 +1,4 @@
-"""Whatever ends a thread or a process of the core, its front hears of it: no stream hangs, `generate` raises."""
+"""For every end of the core's thread or process, the front learns of it: no stream hangs, `generate` raises."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.scripted import scripted_engine, write_scripted_model
 from tfserve.config import EngineConfig
 from tfserve.engine.core import build
 from tfserve.engine.engine import Engine
-from tfserve.engine.frontend.link import ProcessLink, ThreadLink
+from tfserve.engine.frontend.core_client import ProcessClient, ThreadClient
 from tfserve.engine.frontend.stream import RequestStream
 from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.errors import EngineDeadError, EngineStalledError, ModelError, TfserveError
@@ -120,7 +120,7 @@ async def test_a_reader_that_breaks_costs_no_other_its_tokens(
     assert f"the reader of request {broken.request_id} failed" in caplog.text
 
 
-def test_the_news_of_the_end_reaches_everybody(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_the_engine_reaches_every_stream(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted_engine(model_dir, "Because.") as engine:
         told = threading.Event()
         engine.on_death(raising(RuntimeError("a callback")))
@@ -141,7 +141,7 @@ def test_a_panic_while_loading_is_an_error_of_ours(
 
 
 class Front:
-    """What a link tells its front."""
+    """What a client tells the engine."""
 
     def __init__(self) -> None:
         self.steps: list[object] = []
@@ -156,22 +156,22 @@ class Front:
         self.reason = reason
         self.died.set()
 
-    def start(self, how: str) -> ProcessLink:
+    def start(self, how: str) -> ProcessClient:
         config = EngineConfig(model="m", served_model_name=how)
-        return ProcessLink(config, self.deliver, self.on_death, module="tests.engine.core.broken_core")
+        return ProcessClient(config, self.deliver, self.on_death, module="tests.engine.core.broken_core")
 
 
 @pytest.mark.parametrize("error", ERRORS)
 def test_an_engine_process_that_breaks_says_so_though_it_hangs_while_it_closes(error: str) -> None:
     front = Front()
-    link = front.start(f"running {error}")
+    client = front.start(f"running {error}")
     for _ in range(2):
         front.stepped.clear()
-        link.send(AbortRequest("a"))
+        client.send(AbortRequest("a"))
         assert front.stepped.wait(PATIENCE_S)
     assert front.died.wait(PATIENCE_S)
     assert type(ERRORS[error]).__name__ in front.reason
-    link.close(0.1)
+    client.close(0.1)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -182,58 +182,58 @@ def test_an_engine_process_that_breaks_while_loading_says_so(error: str) -> None
 
 def test_an_engine_process_that_cannot_hear_its_front_ends() -> None:
     front = Front()
-    link = front.start("running bug")
-    link._conn.send_bytes(b"\xc1 is no message")
+    client = front.start("running bug")
+    client._conn.send_bytes(b"\xc1 is no message")
     assert front.died.wait(PATIENCE_S)
     assert "exit code 1" in front.reason
-    link.close(PATIENCE_S)
+    client.close(PATIENCE_S)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), PanicException("broken"), SystemExit("broken")], ids=repr)
-def test_an_engine_process_that_nobody_hears_is_ended(error: BaseException) -> None:
+def test_an_engine_process_whose_messages_cannot_be_read_is_ended(error: BaseException) -> None:
     front = Front()
     front.deliver = raising(error)  # type: ignore[method-assign]
-    link = front.start("running bug")
-    link.send(AbortRequest("a"))
+    client = front.start("running bug")
+    client.send(AbortRequest("a"))
     assert front.died.wait(PATIENCE_S)
     assert "broken" in front.reason
-    assert link._process.wait(PATIENCE_S) != 0
-    link.close(PATIENCE_S)
+    assert client._process.wait(PATIENCE_S) != 0
+    client.close(PATIENCE_S)
 
 
-def fill(link: ProcessLink) -> None:
+def fill(client: ProcessClient) -> None:
     """Send a stopped core requests until it has no room for more."""
     prompt = list(range(2**16))
     for number in range(10_000):
         try:
-            link.send(AddRequest(f"{number}", prompt, SamplingParams(), 0.0))
+            client.send(AddRequest(f"{number}", prompt, SamplingParams(), 0.0))
         except EngineStalledError:
             return
     raise AssertionError("a queue without end")
 
 
-def test_a_stopped_engine_process_blocks_nobody_and_is_ended_in_time() -> None:
+def test_a_stopped_engine_process_blocks_no_caller_and_is_ended_in_time() -> None:
     front = Front()
-    link = front.start("running bug")
-    os.kill(link.pid, signal.SIGSTOP)
-    fill(link)
-    assert link.is_full
-    link.send(AbortRequest("0"))
-    link.close(0.1)
+    client = front.start("running bug")
+    os.kill(client.pid, signal.SIGSTOP)
+    fill(client)
+    assert client.is_full
+    client.send(AbortRequest("0"))
+    client.close(0.1)
     with pytest.raises(EngineDeadError):
-        link.send(AbortRequest("0"))
-    assert not psutil.pid_exists(link.pid)
+        client.send(AbortRequest("0"))
+    assert not psutil.pid_exists(client.pid)
 
 
 def test_what_a_stopped_engine_process_was_sent_arrives_once_it_goes_on() -> None:
     front = Front()
-    link = front.start("running bug")
-    os.kill(link.pid, signal.SIGSTOP)
-    fill(link)
-    os.kill(link.pid, signal.SIGCONT)
+    client = front.start("running bug")
+    os.kill(client.pid, signal.SIGSTOP)
+    fill(client)
+    os.kill(client.pid, signal.SIGCONT)
     assert front.died.wait(PATIENCE_S)  # of its second step, which only messages cause
     assert "ValueError" in front.reason
-    link.close(PATIENCE_S)
+    client.close(PATIENCE_S)
 
 
 async def test_an_engine_that_takes_no_messages_is_not_healthy_and_refuses_without_losing_ends(
@@ -243,15 +243,15 @@ async def test_an_engine_that_takes_no_messages_is_not_healthy_and_refuses_witho
         stream = engine.submit("Why?", LONG)
         await stream.next()
 
-        def refuse(link: ThreadLink, message: object, patience_s: float | None = 0.0) -> None:
+        def refuse(client: ThreadClient, message: object, patience_s: float | None = 0.0) -> None:
             if not isinstance(message, AbortRequest):
                 raise EngineStalledError("full")
-            send(link, message, patience_s)
+            send(client, message, patience_s)
 
         with monkeypatch.context() as patched:
-            send = ThreadLink.send
-            patched.setattr(ThreadLink, "send", refuse)
-            patched.setattr(ThreadLink, "is_full", True)
+            send = ThreadClient.send
+            patched.setattr(ThreadClient, "send", refuse)
+            patched.setattr(ThreadClient, "is_full", True)
             with pytest.raises(EngineStalledError):
                 engine.check_health()
             with pytest.raises(EngineStalledError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tfserve.model.stream_runner import TimedFlight
+from tfserve.model.cuda_stream_runner import TimedFlight
 from tfserve.plan import Fence, StepResult
 
 
@@ -15,7 +15,7 @@ class Flight:
 
 @dataclass
 class Event:
-    """Reached at a time in milliseconds, once somebody has waited for it."""
+    """An event at a time in milliseconds, reached after a wait for it."""
 
     at_ms: float
     reached: bool = False

@@ -1,4 +1,4 @@
-"""StreamRunner: a runner's steps on a CUDA stream of their own, timed by the device."""
+"""CudaStreamRunner: runs another runner's steps on their own CUDA stream and times them by events."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from tfserve.plan import Fence, InFlight, Runner, StepPlan, StepResult
 
 
-class StreamRunner:
-    """plan.Runner around another one, which knows nothing of streams.
+class CudaStreamRunner:
+    """A plan.Runner around another runner, which does not deal with CUDA streams.
 
-    `stream` becomes the current one while `inner` works. `on_launched`, once set, is told of each step's number and of
-    the event that ends it: copies wait for that event on the device.
+    `stream` is the current stream while `inner` launches. `on_launched`, if set, is called with each step's number and
+    its end event: copies wait for that event on the device.
     """
 
     def __init__(self, inner: Runner, stream: torch.cuda.Stream) -> None:
@@ -22,7 +22,7 @@ class StreamRunner:
         self.stream = stream
         self._inner = inner
         self._last_end: torch.cuda.Event | None = None
-        # Weights and KV were made on the default stream.
+        # Weights and KV were created on the default stream.
         torch.cuda.synchronize(stream.device)
 
     def launch(self, plan: StepPlan) -> InFlight:
@@ -43,7 +43,7 @@ class StreamRunner:
 
 
 class TimedFlight:
-    """A launched step whose time is that between two events; `before` is the end of the step before it."""
+    """A launched step, timed by its two events; `before` is the end event of the previous step."""
 
     def __init__(
         self, inner: InFlight, before: torch.cuda.Event | None, begin: torch.cuda.Event, end: torch.cuda.Event

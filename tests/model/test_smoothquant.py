@@ -1,4 +1,4 @@
-"""Smoothing changes no result in float32, and makes int8 indifferent to which channels are large."""
+"""Smoothing changes no result in float32, and makes int8 robust against large channels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfserve.model.decoder import DecoderLayer
 from tfserve.model.linear import WeightFormat
 from tfserve.model.models.base import layer_weights
 from tfserve.model.rope import Rotary
-from tfserve.model.smoothing import Smoother, calibration_ids, smoothing_factors
+from tfserve.model.smoothquant import Smoother, calibration_ids, smoothing_factors
 from tfserve.model.weights import Tensors, fill
 
 PLAIN = WeightFormat("plain", torch.float32, torch.device("cpu"))

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from tfserve.errors import DownloadError, ModelError
-from tfserve.model.resolve import resolve_model
+from tfserve.model.hub import resolve_model
 
 
 def test_a_local_directory_is_itself(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_checkpoint_beside_a_gguf_file_is_served(tmp_path):
 
 
 class Absent(RepositoryNotFoundError):
-    """What the hub says of a name that it does not have; the real one wants a response."""
+    """The hub's error for an unknown name; the real one needs a response."""
 
     def __init__(self) -> None:
         Exception.__init__(self, "no such model")

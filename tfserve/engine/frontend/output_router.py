@@ -1,6 +1,6 @@
-"""Where what the core says goes: outputs to the requests' readers, answers to those who asked. Torch-free.
+"""Routes the core's messages: outputs to the requests' streams, states to the callers that asked. Torch-free.
 
-The core speaks in the link's thread; readers live on event loops, or wait in threads of their own.
+Messages arrive in the client's thread. Streams belong to event loops; blocking callers wait in threads of their own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 Sink = RequestStream | Collector
 
 
-class Mailbox:
-    """What the link's thread leaves for the streams of one event loop: one wake-up however much comes meanwhile.
+class LoopQueue:
+    """Queue of outputs from the client's thread to the streams of one event loop, with one wake-up for all of them.
 
-    A loop that is behind finds several steps at once, and each stream then tells its reader only once.
+    A loop that is behind takes several steps at once; each stream then notifies its reader once.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -36,18 +36,18 @@ class Mailbox:
 
     @property
     def is_closed(self) -> bool:
-        """True once the loop has ended: its readers are gone."""
+        """True once the event loop has ended: its streams have no reader."""
         return self._loop.is_closed()
 
     def leave(self, step: list[tuple[RequestStream, TokenOutput | None]]) -> None:
-        """Leave a step's outputs, None for a request that was let in."""
+        """Queue a step's outputs; None for a request that was admitted."""
         self._steps.append(step)
         if not self._is_called:
             self._is_called = True
             _call(self._loop, self._deliver)
 
     def _deliver(self) -> None:
-        # First, so that what is left from now on calls again.
+        # Reset first: outputs queued from here on wake the loop again.
         self._is_called = False
         now_s = time.monotonic()
         touched: dict[RequestStream, None] = {}
@@ -61,17 +61,17 @@ class Mailbox:
         for stream in touched:
             try:
                 stream.notify()
-            except failures():  # what one reader makes of its news is no other's loss
+            except failures():  # an error in one reader's callback must not affect the other streams
                 logger.exception("the reader of request %s failed", stream.request_id)
 
 
-class Delivery:
-    """The readers of every live request. `add` and `discard` from any thread, the rest from the link's."""
+class OutputRouter:
+    """The stream of every live request. Call `add` and `discard` from any thread, all else from the client's."""
 
     def __init__(self) -> None:
         self._sinks: dict[RequestId, Sink] = {}
         self._tenants: dict[RequestId, Tenant] = {}
-        self._mailboxes: dict[asyncio.AbstractEventLoop, Mailbox] = {}
+        self._queues: dict[asyncio.AbstractEventLoop, LoopQueue] = {}
 
     def __len__(self) -> int:
         return len(self._sinks)
@@ -80,10 +80,10 @@ class Delivery:
         return request_id in self._sinks
 
     def add(self, request_id: RequestId, sink: Sink, tenant: Tenant = ONE_TENANT) -> None:
-        """Deliver what comes for this request to `sink`, until it ends."""
-        if sink.loop is not None and sink.loop not in self._mailboxes:
-            open_ones = {loop: box for loop, box in self._mailboxes.items() if not box.is_closed}
-            self._mailboxes = {**open_ones, sink.loop: Mailbox(sink.loop)}
+        """Send the outputs of this request to `sink`, until it ends."""
+        if sink.loop is not None and sink.loop not in self._queues:
+            open_ones = {loop: queue for loop, queue in self._queues.items() if not queue.is_closed}
+            self._queues = {**open_ones, sink.loop: LoopQueue(sink.loop)}
         self._tenants[request_id] = tenant
         self._sinks[request_id] = sink
 
@@ -93,13 +93,13 @@ class Delivery:
         self._tenants.pop(request_id, None)
 
     def has_share(self, tenant: Tenant, num_new: int, room: int) -> bool:
-        """True if `num_new` more give a tenant more than its share of `room` live requests, beside the others."""
+        """True if with `num_new` more requests the tenant exceeds its share of `room` live requests."""
         live = Counter(self._tenants.copy().values())
         weight = sum(each.weight for each in live.keys() | {tenant})
         return live[tenant] + num_new > room * tenant.weight / weight
 
     def hand_out(self, message: StepOutputs, now_s: float) -> list[RequestId]:
-        """Leave a step's outputs for their readers; the live requests whose readers are gone."""
+        """Queue a step's outputs for their streams. Returns the live requests whose event loop has ended."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, TokenOutput | None]]] = {}
         for request_id in message.started:
             sink = self._sinks.get(request_id)
@@ -120,11 +120,11 @@ class Delivery:
             if loop.is_closed():
                 orphans += {stream.request_id for stream, _ in step}
             else:
-                self._mailboxes[loop].leave(step)
+                self._queues[loop].leave(step)
         return orphans
 
     def release_all(self, reason: str) -> None:
-        """End every open stream with the news of the engine's end."""
+        """End every open stream with an error: the engine has ended."""
         while self._sinks:
             request_id, sink = self._sinks.popitem()
             self._tenants.pop(request_id, None)
@@ -135,38 +135,38 @@ class Delivery:
 
 
 class Questions:
-    """Who asked for the live requests' states and has no answer yet."""
+    """Queries for the live requests' states that are not answered yet."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[list[StreamState]]] = {}
 
     def ask(self) -> tuple[int, asyncio.Future[list[StreamState]]]:
-        """A number to send and the future that `answer` with that number fulfils, on the running loop."""
+        """A new query: its number, and the future on the running loop that the answer with that number sets."""
         number = next(self._numbers)
         answer: asyncio.Future[list[StreamState]] = asyncio.get_running_loop().create_future()
         self._asked[number] = answer
         return number, answer
 
     def forget(self, number: int) -> None:
-        """Nobody waits for this answer any more."""
+        """Drop a query; its answer is ignored."""
         self._asked.pop(number, None)
 
     def answer(self, states: StreamStates) -> None:
-        """Give an answer to whoever waits for it."""
+        """Set the future of the query."""
         asked = self._asked.pop(states.query, None)
         if asked is not None:
             _call(asked.get_loop(), _settle, asked, states.streams)
 
     def release_all(self, reason: str) -> None:
-        """Nothing will be answered any more."""
+        """Fail every open query."""
         while self._asked:
             _, asked = self._asked.popitem()
             _call(asked.get_loop(), _fail, asked, reason)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> None:
-    """Run `function` on a loop, unless that has ended and nobody waits any more."""
+    """Run `function` on a loop, unless the loop has ended."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
 

@@ -1,4 +1,4 @@
-"""Settings as the words of a command line, as environment variables, and as the list that --help shows."""
+"""Settings on the command line, in environment variables, and in the list of --help."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tfserve.errors import ConfigError
 from tfserve.misfit import nearest
 
 SHORT_NAMES = {"host": "server.host", "port": "server.port", "api_key": "server.api_keys"}
-"""What a command line may say for these, as other servers do."""
+"""Short names on the command line, as in other servers."""
 
 OTHER_VARIABLES = frozenset({"TFSERVE_API_KEYS", "TFSERVE_CACHE"})
-"""Environment variables that are no settings (http/keys.py, model/cache_dir.py)."""
+"""Environment variables that are not settings (http/keys.py, model/cache_dir.py)."""
 
 _SERVICE_LINK = re.compile(r"(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
-"""How variables end that Kubernetes sets in every container for a Service called tfserve, or tfserve-..."""
+"""Suffixes of the variables that Kubernetes sets in every container for a Service called tfserve, or tfserve-..."""
 
 _FILE = "config"
 _WIDTH = 120
 
 
 def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that give settings, wherever they stand, and all others; a word of an unknown name is another."""
+    """Split words into settings, at any place, and all others. A word with an unknown name counts as another."""
     settings: list[str] = []
     others: list[str] = []
     queue = list(words)
@@ -43,7 +43,7 @@ def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, str]:
-    """Turn `--max-num-seqs 16 --server.port=9000` into settings. Raises ConfigError for a word that is no setting."""
+    """Turn `--max-num-seqs 16 --server.port=9000` into settings. Raises ConfigError for an unknown name."""
     settings: dict[str, str] = {}
     queue = list(words)
     while queue:
@@ -69,7 +69,7 @@ def _name_of(key: str) -> str:
 
 
 def environment_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """Settings that are environment variables, by their dotted names. Raises ConfigError for one that is no setting."""
+    """Settings from environment variables, by their dotted names. Raises ConfigError for one that is not a setting."""
     known = {variable_of(name): name for name in (*SETTINGS, *RENAMED)}
     settings: dict[str, str] = {}
     for variable, value in environ.items():
