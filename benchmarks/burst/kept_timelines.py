@@ -1,4 +1,4 @@
-"""When each token of one repeat of a burst came: a file small enough to keep, which burst_plots.py draws."""
+"""When each token of one repeat of a burst came: a file small enough to keep, which plots.py draws."""
 
 from __future__ import annotations
 
