@@ -1,4 +1,4 @@
-"""tfserve against Hugging Face `generate` on this machine's CPU, in one run: the figures of docs/performance.md.
+"""tfserve against Hugging Face `generate` on this machine's CPU, in one run (benchmarks/compare/README.md).
 
     python -m benchmarks.compare.speed_cpu --repeats 3 --output benchmarks/results/speed_cpu.json
 

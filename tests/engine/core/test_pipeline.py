@@ -1,4 +1,4 @@
-"""The rules of the two-deep pipeline (docs/architecture.md), one by one, on a runner that runs as late as it can."""
+"""The rules of two steps under way (docs/decisions/009), one by one, on a runner that runs as late as it can."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ PROFILES = {
         block_size=256,
     ),
 }
-"""The TokenFlow paper's set-ups, by name: what `bench paper` simulates, and more."""
+"""The TokenFlow paper's set-ups, by name: what `benchmarks.paper` simulates, and more."""
 
 
 def capacity(profile: Profile, mean_prompt: float, mean_output: float) -> float:
