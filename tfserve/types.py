@@ -189,6 +189,7 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV on its way back). `num_unread`
     tokens are generated and not read, enough for `time_to_empty_s`. `stall_s` is how long there was nothing to read;
     None without a reader, or where the `rate` is the server's default and no report has come (`is_rate_assumed`).
+    `reason` says why the request waits, is paused, or came back; None for one that has only been let in.
     """
 
     id: RequestId
@@ -204,6 +205,7 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: float | None
     num_preemptions: int
     is_rate_assumed: bool = False
+    reason: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tests.engine.fakes import FakeEngine
+from tfserve.engine.scheduling.reasons import Cause, Reason, ReasonLog
 from tfserve.messages import ListStreams, ReportPlayed, StepOutputs, StreamStates
-from tfserve.types import FinishReason, StreamState
+from tfserve.types import FinishReason, StreamState, Tenant
 
 
 def streams_of(engine: FakeEngine) -> dict[str, StreamState]:
@@ -88,3 +89,32 @@ def test_whoever_was_preempted_tells_by_which_path_it_came_back_and_how_long_its
     assert all(seconds >= 0 for _, seconds in resumed)
     assert engine.core.stats().num_dropped <= engine.core.stats().num_preemptions
     assert any(last.times.stall_s > 0 for last in engine.finished.values())
+
+
+def test_a_paused_stream_tells_what_it_makes_room_for_and_a_waiting_one_what_it_lacks():
+    engine = FakeEngine(24, num_host_blocks=120, policy="tokenflow", speeds=(1,))
+    for number in range(12):
+        engine.add(f"r{number}", [number + 1] * 10, 40, rate=4.0)
+    reasons: dict[str, set[str | None]] = {}
+    for _ in range(400):
+        if not engine.step():
+            break
+        for state in streams_of(engine).values():
+            reasons.setdefault(state.phase, set()).add(state.reason)
+    paused = {reason.partition(" r")[0] for reason in reasons["paused"] if reason and " s unread, " in reason}
+    assert any(reason.endswith("memory for stream") for reason in paused)
+    assert None not in reasons["paused"] | reasons["waiting"]
+
+
+def test_a_stream_of_another_tenant_has_no_name_in_a_reason():
+    log = ReasonLog()
+    engine = FakeEngine(policy="tokenflow")
+    for req in ("mine", "theirs"):
+        engine.add(req, [1, 2, 3], 50, rate=4.0)
+    engine.step()
+    live = dict(engine.scheduler.running)
+    live["theirs"].tenant = Tenant("others")
+    for request, other in (("mine", "theirs"), ("mine", "mine"), ("mine", "gone")):
+        live[request].reason = Reason(Cause.MAKES_ROOM, 6.21, other)
+        named = log.words(live[request], live, has_batch_slot=True)
+        assert named == f"6.2 s unread, memory for {'stream mine' if other == 'mine' else 'another stream'}"
