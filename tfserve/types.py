@@ -188,6 +188,7 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     `phase` is waiting (no KV yet), running, paused (KV on the host) or loading (KV is copied back). `num_unread`
     tokens are generated and not read; they last for `time_to_empty_s`. `stall_s` is the time without anything to read;
     None without a reader, or if `rate` is the server's default and there was no report (`is_rate_assumed`).
+    `reason` says why the request waits, is paused, or came back; None for one that has only been let in.
     """
 
     id: RequestId
@@ -203,6 +204,7 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     ttft_s: float | None
     num_preemptions: int
     is_rate_assumed: bool = False
+    reason: str | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

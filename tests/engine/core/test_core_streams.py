@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engine.fakes import FakeEngine
+from tfserve.engine.scheduling.reasons import Cause, Reason, ReasonLog
 from tfserve.messages import ListStreams, ReportPlayed, StepOutputs, StreamStates
-from tfserve.types import FinishReason, StreamState
+from tfserve.types import FinishReason, StreamState, Tenant
 
 
 def streams_of(engine: FakeEngine) -> dict[str, StreamState]:
@@ -88,3 +91,33 @@ def test_a_resumed_request_reports_its_path_and_the_stall_of_its_reader():
     assert all(seconds >= 0 for _, seconds in resumed)
     assert engine.core.stats().num_dropped <= engine.core.stats().num_preemptions
     assert any(last.times.stall_s > 0 for last in engine.finished.values())
+
+
+@pytest.mark.parametrize("policy", ["tokenflow", "round-robin"])
+def test_a_paused_stream_tells_why_and_so_does_a_waiting_one(policy):
+    engine = FakeEngine(24, num_host_blocks=120, policy=policy, schedule_interval_s=0.1)
+    for number in range(8):
+        engine.add(f"r{number}", [number + 1] * 10, 30, rate=5.0)
+    reasons: dict[str, set[str | None]] = {}
+    while len(engine.finished) < 8:
+        if not engine.step():
+            engine.clock.time += 0.05
+        for state in streams_of(engine).values():
+            reasons.setdefault(state.phase, set()).add(state.reason)
+    assert None not in reasons["paused"] | reasons["waiting"]
+    assert all(" s unread, " in reason for reason in reasons["paused"] if reason)
+    assert any(reason and reason.endswith(Cause.SPARE_MEMORY) for reason in reasons["running"])
+
+
+def test_a_stream_of_another_tenant_has_no_name_in_a_reason():
+    log = ReasonLog()
+    engine = FakeEngine(policy="tokenflow")
+    for req in ("mine", "theirs"):
+        engine.add(req, [1, 2, 3], 50, rate=4.0)
+    engine.step()
+    live = dict(engine.scheduler.running)
+    live["theirs"].tenant = Tenant("others")
+    for request, other in (("mine", "theirs"), ("mine", "mine"), ("mine", "gone")):
+        live[request].reason = Reason(Cause.MAKES_ROOM, 6.21, other)
+        named = log.words(live[request], live, has_batch_slot=True)
+        assert named == f"6.2 s unread, memory for {'stream mine' if other == 'mine' else 'another stream'}"

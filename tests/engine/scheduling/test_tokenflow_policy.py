@@ -8,6 +8,7 @@ from tests.engine.scene import FlatCost, Scene, decide, set_kv
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow, is_stressed
 from tfserve.engine.scheduling.policy import ResumeBy
+from tfserve.engine.scheduling.reasons import Cause, Reason
 
 LOAD, RECOMPUTE = ResumeBy.LOAD, ResumeBy.RECOMPUTE
 
@@ -56,6 +57,7 @@ def test_a_newcomer_displaces_the_fullest_buffer_that_survives_it():
     decision = decide(scene)
     assert decision.preempt == (("full", LOAD),)
     assert decision.admit == ("new",)
+    assert decision.reasons == {"full": Reason(Cause.MAKES_ROOM, pytest.approx(8.0), "new")}
 
 
 @pytest.mark.parametrize("comes", ["newcomer", "returning"])

@@ -269,7 +269,9 @@ class EngineCore:
             self._device_busy_s += result.device_s
             self._device_idle_s += 0.0 if launched.after_sleep else result.idle_s
             if self._trace is not None:
-                self._trace.on_step(plan, result.device_s, self._clock.now(), self._scheduler.counts, self._copied())
+                scheduler, now_s = self._scheduler, self._clock.now()
+                moves = scheduler.reasons.take_moves()
+                self._trace.on_step(plan, result.device_s, now_s, scheduler.counts, self._copied(), moves=moves)
             self._hand_out(launched, result)
 
     def _hand_out(self, launched: _Launched, result: StepResult) -> None:

@@ -56,6 +56,7 @@ class TraceStep(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     """A step that has ended. `end_s` is by the engine's clock, `seconds` by the device's.
 
     `n_decode` to `prefill_ctx` are StepSample's. `stored` and `loaded` are totals up to now.
+    `moves` counts the requests that left the device or came back since the step before, by cause.
     """
 
     step: int
@@ -70,6 +71,7 @@ class TraceStep(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
     num_paused: _Count
     stored: CopyTotals = CopyTotals()
     loaded: CopyTotals = CopyTotals()
+    moves: dict[str, _Count] = {}
 
     def sample(self) -> StepSample:
         """The step as the CostModel sees it."""
@@ -122,7 +124,14 @@ class StepTrace:
         self._write(head)
 
     def on_step(
-        self, plan: StepPlan, seconds: float, end_s: float, counts: tuple[int, int, int], copied: Sequence[CopyTotals]
+        self,
+        plan: StepPlan,
+        seconds: float,
+        end_s: float,
+        counts: tuple[int, int, int],
+        copied: Sequence[CopyTotals],
+        *,
+        moves: dict[str, int],
     ) -> None:
         """A step has ended; `counts` are waiting, running and paused requests, `copied` stores and loads so far."""
         work = sample_of(plan.seqs, plan.n_decode, seconds)
@@ -140,6 +149,7 @@ class StepTrace:
                 num_paused=counts[2],
                 stored=copied[0],
                 loaded=copied[1],
+                moves=moves,
             )
         )
 

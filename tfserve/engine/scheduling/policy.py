@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from tfserve.arrays import Floats, Ints, Mask, RowIndex
 from tfserve.engine.scheduling.columns import Columns
+from tfserve.engine.scheduling.reasons import Cause, Reason
 from tfserve.plan import Direction
 from tfserve.types import RequestId
 
@@ -134,7 +136,8 @@ class Decision(msgspec.Struct, frozen=True):
     coming step. `decode` says
     whether requests that only lack their newest token run in a step with prompt tokens, `prefill_tokens` caps those.
     `reject` are waiting requests to refuse, each with the seconds after which to try again. `wake_s` is when the policy
-    wants to be asked again even if nothing happens.
+    wants to be asked again even if nothing happens. `reasons` say why, for those that the policy can say more of than
+    their move does; `waits` is why the requests wait that are not admitted, None: for want of room.
     """
 
     admit: tuple[RequestId, ...] = ()
@@ -148,6 +151,8 @@ class Decision(msgspec.Struct, frozen=True):
     decode: bool = True
     prefill_tokens: int | None = None
     wake_s: float | None = None
+    reasons: Mapping[RequestId, Reason] = {}
+    waits: Cause | None = None
 
 
 class Policy(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tfserve.engine.scheduling.reasons import Reason
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.table import RowRef
 from tfserve.model.detokenizer import Detokenizer
@@ -45,6 +46,7 @@ class Request:
     counts, smaller first. `is_rate_assumed`: the request named none.
     `tenant` is for whom it is served.
     `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
+    `reason` is why the request is in its state; None while it has only been let in.
     `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
     """
 
@@ -66,6 +68,7 @@ class Request:
     is_finished: bool = False
     device_has_token: bool = False
     resume: tuple[ResumePath, float] | None = None
+    reason: Reason | None = None
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     prompt_logprobs: PackedLogprobs | None = field(init=False)

@@ -17,6 +17,7 @@ from tfserve.engine.scheduling.policy import (
     held_on_device,
     write_order,
 )
+from tfserve.engine.scheduling.reasons import ReasonLog
 from tfserve.engine.scheduling.request import Request
 from tfserve.engine.scheduling.rows import Rows
 from tfserve.engine.scheduling.snapshots import Snapshots
@@ -71,6 +72,7 @@ class Scheduler:
         self.kv = kv
         self.offload = offload
         self.num_dropped = 0
+        self.reasons = ReasonLog()
         self.rejected: tuple[tuple[Request, float], ...] = ()
         self.unservable: Sequence[tuple[Request, str]] = ()
         self.wake_s: float | None = None
@@ -163,7 +165,10 @@ class Scheduler:
 
     def streams(self, now_s: float) -> list[StreamState]:
         """Every live request, in order of arrival."""
-        queued = stream_states(self._tracker.columns(now_s), self._tracker.is_rate_assumed, now_s)
+        live = {req: request for group in self._by_state.values() for req, request in group.items()}
+        has_slot = self._has_seat
+        why = {req: self.reasons.words(request, live, has_batch_slot=has_slot) for req, request in live.items()}
+        queued = stream_states(self._tracker.columns(now_s), self._tracker.is_rate_assumed, why, now_s)
         gated = () if self._gate is None else self._gate.waiting
         states = [state_before_queue(request, self._config.default_rate, now_s) for request in gated]
         return sorted([*queued, *states], key=lambda state: -state.age_s) if states else queued
@@ -190,7 +195,8 @@ class Scheduler:
         held |= decision.hold
         # Before anything is carried out: the columns are views.
         write_first = write_order(columns) if self.offload.enabled and self._config.priority_writes else None
-        self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
+        with self.reasons.carrying_out(decision):
+            self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
         seqs, n_decode = self._batch.build(self.running, decision, held)
         while not seqs and self._unblock(held, now_s):
             seqs, n_decode = self._batch.build(self.running, decision, held)
@@ -335,6 +341,7 @@ class Scheduler:
 
     def _move(self, request: Request, state: RequestState, now_s: float) -> None:
         """Change a request's state, and with it the group it is in."""
+        self.reasons.on_move(request, request.state, state)
         del self._by_state[request.state][request.id]
         self._by_state[state][request.id] = request
         self._tracker.set_state(request.id, state, now_s)

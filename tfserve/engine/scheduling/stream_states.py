@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
 from tfserve.arrays import Mask
 from tfserve.engine.scheduling.columns import Columns
+from tfserve.engine.scheduling.reasons import Cause
 from tfserve.engine.scheduling.request import Request
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.token_buffer import AUTO, resolve_rate
-from tfserve.types import StreamState
+from tfserve.types import RequestId, StreamState
 
 _NAMES: dict[int, Literal["waiting", "running", "paused", "loading"]] = {
     int(RequestState.WAITING): "waiting",
@@ -22,8 +24,10 @@ _NAMES: dict[int, Literal["waiting", "running", "paused", "loading"]] = {
 }
 
 
-def stream_states(columns: Columns, is_rate_assumed: Mask, now_s: float) -> list[StreamState]:
-    """Every request of `columns`, which are those of `now_s`, in order of arrival.
+def stream_states(
+    columns: Columns, is_rate_assumed: Mask, reasons: Mapping[RequestId, str | None], now_s: float
+) -> list[StreamState]:
+    """Every request of `columns`, which are those of `now_s`, in order of arrival; `reasons` by their ids.
 
     A stall is told only where the rate is known: a request that named none has not said when it is late.
     """
@@ -60,6 +64,7 @@ def stream_states(columns: Columns, is_rate_assumed: Mask, now_s: float) -> list
             stall_s=None if assumed or math.isnan(rate) else stall_s,
             ttft_s=_known(ttft_s),
             num_preemptions=preemptions,
+            reason=reasons[req],
         )
         for (
             req,
@@ -95,6 +100,7 @@ def state_before_queue(request: Request, default_rate: float, now_s: float) -> S
         stall_s=None,
         ttft_s=None,
         num_preemptions=0,
+        reason=str(Cause.GRAMMAR),
     )
 
 

@@ -77,7 +77,7 @@ function drawStream(stream) {
   scale(row.bar, first === null ? 0 : rate === null ? 1 : left / FULL_S);
   const value = first === null ? `waits ${stream.age_s.toFixed(0)} s` : rate === null ? `${stream.num_output_tokens} tok` : `${left.toFixed(1)} s`;
   put(row.value, own ? `you ${value}` : value);
-  row.about = `${stream.id}\n${phase}; ${stream.num_output_tokens} of at most ${stream.max_tokens} tokens, ${stream.num_unread.toFixed(0)} unread; ` +
+  row.about = `${stream.id}\n${phase}${stream.reason === null ? "" : `: ${stream.reason}`}; ${stream.num_output_tokens} of at most ${stream.max_tokens} tokens, ${stream.num_unread.toFixed(0)} unread; ` +
     `read at ${rate === null ? "no rate" : `${rate.toFixed(1)} tokens/s${stream.is_rate_assumed ? ", assumed" : ""}`}\n` +
     `${stream.stall_s === null ? "" : `stalled ${stream.stall_s.toFixed(1)} s, `}${stream.num_preemptions} preemptions`;
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -10,7 +11,9 @@ import numpy as np
 
 from tfserve.arrays import Floats, Ints, Mask, RowIndex
 from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot, held_back
+from tfserve.engine.scheduling.reasons import Cause, Reason
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.types import RequestId
 
@@ -112,11 +115,19 @@ def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
     return np.array(chosen, np.intp)
 
 
-def exchange(snapshot: Snapshot, leave: Sequence[int], come: Sequence[int], *, by_host: Mask, loads: Mask) -> Decision:
-    """The orders that take `leave` off the device and bring `come` onto it.
+def exchange(
+    snapshot: Snapshot,
+    leave: Sequence[int],
+    come: Sequence[int],
+    *,
+    by_host: Mask,
+    loads: Mask,
+    made_for: Mapping[int, int] | None = None,
+) -> Decision:
+    """The orders that take the rows `leave` off the device and bring the rows `come` onto it.
 
-    `by_host` says who keeps its KV on the host, if there is room for what is not there yet; `loads`, who of the paused
-    ones loads it and does not recompute.
+    `by_host` says which requests keep their KV on the host, if there is room for what is not there yet; `loads`, which
+    paused ones load it and do not recompute. `made_for` has the row that each of `leave` makes room for, where known.
     """
     if not leave and not come:
         return Decision()
@@ -130,12 +141,34 @@ def exchange(snapshot: Snapshot, leave: Sequence[int], come: Sequence[int], *, b
         preempt.append((c.ids[row], ResumeBy.LOAD if keeps else ResumeBy.RECOMPUTE))
     coming = list(zip(come, c.is_waiting[list(come)].tolist(), loads[list(come)].tolist(), strict=True))
     return Decision(
+        reasons=_reasons(c, leave, come, made_for),
         admit=tuple(c.ids[row] for row, new, _ in coming if new),
         preempt=tuple(preempt),
         resume=tuple(
             (c.ids[row], ResumeBy.LOAD if load else ResumeBy.RECOMPUTE) for row, new, load in coming if not new
         ),
     )
+
+
+def _reasons(
+    c: Columns, leave: Sequence[int], come: Sequence[int], made_for: Mapping[int, int] | None
+) -> dict[RequestId, Reason]:
+    """Why these requests leave the device, and why others come back."""
+    reasons: dict[RequestId, Reason] = {}
+    rows = [*leave, *(row for row in come if c.has_started[row])]
+    left_s = [seconds if math.isfinite(seconds) else None for seconds in c.time_to_empty_s[rows].tolist()]
+    # Of a policy that tells what each one leaves for, the others leave for the residents' growth.
+    other = Cause.MAKES_ROOM if made_for is None and come else Cause.GROWTH
+    made_for = made_for or {}
+    displacing = set(made_for.values())
+    for row, seconds in zip(rows, left_s, strict=True):
+        if row in made_for:
+            reasons[c.ids[row]] = Reason(Cause.MAKES_ROOM, seconds, c.ids[made_for[row]])
+        elif len(reasons) < len(leave):
+            reasons[c.ids[row]] = Reason(other, seconds)
+        else:
+            reasons[c.ids[row]] = Reason(Cause.DUE if row in displacing else Cause.SPARE_MEMORY, seconds)
+    return reasons
 
 
 def out_of_blocks(snapshot: Snapshot) -> bool:

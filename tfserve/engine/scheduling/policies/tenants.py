@@ -234,7 +234,9 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
         return None
     offload = config.offload and config.policy in OFFLOADING
     _, by_host = round_trip_s(snapshot, offload=offload)
-    decision = exchange(snapshot, exchanges.leaving, exchanges.coming, by_host=by_host, loads=loads)
+    decision = exchange(
+        snapshot, exchanges.leaving, exchanges.coming, by_host=by_host, loads=loads, made_for=exchanges.made_for
+    )
     return msgspec.structs.replace(decision, wake_s=snapshot.now_s)
 
 
@@ -247,6 +249,7 @@ class _Exchanges:
         """Whether a prompt may come though its turn is not in the next step."""
         self.leaving: list[int] = []
         self.coming: list[int] = []
+        self.made_for: dict[int, int] = {}
         self._snapshot = snapshot
         # Lists: what follows looks at them one by one.
         self._seats, self._blocks = holdings.seats.tolist(), holdings.blocks.tolist()
@@ -312,6 +315,7 @@ class _Exchanges:
     def _put_on(self, row: int, victims: list[int]) -> None:
         for victim in victims:
             self.leaving.append(victim)
+            self.made_for[victim] = row
             self._residents[int(self._snapshot.columns.tenant[victim])].remove(victim)
             self._count(victim, -1)
         self.coming.append(row)

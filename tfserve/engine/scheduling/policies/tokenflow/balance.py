@@ -49,6 +49,8 @@ class Balance:
         self._may_recompute = may_recompute
         self.leaving: list[int] = []
         self.coming: list[int] = []
+        self._made_for: dict[int, int] = {}
+        """The row that each of `leaving` makes room for; the others make room for the residents' growth."""
         self.headroom: Floats = headroom_s(c, snapshot.now_s, config.background_patience_s)
         self._snapshot = snapshot
         self._config = config
@@ -121,7 +123,9 @@ class Balance:
         if not self.leaving and not self.coming:
             return Decision()
         by_host = self._round_trip[1]
-        return exchange(self._snapshot, self.leaving, self.coming, by_host=by_host, loads=self._loads)
+        return exchange(
+            self._snapshot, self.leaving, self.coming, by_host=by_host, loads=self._loads, made_for=self._made_for
+        )
 
     def shrink(self) -> None:
         """Take off the device what its growing requests no longer fit into; somebody stays, whatever it takes."""
@@ -339,6 +343,7 @@ class Balance:
         for index in victims:
             self._victims.left.remove(index)
             self._take_off(self._victims.rows[index])
+            self._made_for[int(self._victims.rows[index])] = row
         self.coming.append(row)
         self._spare -= need
         self._free_rows -= 1

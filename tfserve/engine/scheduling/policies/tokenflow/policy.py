@@ -16,6 +16,7 @@ from tfserve.engine.scheduling.policies.tokenflow.far_ahead import to_drop
 from tfserve.engine.scheduling.policies.tokenflow.prefill import PromptShare, pending_tokens, prefill_order
 from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.scheduling.policy import Decision, Snapshot
+from tfserve.engine.scheduling.reasons import Cause
 from tfserve.types import RequestId
 
 _ROUNDING_S = 1e-6
@@ -127,7 +128,8 @@ class TokenFlow:
         self._ticker.timer_s = balance.next_return_s()
         returning = {req for req, _ in decision.resume}
         drop = tuple(req for req in to_drop(snapshot) if req not in returning)
-        return msgspec.structs.replace(decision, drop=drop, reject=refused, wake_s=self._ticker.next_s)
+        waits = Cause.CAPACITY if self._working_set.is_fallback else None
+        return msgspec.structs.replace(decision, drop=drop, reject=refused, wake_s=self._ticker.next_s, waits=waits)
 
     def _go_on(self, snapshot: Snapshot, decision: Decision) -> Decision:
         """Add who gets prompt tokens and how many."""
