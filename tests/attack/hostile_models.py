@@ -347,7 +347,7 @@ def outcome(load: Callable[[Path], str], path: Path) -> Outcome:
 
 
 def main(parts: list[str]) -> int:
-    """Load them all and tell; the exit code is the number of those that end badly, at most 99."""
+    """Load them all and tell; the exit code is the number of loads that end badly, at most 99."""
     from tests.model.tiny_gguf import GgufRecipe, tiny_model, write_gguf
 
     torch.set_num_threads(1)

@@ -71,7 +71,7 @@ async def test_requests_to_a_stopped_engine_do_not_stop_the_http_side_and_are_an
             for path in ("/health", "/ready", "/metrics", "/v1/models"):
                 assert await asyncio.wait_for(status_of(session, server.url + path), 5) == 200
         assert not any(each.done() for each in asking)
-        # Those that leave while nothing moves are gone when it does.
+        # Requests whose client leaves while the engine stands still are gone when it goes on.
         for each in asking[:10]:
             each.cancel()
         server.engine().resume()

@@ -177,7 +177,7 @@ async def test_packed_bodies_are_unpacked_off_the_event_loop(
         at.append(threading.get_ident())
         return unpacked(*args)
 
-    monkeypatch.setattr("tfserve.http.answer.unpacked", noted)
+    monkeypatch.setattr("tfserve.http.reading.unpacked", noted)
     server = await start()
     data = gzip.compress(json.dumps({"prompt": "x", "user": random.Random(1).randbytes(100_000).hex()}).encode())
     async with server.post(PLAIN, data, headers={"Content-Encoding": "gzip"}) as response:

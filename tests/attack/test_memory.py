@@ -133,7 +133,7 @@ async def test_a_stream_without_news_is_not_unread(start: StartServer) -> None:
 async def test_answers_that_are_not_read_have_a_common_bound(
     start: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unread, "MOST_UNSENT_BYTES", 70 * MIB)
+    monkeypatch.setattr(unread, "MAX_UNSENT_BYTES", 70 * MIB)
     monkeypatch.setattr(unread, "STALLED_S", 0.2)
     monkeypatch.setattr(unread, "_PRESSED_S", 0.05)
     server = await start(reply=None, unread_timeout_s=60)

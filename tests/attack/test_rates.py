@@ -1,4 +1,4 @@
-"""Clients that name a rate to get more than their share: the others are served, and what counts is told."""
+"""Clients that name a rate to get more than their share: other clients are served, and the rate that counts is told."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_live_streams_show_the_rate_that_counts(model_dir: Path) -> None:
         await asyncio.wait_for(blocks_are_back(server), 30)
 
 
-# -- others are served
+# -- other clients are served
 
 
 SLOW = pytest.mark.slow

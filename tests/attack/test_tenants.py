@@ -1,4 +1,4 @@
-"""Kind: one key takes the server from the others, or touches their streams."""
+"""Kind: one key takes the server from the other keys, or touches their streams."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def num_calls(function: Callable[[], object]) -> int:
-    """How many functions `function` calls, those of C and the turns of generators included."""
+    """How many functions `function` calls, C functions and the turns of generators included."""
     count = 0
 
     def note(_frame: FrameType, event: str, _argument: object) -> None:

@@ -13,7 +13,7 @@ from tests.http.fakes import FakeEngine
 from tfserve.cli_config import config_from_args
 from tfserve.config import EngineConfig
 from tfserve.http.app import create_app
-from tfserve.http.openapi import OPEN_PATHS
+from tfserve.http.routes import OPEN_PATHS
 from tfserve.http.server import ENGINE_SHUTDOWN_S, GOODBYE_S
 from tfserve.http.service import Service
 

@@ -1,4 +1,4 @@
-"""Connections on which no request comes, or none that can be read, and those of web pages."""
+"""Connections without a request, with one that cannot be read, and connections of web pages."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_idle_connections_make_room_for_new_ones_and_not_those_with_a_requ
         readings = [asyncio.ensure_future(reader.read()) for reader, _ in idle]
         await asyncio.wait(readings, timeout=0.2)
         num_ended = sum(reading.done() for reading in readings)
-        # Those that came first; beside those that are left there are two more, which have had a request.
+        # The oldest idle connections are closed. Two more remain, which have had a request.
         assert num_ended == 50
         assert all(reading.done() for reading in readings[:num_ended])
         server.engine.live[0].say("text", FinishReason.STOP)

@@ -1,4 +1,4 @@
-"""Whose name a request comes by: pages whose names were made to point here (DNS rebinding) may not call a server."""
+"""Names a request may come by: a page whose name is made to point here (DNS rebinding) may not call the server."""
 
 from __future__ import annotations
 

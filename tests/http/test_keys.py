@@ -1,4 +1,4 @@
-"""API keys over HTTP: whose a stream is, what each key may ask for, and that no key is ever shown."""
+"""API keys over HTTP: which streams a key may see, what it may ask for, and that no key is ever shown."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def test_the_stream_of_another_key_is_not_there(start: StartServer, suffix
     server = await start(reply=None, api_keys=KEYS)
     opened, answer = await open_for(server, "alice")
     stream, said = server.engine.live[-1], {}
-    for name in (answer + suffix, "cmpl-nobody"):
+    for name in (answer + suffix, "cmpl-unknown"):
         for path, body in (
             (f"/v1/streams/{name}/buffer", {"played_tokens": 1}),
             ("/abort_request", {"request_id": name}),

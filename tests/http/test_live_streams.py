@@ -11,7 +11,7 @@ import pytest
 from tests.http.conftest import Running, StartServer
 from tests.http.fakes import FakeEngine
 from tests.http.test_answers import events
-from tfserve.http import streams
+from tfserve.http import feed
 from tfserve.types import FinishReason, StreamState
 
 PLAIN = "/v1/completions"
@@ -133,9 +133,9 @@ async def test_a_stream_without_a_reader_takes_no_reports(start: StartServer) ->
 async def test_streams_that_are_not_there_are_404(start: StartServer) -> None:
     server = await start()
     for path, body in (
-        ("/v1/streams/cmpl-nobody/buffer", {"played_tokens": 1}),
-        ("/v1/streams/cmpl-nobody-0/buffer", {"played_tokens": 1}),
-        ("/abort_request", {"request_id": "cmpl-nobody"}),
+        ("/v1/streams/cmpl-unknown/buffer", {"played_tokens": 1}),
+        ("/v1/streams/cmpl-unknown-0/buffer", {"played_tokens": 1}),
+        ("/abort_request", {"request_id": "cmpl-unknown"}),
     ):
         async with server.post(path, body) as response:
             assert response.status == 404
@@ -213,7 +213,7 @@ class SilentEngine(FakeEngine):
 async def test_an_engine_that_does_not_tell_of_its_streams_holds_up_nobody(
     start: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(feed, "PATIENCE_S", 0.1)
     server = await start(engine_class=SilentEngine)
 
     async def ask() -> tuple[int, str]:
@@ -229,7 +229,7 @@ async def test_an_engine_that_does_not_tell_of_its_streams_holds_up_nobody(
 async def test_a_picture_that_does_not_come_is_told_in_the_stream_of_pictures(
     start: StartServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(feed, "PATIENCE_S", 0.1)
     server = await start(engine_class=SilentEngine)
     server.engine.silent = False
     async with server.get("/v1/streams?interval=0.1", headers={"Accept": "text/event-stream"}) as response:

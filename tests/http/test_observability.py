@@ -1,4 +1,4 @@
-"""What the server tells those who run it: metrics, the interval line, and nothing about what people wrote."""
+"""What the server tells its operator: metrics, the interval line, and nothing of any prompt."""
 
 from __future__ import annotations
 

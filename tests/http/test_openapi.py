@@ -82,6 +82,35 @@ def test_every_reference_resolves() -> None:
     assert list(unresolved(told, told["components"]["schemas"])) == []
 
 
+def bounds(schema: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Numbers just beyond what a body's schema allows, with their fields."""
+    for name, field in schema["properties"].items():
+        for variant in field.get("anyOf", [field]):
+            if "minimum" in variant:
+                yield name, variant["minimum"] - 1
+                yield name, variant["maximum"] + 1 if "maximum" in variant else 2**63
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True}),
+        ("/v1/completions", {"prompt": "Hi"}),
+    ],
+)
+async def test_a_number_beyond_the_documented_bounds_is_refused_by_its_name(
+    path: str, body: dict[str, Any], start: StartServer
+) -> None:
+    server = await start()
+    told = document("tiny", with_keys=False)
+    ref = told["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    beyond = list(bounds(told["components"]["schemas"][ref.rpartition("/")[2]]))
+    assert len(beyond) > 20
+    for name, value in beyond:
+        async with server.post(path, {**body, name: value}) as response:
+            assert (response.status, (await response.json())["error"]["param"]) == (400, name), value
+
+
 @pytest.mark.slow
 def test_schemathesis_finds_no_answer_that_the_document_does_not_foresee(server: ThreadedServer) -> None:
     schemathesis = pytest.importorskip("schemathesis")

@@ -170,8 +170,8 @@ async def test_errors_of_the_engine_name_what_the_client_sent(
 @pytest.mark.parametrize(
     ("path", "body", "status", "param"),
     [
-        ("/abort_request", {"request_id": "nobody"}, 404, "request_id"),
-        ("/v1/streams/nobody/buffer", {"played_tokens": 3}, 404, "id"),
+        ("/abort_request", {"request_id": "unknown"}, 404, "request_id"),
+        ("/v1/streams/unknown/buffer", {"played_tokens": 3}, 404, "id"),
         ("/detokenize", {"tokens": [300]}, 400, "tokens"),
     ],
 )

@@ -88,7 +88,7 @@ async def test_a_half_read_stream_holds_the_reader_not_the_memory(start: StartSe
     server = await start(reply=None)
     response = await open_stream(server)
     stream = server.engine.live[0]
-    for _ in range(300):  # 30 MB; nobody reads
+    for _ in range(300):  # 30 MB, unread
         stream.say("x" * 100_000, tokens=1)
         await asyncio.sleep(0)
     reads = -1

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from tfserve.http.errors import ApiError, unavailable
 
 UNCOUNTED_BYTES = 64 * 1024
-"""So much of each body is not counted: ordinary requests are served whatever large ones take."""
+"""Bytes of each body that are not counted: small requests are served whatever large ones take."""
 
 STALLED_S = 2.0
-"""A body of which nothing has come for so long gives way to one that needs its memory."""
+"""A body that has received nothing for this long is ended when another one needs its memory."""
 
 _RETRY_AFTER_S = 1.0
 
@@ -28,7 +28,7 @@ class BodyBudget:
         self.num_bytes = 0
         self._most_bytes = most_bytes
         self._on_refusal = on_refusal
-        self._holds: dict[BodyHold, None] = {}  # those with counted bytes; the one that last grew is last
+        self._holds: dict[BodyHold, None] = {}  # with counted bytes; the hold that grew last is last
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[BodyHold]:
@@ -53,7 +53,7 @@ class BodyBudget:
             self._holds[hold] = None
 
     def give_back(self, hold: BodyHold) -> None:
-        """A body takes nothing any more."""
+        """A body takes no memory any more."""
         self.num_bytes -= hold.num_counted
         hold.num_counted = 0
         self._holds.pop(hold, None)
@@ -94,7 +94,7 @@ class BodyHold:
 
     @contextlib.asynccontextmanager
     async def reading(self, timeout_s: float) -> AsyncIterator[None]:
-        """While the body is read. Raises TimeoutError after `timeout_s`, ApiError (503) if it had to give way."""
+        """While the body is read. Raises TimeoutError after `timeout_s`, ApiError (503) if `end` was called."""
         try:
             async with asyncio.timeout(timeout_s) as self._limit:
                 yield

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+from aiohttp import web
 
+from tfserve.engine.engine import Engine
 from tfserve.engine.frontend.validation import require_grammars
 from tfserve.errors import RequestError
 from tfserve.http.answer import Job, Result, encode_prompt
 from tfserve.http.chat_prompt import chat_prompt
-from tfserve.http.endpoint import GenerationEndpoint
+from tfserve.http.endpoint import ERRORS, generate
 from tfserve.http.known_fields import CHAT_FIELDS
 from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import EnginePort, TokenizerPort
 from tfserve.http.protocol import ChatRequest, UsageWish
 from tfserve.http.reasoning import Place, ThoughtCounter, ThoughtParser, first_place
 from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
@@ -36,11 +37,11 @@ from tfserve.http.replies import (
     TopLogprob,
     Usage,
 )
-from tfserve.http.service import Service
-from tfserve.http.sse import event
+from tfserve.http.route import Route, register
 from tfserve.http.structured import response_grammar
 from tfserve.http.tool_parsing import new_call_id, tool_call_parser
 from tfserve.http.tools import ToolPlan
+from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import EngineInfo, FinishReason, RequestOutput, Tenant, TokenLogprob
 
 
@@ -85,25 +86,17 @@ class ChatRenderer:
         head = self._head
         if head.wish is UsageWish.ALWAYS or not self._choices[index].is_plain:
             return None
-        choice = ChatChunkChoice(index, Delta(content=self.id))
-        data = event(
-            head.encode(ChatChunk(head.id, head.created, head.model, [choice], head.chunk_usage(Usage(0, 0, 0))))
-        )
-        before, after = data.rsplit(head.encode(self.id), 1)
-        return before, after
+        return head.frame(ChatChunk, ChatChunkChoice(index, Delta(content=self.id)))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with token counts; empty when the client did not ask for it."""
-        head = self._head
-        if head.wish is UsageWish.NEVER:
-            return b""
-        return event(head.encode(ChatChunk(head.id, head.created, head.model, [], self._counted(usage))))
+        return self._head.usage_event(ChatChunk, self._counted(usage))
 
     def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
         """The JSON body of an answer that is not streamed."""
         head = self._head
         choices = [head.part(self._whole_choice(index, result)) for index, result in enumerate(results)]
-        return head.encode(ChatCompletion(head.id, head.created, head.model, choices, self._counted(usage)))
+        return head.body(ChatCompletion, choices, self._counted(usage))
 
     def _whole_choice(self, index: int, result: Result) -> ChatChoice:
         choice = self._choices[index] = _Choice(self._reading, self._head.tokenizer)
@@ -128,10 +121,7 @@ class ChatRenderer:
         return usage
 
     def _event(self, choice: ChatChunkChoice, usage: Usage) -> bytes:
-        head = self._head
-        return event(
-            head.encode(ChatChunk(head.id, head.created, head.model, [choice], head.chunk_usage(self._counted(usage)))),
-        )
+        return self._head.event(ChatChunk, choice, self._counted(usage))
 
     def _logprobs(self, entries: Sequence[TokenLogprob] | None) -> ChatLogprobs | None:
         if not entries:
@@ -165,7 +155,7 @@ class Reading:
 class _Choice:
     """One choice as far as it has come: its thoughts, and which tool calls there were in it. The role begins it."""
 
-    def __init__(self, reading: Reading, tokenizer: TokenizerPort) -> None:
+    def __init__(self, reading: Reading, tokenizer: Tokenizer) -> None:
         tools = reading.tools
         self.has_begun = False
         self._format = tools.format
@@ -233,7 +223,7 @@ async def _grammar(asked: ChatRequest, tools: ToolPlan, info: EngineInfo, tenant
     return forced
 
 
-def _place(asked: ChatRequest, tokenizer: TokenizerPort, prompt: str, grammar: str | None) -> Place | None:
+def _place(asked: ChatRequest, tokenizer: Tokenizer, prompt: str, grammar: str | None) -> Place | None:
     """Where the answer begins; None where thoughts are not told from it: a grammar leaves no room for any."""
     if not tokenizer.thinks or grammar is not None or asked.separate_reasoning is False:
         return None
@@ -241,25 +231,39 @@ def _place(asked: ChatRequest, tokenizer: TokenizerPort, prompt: str, grammar: s
     return first_place(prompt, continued)
 
 
-class ChatEndpoint(GenerationEndpoint[ChatRequest]):
-    """Answers chat requests."""
+async def _prepare(asked: ChatRequest, size: int, model: str, engine: Engine, tenant: Tenant) -> Job:
+    """The conversation as one prompt, by the model's template."""
+    tokenizer = engine.tokenizer
+    parallel = asked.parallel_tool_calls is not False
+    tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
+    await tools.measure()
+    grammar = await _grammar(asked, tools, engine.info, tenant)
+    params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
+    text = await off_loop(size, chat_prompt, tokenizer, asked.messages, asked, tools.for_template)
+    # The template has written the special tokens already.
+    prompt = await encode_prompt(engine, text, add_special_tokens=bool(asked.add_special_tokens))
+    reading = Reading(tools, parallel, _place(asked, tokenizer, text, grammar), asked.include_reasoning is not False)
+    renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), reading)
+    return Job([prompt], params, asked.num_samples, renderer)
 
-    def __init__(self, service: Service) -> None:
-        super().__init__(service, BodyParser(ChatRequest, CHAT_FIELDS))
 
-    async def prepare(self, asked: ChatRequest, size: int, model: str, engine: EnginePort, tenant: Tenant) -> Job:
-        """The conversation as one prompt, by the model's template."""
-        tokenizer = engine.tokenizer
-        parallel = asked.parallel_tool_calls is not False
-        tools = ToolPlan(asked.tools, asked.tool_choice, parallel, tokenizer.tool_format)
-        await tools.measure()
-        grammar = await _grammar(asked, tools, engine.info, tenant)
-        params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
-        text = await off_loop(size, chat_prompt, tokenizer, asked.messages, asked, tools.for_template)
-        # The template has written the special tokens already.
-        prompt = await encode_prompt(engine, text, add_special_tokens=bool(asked.add_special_tokens))
-        reading = Reading(
-            tools, parallel, _place(asked, tokenizer, text, grammar), asked.include_reasoning is not False
-        )
-        renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), reading)
-        return Job([prompt], params, asked.num_samples, renderer)
+_PARSER = BodyParser(ChatRequest, CHAT_FIELDS)
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions."""
+    return await generate(request, _PARSER, _prepare)
+
+
+register(
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        chat,
+        "Answer a conversation, whole or as a stream of events",
+        ChatCompletion,
+        ChatRequest,
+        chunk=ChatChunk,
+        errors=ERRORS,
+    )
+)

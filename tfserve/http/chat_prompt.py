@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from tfserve.errors import RequestError
+from tfserve.http.documented import documented
 from tfserve.http.messages import ChatMessage, conversation
-from tfserve.http.ports import TokenizerPort
+from tfserve.model.tokenizer import Tokenizer
 
 _OWN_FIELDS = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "self"}
@@ -16,6 +17,9 @@ _OWN_FIELDS = frozenset(
 
 _OPEN_END = "\ue000to be continued\ue000 "
 """Marks where the text of the final message ends. The space shows whether the template trims."""
+
+
+TemplateVariables = Annotated[dict[str, Any], documented(description="Variables that the model's chat template reads.")]
 
 
 class TemplateFields(Protocol):
@@ -28,7 +32,7 @@ class TemplateFields(Protocol):
 
 
 def chat_prompt(
-    tokenizer: TokenizerPort,
+    tokenizer: Tokenizer,
     messages: Sequence[ChatMessage],
     fields: TemplateFields,
     tools: Sequence[Mapping[str, Any]] | None,
@@ -64,7 +68,7 @@ def _variables(fields: TemplateFields, known: frozenset[str]) -> dict[str, Any]:
     return variables
 
 
-def _open_ended(tokenizer: TokenizerPort, turns: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+def _open_ended(tokenizer: Tokenizer, turns: Sequence[dict[str, Any]], variables: Mapping[str, Any]) -> str:
     """The prompt up to the end of the last turn's text, as transformers cuts it: trimmed if the template trims."""
     content = turns[-1]["content"]
     if turns[-1].get("tool_calls"):

@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+from aiohttp import web
 
+from tfserve.engine.engine import Engine
 from tfserve.engine.frontend.validation import check_tokens
 from tfserve.errors import RequestError
 from tfserve.http.answer import Job, Result, encode_prompt
-from tfserve.http.endpoint import GenerationEndpoint
+from tfserve.http.endpoint import ERRORS, generate
 from tfserve.http.known_fields import COMPLETION_FIELDS
 from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import EnginePort
 from tfserve.http.protocol import CompletionRequest, UsageWish
 from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import Completion, CompletionChoice, CompletionLogprobs, Usage
-from tfserve.http.service import Service
-from tfserve.http.sse import event
+from tfserve.http.route import Route, register
 from tfserve.http.structured import response_grammar
 from tfserve.http.text_offsets import TextOffsets
 from tfserve.types import RequestOutput, Tenant, TokenLogprob
@@ -70,8 +70,7 @@ class CompletionRenderer:
             return b""
         scored = output.prompt_logprobs or (), output.logprobs or ()
         choice = self._choice(index, output.text, *scored, output.finish_reason)
-        head = self._head
-        return event(head.encode(Completion(head.id, head.created, head.model, [choice], head.chunk_usage(usage))))
+        return self._head.event(Completion, choice, usage)
 
     def template(self, index: int) -> tuple[bytes, bytes] | None:
         """What surrounds the text in every further event of choice `index` that has nothing else.
@@ -81,19 +80,11 @@ class CompletionRenderer:
         head = self._head
         if head.wish is UsageWish.ALWAYS:
             return None
-        choice = CompletionChoice(index, self.id)
-        data = event(
-            head.encode(Completion(head.id, head.created, head.model, [choice], head.chunk_usage(Usage(0, 0, 0))))
-        )
-        before, after = data.rsplit(head.encode(self.id), 1)
-        return before, after
+        return head.frame(Completion, CompletionChoice(index, self.id))
 
     def usage_chunk(self, usage: Usage) -> bytes:
         """The event with token counts; empty when the client did not ask for it."""
-        head = self._head
-        if head.wish is UsageWish.NEVER:
-            return b""
-        return event(head.encode(Completion(head.id, head.created, head.model, [], usage)))
+        return self._head.usage_event(Completion, usage)
 
     def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
         """The JSON body of an answer that is not streamed."""
@@ -110,7 +101,7 @@ class CompletionRenderer:
             )
             for index, result in enumerate(results)
         ]
-        return head.encode(Completion(head.id, head.created, head.model, choices, usage))
+        return head.body(Completion, choices, usage)
 
     def _choice(
         self,
@@ -134,7 +125,7 @@ class CompletionRenderer:
             self._offsets[index] = TextOffsets(self._head.tokenizer, lambda *_: self._special_are_text, start)
         tokens += map(self._token, of_text)
         offsets += [self._offsets[index].next(entry.token_id) for entry in of_text]
-        # A prompt may have been scored without anybody asking: the engine ran it for nothing else.
+        # A prompt may have been scored though no log probabilities are wanted: with max_tokens 0 the engine scores it.
         wanted = bool(tokens) and self._num_logprobs is not None
         return CompletionChoice(index, text, self._logprobs(tokens, offsets) if wanted else None, finish_reason)
 
@@ -154,55 +145,69 @@ class CompletionRenderer:
         return entry.token_id, value, self._head.part(table)
 
 
-class CompletionEndpoint(GenerationEndpoint[CompletionRequest]):
-    """Answers completion requests."""
-
-    def __init__(self, service: Service) -> None:
-        super().__init__(service, BodyParser(CompletionRequest, COMPLETION_FIELDS))
-
-    async def prepare(
-        self, asked: CompletionRequest, _size: int, model: str, engine: EnginePort, tenant: Tenant
-    ) -> Job:
-        """The prompts as token ids, in order."""
-        tokenizer = engine.tokenizer
-        grammar = await response_grammar(asked.response_format, engine.info, tenant)
-        params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
-        head = AnswerHead("cmpl", model, tokenizer, asked.usage_wish)
-        prompts: list[Sequence[int]] = []
-        texts = []
-        for prompt in asked.prompts(engine.info):
-            if isinstance(prompt, str):
-                special = asked.add_special_tokens is not False
-                prompts.append(await encode_prompt(engine, prompt, add_special_tokens=special))
-                texts.append(prompt)
-            else:
-                prompts.append(prompt)
-                texts.append(await _echoed(engine, prompt, params.skip_special_tokens) if asked.echo else "")
-            # Many prompts of moderate length: let other requests in between two of them.
-            await asyncio.sleep(0)
-        echoes: list[Echo] = []
-        if asked.echo:
-            echoes = [Echo(text, token_ids[0]) for text, token_ids in zip(texts, prompts, strict=True) if token_ids]
-        num_echoed = asked.num_samples * sum(len(echo.text) for echo in echoes)
-        if num_echoed > MAX_ECHOED_CHARS:
-            wish = f"the prompts that the choices are to begin with have {num_echoed} characters together"
-            raise RequestError("echo", f"echo: {wish}, and {MAX_ECHOED_CHARS} are allowed; lower n or leave echo out")
-        return Job(
-            prompts,
-            params,
-            asked.num_samples,
-            CompletionRenderer(
-                head,
-                num_samples=asked.num_samples,
-                num_logprobs=asked.logprobs,
-                special_are_text=not params.skip_special_tokens,
-                echoes=echoes,
-            ),
-            num_echoed=num_echoed,
-        )
+async def _prepare(asked: CompletionRequest, _size: int, model: str, engine: Engine, tenant: Tenant) -> Job:
+    """The prompts as token ids, in order."""
+    tokenizer = engine.tokenizer
+    grammar = await response_grammar(asked.response_format, engine.info, tenant)
+    params = msgspec.structs.replace(asked.sampling_params(), grammar=grammar)
+    head = AnswerHead("cmpl", model, tokenizer, asked.usage_wish)
+    prompts: list[Sequence[int]] = []
+    texts = []
+    for prompt in asked.prompts(engine.info):
+        if isinstance(prompt, str):
+            special = asked.add_special_tokens is not False
+            prompts.append(await encode_prompt(engine, prompt, add_special_tokens=special))
+            texts.append(prompt)
+        else:
+            prompts.append(prompt)
+            texts.append(await _echoed(engine, prompt, params.skip_special_tokens) if asked.echo else "")
+        # Many prompts of moderate length: let other requests in between two of them.
+        await asyncio.sleep(0)
+    echoes: list[Echo] = []
+    if asked.echo:
+        echoes = [Echo(text, token_ids[0]) for text, token_ids in zip(texts, prompts, strict=True) if token_ids]
+    num_echoed = asked.num_samples * sum(len(echo.text) for echo in echoes)
+    if num_echoed > MAX_ECHOED_CHARS:
+        wish = f"the prompts that the choices are to begin with have {num_echoed} characters together"
+        raise RequestError("echo", f"echo: {wish}, and {MAX_ECHOED_CHARS} are allowed; lower n or leave echo out")
+    return Job(
+        prompts,
+        params,
+        asked.num_samples,
+        CompletionRenderer(
+            head,
+            num_samples=asked.num_samples,
+            num_logprobs=asked.logprobs,
+            special_are_text=not params.skip_special_tokens,
+            echoes=echoes,
+        ),
+        num_echoed=num_echoed,
+    )
 
 
-async def _echoed(engine: EnginePort, prompt: Sequence[int], skip_special_tokens: bool) -> str:
+async def _echoed(engine: Engine, prompt: Sequence[int], skip_special_tokens: bool) -> str:
     """The text of a prompt of token ids. Raises RequestError for tokens that there are not."""
     check_tokens(prompt, engine.info.vocab_size)
     return await off_loop(len(prompt), engine.tokenizer.decode, prompt, skip_special_tokens)
+
+
+_PARSER = BodyParser(CompletionRequest, COMPLETION_FIELDS)
+
+
+async def complete(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions."""
+    return await generate(request, _PARSER, _prepare)
+
+
+register(
+    Route(
+        "POST",
+        "/v1/completions",
+        complete,
+        "Continue prompts, whole or as a stream of events",
+        Completion,
+        CompletionRequest,
+        chunk=Completion,
+        errors=ERRORS,
+    )
+)

@@ -1,4 +1,4 @@
-"""The connections of a server, which aiohttp reads: how many there are, how long they idle, what of them is logged."""
+"""The connections of a server: how many there may be, how long they may idle, what is logged of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from aiohttp import http_exceptions, web
 
 from tfserve.http.errors import ApiError, unavailable
-from tfserve.http.openapi import OPEN_PATHS
+from tfserve.http.routes import OPEN_PATHS
 from tfserve.http.seldom import SeldomLog
 
 log = logging.getLogger(__name__)
 
 IDLE_TIMEOUT_S = 75.0
-"""How long a connection may take to begin, to send a request's head, or to come with the next one.
+"""How long a connection may take to send its first request's head, or to begin the next request.
 
 Longer than the 60 s after which common proxies leave connections; aiohttp's own is an hour.
 """
@@ -30,7 +30,7 @@ READ_BYTES = 16 * 1024
 
 COMMON_HEADERS = {
     "Server": "tfserve",
-    "X-Content-Type-Options": "nosniff",  # no browser takes for a page what is not called one
+    "X-Content-Type-Options": "nosniff",  # browsers show only text/html as a page
 }
 """What every answer has. The library's own `Server` names versions."""
 
@@ -42,10 +42,10 @@ def create_runner(
     idle_timeout_s: float = IDLE_TIMEOUT_S,
     max_connections: int = MAX_CONNECTIONS,
 ) -> web.AppRunner:
-    """A runner for `app` whose lost clients end their requests, and whose log quotes nobody.
+    """A runner for `app` whose lost clients end their requests, and whose log quotes no request.
 
-    A request beyond `max_connections` of them is answered 503 unless it is a probe's. For a connection beyond that,
-    the one closes that has been idle for longest.
+    A request beyond `max_connections` is answered 503 unless it is a probe's. A connection beyond the spare ones closes
+    the connection that has been idle for longest.
     """
     log.addFilter(_without_quotes)
     return _Runner(
@@ -73,17 +73,17 @@ class _Runner(web.AppRunner):
 
 
 class Connections(web.Server):
-    """All connections: those with a request under way, and the idle ones, which wait for a request's head."""
+    """All connections. A busy one has a request under way; an idle one waits for a request's head."""
 
     def __init__(self, server: web.Server, most: int, options: dict[str, Any]) -> None:
-        """As many as `most` serve requests; the rest is as in `server`, and `options` are those of RequestHandler."""
+        """`most` may have a request under way. `server` has the application; `options` are those of RequestHandler."""
         super().__init__(
             self._serve, request_factory=server.request_factory, handler_cancellation=server.handler_cancellation
         )
         self._app_handler = server.request_handler
         self._options = {name: value for name, value in options.items() if name != "handler_cancellation"}
         self._most = most
-        self._idle: dict[web.RequestHandler, None] = {}  # the one that has been idle for longest is first
+        self._idle: dict[web.RequestHandler, None] = {}  # idle for longest first
         self._busy: set[web.RequestHandler] = set()
         self._refusals = SeldomLog(log)
 
@@ -92,7 +92,7 @@ class Connections(web.Server):
         return _Connection(self, loop=self._loop, **self._options)
 
     def connection_made(self, handler: web.RequestHandler, transport: Any) -> None:
-        """A connection has come; if there are too many, an idle one goes, at the worst this one."""
+        """Count a new connection. If there are too many, the one that has been idle for longest is closed."""
         super().connection_made(handler, transport)
         transport.max_size = READ_BYTES  # asyncio's own name, and 256 KiB
         self._idle[handler] = None
@@ -127,7 +127,7 @@ class Connections(web.Server):
             message = "The only expectation that can be met is 'Expect: 100-continue'."
             return _refusal(ApiError(417, message, code="expectation_failed"))
         response = await self._app_handler(request)
-        if is_spare:  # one that asks again and again, and reads nothing, would keep probes out
+        if is_spare:  # a client that asks again and again, and reads nothing, would keep probes out
             response.force_close()
         return response
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from tfserve.http.routes import ROUTES
 
-_ALLOWED = {"Access-Control-Allow-Methods": "GET, POST, OPTIONS", "Access-Control-Max-Age": "600"}
+_METHODS = (*sorted({route.method for route in ROUTES}), "OPTIONS")
+_ALLOWED = {"Access-Control-Allow-Methods": ", ".join(_METHODS), "Access-Control-Max-Age": "600"}
 
 _LIMITS = (f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset"))
 _READABLE = ", ".join(("Retry-After", "X-Consumption-Rate", "X-Request-Id", "X-Should-Retry", *_LIMITS))
@@ -33,7 +35,7 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
     async def preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
         asks = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
         if asks and origin_of(request) is not None:
-            # All that are asked for: OpenAI's client for browsers sends a dozen of its own.
+            # All headers are allowed: OpenAI's client for browsers sends a dozen of its own.
             asked = request.headers.get("Access-Control-Request-Headers", "")
             return web.Response(status=204, headers={**_ALLOWED, "Access-Control-Allow-Headers": asked})
         return await handler(request)

@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from aiohttp import web
 
+from tfserve.engine.engine import Engine
 from tfserve.engine.scheduling.token_buffer import exceeds
 from tfserve.errors import RequestError
-from tfserve.http.answer import Job, answer, read_body
+from tfserve.http.answer import Job, answer
 from tfserve.http.keys import CALLER
-from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import EnginePort
 from tfserve.http.protocol import GenerationRequest
-from tfserve.http.service import Service
+from tfserve.http.reading import read
+from tfserve.http.service import SERVICE
 from tfserve.types import Tenant
+
+ERRORS = (400, 404, 413, 429, 500, 503)
+"""Statuses of generation endpoints that come with an error object."""
 
 LOWERED_RATE = web.RequestKey("lowered_rate", float)
 """The rate that the request is served at, noted on the HTTP request where it is less than was asked for."""
 
 Asked = TypeVar("Asked", bound=GenerationRequest)
 
+Prepare = Callable[[Asked, int, str, Engine, Tenant], Awaitable[Job]]
+"""What to run for a parsed body of so many bytes, and how to word the answer of the model of this name."""
 
-class GenerationEndpoint(ABC, Generic[Asked]):
-    """Answers POST requests with a Service's engine."""
 
-    def __init__(self, service: Service, parser: BodyParser[Asked]) -> None:
-        self._service = service
-        self._parser = parser
-
-    async def post(self, request: web.Request) -> web.StreamResponse:
-        """Handle one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
-        service = self._service
-        engine = service.engine
-        caller = request[CALLER]
-        caller.limits.on_request()
-        with service.bodies.hold() as hold:
-            body = await read_body(request, service.config.server.max_body_bytes, hold)
-            asked = await off_loop(len(body), self._parser.parse, body)
-            service.check_model(asked.model)
-            names = asked.names
-            rate, max_rate = asked.reading_rate, service.config.scheduler.max_rate
-            if exceeds(rate, max_rate):
-                rate = request[LOWERED_RATE] = max_rate
-            try:
-                job = await self.prepare(asked, len(body), service.model_name, engine, caller.tenant)
-            except RequestError as error:
-                raise error.renamed(names) from None
-        priority, stream = asked.priority or 0, bool(asked.stream)
-        answering = answer(request, service, job, rate=rate, priority=priority, stream=stream)
-        # The answer may take long, and what was sent need not stay for it.
-        del body, asked, job
+async def generate(request: web.Request, parser: BodyParser[Asked], prepare: Prepare[Asked]) -> web.StreamResponse:
+    """Answer one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
+    service = request.app[SERVICE]
+    engine = service.engine
+    caller = request[CALLER]
+    caller.limits.on_request()
+    with service.bodies.hold() as hold:
+        asked, size = await read(request, parser, service.config.server.max_body_bytes, hold)
+        service.check_model(asked.model)
+        names = asked.names
+        rate, max_rate = asked.reading_rate, service.config.scheduler.max_rate
+        if exceeds(rate, max_rate):
+            rate = request[LOWERED_RATE] = max_rate
         try:
-            return await answering
+            job = await prepare(asked, size, service.model_name, engine, caller.tenant)
         except RequestError as error:
             raise error.renamed(names) from None
-
-    @abstractmethod
-    async def prepare(self, asked: Asked, size: int, model: str, engine: EnginePort, tenant: Tenant) -> Job:
-        """What to run for a parsed body of `size` bytes, and how to word the answer. Raises RequestError."""
+    priority, stream = asked.priority or 0, bool(asked.stream)
+    answering = answer(request, service, job, rate=rate, priority=priority, stream=stream)
+    # The answer may take long, and what was sent need not stay for it.
+    del asked, job
+    try:
+        return await answering
+    except RequestError as error:
+        raise error.renamed(names) from None

@@ -33,10 +33,10 @@ class ErrorBody(msgspec.Struct):
 
 
 _PASSING = frozenset({408, 429, 503})
-"""Statuses of what passes: the same request may be served later, or by another server."""
+"""Statuses that pass: the same request may be served later, or by another server."""
 
 
-_MOST_CHARS, _MOST_NAME_CHARS = 4000, 200
+_MAX_CHARS, _MAX_NAME_CHARS = 4000, 200
 """Longest message and longest name of a field: both may quote what a client has sent."""
 
 
@@ -58,7 +58,7 @@ class ApiError(TfserveError):
         headers: Mapping[str, str] | None = None,
         recurs: bool | None = None,
     ) -> None:
-        message, param = _clipped(message, _MOST_CHARS), param and _clipped(param, _MOST_NAME_CHARS)
+        message, param = _clipped(message, _MAX_CHARS), param and _clipped(param, _MAX_NAME_CHARS)
         super().__init__(message)
         self.status = status
         # An error may quote a header, whose bytes need not be UTF-8.
@@ -87,7 +87,7 @@ def unavailable(message: str, code: str, retry_after_s: float | None = None, *, 
 
 
 def too_many(message: str, code: str, retry_after_s: float) -> ApiError:
-    """429: too many others are being served; the client may come back after `retry_after_s`."""
+    """429: too many requests are being served; the client may try again after `retry_after_s`."""
     return ApiError(429, message, kind="rate_limit_error", code=code, headers=_retry_after(retry_after_s))
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Awaitable, Callable
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
 from tfserve.config import ServerConfig
 from tfserve.http.errors import ApiError
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _NO_PUBLIC_NAMES = ("localhost", "internal")
 """Names, and ends of names, that the public DNS never has: no page comes from them (RFC 6761; ICANN, 2024)."""

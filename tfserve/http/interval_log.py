@@ -1,17 +1,17 @@
-"""One line of numbers every few seconds, for people and for grep: what the engine did meanwhile."""
+"""One line of numbers every few seconds, to read and to grep: what the engine did meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-from tfserve.http.ports import EnginePort
+from tfserve.engine.engine import Engine
 from tfserve.types import EngineStats
 
 log = logging.getLogger(__name__)
 
 
-async def log_intervals(engine: EnginePort, interval_s: float) -> None:
+async def log_intervals(engine: Engine, interval_s: float) -> None:
     """Log a line every `interval_s` in which something was there to do; runs until it is cancelled."""
     before = engine.stats()
     while True:

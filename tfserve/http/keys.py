@@ -1,4 +1,4 @@
-"""API keys: who may call, for whom a request is served, and what each may see. Keys are compared, never shown."""
+"""API keys: which tenant a request belongs to, and what its caller may see. Keys are compared, never shown."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from tfserve.http.errors import ApiError, too_many
 _CODE = "rate_limit_exceeded"
 
 _STREAM_RETRY_S = 1.0
-"""How long a key with too many streams is told to wait: when one of them ends is not known."""
+"""Retry-After for a key with too many streams: when one of them ends is not known."""
 
 
 class Allowance:
-    """So many a minute: it fills up steadily, holds a minute's worth, and may be overdrawn."""
+    """A token bucket: it refills at `per_minute`, holds a minute's worth, and may be overdrawn."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
@@ -33,11 +33,11 @@ class Allowance:
         return self._level
 
     def take(self, amount: float) -> None:
-        """Use that much up, or overdraw by it."""
+        """Use up `amount`, or overdraw by it."""
         self._level = self.level - amount
 
     def wait_s(self, level: float) -> float:
-        """Seconds until there is so much; 0 if there is."""
+        """Seconds until there is `level`; 0 if there is."""
         return max(level - self.level, 0.0) * 60 / self.per_minute
 
 
@@ -80,7 +80,7 @@ class Limits:
             self.num_streams -= count
 
     def on_tokens(self, count: int) -> None:
-        """Count tokens, however many are left: those of an answer are known at its end."""
+        """Count tokens, however many are left: an answer's tokens are known only at its end."""
         if self._tokens is not None:
             self._tokens.take(count)
 

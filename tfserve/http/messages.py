@@ -9,6 +9,7 @@ import msgspec
 
 from tfserve import strict_json
 from tfserve.errors import RequestError
+from tfserve.http.documented import documented
 
 MAX_MESSAGES = 2048
 """Most messages of one request (OpenAI's limit)."""
@@ -46,12 +47,12 @@ class ToolCall(msgspec.Struct, kw_only=True):
 
 
 class ChatMessage(msgspec.Struct, kw_only=True):
-    """One turn of a conversation. What its model's template does with a `name` or with thoughts is its own affair.
+    """One turn of a conversation. The chat template decides what becomes of a `name` and of thoughts.
 
     `reasoning` is vLLM's word for `reasoning_content`. A `refusal` is what the assistant said instead of a content.
     """
 
-    role: str
+    role: Annotated[str, documented(enum=("system", "developer", "user", "assistant", "tool"))]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     refusal: str | None = None
@@ -97,7 +98,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
         return "".join(text or "" for text in texts) or self.refusal or ""
 
 
-Messages = Annotated[list[ChatMessage], msgspec.Meta(max_length=MAX_MESSAGES)]
+Messages = Annotated[list[ChatMessage], msgspec.Meta(max_length=MAX_MESSAGES), documented(minItems=1)]
 
 
 def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Prometheus metrics: vLLM's names where it has them, with our prefix, and what only a buffer-aware server can tell.
+"""Prometheus metrics: vLLM's names with our prefix, and metrics of readers' buffers.
 
-Gauges and totals are read from the engine when somebody scrapes; a request is observed once, when it ends, from the
+Gauges and totals are read from the engine at each scrape. A request is observed once, when it ends, from the
 times at which its tokens came. Nothing happens per token.
 """
 
@@ -19,8 +19,9 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from tfserve.engine.engine import Engine
+from tfserve.engine.frontend.stream import RequestStream
 from tfserve.engine.scheduling.qos import Served, effective_tokens
-from tfserve.http.ports import EnginePort, StreamPort
 from tfserve.messages import StepOutputs
 from tfserve.types import EngineStats, FinishReason, RequestOutput, RequestTimes, StreamState
 
@@ -29,32 +30,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "tfserve:"
 
 OTHER = "other"
-"""The label of requests whose key is none of the server's."""
+"""The label of requests with an unknown key."""
 
 _GAP_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _SHORT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75)
 _FIRST_S = (*_SHORT_S, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
-_WHOLE_S = (
-    0.3,
-    0.5,
-    0.8,
-    1.0,
-    1.5,
-    2.0,
-    2.5,
-    5.0,
-    10.0,
-    15.0,
-    20.0,
-    30.0,
-    40.0,
-    50.0,
-    60.0,
-    120.0,
-    240.0,
-    480.0,
-    960.0,
-)
+_LONG_S = (10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_WHOLE_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, *_LONG_S)
 _STALL_S = (0.0, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _RESUME_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -103,13 +85,13 @@ class Metrics:
         self._key_output = counter("key_generation_tokens", "Tokens generated for these answers.", ["key"])
         self._key_refused = counter("key_requests_refused", "Requests refused for their key.", ["key", "reason"])
 
-    def attach(self, engine: EnginePort) -> None:
+    def attach(self, engine: Engine) -> None:
         """Show this engine."""
         self._view = EngineView(engine)
         self._registry.register(self._view)
         engine.on_step(self._on_step)
 
-    def on_end(self, stream: StreamPort, output: RequestOutput) -> None:
+    def on_end(self, stream: RequestStream, output: RequestOutput) -> None:
         """A request has ended, with this last output."""
         if output.retry_after_s is not None:
             self.on_refusal("overloaded")
@@ -121,7 +103,7 @@ class Metrics:
             self._observe_times(stream, output.times)
 
     def on_abort(self, num_requests: int) -> None:
-        """So many requests end before their last output: their client has gone, or somebody stopped them."""
+        """So many requests end before their last output: the client has gone, or they were aborted."""
         self._ended.labels(str(FinishReason.ABORT)).inc(num_requests)
 
     def on_refusal(self, reason: str) -> None:
@@ -149,7 +131,7 @@ class Metrics:
             self._view.streams = streams
         return generate_latest(self._registry)
 
-    def _observe_times(self, stream: StreamPort, times: RequestTimes) -> None:
+    def _observe_times(self, stream: RequestStream, times: RequestTimes) -> None:
         at = np.asarray(stream.token_s, np.float64)
         if times.first_scheduled_s is not None:
             self._queue.observe(times.first_scheduled_s - times.arrival_s)
@@ -191,9 +173,9 @@ class GapHistogram(Collector):
 
 
 class EngineView(Collector):
-    """What the engine says of itself at the moment of a scrape."""
+    """The engine's counts at the moment of a scrape."""
 
-    def __init__(self, engine: EnginePort) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.streams: Sequence[StreamState] = ()
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from msgspec import UnsetType
 
+from tfserve.engine.frontend.stream import RequestStream
 from tfserve.engine.scheduling.token_buffer import AUTO
-from tfserve.http.ports import StreamPort
 from tfserve.types import ConsumptionRate
 
 
@@ -29,7 +29,7 @@ class Pacer:
         if math.isnan(self._rate) or not num_waiting:
             return None
         if not self._has_kept and now_s > self._next_s:
-            # They have just come: there is no lateness to make up for.
+            # The tokens have just come: there is no lateness to make up for.
             self._next_s = now_s
         if now_s < self._next_s:
             self._has_kept = True
@@ -45,9 +45,9 @@ class Pacer:
         return self._next_s if self._has_kept else None
 
 
-def pacers_for(streams: Sequence[StreamPort], rate: ConsumptionRate | UnsetType) -> list[Pacer] | None:
+def pacers_for(streams: Sequence[RequestStream], rate: ConsumptionRate | UnsetType) -> list[Pacer] | None:
     """A pacer for each stream of an answer whose client sent this `rate`; None: the answer is not paced.
 
-    "auto" is not: text kept back would hold its reader, and so the rate that the reports tell, at the default rate.
+    "auto" is not: pacing at the default rate would keep the reader, and so the reported rate, at that rate.
     """
     return None if rate == AUTO else [Pacer(stream.rate) for stream in streams]

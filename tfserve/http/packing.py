@@ -1,4 +1,4 @@
-"""Packed request bodies: what their Content-Encoding says, undone. The connections leave it to this module."""
+"""Compressed request bodies. aiohttp leaves them as they are (see connections.py); this module unpacks them."""
 
 from __future__ import annotations
 

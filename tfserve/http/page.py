@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from importlib.resources import files
 
 from aiohttp import web
 
+from tfserve.http.route import Route, register
 
-class Page:
-    """Chat at one's own reading speed, and every stream's buffer: three files, sent as one."""
 
-    def __init__(self) -> None:
-        folder = files("tfserve.http") / "static"
-        html, css, js = ((folder / name).read_bytes() for name in ("index.html", "page.css", "page.js"))
-        self._html = html.replace(b"{css}", css).replace(b"{js}", js)
-        self._headers = {
-            "Content-Type": "text/html; charset=utf-8",
-            # Nothing is loaded from anywhere else, nothing but these two runs, and nobody may frame a page that may
-            # hold a key. The icon is a data: address.
-            "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; img-src data:;"
-            f" style-src '{_digest(css)}'; script-src '{_digest(js)}';"
-            " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-            "Referrer-Policy": "no-referrer",
-            "Cache-Control": "no-cache",
-        }
+async def page(_request: web.Request) -> web.Response:
+    """GET /: chat at one's own reading speed, and every stream's buffer; three files, sent as one."""
+    html, headers = _built()
+    return web.Response(body=html, headers=headers)
 
-    async def get(self, _request: web.Request) -> web.Response:
-        """GET /."""
-        return web.Response(body=self._html, headers=self._headers)
+
+@functools.cache
+def _built() -> tuple[bytes, dict[str, str]]:
+    """The page and its headers."""
+    folder = files("tfserve.http") / "static"
+    html, css, js = ((folder / name).read_bytes() for name in ("index.html", "page.css", "page.js"))
+    headers = {
+        "Content-Type": "text/html; charset=utf-8",
+        # The page loads nothing from anywhere else and runs only these two; it may hold a key, so no other page may
+        # frame it. The icon is a data: address.
+        "Content-Security-Policy": f"default-src 'none'; connect-src 'self'; img-src data:;"
+        f" style-src '{_digest(css)}'; script-src '{_digest(js)}';"
+        " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return html.replace(b"{css}", css).replace(b"{js}", js), headers
 
 
 def _digest(source: bytes) -> str:
     """How a content security policy names a script or a style sheet inside the page."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source).digest()).decode()
+
+
+register(Route("GET", "/", page, "A page to chat with and to watch every stream on", "text/html", is_open=True))

@@ -38,7 +38,7 @@ _PART_BEGINS = (b"{", b"[", b":")
 
 
 class BodyParser(Generic[Body]):
-    """Decodes one endpoint's bodies; remembers the unknown fields it has logged. `fields` are those of others."""
+    """Decodes one endpoint's bodies. `fields` are known fields of other servers. An unknown field is logged once."""
 
     def __init__(self, struct: type[Body], fields: Fields) -> None:
         self._struct = struct
@@ -51,7 +51,8 @@ class BodyParser(Generic[Body]):
 
         Takes time in proportion to the body: one that may be long is parsed `off_loop`.
         """
-        _check_parts(body)
+        if num_parts(body, MAX_PARTS) > MAX_PARTS:
+            raise RequestError(None, f"The body holds more than {MAX_PARTS} objects, lists and fields; send fewer")
         value = self._decode(mend(body.removeprefix(codecs.BOM_UTF8)))
         try:
             value = self._fix(value, "")
@@ -94,15 +95,9 @@ class BodyParser(Generic[Body]):
             log.info("Ignoring the unknown request field %.80r (logged once)", name)
 
 
-def _check_parts(body: bytes) -> None:
-    """Raise RequestError for a body of too many parts."""
-    if num_parts(body, MAX_PARTS) > MAX_PARTS:
-        raise RequestError(None, f"The body holds more than {MAX_PARTS} objects, lists and fields; send fewer")
-
-
 def num_parts(body: bytes, enough: int = 0) -> int:
     """How many objects, lists and members are in a body; about, where there are not more than `enough`."""
-    most = sum(map(body.count, _PART_BEGINS))  # those in text count too
+    most = sum(map(body.count, _PART_BEGINS))  # counts bytes inside strings, too
     return most if most <= enough else _num_parts(body)
 
 

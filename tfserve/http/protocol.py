@@ -10,13 +10,26 @@ import msgspec
 
 from tfserve.engine.frontend.validation import check_length
 from tfserve.errors import RequestError
+from tfserve.http.chat_prompt import TemplateVariables
+from tfserve.http.documented import between, documented
 from tfserve.http.messages import Messages
 from tfserve.http.structured import ResponseFormat
-from tfserve.http.tools import NamedToolChoice, Tool
-from tfserve.types import MAX_LOGPROBS, ConsumptionRate, EngineInfo, SamplingParams
+from tfserve.http.tools import ToolChoice, Tools
+from tfserve.types import (
+    FASTEST_RATE,
+    MAX_LOGPROBS,
+    SLOWEST_RATE,
+    ConsumptionRate,
+    EngineInfo,
+    SamplingParams,
+)
 
 Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """An integer that fits the engine's messages."""
+
+Count = Annotated[Int, documented(minimum=0)]
+PositiveInt = Annotated[Int, documented(minimum=1)]
+TokenId = Annotated[Int, documented(minimum=0)]
 
 MAX_STOP = 64
 """Most stop strings or stop token ids of a request: each costs time at every token."""
@@ -24,7 +37,7 @@ MAX_STOP = 64
 MAX_STOP_CHARS = 256
 """Most characters of a stop string."""
 
-StopText = Annotated[str, msgspec.Meta(max_length=MAX_STOP_CHARS)]
+StopText = Annotated[str, msgspec.Meta(max_length=MAX_STOP_CHARS), documented(minLength=1)]
 
 MAX_BIASED = 300
 """Most tokens of a `logit_bias` (OpenAI's limit)."""
@@ -37,6 +50,8 @@ MAX_N = 128
 
 RANDOM_SEED = -1
 """A seed that asks for none, as in vLLM and llama.cpp."""
+
+NumLogprobs = Annotated[Int, between(0, MAX_LOGPROBS)]
 
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions; chat has none but the context length."""
@@ -60,6 +75,26 @@ class UsageWish(enum.Enum):
     ALWAYS = enum.auto()
 
 
+LogitBias = Annotated[
+    dict[int, Annotated[float, between(-100, 100)]],
+    msgspec.Meta(max_length=MAX_BIASED),
+    documented(propertyNames={"pattern": "^(0|[1-9][0-9]{0,17})$"}),
+]
+
+ReadingRate = Annotated[
+    ConsumptionRate,
+    documented(
+        description="How fast the reader reads: tokens/s, or by name; null: there is no reader. What is above the"
+        " server's highest rate is lowered to it, and the answer's header X-Consumption-Rate says what counts.",
+        anyOf=[
+            {"type": "number", "minimum": SLOWEST_RATE, "maximum": FASTEST_RATE},
+            {"enum": ["listen", "read", "fast", "auto"]},
+            {"type": "null"},
+        ],
+    ),
+]
+
+
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that chat and plain completions share. None means the default, as does leaving the field out.
 
@@ -70,28 +105,28 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: Int | None = None
-    max_completion_tokens: Int | None = None
-    n: Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float], msgspec.Meta(max_length=MAX_BIASED)] | None = None
-    seed: Int | None = None
+    max_tokens: PositiveInt | None = None
+    max_completion_tokens: PositiveInt | None = None
+    n: Annotated[Int, between(1, MAX_N)] | None = None
+    temperature: Annotated[float, between(0, 2)] | None = None
+    top_p: Annotated[float, between(0, 1)] | None = None
+    frequency_penalty: Annotated[float, between(-2, 2)] | None = None
+    presence_penalty: Annotated[float, between(-2, 2)] | None = None
+    logit_bias: LogitBias | None = None
+    seed: Annotated[Int, documented(description="-1 is random.")] | None = None
     stop: StopText | Annotated[list[StopText], msgspec.Meta(max_length=MAX_STOP)] | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    min_tokens: Int | None = None
+    top_k: Annotated[Int, between(-1, 2**31 - 1)] | None = None
+    min_p: Annotated[float, between(0, 1)] | None = None
+    repetition_penalty: Annotated[float, between(0.01, 100)] | None = None
+    min_tokens: Count | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Int], msgspec.Meta(max_length=MAX_STOP)] | None = None
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     priority: Int | None = None
-    consumption_rate: ConsumptionRate | msgspec.UnsetType = msgspec.UNSET
+    consumption_rate: ReadingRate | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def usage_wish(self) -> UsageWish:
@@ -161,13 +196,13 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     messages: Messages
     logprobs: bool | None = None
-    top_logprobs: Int | None = None
-    tools: list[Tool] | None = None
-    tool_choice: str | NamedToolChoice | None = None
+    top_logprobs: NumLogprobs | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     reasoning_effort: str | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
@@ -189,13 +224,27 @@ class ChatRequest(GenerationRequest, kw_only=True):
         return self.sampling(self.output_limit(1), (top or 0) if self.logprobs else None)
 
 
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+
+_PROMPTS = (
+    {"type": "string"},
+    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
+    _IDS,
+    {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
+)
+
+_CompletionLimit = Annotated[Int, documented(minimum=0, description="0 only with echo.")]
+
+
 class CompletionRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/completions. `prompt` is a string, token ids, or a list of either."""
 
-    prompt: str | list[str | Int | list[Int]]
-    logprobs: Int | None = None
+    prompt: Annotated[str | list[str | Int | list[Int]], documented(anyOf=_PROMPTS)]
+    max_tokens: _CompletionLimit | None = None
+    max_completion_tokens: _CompletionLimit | None = None
+    logprobs: NumLogprobs | None = None
     echo: bool | None = None
-    best_of: Int | None = None
+    best_of: Annotated[Int, between(1, MAX_N)] | None = None
 
     def prompts(self, info: EngineInfo) -> Sequence[str | list[int]]:
         """The prompts, one per answer. Raises RequestError for an empty or mixed list, and for ids that cannot fit."""

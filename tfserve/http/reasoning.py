@@ -6,9 +6,9 @@ import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tfserve.http.ports import TokenizerPort
 from tfserve.http.tool_parsing import overlap
 from tfserve.model.chat_template import THOUGHT_TAGS
+from tfserve.model.tokenizer import Tokenizer
 
 _BEGIN, _END = THOUGHT_TAGS
 _BEGIN_BYTES, _END_BYTES = _BEGIN.encode(), _END.encode()
@@ -107,7 +107,7 @@ class ThoughtParser:
 class ThoughtCounter:
     """How many of one text's tokens belong to its thoughts: all up to the token that completes </think>."""
 
-    def __init__(self, place: Place, tokenizer: TokenizerPort) -> None:
+    def __init__(self, place: Place, tokenizer: Tokenizer) -> None:
         self.num_tokens = 0
         self._place = place
         self._tokenizer = tokenizer

@@ -1,27 +1,32 @@
-"""What the words of both generation endpoints have in common: an answer's head, and when it tells token counts."""
+"""What the answers of both generation endpoints have in common: their head, and which events carry token counts."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
-from tfserve.http.ports import TokenizerPort
 from tfserve.http.protocol import UsageWish
-from tfserve.http.replies import UNSET, Usage
+from tfserve.http.replies import UNSET, ChatChunk, ChatCompletion, Completion, Usage
+from tfserve.http.sse import event
+from tfserve.model.tokenizer import Tokenizer
 from tfserve.types import RequestOutput
 
 T = TypeVar("T")
 
-_LEAST_LOGPROB = -9999.0
+Body = ChatCompletion | ChatChunk | Completion
+
+_MIN_LOGPROB = -9999.0
 
 
 class AnswerHead:
-    """Who answers, since when, under which id (`prefix` and a random part), and how often with token counts."""
+    """What every event of an answer repeats: its id (`prefix` and a random part), time and model.
 
-    def __init__(self, prefix: str, model: str, tokenizer: TokenizerPort, wish: UsageWish) -> None:
+    `wish` says which events carry token counts."""
+
+    def __init__(self, prefix: str, model: str, tokenizer: Tokenizer, wish: UsageWish) -> None:
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.model = model
         self.created = int(time.time())
@@ -36,9 +41,23 @@ class AnswerHead:
         """
         return cast(T, msgspec.Raw(self.encode(value)))
 
-    def chunk_usage(self, usage: Usage) -> Usage | msgspec.UnsetType | None:
-        """What an ordinary chunk has for `usage`: absent unless the client asked, null before the last chunk."""
-        return {UsageWish.NEVER: UNSET, UsageWish.LAST: None, UsageWish.ALWAYS: usage}[self.wish]
+    def body(self, kind: type[Body], choices: list[Any], usage: Usage | msgspec.UnsetType | None) -> bytes:
+        """JSON of an answer, or of a chunk of it."""
+        return self.encode(kind(self.id, self.created, self.model, choices, usage))  # type: ignore[arg-type]
+
+    def event(self, kind: type[Body], choice: Any, usage: Usage) -> bytes:
+        """The event of an ordinary chunk; its `usage` is absent unless the client asked, and null before the last."""
+        told = {UsageWish.NEVER: UNSET, UsageWish.LAST: None, UsageWish.ALWAYS: usage}[self.wish]
+        return event(self.body(kind, [choice], told))
+
+    def usage_event(self, kind: type[Body], usage: Usage) -> bytes:
+        """The event with token counts; empty when the client did not ask for it."""
+        return b"" if self.wish is UsageWish.NEVER else event(self.body(kind, [], usage))
+
+    def frame(self, kind: type[Body], choice: Any) -> tuple[bytes, bytes]:
+        """What surrounds the text in an event of `choice`, whose text is the answer's id."""
+        before, after = self.event(kind, choice, Usage(0, 0, 0)).rsplit(self.encode(self.id), 1)
+        return before, after
 
     def token_text(self, token_id: int) -> str:
         """One token for display; what is no whole characters as OpenAI's completions have it: `bytes:\\xf0\\x9f`."""
@@ -51,7 +70,7 @@ class AnswerHead:
 
 def logprob(value: float) -> float:
     """A log probability as JSON can have it: OpenAI's -9999 for what cannot be."""
-    return max(_LEAST_LOGPROB, value)  # in this order, which makes -9999 of NaN too
+    return max(_MIN_LOGPROB, value)  # in this order, which makes -9999 of NaN too
 
 
 def tells_nothing(output: RequestOutput) -> bool:

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+from aiohttp import web
 
+from tfserve.http.errors import JSON
 from tfserve.types import EngineStats
 
 UNSET = msgspec.UNSET
+
+
+def json_response(body: msgspec.Struct, status: int = 200) -> web.Response:
+    """A Struct as a whole answer."""
+    return web.Response(status=status, body=msgspec.json.encode(body), content_type=JSON)
 
 
 class PromptTokensDetails(msgspec.Struct):

@@ -10,24 +10,27 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 
 import msgspec
 from aiohttp import web
 
 from tfserve.config import EngineConfig
+from tfserve.engine.engine import Engine
 from tfserve.errors import TfserveError
 from tfserve.heap import trim_heap
 from tfserve.http.app import create_app
 from tfserve.http.banner import banner
 from tfserve.http.connections import MAX_CONNECTIONS, create_runner
 from tfserve.http.interval_log import log_intervals
-from tfserve.http.ports import EngineFactory, EnginePort
 from tfserve.http.service import Phase, Service
 from tfserve.http.sockets import allow_connections, listen, quiet_exhaustion
 from tfserve.std_streams import say
 
 log = logging.getLogger(__name__)
+
+EngineFactory = Callable[[EngineConfig], Engine]
+"""Loads a model; blocks for seconds and raises TfserveError."""
 
 EXIT_OK, EXIT_FAILED = 0, 1
 
@@ -42,10 +45,10 @@ with Python's own 5 ms, writing to twenty streams took a tenth of a second.
 """
 
 DEATH_GRACE_S = 1.0
-"""How long a server whose engine died stays, so that streams and health checks get to hear of it."""
+"""How long a server whose engine died stays up, so that streams and health checks are told of it."""
 
 GOODBYE_S = 2.0
-"""How long aborted streams have to send their last words."""
+"""How long aborted streams have to send their last events."""
 
 ABANDON_LOAD_S = 5.0
 """How long a server told to stop waits for a model that is still loading, before it leaves without it."""
@@ -66,17 +69,10 @@ def serve(config: EngineConfig, engine_factory: EngineFactory | None = None) -> 
     trim_heap()
     sys.setswitchinterval(SWITCH_S)
     try:
-        return asyncio.run(_Server(config, engine_factory or _load_engine).run())
+        return asyncio.run(_Server(config, engine_factory or Engine).run())
     except TfserveError as error:
         print(f"tfserve: error: {error}", file=sys.stderr)
         return error.exit_code
-
-
-def _load_engine(config: EngineConfig) -> EnginePort:
-    # Imported in the loading thread, so that the server answers /health before this takes its time.
-    from tfserve.engine.engine import Engine
-
-    return Engine(config)
 
 
 class _Server:
@@ -85,7 +81,7 @@ class _Server:
     def __init__(self, config: EngineConfig, load: EngineFactory) -> None:
         self._config = config
         self._load = load
-        self._engine: EnginePort | None = None
+        self._engine: Engine | None = None
         self._service = Service(config)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -132,7 +128,7 @@ class _Server:
     async def _load_engine(self) -> None:
         """Load in a daemon thread, which cannot hold up a process that is told to stop and leaves without an engine."""
         loop = asyncio.get_running_loop()
-        loading: asyncio.Future[EnginePort] = loop.create_future()
+        loading: asyncio.Future[Engine] = loop.create_future()
 
         def load() -> None:
             try:
@@ -150,7 +146,7 @@ class _Server:
         if loading.done():
             self._engine = loading.result()
 
-    def _go_live(self, engine: EnginePort, url: str) -> None:
+    def _go_live(self, engine: Engine, url: str) -> None:
         loop = asyncio.get_running_loop()
 
         def die(reason: str) -> None:
@@ -169,7 +165,7 @@ class _Server:
         else:
             say(text)
 
-    async def _log_intervals(self, engine: EnginePort) -> None:
+    async def _log_intervals(self, engine: Engine) -> None:
         if self._config.server.log_interval_s > 0:
             await log_intervals(engine, self._config.server.log_interval_s)
 

@@ -10,14 +10,16 @@ import os
 import time
 from collections.abc import Iterator
 
+from aiohttp import web
+
 from tfserve.config import EngineConfig
+from tfserve.engine.engine import Engine
 from tfserve.errors import EngineDeadError, EngineStalledError
 from tfserve.http.bodies import BodyBudget
 from tfserve.http.errors import ApiError, unavailable
-from tfserve.http.exchange import Exchange
 from tfserve.http.keys import Caller, Keyring
 from tfserve.http.metrics import Metrics
-from tfserve.http.ports import EnginePort
+from tfserve.http.request_group import RequestGroup
 from tfserve.types import EngineStats
 
 
@@ -43,14 +45,14 @@ class Service:
         self.idle = asyncio.Event()
         self.idle.set()
         self._death = ""
-        self._loaded: EnginePort | None = None
+        self._loaded: Engine | None = None
         self.metrics = Metrics()
         self.bodies = BodyBudget(
             config.server.inflight_body_bytes, functools.partial(self.metrics.on_refusal, "body_memory")
         )
-        self._open: dict[str, Exchange] = {}
+        self._open: dict[str, RequestGroup] = {}
 
-    def ready(self, engine: EnginePort) -> None:
+    def ready(self, engine: Engine) -> None:
         """Start to admit requests."""
         self._loaded = engine
         self.metrics.attach(engine)
@@ -74,15 +76,15 @@ class Service:
         return self.phase in (Phase.DRAINING, Phase.DEAD)
 
     @property
-    def engine_alive(self) -> EnginePort:
-        """The engine, to those who only look: while draining too. Raises ApiError (503) before and after."""
+    def engine_alive(self) -> Engine:
+        """The engine, for requests that only look: while draining too. Raises ApiError (503) before and after."""
         if self.phase is Phase.DRAINING and self._loaded is not None:
             return self._loaded
         return self.engine
 
     @property
-    def engine(self) -> EnginePort:
-        """The engine, to those who come with a request. Raises ApiError (503) unless READY."""
+    def engine(self) -> Engine:
+        """The engine, for requests that it serves. Raises ApiError (503) unless READY."""
         match self.phase:
             case Phase.DRAINING:
                 raise unavailable("The server is shutting down.", "draining")
@@ -93,7 +95,7 @@ class Service:
         return self._loaded
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError (404) unless `name` is the served model; None means whatever is served."""
+        """Raise ApiError (404) unless `name` is the served model; None means the served model."""
         if name is not None and name != self.model_name:
             message = f"The model {name[:100]!r} does not exist; this server serves {self.model_name!r}."
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -118,29 +120,33 @@ class Service:
         return len(self._open)
 
     @contextlib.contextmanager
-    def exchange(self, name: str, caller: Caller) -> Iterator[Exchange]:
+    def group(self, name: str, caller: Caller) -> Iterator[RequestGroup]:
         """A place for one API request's streams; what is unfinished on the way out, however it comes, is aborted.
 
         `name` is the answer's id, unique, by which `find` finds it.
         """
-        exchange = Exchange(self.engine, self.metrics.on_end, caller.tenant)
-        self._open[name] = exchange
+        group = RequestGroup(self.engine, self.metrics.on_end, caller.tenant)
+        self._open[name] = group
         self.idle.clear()
         try:
-            yield exchange
+            yield group
         finally:
-            self.metrics.on_abort(len(exchange.unfinished))
-            exchange.close()
+            self.metrics.on_abort(len(group.unfinished))
+            group.close()
             del self._open[name]
             if not self._open:
                 self.idle.set()
 
-    def find(self, name: str, caller: Caller) -> Exchange | None:
+    def find(self, name: str, caller: Caller) -> RequestGroup | None:
         """The open request whose answer has this id, if the caller may see it."""
-        exchange = self._open.get(name)
-        return exchange if exchange is not None and caller.may_see(exchange.tenant) else None
+        group = self._open.get(name)
+        return group if group is not None and caller.may_see(group.tenant) else None
 
     def abort_open(self, reason: str) -> None:
         """Abort every open request; their clients are told `reason`."""
-        for exchange in tuple(self._open.values()):
-            exchange.abort(reason)
+        for group in tuple(self._open.values()):
+            group.abort(reason)
+
+
+SERVICE = web.AppKey("service", Service)
+"""Where an application has its Service."""

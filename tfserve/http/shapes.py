@@ -18,7 +18,7 @@ _MAY_NEED_FIX = frozenset({float, list, dict})
 
 
 def body_fix(struct: type[msgspec.Struct], fields: Fields, on_unknown: Callable[[str], None]) -> Fix:
-    """The Fix of a whole body, whose fields beyond those of `struct` are `fields`.
+    """The Fix of a whole body, which may have `fields` beside those of `struct`.
 
     `on_unknown` gets the name of each field that no table has; one of a Struct that forbids them is refused.
     The Fix raises RequestError for fields that are refused.
@@ -37,6 +37,8 @@ class _Maker:
         self._on_unknown = on_unknown
 
     def fix_of(self, kind: inspect.Type) -> Fix | None:
+        if isinstance(kind, inspect.Metadata):
+            return self.fix_of(kind.type)
         fix = self._fix_of_parts(kind)
         match kind:
             case inspect.StrType(max_length=int(most)):
@@ -74,8 +76,9 @@ class _Maker:
         return fix_list
 
     def _union_fix(self, kind: inspect.UnionType) -> Fix | None:
-        has_float = any(isinstance(member, inspect.FloatType) for member in kind.types)
-        members = [member for member in kind.types if not (has_float and isinstance(member, inspect.IntType))]
+        types = [member.type if isinstance(member, inspect.Metadata) else member for member in kind.types]
+        has_float = any(isinstance(member, inspect.FloatType) for member in types)
+        members = [member for member in types if not (has_float and isinstance(member, inspect.IntType))]
         fixes = [fix for member in members if (fix := self.fix_of(member)) is not None]
         if not fixes:
             return None

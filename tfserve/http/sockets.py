@@ -57,9 +57,9 @@ def allow_connections(wanted: int) -> int:
 
 
 def quiet_exhaustion(loop: asyncio.AbstractEventLoop) -> None:
-    """Have the loop tell in a line now and then that the machine has no descriptors or memory for a connection.
+    """Have the loop log a line now and then while the machine has no descriptors or memory for a connection.
 
-    Its own way is a traceback for each attempt, thousands a second.
+    Its default is a traceback for each attempt, thousands a second.
     """
     seldom = SeldomLog(log)
 

@@ -15,10 +15,10 @@ from aiohttp import web
 
 from tfserve.errors import failures
 from tfserve.http.errors import api_error
-from tfserve.http.exchange import Exchange
 from tfserve.http.off_loop import LONG, off_loop
 from tfserve.http.pacing import Pacer
 from tfserve.http.replies import Usage
+from tfserve.http.request_group import RequestGroup
 from tfserve.types import RequestOutput
 
 DONE = b"data: [DONE]\n\n"
@@ -34,10 +34,10 @@ MAX_UNSENT_BYTES = 16 * 1024
 """What one stream may have rendered and not yet handed to the kernel; beyond it tokens wait as twelve bytes each."""
 
 KERNEL_BUFFER_BYTES = 64 * 1024
-"""What the kernel may hold for one stream; left alone it takes up to 4 MiB, minutes of text, for each slow reader."""
+"""What the kernel may hold for one stream; its default is up to 4 MiB, minutes of text, for each slow reader."""
 
 MAX_TOKENS_AT_ONCE = 512
-"""Tokens of one event: a reader who comes back after a long time gets the rest in pieces, as they fit."""
+"""Most tokens of one event. After a long pause of the reader, the waiting tokens go out in pieces of this size."""
 
 
 class ChunkRenderer(Protocol):
@@ -71,7 +71,7 @@ def event(json: bytes) -> bytes:
 
 async def stream_answer(
     request: web.Request,
-    exchange: Exchange,
+    group: RequestGroup,
     renderer: ChunkRenderer,
     *,
     pacers: Sequence[Pacer] | None,
@@ -84,13 +84,13 @@ async def stream_answer(
 
     A comment breaks every `keep_alive_s` of silence (0: never).
 
-    What fails after the headers are out is told as an error event. Raises ConnectionError or CancelledError when the
+    An error after the headers are out becomes an error event. Raises ConnectionError or CancelledError when the
     client goes away.
     """
     response = web.StreamResponse(headers=HEADERS)
     await response.prepare(request)
     writer = EventWriter(
-        request, response, exchange, renderer, pacers=pacers, keep_alive_s=keep_alive_s, num_echoed=num_echoed
+        request, response, group, renderer, pacers=pacers, keep_alive_s=keep_alive_s, num_echoed=num_echoed
     )
     try:
         rest = await writer.run()
@@ -105,17 +105,17 @@ async def stream_answer(
 
 
 class EventWriter:
-    """Writes an exchange's events as they come, straight to the connection.
+    """Writes a group's events as they come, straight to the connection.
 
-    A reader who is slower than the model costs no memory for text: once the connection holds MAX_UNSENT_BYTES, outputs
-    stay in the engine's stream, merged, until it has room again.
+    A reader slower than the model costs no memory for text: once the connection holds MAX_UNSENT_BYTES, outputs stay
+    in the engine's stream, merged, until it has room again.
     """
 
     def __init__(
         self,
         request: web.Request,
         response: web.StreamResponse,
-        exchange: Exchange,
+        group: RequestGroup,
         renderer: ChunkRenderer,
         *,
         pacers: Sequence[Pacer] | None,
@@ -131,7 +131,7 @@ class EventWriter:
         self._protocol = request.protocol
         self._writer = request.writer
         self._is_chunked = response.headers.get("Transfer-Encoding") == "chunked"
-        self._exchange = exchange
+        self._group = group
         self._renderer = renderer
         self._templates: dict[int, tuple[bytes, bytes] | None] = {}
         self._encode = msgspec.json.Encoder().encode
@@ -150,8 +150,8 @@ class EventWriter:
         self._error: BaseException | None = None
 
     async def run(self) -> bytes:
-        """Write everything but the last step's events, which are returned. Raises what the exchange raises."""
-        self._exchange.listen(self._on_news)
+        """Write everything but the last step's events, which are returned. Raises what the group raises."""
+        self._group.listen(self._on_news)
         if self._keep_alive_s > 0:
             self._timer = self._loop.call_later(self._keep_alive_s, self._on_silence)
         self._on_news()
@@ -184,15 +184,15 @@ class EventWriter:
             if self._pacers is not None:
                 self._pass_on(self._take_paced(self._pacers))
                 return
-            self._pass_on(self._exchange.take(most=MAX_TOKENS_AT_ONCE))
-            while self._exchange.has_more and not (self._is_full or self._is_over):
-                self._pass_on(self._exchange.take(most=MAX_TOKENS_AT_ONCE))
+            self._pass_on(self._group.take(most=MAX_TOKENS_AT_ONCE))
+            while self._group.has_more and not (self._is_full or self._is_over):
+                self._pass_on(self._group.take(most=MAX_TOKENS_AT_ONCE))
         except failures() as error:
             self._error = error
             self._end()
 
     def _pass_on(self, batch: list[tuple[int, RequestOutput]]) -> None:
-        """Write these outputs, or leave them to `run` if that takes long."""
+        """Write these outputs, or leave them to `run` if rendering takes long."""
         begins = self._begins_long and any(index not in self._templates for index, _ in batch)
         if begins or sum(map(_num_scored, batch)) > MAX_SCORED_AT_ONCE:
             self._long_batch = batch
@@ -203,21 +203,21 @@ class EventWriter:
 
     def _deliver(self, data: bytes) -> None:
         """Write these events, or keep the last ones for the end."""
-        if self._exchange.finished:
-            self._rest = data + self._renderer.usage_chunk(self._exchange.usage)
+        if self._group.finished:
+            self._rest = data + self._renderer.usage_chunk(self._group.usage)
             self._end()
         elif data:
             self._write(data)
 
     def _take_paced(self, pacers: Sequence[Pacer]) -> list[tuple[int, RequestOutput]]:
         """What is due, and a timer for what is not."""
-        self._exchange.check_aborted()
+        self._group.check_aborted()
         now_s = self._loop.time()
         batch: list[tuple[int, RequestOutput]] = []
-        for index in self._exchange.unfinished:
-            allowed = pacers[index].allowed(self._exchange.streams[index].num_waiting, now_s)
+        for index in self._group.unfinished:
+            allowed = pacers[index].allowed(self._group.streams[index].num_waiting, now_s)
             if allowed != 0:
-                batch += self._exchange.take(index, allowed)
+                batch += self._group.take(index, allowed)
         if self._pace_timer is not None:
             self._pace_timer.cancel()
         due_s = min((pacer.wake_s for pacer in pacers if pacer.wake_s is not None), default=None)
@@ -231,7 +231,7 @@ class EventWriter:
         template = self._templates.get(index)
         is_plain = output.logprobs is None and output.prompt_logprobs is None and output.finish_reason is None
         if template is None or not is_plain:
-            data = self._renderer.chunk(index, output, self._exchange.usage)
+            data = self._renderer.chunk(index, output, self._group.usage)
             if data and template is None:
                 self._templates[index] = self._renderer.template(index)
             return data
@@ -242,7 +242,7 @@ class EventWriter:
     def _write(self, data: bytes) -> None:
         if self._transport.is_closing():
             raise ConnectionResetError("the client has gone")
-        # As aiohttp's own writer frames it, without a coroutine per write.
+        # Framed as aiohttp's own writer does, without a coroutine per write.
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
         self._written_s = self._loop.time()
         if self._protocol.writing_paused:
@@ -264,7 +264,7 @@ class EventWriter:
                 self._error = error
                 self._end()
                 return
-        # Full, the connection speaks for itself.
+        # A full connection needs no comment: its client has unread data.
         due_s = self._loop.time() if self._is_full else self._written_s
         self._timer = self._loop.call_at(due_s + self._keep_alive_s, self._on_silence)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable
 
-from tfserve.http.ports import TokenizerPort
+from tfserve.model.tokenizer import Tokenizer
 
 
 class TextOffsets:
@@ -15,7 +15,7 @@ class TextOffsets:
     special token whether the text has it at a place.
     """
 
-    def __init__(self, tokenizer: TokenizerPort, shows: Callable[[str, int], bool], start: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, shows: Callable[[str, int], bool], start: int = 0) -> None:
         self._tokenizer = tokenizer
         self._shows = shows
         self._num_chars = start

@@ -1,28 +1,27 @@
-"""POST /tokenize and POST /detokenize: what vLLM's server calls by these names."""
+"""POST /tokenize and POST /detokenize, as in vLLM's server."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from tfserve.engine.frontend.validation import check_tokens
 from tfserve.errors import RequestError
-from tfserve.http.answer import read_body
-from tfserve.http.bodies import BodyHold
-from tfserve.http.chat_prompt import chat_prompt
-from tfserve.http.errors import JSON
+from tfserve.http.chat_prompt import TemplateVariables, chat_prompt
 from tfserve.http.keys import CALLER
 from tfserve.http.known_fields import TOKENIZE_FIELDS
 from tfserve.http.messages import Messages
 from tfserve.http.off_loop import ENCODING, native_off_loop, off_loop
 from tfserve.http.parsing import BodyParser
-from tfserve.http.ports import TokenizerPort
-from tfserve.http.protocol import Int
-from tfserve.http.service import Service
-from tfserve.http.tools import NamedToolChoice, Tool, ToolPlan
+from tfserve.http.protocol import TokenId
+from tfserve.http.reading import read
+from tfserve.http.replies import json_response
+from tfserve.http.route import Route, register
+from tfserve.http.service import SERVICE
+from tfserve.http.tools import ToolChoice, ToolPlan, Tools
+from tfserve.model.tokenizer import Tokenizer
 
 MAX_TOKENIZE_CHARS = 1_000_000
 """Most characters of a text for /tokenize, unless the model takes longer ones."""
@@ -42,11 +41,11 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     messages: Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
-    tools: list[Tool] | None = None
-    tool_choice: str | NamedToolChoice | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     reasoning_effort: str | None = None
 
 
@@ -62,7 +61,7 @@ class TokenizeReply(msgspec.Struct):
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /detokenize. Special tokens are text unless they are skipped."""
 
-    tokens: list[Int]
+    tokens: list[TokenId]
     model: str | None = None
     skip_special_tokens: bool | None = None
 
@@ -73,33 +72,19 @@ class DetokenizeReply(msgspec.Struct):
     prompt: str
 
 
-class TokenEndpoints:
-    """Answers questions about tokens with a Service's tokenizer."""
+_TOKENIZE = BodyParser(TokenizeRequest, TOKENIZE_FIELDS)
+_DETOKENIZE = BodyParser(DetokenizeRequest, {})
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._tokenize = BodyParser(TokenizeRequest, TOKENIZE_FIELDS)
-        self._detokenize = BodyParser(DetokenizeRequest, {})
 
-    async def tokenize(self, request: web.Request) -> web.Response:
-        """POST /tokenize. Raises ApiError, RequestError."""
-        with self._service.bodies.hold() as hold:
-            body = await self._body(request, hold)
-            asked = await off_loop(len(body), self._tokenize.parse, body)
-            return await self._tokens(asked, len(body))
-
-    async def _tokens(self, asked: TokenizeRequest, size: int) -> web.Response:
-        engine = self._service.engine
-        self._service.check_model(asked.model)
-        if (asked.prompt is None) == (asked.messages is None):
-            raise RequestError("prompt", "send either a prompt or messages")
-        if asked.messages is None:
-            text, special = _plain_text(asked), asked.add_special_tokens is not False
-        else:
-            tools = ToolPlan(asked.tools, asked.tool_choice, True, engine.tokenizer.tool_format)
-            await tools.measure()
-            text = await off_loop(size, chat_prompt, engine.tokenizer, asked.messages, asked, tools.for_template)
-            special = bool(asked.add_special_tokens)
+async def tokenize(request: web.Request) -> web.Response:
+    """POST /tokenize. Raises ApiError, RequestError."""
+    service = request.app[SERVICE]
+    request[CALLER].limits.on_request()
+    with service.bodies.hold() as hold:
+        asked, size = await read(request, _TOKENIZE, service.config.server.max_body_bytes, hold)
+        engine = service.engine
+        service.check_model(asked.model)
+        text, special = await _text(asked, size, engine.tokenizer)
         limit = max(MAX_TOKENIZE_CHARS, _CHARS_PER_TOKEN * engine.info.max_model_len)
         if len(text) > limit:
             name = "prompt" if asked.messages is None else "messages"
@@ -108,32 +93,42 @@ class TokenEndpoints:
         reply = TokenizeReply(len(tokens), engine.info.max_model_len, tokens)
         if asked.return_token_strs:
             reply.token_strs = await off_loop(len(tokens), _shown, engine.tokenizer, tokens)
-        return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
-
-    async def detokenize(self, request: web.Request) -> web.Response:
-        """POST /detokenize. Raises ApiError, RequestError."""
-        engine = self._service.engine
-        with self._service.bodies.hold() as hold:
-            body = await self._body(request, hold)
-            asked = await off_loop(len(body), self._detokenize.parse, body)
-        self._service.check_model(asked.model)
-        limit = engine.info.max_model_len
-        if len(asked.tokens) > limit:
-            message = f"tokens: {len(asked.tokens)} tokens are more than a text of this model has; send at most {limit}"
-            raise RequestError("tokens", message)
-        if asked.tokens:
-            check_tokens(asked.tokens, engine.info.vocab_size, "tokens")
-        skips = bool(asked.skip_special_tokens)
-        text = await off_loop(len(asked.tokens), engine.tokenizer.decode, asked.tokens, skips)
-        reply = DetokenizeReply(text)
-        return web.Response(body=msgspec.json.encode(reply), content_type=JSON)
-
-    async def _body(self, request: web.Request, hold: BodyHold) -> bytes:
-        request[CALLER].limits.on_request()
-        return await read_body(request, self._service.config.server.max_body_bytes, hold)
+        return json_response(reply)
 
 
-def _shown(tokenizer: TokenizerPort, tokens: Sequence[int]) -> list[str]:
+async def detokenize(request: web.Request) -> web.Response:
+    """POST /detokenize. Raises ApiError, RequestError."""
+    service = request.app[SERVICE]
+    engine = service.engine
+    request[CALLER].limits.on_request()
+    with service.bodies.hold() as hold:
+        asked, _ = await read(request, _DETOKENIZE, service.config.server.max_body_bytes, hold)
+    service.check_model(asked.model)
+    limit = engine.info.max_model_len
+    if len(asked.tokens) > limit:
+        message = f"tokens: {len(asked.tokens)} tokens are more than a text of this model has; send at most {limit}"
+        raise RequestError("tokens", message)
+    if asked.tokens:
+        check_tokens(asked.tokens, engine.info.vocab_size, "tokens")
+    skips = bool(asked.skip_special_tokens)
+    return json_response(
+        DetokenizeReply(await off_loop(len(asked.tokens), engine.tokenizer.decode, asked.tokens, skips))
+    )
+
+
+async def _text(asked: TokenizeRequest, size: int, tokenizer: Tokenizer) -> tuple[str, bool]:
+    """What to tokenise, of a body of `size` bytes, and whether special tokens are added. Raises RequestError."""
+    if (asked.prompt is None) == (asked.messages is None):
+        raise RequestError("prompt", "send either a prompt or messages")
+    if asked.messages is None:
+        return _plain_text(asked), asked.add_special_tokens is not False
+    tools = ToolPlan(asked.tools, asked.tool_choice, True, tokenizer.tool_format)
+    await tools.measure()
+    text = await off_loop(size, chat_prompt, tokenizer, asked.messages, asked, tools.for_template)
+    return text, bool(asked.add_special_tokens)
+
+
+def _shown(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     return [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]
 
 
@@ -143,3 +138,21 @@ def _plain_text(asked: TokenizeRequest) -> str:
         if getattr(asked, name) not in (None, False, "none", "auto", [], {}):
             raise RequestError(name, f"{name} goes with messages, not with a prompt; remove it")
     return asked.prompt or ""
+
+
+_ERRORS = (400, 404, 413, 429, 503)
+
+register(
+    Route(
+        "POST",
+        "/tokenize",
+        tokenize,
+        "The token ids of a text or a conversation",
+        TokenizeReply,
+        TokenizeRequest,
+        errors=_ERRORS,
+    ),
+    Route(
+        "POST", "/detokenize", detokenize, "The text of token ids", DetokenizeReply, DetokenizeRequest, errors=_ERRORS
+    ),
+)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tfserve.errors import RequestError
+from tfserve.http.documented import documented
 from tfserve.http.off_loop import schema_off_loop
 from tfserve.model.chat_template import ToolFormat
 from tfserve.model.grammar import check_grammar_beside, json_schema_grammar, lark_json
@@ -60,6 +61,11 @@ class NamedToolChoice(msgspec.Struct, kw_only=True):
     function: NamedFunction
 
 
+Tools = Annotated[list[Tool], documented(maxItems=MAX_TOOLS)]
+
+ToolChoice = Annotated[str, documented(enum=("none", "auto", "required"))] | NamedToolChoice | None
+
+
 class ToolPlan:
     """What one request wants of tools: nothing, calls if the model likes, or a call of `forced`.
 
@@ -70,7 +76,7 @@ class ToolPlan:
     def __init__(
         self,
         tools: Sequence[Tool] | None,
-        choice: str | NamedToolChoice | None,
+        choice: ToolChoice,
         parallel: bool,
         format: ToolFormat | None,
     ) -> None:
@@ -179,7 +185,7 @@ def _arguments(function: FunctionDefinition) -> dict[str, Any]:
     return {**(function.parameters or {}), "type": "object"}
 
 
-def _forced(tools: Sequence[Tool], choice: str | NamedToolChoice | None) -> list[tuple[int, FunctionDefinition]]:
+def _forced(tools: Sequence[Tool], choice: ToolChoice) -> list[tuple[int, FunctionDefinition]]:
     """The functions of which one must be called, with their places in `tools`; empty if the model is free."""
     match choice:
         case None | "none" | "auto":

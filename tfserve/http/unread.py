@@ -1,4 +1,4 @@
-"""Connections whose client takes nothing of its answer any more: they are closed, and what they hold is free again."""
+"""Connections whose client takes nothing of its answer any more are closed, which frees the memory they hold."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 _LOOKS = 8
 """How often a connection is looked at in the time it has."""
 
-MOST_UNSENT_BYTES = 2**30
-"""What all connections may hold unsent. Beyond that, those that have stalled do not get the whole time."""
+MAX_UNSENT_BYTES = 2**30
+"""What all connections may hold unsent. Beyond that, a stalled connection is closed before its whole time is over."""
 
 STALLED_S = 5.0
 """How long a connection must have taken nothing to be closed for the sake of memory."""
@@ -35,7 +35,7 @@ def close_unread(app: web.Application, timeout_s: float, on_close: Callable[[], 
 
     What a client takes is what its system acknowledges: one that reads slowly goes on. The system tells of no single
     bytes, though: with full buffers, a reader is heard of each time it has read about 1/16 of them, or a whole segment.
-    Where all together hold more than MOST_UNSENT_BYTES, those that have stalled are closed until they do not.
+    While all together hold more than MAX_UNSENT_BYTES, stalled connections are closed.
     A request whose connection is closed ends as if its client had gone. `on_close` is called for each.
     """
     watch = _Watch(timeout_s, on_close)
@@ -75,7 +75,7 @@ class _Watch:
         while True:
             await asyncio.sleep(min(self._timeout_s / _LOOKS, _PRESSED_S))
             now_s = asyncio.get_running_loop().time()
-            excess = sum(transport.get_write_buffer_size() for transport in self._seen) - MOST_UNSENT_BYTES
+            excess = sum(transport.get_write_buffer_size() for transport in self._seen) - MAX_UNSENT_BYTES
             if excess > 0 or now_s >= due_s:
                 due_s = now_s + self._timeout_s / _LOOKS
                 self._look_at_all(now_s, excess)

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 from msgspec import UNSET, UnsetType
 
+from tfserve.engine.engine import Engine
+from tfserve.engine.frontend.stream import RequestStream
 from tfserve.http.errors import ApiError, too_many, unavailable
-from tfserve.http.ports import EnginePort, StreamPort
 from tfserve.http.replies import Usage
 from tfserve.types import (
     ONE_TENANT,
@@ -22,19 +23,19 @@ from tfserve.types import (
 )
 
 
-class Exchange:
+class RequestGroup:
     """The streams of one API request of `tenant`, numbered in the order of `submit`.
 
     Read it by `next`, or `listen` and `take`. `on_end` gets every stream that has ended, with its last output.
     """
 
     def __init__(
-        self, engine: EnginePort, on_end: Callable[[StreamPort, RequestOutput], None], tenant: Tenant = ONE_TENANT
+        self, engine: Engine, on_end: Callable[[RequestStream, RequestOutput], None], tenant: Tenant = ONE_TENANT
     ) -> None:
         self.tenant = tenant
         self._engine = engine
         self._on_end = on_end
-        self._streams: list[StreamPort] = []
+        self._streams: list[RequestStream] = []
         self._unfinished: set[int] = set()
         self._fresh: dict[int, None] = {}
         self._news = asyncio.Event()
@@ -82,18 +83,18 @@ class Exchange:
         return sorted(self._unfinished)
 
     @property
-    def streams(self) -> Sequence[StreamPort]:
+    def streams(self) -> Sequence[RequestStream]:
         """The streams, by their numbers."""
         return self._streams
 
     @property
     def num_generated(self) -> int:
-        """Tokens that have come of all streams, those too that nothing has taken."""
+        """Tokens that have come of all streams, taken or not."""
         return sum(len(stream.token_s) for stream in self._streams)
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far over all streams, a prompt of several once; interruptions and waits of those that ended."""
+        """Tokens so far over all streams; a prompt counts once. Preemptions and waits are of ended streams."""
         prompt, output = self._num_prompt_tokens, self._num_output_tokens
         usage = Usage(prompt, output, prompt + output)
         if self._times:
@@ -169,7 +170,7 @@ class Exchange:
         self._listener()
 
     def close(self) -> None:
-        """Stop whatever is unfinished without waiting for it; nothing more is read."""
+        """Stop the unfinished streams without waiting for their end; nothing more is read."""
         for index, stream in enumerate(self._streams):
             stream.on_news = None
             if index in self._unfinished:
@@ -195,6 +196,6 @@ class Exchange:
             raise self._aborted()
 
     def _aborted(self) -> ApiError:
-        # Without a reason it is the engine that ends.
+        # Without a reason, the engine itself has aborted it.
         reason = self._abort_reason or "The request was aborted."
         return unavailable(reason, "aborted", recurs=self._is_over_for_good)
