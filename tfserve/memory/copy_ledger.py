@@ -65,7 +65,7 @@ class CopyLedger:
         return flight
 
     def withdraw(self, block: KVBlock) -> None:
-        """Nobody needs this block's copies any more: those that have not started may be cancelled."""
+        """This block's copies are no longer needed: copies that have not started may be cancelled."""
         self._withdrawn.update(block.copies)
         block.copies.clear()
         block.load = None

@@ -1,4 +1,4 @@
-"""DeviceTier: the device's blocks, and those that paused requests have not given up yet. Torch-free."""
+"""DeviceTier: the device's blocks, and which of them paused requests still hold. Torch-free."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class DeviceTier:
             self._clean[dev] = self._draining.pop(dev)
 
     def pin(self, dev: BlockId) -> None:
-        """Its owner is coming back: nobody else may take it."""
+        """Its owner is coming back: no other request may take it."""
         self._clean.pop(dev, None)
         self._draining.pop(dev, None)
 

@@ -41,9 +41,9 @@ def granule_of(block_size: int) -> int:
 class KVCacheManager:
     """Hands out device blocks, and moves requests between the tiers.
 
-    A paused request's device blocks stay its own until somebody needs them: the clean ones count as free, the ones
-    still being stored can be reserved by a load, which then waits for the store. Blocks of the most recently paused go
-    first, from the tail: who was paused first comes back first.
+    A paused request's device blocks stay its own until another request needs them: the clean ones count as free, the
+    ones still being stored can be reserved by a load, which then waits for the store. Blocks of the most recently
+    paused go first, from the tail: the request paused first comes back first.
 
     When the host pool is full, write-through stops; a preemption takes the host copies of running requests, those
     first that come last in the write order (least likely to be preempted), and what then has no room is dropped from
@@ -150,7 +150,7 @@ class KVCacheManager:
         """Write-through: store what earlier steps wrote, whole granules, request by request in `order`.
 
         Stops at the budget (which it passes by less than a granule), and at blocks for which the host pool has no room.
-        `order` is remembered: where the host lacks room, whoever comes last in it gives up what it has there first.
+        `order` is remembered: when the host is full, host copies are dropped from its end first.
         """
         self._write_order = order
         copies: list[Copy] = []
@@ -254,7 +254,7 @@ class KVCacheManager:
         return kv.req if resuming and kv.state not in RESUMING else None
 
     def take_withdrawn(self) -> set[CopyId]:
-        """Copies that nobody needs any more, since the last call: pass them to TransferEngine.cancel."""
+        """Copies that are no longer needed, since the last call: pass them to TransferEngine.cancel."""
         return self._copies.take_withdrawn()
 
     def cancelled(self, ids: Iterable[CopyId]) -> None:
@@ -380,6 +380,6 @@ class KVCacheManager:
                 self._device.vacate(kv, last)
 
     def _withdraw(self, kv: Residency, block: KVBlock) -> None:
-        """Nobody needs the copies of this block any more."""
+        """The copies of this block are no longer needed."""
         kv.num_loads -= block.load is not None
         self._copies.withdraw(block)

@@ -38,7 +38,7 @@ class BatchBuilder:
         if decision.decode or not prompts:
             self._add_decodes(decodes, decoding, held)
         budget = self._max_num_batched_tokens - len(decodes)
-        # None at all lets decodes go first; where none can run there is nobody to wait for.
+        # None at all lets decodes go first; where none can run there is no reason to wait.
         if decision.prefill_tokens is not None and (decodes or decision.prefill_tokens > 0):
             budget = min(budget, decision.prefill_tokens)
         chunks: list[SeqStep] = []

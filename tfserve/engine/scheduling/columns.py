@@ -37,7 +37,7 @@ class Columns:
     `num_output` counts the tokens that steps under way will sample: they come, whatever is decided now. `rate` is NaN
     for a request without a reader. `tenant` numbers the tenants from 0 (`num_tenants` are live, there may be gaps), and
     `weight` is the tenant's. `host_tokens` are on the host and acknowledged. `mean_output` is the average
-    output of those that ended by themselves, or were cut beyond it. `num_events` counts arrivals, departures and
+    output of requests that ended by themselves, or were cut beyond it. `num_events` counts arrivals, departures and
     completed loads ever, `num_readings` first tokens and clients' reports; `num_added` and `total_preemptions` are
     over the tracker's life.
     What follows from these is computed when it is first asked for: most passes need little of it.
@@ -126,7 +126,7 @@ class Columns:
         """max_tokens, or less where finished requests say so."""
         expected = self.max_tokens.astype(np.float64)
         if self.mean_output is not None:
-            # Whoever is past the average already is expected to go on for a while.
+            # A request past the average is expected to go on for a while.
             expected = np.minimum(expected, np.maximum(self.mean_output, 1.25 * self.num_output))
         return expected
 

@@ -1,4 +1,4 @@
-"""CostModel: how long steps and copies take, learnt from those that ran. Torch-free."""
+"""CostModel: how long steps and copies take, learnt from measured ones. Torch-free."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _STACK_BYTES = 16 * 2**20
 """The library recurses: more than in the process in which the front has it checked."""
 
 _NICENESS = 10
-"""How far a thread that compiles steps back behind those that run steps."""
+"""How much lower the priority of a compiling thread is than that of threads that run steps."""
 
 _CLOSE_S = 5.0
 """How long `close` waits for the grammar that is being compiled."""
@@ -116,7 +116,7 @@ class GrammarGate:
         return had_waited
 
     def poll(self) -> tuple[list[Request], list[tuple[Request, str]]]:
-        """Requests that may be scheduled now, and those that never may, with the reason; the caller ends these.
+        """Requests that may be scheduled now, and requests that never may, with the reason; the caller ends the latter.
 
         Starts on the next grammar when one is done.
         """

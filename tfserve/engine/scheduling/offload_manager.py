@@ -66,7 +66,7 @@ class OffloadManager:
         return ended, failed
 
     def cancel_withdrawn(self) -> None:
-        """Drop from the link what nobody needs any more and has not started. Before anything is planned for a step."""
+        """Cancel copies that are no longer needed and have not started. Before anything is planned for a step."""
         withdrawn = self._kv.take_withdrawn()
         if not withdrawn or self._transfers is None:
             return

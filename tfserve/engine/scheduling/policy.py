@@ -28,7 +28,7 @@ class ResumeBy(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class MemoryView:
-    """Both tiers, in blocks of `block_size` tokens. `num_blocks` are those that requests can use."""
+    """Both tiers, in blocks of `block_size` tokens. `num_blocks` can be used by requests."""
 
     block_size: int
     num_blocks: int
@@ -112,7 +112,7 @@ class Snapshot:
     def next_step_blocks(self) -> Ints:
         """New blocks that each decoding request's next token takes: 1 where the last block is full.
 
-        Whoever has its last token in flight takes none.
+        A request with its last token in flight takes none.
         """
         is_full: Mask = self.columns.num_computed % self.memory.block_size == 0
         return (self.is_decoding & is_full & (self.columns.num_remaining > 0)).astype(np.int64)
@@ -136,8 +136,8 @@ class Decision(msgspec.Struct, frozen=True):
     coming step. `decode` says
     whether requests that only lack their newest token run in a step with prompt tokens, `prefill_tokens` caps those.
     `reject` are waiting requests to refuse, each with the seconds after which to try again. `wake_s` is when the policy
-    wants to be asked again even if nothing happens. `reasons` say why, for those that the policy can say more of than
-    their move does; `waits` is why the requests wait that are not admitted, None: for want of room.
+    wants to be asked again even if nothing happens. `reasons` say why, where the policy knows more than
+    the move tells; `waits` is why the requests wait that are not admitted, None: for want of room.
     """
 
     admit: tuple[RequestId, ...] = ()
@@ -159,7 +159,7 @@ class Policy(Protocol):
     """Who runs. Called once per step; what it remembers between calls is its own."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Answer for the coming step; must let somebody run when nothing does and anything waits."""
+        """Answer for the coming step; must let a request run when none does and any waits."""
         ...
 
 

@@ -128,7 +128,7 @@ class Request:
         return self.device_has_token
 
     def note_prompt(self, scored: PromptLogprobs) -> None:
-        """Keep log probabilities of prompt tokens; those that a recomputation brings again are known already."""
+        """Keep log probabilities of prompt tokens; what a recompute brings again is known already."""
         if self.prompt_logprobs is not None:
             known = 1 + len(self.prompt_logprobs) - scored.start
             self.prompt_logprobs.extend(scored.entries[max(known, 0) :])

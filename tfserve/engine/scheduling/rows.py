@@ -20,7 +20,7 @@ class Rows:
 
     @property
     def num_free(self) -> int:
-        """Rows that nobody sits in."""
+        """Rows without a request."""
         return len(self._free)
 
     def enter(self, request: Request, blocks: tuple[BlockId, ...]) -> None:

@@ -45,7 +45,7 @@ class Scheduler:
     """Owns who waits, runs, is paused and is loading. One call of `schedule` makes one StepPlan.
 
     What is planned counts as computed from then on, so that the next step can be planned while this one runs: a request
-    may have a token in flight, that only the device knows. Whoever is preempted then gets it all the same, and comes
+    may have a token in flight, that only the device knows. A request preempted then gets it all the same, and comes
     back no sooner than the host knows it. `ended` says that a planned step is over.
 
     After `schedule`, `rejected` are requests that the policy refuses, each with the seconds after which to try again:
@@ -206,7 +206,7 @@ class Scheduler:
             order = columns.ids_of(columns.in_state(RequestState.RUNNING)) if write_first is None else write_first
             self.offload.write_through(order, predicted_s if seqs else None)
         refused = ((self.waiting.get(req), wait_s) for req, wait_s in decision.reject)
-        # Whoever has been let in once was promised an answer.
+        # An admitted request was promised an answer.
         self.rejected = tuple((r, wait_s) for r, wait_s in refused if r is not None and r.first_scheduled_s is None)
         moments = [decision.wake_s, None if release_s is None else release_s + _AFTER_RELEASE_S]
         moments.append(None if self._gate is None else self._gate.wake_s)
@@ -269,7 +269,7 @@ class Scheduler:
     def _carry_out(self, decision: Decision, reserved: int, now_s: float) -> None:
         """Drop, preempt, load, resume and admit; loads leave `reserved` device blocks for the coming step.
 
-        Whoever has a token in flight cannot come back yet: it would compute that token a second time.
+        A request with a token in flight cannot come back yet: it would compute that token a second time.
         """
         for req in decision.drop:
             self.kv.release(req)
@@ -287,7 +287,7 @@ class Scheduler:
 
     @property
     def _has_seat(self) -> bool:
-        """True if one more may come: those that load have a row kept for them."""
+        """True if one more may come: a row is kept for each loading request."""
         return self._rows.num_free > len(self.loading)
 
     def _preempt(self, request: Request, by: ResumeBy, now_s: float) -> None:

@@ -65,7 +65,7 @@ def _non_negative(gram: Floats, target: Floats) -> Floats:
             if not negative.any():
                 best = step
                 break
-            # As far towards the unbounded minimum as all stay non-negative; whoever gets to 0 there is out.
+            # As far towards the unbounded minimum as all stay non-negative; a coefficient that gets to 0 is fixed.
             share = float((best[negative] / np.maximum(best[negative] - step[negative], 1e-300)).min())
             best = np.maximum(best + share * (step - best), 0.0)
             free &= ~(negative & (best <= 1e-12))

@@ -43,7 +43,7 @@ class StreamTransfers:
     """Copies start on the device, not on the host: each is enqueued as soon as all it waits for has been enqueued.
 
     `launched` says that a step has been launched and gives the mark that it leaves on the compute stream: every copy
-    that waits for the step waits for that mark, on the device. A step that nobody has launched yet holds the copies
+    that waits for the step waits for that mark, on the device. A step that is not launched yet holds the copies
     that wait for it, and those behind them, on the host; so does a copy of the other direction that is held itself.
     What is enqueued cannot be cancelled. A thread per direction waits for the copies' ends, so the loop never does;
     acknowledgements of two directions may overtake each other by the time that a thread takes to wake. Where such a
@@ -59,7 +59,7 @@ class StreamTransfers:
         self._queued: set[CopyId] = set()
         self._steps: dict[Fence, Mark] = {}
         self._passed = -1
-        # Guards all state: steps may be launched on a thread of their own, and those that wait acknowledge on theirs.
+        # Guards all state: steps may be launched on a thread of their own, and waiting threads acknowledge on theirs.
         self._lock = threading.RLock()
         self._marks: dict[CopyId, Mark] = {}
         self._acks: list[Ack] = []
@@ -105,7 +105,7 @@ class StreamTransfers:
         return acks
 
     def cancel(self, ids: set[CopyId]) -> set[CopyId]:
-        """Drop those that are not on the device yet; returns which."""
+        """Drop copies that are not on the device yet; returns which."""
         with self._lock:
             gone = ids & self._queued
             for direction, queue in self._queues.items():

@@ -115,7 +115,7 @@ class WorkerTransfers:
         return acks
 
     def cancel(self, ids: set[CopyId]) -> set[CopyId]:
-        """Drop those that have not started; returns which."""
+        """Drop copies that have not started; returns which."""
         gone: set[CopyId] = set()
         with self._changed:
             for queue in self._queues.values():

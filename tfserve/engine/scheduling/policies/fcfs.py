@@ -15,7 +15,7 @@ _RETRACT_AHEAD_STEPS = 20
 
 
 class Fcfs:
-    """Prefill first: while somebody has a prompt to compute, decoding waits (SGLang's scheduler).
+    """Prefill first: while a request has a prompt to compute, decoding waits (SGLang's scheduler).
 
     A candidate is charged its whole prompt and max_tokens, a running request `ratio` of what it may still generate. The
     ratio decays with every decode step; when memory runs out all the same, the requests with the fewest output tokens
@@ -67,20 +67,20 @@ class Fcfs:
         return np.lexsort((c.num_prompt[running], -c.num_output[running]))
 
     def _on_overflow(self, num_output: Ints, num_remaining: Ints) -> None:
-        """Raise the ratio to what those that stay may still need."""
+        """Raise the ratio to what the remaining requests may still need."""
         generated = int(num_output.sum()) + _RETRACT_AHEAD_STEPS * len(num_output)
         allowed = int((num_output + num_remaining).sum())
         self.ratio = min(1.0, generated / max(1, allowed))
 
 
 class FcfsChunked(Fcfs):
-    """Prefill chunks fill up the steps of those that decode (Sarathi; SGLang's mixed chunked prefill)."""
+    """Prefill chunks fill up the steps of decoding requests (Sarathi; SGLang's mixed chunked prefill)."""
 
     decodes_beside_prefill = True
 
 
 class FcfsReserve(Fcfs):
-    """Everything a request may generate is reserved at its admission: nobody is ever preempted."""
+    """Everything a request may generate is reserved at its admission: no request is ever preempted."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Admit what fits with its whole output, prefill first."""

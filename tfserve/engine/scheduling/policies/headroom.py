@@ -25,7 +25,7 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     """Seconds until a request is in want; negative: for how long it has been.
 
     A reader's playback left, less its present stall. Without a first token, less the time since arrival, so that the
-    queue is first come first served. Without a reader, a constant less the time off the device: it counts as somebody
+    queue is first come first served. Without a reader, a constant less the time off the device: it counts as a request
     with that much to read, and in the end comes to its turn.
     """
     c = columns
@@ -79,9 +79,9 @@ def loss_order(
 ) -> Floats:
     """Who loses least by leaving the device, ascending; elementwise, of residents' gains. Only its order has a meaning.
 
-    First whoever nobody reads; then readers well ahead (more than `_WELL_AHEAD` of the output and `least_s` of playback
+    First requests without a reader; then readers well ahead (over `_WELL_AHEAD` of the output and `least_s` of playback
     unread), the one whose reader will be through first in front; then the others, least gain first. What the device
-    makes beyond all reading is worth nothing to whomever it goes: it goes to few, who have most to come, and they are
+    makes beyond all reading is worth nothing to any reader: it goes to few, who have most to come, and they are
     done sooner.
     """
     reads = ~np.isnan(rate)

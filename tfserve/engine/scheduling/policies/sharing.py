@@ -186,7 +186,7 @@ class TimeShared:
         self._ticker = Ticker(config.schedule_interval_s)
         self._exchange_s = -np.inf
         self._output_then: dict[RequestId, int] = {}
-        """Output of those that came without their KV, when they did."""
+        """Output tokens of requests that came without their KV, at that time."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Exchange every interval; in between, when something happened or blocks run out, only fill up or shed."""

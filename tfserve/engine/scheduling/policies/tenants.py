@@ -65,7 +65,7 @@ class OwnTime:
 
     In a step all wait for the whole batch, and for its prompts. A reader that is about to run dry, or a first token, of
     a tenant that holds no more than half of what another does, gets steps without that other, as long as these take no
-    more of the time than the weights of those that run.
+    more of the time than the weights of the tenants that run.
     """
 
     def __init__(self) -> None:

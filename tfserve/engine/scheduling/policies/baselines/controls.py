@@ -13,7 +13,7 @@ class RoundRobin(TimeShared):
     """Everybody in turn: those off the device longest come, those on it longest go; blind to buffers."""
 
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:  # noqa: ARG002 - Andes looks at them
-        """Unfinished prompts keep their place; then whoever is out, longest first; then residents, latest first."""
+        """Unfinished prompts keep their place; then requests off the device, then residents, latest first."""
         c = snapshot.columns
         running = c.is_running
         turn = np.where(running, np.where(snapshot.is_decoding, 2, 0), 1)

@@ -27,25 +27,25 @@ _MOST_EXCHANGES = 64
 """Exchanges considered in one pass; the rest waits for the next."""
 
 _MOST_VICTIMS = 2 * _MOST_EXCHANGES
-"""Residents considered for them, those who lose least."""
+"""Residents considered for them, least loss first."""
 
 _STAY_PER_RECOMPUTE = 10.0
-"""Whoever will be recomputed stays this many times as long as that takes: it is device time, taken from everybody."""
+"""A request to be recomputed stays this many times as long as that takes: a recompute is device time lost to all."""
 
 
 class Balance:
     """A local search that starts from who is resident. Each method moves requests across the boundary of the device.
 
-    Whoever is resident pays no overhead, so the start is the greedy choice as far as it is affordable to reach. Spare
+    A resident pays no overhead, so the start is the greedy choice as far as it is affordable to reach. Spare
     memory is filled by gain; beyond that an exchange must raise the total gain, fit, and pass the hysteresis. Those off
-    the device come back lazily: they displace somebody only when what they have left to read nears what it takes to
+    the device come back lazily: they displace a resident only when what they have left to read nears what it takes to
     return.
     """
 
     def __init__(self, snapshot: Snapshot, config: SchedulerConfig, *, may_recompute: bool = True) -> None:
         c = snapshot.columns
         self.recompute_pays_s = 0.0
-        """How long the device must go on until a recompute that displaced somebody has cost no more than its share."""
+        """How long the device must go on until a recompute that displaced one has cost no more than its share."""
         self._may_recompute = may_recompute
         self.leaving: list[int] = []
         self.coming: list[int] = []
@@ -85,7 +85,7 @@ class Balance:
 
     @cached_property
     def _victims(self) -> Victims:
-        """Residents that decode and have had their minimum stay, those who lose least first."""
+        """Residents that decode and have had their minimum stay, least loss first."""
         snapshot, config = self._snapshot, self._config
         c = snapshot.columns
         stayed_s = snapshot.now_s - c.state_since_s
@@ -97,11 +97,11 @@ class Balance:
             rate=c.rate[rows],
             num_output=c.num_output[rows],
             expected_output=c.expected_output[rows],
-            # Of a short answer, a large share is little to read: whoever left with less would be due at once.
+            # Of a short answer, a large share is little to read: a request that left with less would be due at once.
             least_s=self._round_trip[0][rows] + config.critical_s,
         )
         if len(rows) > _MOST_VICTIMS:
-            # Nobody beyond these, ties included, can be among the first: the others need not be sorted.
+            # No other request, ties included, can be among the first: the others need not be sorted.
             first = loss <= np.partition(loss, _MOST_VICTIMS - 1)[_MOST_VICTIMS - 1]
             rows, gains, loss = rows[first], gains[first], loss[first]
         order = np.lexsort((-self.headroom[rows], loss))[:_MOST_VICTIMS]
@@ -128,7 +128,7 @@ class Balance:
         )
 
     def shrink(self) -> None:
-        """Take off the device what its growing requests no longer fit into; somebody stays, whatever it takes."""
+        """Take off the device what its growing requests no longer fit into; one resident stays in any case."""
         if self._spare >= 0:
             return
         victims = self._victims
@@ -144,7 +144,7 @@ class Balance:
         victims.left = [index for index in victims.left if victims.rows[index] not in gone]
 
     def _take_off_reluctant(self, willing: list[int]) -> None:
-        """Nobody can go unnoticed: who has most to read suffers least; who must recompute, if it has just come."""
+        """None can leave without a stall: most left to read first; one that must recompute, if it has just come."""
         others = np.setdiff1d(np.flatnonzero(self._running), willing)
         latest = np.where(self._round_trip[1], 0.0, -self._snapshot.columns.state_since_s)
         order = others[np.lexsort((-self.headroom[others], latest[others]))]
@@ -183,8 +183,8 @@ class Balance:
     def let_in(self, newcomers: RowIndex) -> bool:
         """Admit in this order while there is memory, or victims that survive it; True if one is left for memory.
 
-        The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. Nobody
-        leaves for a prompt whose turn does not come in the next step with prompts.
+        The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. No
+        resident leaves for a prompt whose turn does not come in the next step with prompts.
         """
         most_pending = self._snapshot.max_num_batched_tokens
         exchanges, pending = 0, pending_tokens(self._snapshot)
@@ -218,7 +218,7 @@ class Balance:
 
     def fill_up(self) -> None:
         """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
-        # Most passes end here: there is no room, and nobody needs to be ranked for it.
+        # Most passes end here: there is no room, and no request needs to be ranked for it.
         least = self._growth_blocks(self._config.min_residency_s)
         is_empty = not self._num_residents and not self.coming
         if not len(self._away) or not (self._spare > least or is_empty):
@@ -320,7 +320,7 @@ class Balance:
         return need <= self._spare and self._free_rows > 0
 
     def _make_room(self, row: int, need: int, way: Way, least_s: float, relief_s: float) -> list[int] | None:
-        """Victims to put out for `row`, those who lose least first; none if it fits, None if that cannot be done.
+        """Victims to evict for `row`, least loss first; none if it fits, None if that cannot be done.
 
         They have `least_s` to read and can go that way. Whoever is starving is relieved by those who are better off by
         `relief_s`, afford it or not.

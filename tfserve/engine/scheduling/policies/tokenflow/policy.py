@@ -72,7 +72,7 @@ class TokenFlow:
         """
         c = snapshot.columns
         if snapshot.now_s < self._calm_until_s and self._calm_since == (c.num_events, c.num_readings):
-            # Whoever leaves the device comes back with an event, or is seen here.
+            # A request that leaves the device comes back with an event, or is seen here.
             return bool(np.count_nonzero(c.is_running) < len(c))
         if is_stressed(snapshot, self._config.critical_s):
             return True
@@ -115,11 +115,11 @@ class TokenFlow:
                 # What first come, first served would let in beside everybody's whole output is no risk.
                 decision = Decision(admit=fitting)
             elif not decision.admit and not snapshot.is_member.any():
-                # Nobody's reading suffers by serving one whose rate is beyond the device.
+                # No reader stalls if one request is served whose rate is beyond the device.
                 decision = Decision(admit=fitting[:1])
         if self._working_set.is_fallback and config.overload == "shed":
             admitted = set(decision.admit)
-            # Whoever nobody reads adds nothing to the sum of rates: it waits for what is left over.
+            # A request without a reader adds nothing to the sum of rates: it waits for what is left over.
             late = [row for row in newcomers[room:].tolist() if c.has_reader[row] and c.ids[row] not in admitted]
             joining = newcomers[:room]
             refused = tuple(
@@ -144,7 +144,7 @@ class TokenFlow:
 
 
 def is_stressed(snapshot: Snapshot, critical_s: float) -> bool:
-    """True if somebody waits, is off the device, or has less than `critical_s` to read."""
+    """True if a request waits, is off the device, or has less than `critical_s` to read."""
     c = snapshot.columns
     if np.count_nonzero(c.is_running) < len(c):
         return True

@@ -22,7 +22,7 @@ def pending_tokens(snapshot: Snapshot) -> int:
 
 
 def prefill_order(snapshot: Snapshot, headroom: Floats) -> RowIndex:
-    """Running requests with tokens to compute: first tokens in order of urgency, then those that recompute."""
+    """Running requests with tokens to compute: first tokens in order of urgency, then recomputes."""
     c = snapshot.columns
     rows = np.flatnonzero(c.is_running & ~snapshot.is_decoding)
     return rows[np.lexsort((c.seq[rows], headroom[rows], c.num_output[rows] > 0))]
@@ -47,7 +47,7 @@ class PromptShare:
         self._owed_s = 0.0
 
     def tokens(self, snapshot: Snapshot, headroom: Floats) -> int | None:
-        """Most prompt tokens for the coming step; None if nobody's reading depends on it."""
+        """Most prompt tokens for the coming step; None if no reader depends on it."""
         c, config = snapshot.columns, self._config
         decoding = snapshot.is_decoding
         readers = decoding & c.has_reader

@@ -12,7 +12,7 @@ Way = Literal["affords", "survives"]
 
 
 class Victims:
-    """Residents that may be put out, those who lose least first, one element each.
+    """Residents that may be evicted, least loss first, one element each.
 
     Lists, because they are looked at one by one. `can_go` says who affords a switch, and who survives one with the
     margin that admission asks for. `left` are the indices of those still there. `most` bounds the headroom of those
