@@ -32,17 +32,26 @@ NEED: dict[type[msgspec.Struct], dict[str, Any]] = {
 SCHEMA = {"type": "object", "properties": {"a": {"minimum": 1.0}}}
 
 
+def plain(kind: inspect.Type) -> inspect.Type:
+    """A type without what the OpenAPI document says of it beyond the type."""
+    return kind.type if isinstance(kind, inspect.Metadata) else kind
+
+
+def members(kind: inspect.Type) -> list[inspect.Type]:
+    return [plain(each) for each in getattr(plain(kind), "types", (kind,))]
+
+
 def integer_fields() -> list[tuple[type[msgspec.Struct], str, bool]]:
     """Every field that takes an integer and no fraction, or (True) a list of integers."""
     found = []
     for struct in NEED:
         for field in inspect.type_info(struct).fields:  # type: ignore[attr-defined]
-            kinds = getattr(field.type, "types", (field.type,))
+            kinds = members(field.type)
             names = {type(kind).__name__ for kind in kinds}
             if "IntType" in names and "FloatType" not in names:
                 found.append((struct, field.name, False))
             lists = [kind.item_type for kind in kinds if isinstance(kind, inspect.ListType)]
-            if any(isinstance(kind, inspect.IntType) for item in lists for kind in getattr(item, "types", (item,))):
+            if any(isinstance(kind, inspect.IntType) for item in lists for kind in members(item)):
                 found.append((struct, field.name, True))
     return found
 

@@ -8,7 +8,7 @@ import textwrap
 
 import tfserve
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.policies import IGNORES
+from tfserve.engine.scheduling.policies import POLICIES
 from tfserve.http.service import Service
 from tfserve.types import EngineInfo
 
@@ -48,7 +48,7 @@ def _host_tier(info: EngineInfo) -> str:
 
 
 def _policy(info: EngineInfo, config: SchedulerConfig) -> str:
-    ignored = IGNORES.get(info.policy, ())
+    ignored = POLICIES[info.policy].ignores
     if ignored:
         return f"Policy {info.policy}: ignores {', '.join(ignored)}"
     return (

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from tfserve.engine.scheduling.policies import IGNORES
+from tfserve.engine.scheduling.policies import POLICIES
 from tfserve.errors import EngineStalledError
 from tfserve.http.fresh import Fresh
 from tfserve.http.keys import Caller
@@ -85,7 +85,7 @@ class StreamFeed:
         return StreamList(
             created=time.time(),
             policy=policy,
-            policy_ignores=IGNORES.get(policy, ()),
+            policy_ignores=POLICIES[policy].ignores,
             stats=engine.stats(),
             data=streams,
         )

@@ -52,7 +52,7 @@ class ChatMessage(msgspec.Struct, kw_only=True):
     `reasoning` is vLLM's word for `reasoning_content`. A `refusal` is what the assistant said instead of a content.
     """
 
-    role: Annotated[str, documented(enum=("system", "developer", "user", "assistant", "tool"))]
+    role: Annotated[str, documented(enum=["system", "developer", "user", "assistant", "tool"])]
     content: str | list[ContentPart] | None = None
     name: str | None = None
     refusal: str | None = None

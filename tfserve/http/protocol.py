@@ -226,12 +226,12 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
-_PROMPTS = (
+_PROMPTS = [
     {"type": "string"},
     {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
     _IDS,
     {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
-)
+]
 
 _CompletionLimit = Annotated[Int, documented(minimum=0, description="0 only with echo.")]
 

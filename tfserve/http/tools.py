@@ -63,7 +63,7 @@ class NamedToolChoice(msgspec.Struct, kw_only=True):
 
 Tools = Annotated[list[Tool], documented(maxItems=MAX_TOOLS)]
 
-ToolChoice = Annotated[str, documented(enum=("none", "auto", "required"))] | NamedToolChoice | None
+ToolChoice = Annotated[str, documented(enum=["none", "auto", "required"])] | NamedToolChoice | None
 
 
 class ToolPlan:

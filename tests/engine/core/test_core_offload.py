@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.fakes import FakeEngine, expected_output
-from tfserve.engine.scheduling.policies import _POLICIES
+from tfserve.engine.scheduling.policies import POLICIES as REGISTERED
 from tfserve.messages import AbortRequest
 from tfserve.plan import Direction
 from tfserve.types import FinishReason
 
-POLICIES = sorted(_POLICIES)
+POLICIES = sorted(REGISTERED)
 SHARING = ["round-robin", "earliest-underflow", "andes-offload", "tokenflow"]
 
 

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.engine.policy_driver import Ask, Driver, Machine, burst
 from tests.engine.scene import FlatCost, Scene
+from tfserve import config
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.cost_model import StepCoefficients
-from tfserve.engine.scheduling.policies import make_policy
+from tfserve.engine.scheduling.policies import POLICIES, make_policy
 from tfserve.engine.scheduling.policy import ResumeBy, held_back, held_on_device, write_order
 
 LOAD, RECOMPUTE = ResumeBy.LOAD, ResumeBy.RECOMPUTE
-ALL = [
-    "fcfs",
-    "fcfs-chunked",
-    "fcfs-reserve",
-    "fcfs-greedy",
-    "round-robin",
-    "earliest-underflow",
-    "andes",
-    "andes-offload",
-    "tokenflow",
-]
+ALL = sorted(POLICIES)
+
+
+def test_the_settings_name_every_policy_that_is_registered():
+    assert set(get_args(config.Policy)) == set(POLICIES)
 
 
 def decide(policy: str, scene: Scene, **settings):

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from tests.engine.scene import Scene
 from tests.engine.simulation.test_sim_core import SimEngine
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.policies import _POLICIES, make_policy
+from tfserve.engine.scheduling.policies import POLICIES as REGISTERED
+from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.policies.tenants import Tenants
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 from tfserve.engine.scheduling.tenant_numbers import TenantNumbers
 from tfserve.messages import AddRequest, StepOutputs
 from tfserve.types import SamplingParams, Tenant
 
-POLICIES = sorted(_POLICIES)
+POLICIES = sorted(REGISTERED)
 HONEST, OTHER = Tenant("honest"), Tenant("other")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tfserve.config import EngineConfig
-from tfserve.engine.scheduling.policies import OFFLOADING
+from tfserve.engine.scheduling.policies import uses_host
 from tfserve.errors import ConfigError
 from tfserve.machine import available_bytes
 from tfserve.memory.storage.device_pool import DevicePool
@@ -49,7 +49,7 @@ def open_host_tier(
 
     Raises ConfigError if the machine has too little memory for it, or cannot pin that memory.
     """
-    if config.host_kv_gib == 0 or not config.scheduler.offload or config.scheduler.policy not in OFFLOADING:
+    if config.host_kv_gib == 0 or not uses_host(config.scheduler):
         return None
     block_bytes = device.layout.block_bytes
     # On a CPU both tiers use the same memory. The device's KV is allocated but not yet written, so it still counts as

@@ -12,7 +12,7 @@ from tfserve.engine.core.calibration import calibrate
 from tfserve.engine.core.loop import EngineCore
 from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
-from tfserve.engine.scheduling.policies import OFFLOADING
+from tfserve.engine.scheduling.policies import uses_host
 from tfserve.engine.scheduling.qos import Served
 from tfserve.engine.simulation.clock import SimClock
 from tfserve.engine.simulation.runner import SimRunner, StepCost
@@ -164,7 +164,7 @@ class SimEngine:
 def _memory(machine: SimMachine, config: SchedulerConfig) -> KVMemory:
     """The machine's KV memory; a host tier is for policies that use one."""
     num_host_blocks = machine.host_kv_tokens // machine.block_size
-    has_host = config.offload and config.policy in OFFLOADING and num_host_blocks > 0
+    has_host = uses_host(config) and num_host_blocks > 0
     return KVMemory(
         machine.block_size, machine.kv_tokens // machine.block_size + 1, num_host_blocks + 1 if has_host else 0
     )

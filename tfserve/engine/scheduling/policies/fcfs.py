@@ -6,6 +6,7 @@ import numpy as np
 
 from tfserve.arrays import Ints, RowIndex
 from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.types import RequestId
@@ -14,6 +15,7 @@ _RETRACT_AHEAD_STEPS = 20
 """After a wrong guess the ratio assumes that every running request decodes this many tokens more (SGLang's default)."""
 
 
+@register("fcfs")
 class Fcfs:
     """Prefill first: while a request has a prompt to compute, decoding waits (SGLang's scheduler).
 
@@ -73,12 +75,14 @@ class Fcfs:
         self.ratio = min(1.0, generated / max(1, allowed))
 
 
+@register("fcfs-chunked")
 class FcfsChunked(Fcfs):
     """Prefill chunks fill up the steps of decoding requests (Sarathi; SGLang's mixed chunked prefill)."""
 
     decodes_beside_prefill = True
 
 
+@register("fcfs-reserve")
 class FcfsReserve(Fcfs):
     """Everything a request may generate is reserved at its admission: no request is ever preempted."""
 
@@ -90,6 +94,7 @@ class FcfsReserve(Fcfs):
         return Decision(admit=admit, decode=not prefill)
 
 
+@register("fcfs-greedy")
 class FcfsGreedy(Fcfs):
     """Nothing is reserved: admit while blocks are free, preempt the youngest when they run out (vLLM's scheduler)."""
 

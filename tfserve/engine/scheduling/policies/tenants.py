@@ -16,8 +16,8 @@ import numpy as np
 from tfserve.arrays import Floats, Ints, RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.columns import Columns
-from tfserve.engine.scheduling.policies import OFFLOADING
 from tfserve.engine.scheduling.policies.headroom import headroom_s
+from tfserve.engine.scheduling.policies.registry import POLICIES
 from tfserve.engine.scheduling.policies.sharing import exchange, resident_blocks, return_s, round_trip_s, usable_blocks
 from tfserve.engine.scheduling.policies.tenant_prompts import share_prompts, with_prompts
 from tfserve.engine.scheduling.policy import Decision, Policy, Snapshot
@@ -232,7 +232,7 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
         exchanges.consider(row, from_readers=bool(is_due[row]))
     if not exchanges.coming:
         return None
-    offload = config.offload and config.policy in OFFLOADING
+    offload = config.offload and POLICIES[config.policy].pauses
     _, by_host = round_trip_s(snapshot, offload=offload)
     decision = exchange(
         snapshot, exchanges.leaving, exchanges.coming, by_host=by_host, loads=loads, made_for=exchanges.made_for

@@ -6,6 +6,7 @@ import numpy as np
 
 from tfserve.arrays import Floats, Mask, RowIndex
 from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policies.sharing import Sizes, TimeShared, fill, stream_speed
 from tfserve.engine.scheduling.policy import Snapshot
 
@@ -19,6 +20,7 @@ _MAX_PREEMPTIONS = 1.0
 """Per request, on average (the paper's cap)."""
 
 
+@register("andes", ignores=("priority",))
 class Andes(TimeShared):
     """Serves those whose quality of experience gains most per token of KV; preemption gives the KV up."""
 
@@ -43,6 +45,7 @@ class Andes(TimeShared):
         return order
 
 
+@register("andes-offload", pauses=True, ignores=("priority",))
 class AndesOffload(Andes):
     """Andes on the two-tier memory: preemption keeps the KV on the host."""
 

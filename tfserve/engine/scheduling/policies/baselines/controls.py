@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from tfserve.arrays import RowIndex
+from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policies.sharing import Sizes, TimeShared
 from tfserve.engine.scheduling.policy import Snapshot
 
 
+@register("round-robin", pauses=True)
 class RoundRobin(TimeShared):
     """Everybody in turn: those off the device longest come, those on it longest go; blind to buffers."""
 
@@ -22,6 +24,7 @@ class RoundRobin(TimeShared):
         return order[~c.is_loading[order]]
 
 
+@register("earliest-underflow", pauses=True, ignores=("priority",))
 class EarliestUnderflow(TimeShared):
     """Smallest buffer in seconds first, nothing else; no first token yet is an empty buffer."""
 

@@ -10,6 +10,7 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.counted import as_counted, stream_share
 from tfserve.engine.scheduling.policies.fcfs import admissible
 from tfserve.engine.scheduling.policies.headroom import headroom_s
+from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policies.sharing import Ticker, out_of_blocks
 from tfserve.engine.scheduling.policies.tokenflow.balance import Balance
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import to_drop
@@ -23,6 +24,7 @@ _ROUNDING_S = 1e-6
 """Buffers are looked at this much earlier than need be: times are rounded."""
 
 
+@register("tokenflow", pauses=True, ignores=())
 class TokenFlow:
     """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
 
