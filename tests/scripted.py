@@ -43,9 +43,9 @@ from tfserve.engine.frontend.core_client import ThreadClient
 from tfserve.http.app import create_app
 from tfserve.http.connections import create_runner
 from tfserve.http.service import Service
-from tfserve.model.config import ModelConfig
-from tfserve.model.runner import ModelRunner
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.loading.config import ModelConfig
+from tfserve.model.runner.runner import ModelRunner
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.plan import RequestId, SeqStep, StepPlan
 
 Script = str | Sequence[int | str]

@@ -20,7 +20,7 @@ from tfserve.errors import (
 )
 from tfserve.http.server import serve
 from tfserve.messages import Failed
-from tfserve.model import demo
+from tfserve.model.loading import demo
 
 ERRORS = [
     (ConfigError("seed", "is bad"), 2),

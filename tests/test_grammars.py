@@ -18,9 +18,9 @@ from tests.scripted import scripted_engine, scripted_server, write_scripted_mode
 from tests.tokenizers import long_token_json
 from tfserve.engine.engine import Engine
 from tfserve.errors import RequestError
-from tfserve.model import token_masks
-from tfserve.model.grammar import json_schema_grammar
-from tfserve.model.token_masks import GrammarCompiler
+from tfserve.model.grammars.grammar import json_schema_grammar
+from tfserve.model.sampling import token_masks
+from tfserve.model.sampling.token_masks import GrammarCompiler
 from tfserve.types import FinishReason, SamplingParams
 
 CHAT = "/v1/chat/completions"

@@ -45,7 +45,7 @@ TORCH_FREE = [
     "tfserve.memory.block_pool",
     "tfserve.memory.kv_manager",
     "tfserve.http.server",
-    "tfserve.model.tokenizer",
+    "tfserve.model.text.tokenizer",
 ]
 
 

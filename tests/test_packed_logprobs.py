@@ -10,8 +10,8 @@ import pytest
 from tests.scripted import scripted_engine, write_scripted_model
 from tfserve.engine.frontend.stream import OutputBuffer
 from tfserve.messages import TokenOutput
-from tfserve.model.detokenizer import Detokenizer
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.packed_logprobs import PackedLogprobs
 from tfserve.types import MAX_LOGPROBS, SamplingParams, TokenLogprob
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripted import scripted_engine, scripted_server, write_scripted_model
-from tfserve.model.grammar import json_schema_grammar
+from tfserve.model.grammars.grammar import json_schema_grammar
 from tfserve.types import FinishReason, SamplingParams
 
 TEXT = "Naïve 你好 👨‍👩‍👧, said <the dog>\n\n  twice."

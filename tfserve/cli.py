@@ -108,14 +108,14 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _demo_model(_: argparse.Namespace) -> int:
-    from tfserve.model.demo import prepare_demo_model
+    from tfserve.model.loading.demo import prepare_demo_model
 
     print(prepare_demo_model())
     return 0
 
 
 def _import_gguf(args: argparse.Namespace) -> int:
-    from tfserve.model.gguf_import import import_gguf
+    from tfserve.model.gguf.conversion import import_gguf
 
     print(import_gguf(args.file, args.directory))
     return 0

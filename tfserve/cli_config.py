@@ -19,7 +19,7 @@ SHORT_NAMES = {"host": "server.host", "port": "server.port", "api_key": "server.
 """Short names on the command line, as in other servers."""
 
 OTHER_VARIABLES = frozenset({"TFSERVE_API_KEYS", "TFSERVE_CACHE"})
-"""Environment variables that are not settings (http/keys.py, model/cache_dir.py)."""
+"""Environment variables that are not settings (http/keys.py, model/loading/cache_dir.py)."""
 
 _SERVICE_LINK = re.compile(r"(_SERVICE_HOST|_SERVICE_PORT(_\w+)?|_PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)$")
 """Suffixes of the variables that Kubernetes sets in every container for a Service called tfserve, or tfserve-..."""

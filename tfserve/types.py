@@ -44,7 +44,7 @@ class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=T
     before temperature and filters. `seed` makes the request's random numbers a function of (seed, position) alone;
     without it the engine draws a seed at arrival.
     `prompt_logprobs=k` returns the same for the prompt's own tokens; with it, `max_tokens=0` generates nothing.
-    `grammar` constrains the output; it is in llguidance's format (tfserve.model.grammar makes one from a JSON schema).
+    `grammar` constrains the output; in llguidance's format (tfserve.model.grammars makes one from a JSON schema).
     `include_stop_str_in_output` keeps the stop string, or the stop token, at the end of the text.
     """
 

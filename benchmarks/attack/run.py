@@ -58,7 +58,7 @@ def write_tiny_model(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.http.tool_templates import QWEN25
-    from tfserve.model.demo import prepare_demo_model
+    from tfserve.model.loading.demo import prepare_demo_model
 
     config = LlamaConfig(
         vocab_size=49152,

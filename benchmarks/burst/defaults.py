@@ -37,7 +37,7 @@ from benchmarks.burst.run import BLOCK_SIZE, burst_rows, burst_tokens, parse_opt
 from benchmarks.local_server import CLIENT_NICE, free_port, get_json, run_json, running
 from tfserve.bench.report import environment
 from tfserve.bench.workload import PromptRow, write_rows
-from tfserve.model.demo import demo_model_dir
+from tfserve.model.loading.demo import demo_model_dir
 
 LOADS = ("burst", "held", "unnamed", "single", "batch")
 READ = 6

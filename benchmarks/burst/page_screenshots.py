@@ -25,7 +25,7 @@ from benchmarks.burst.run import BLOCK_SIZE, burst_rows, burst_tokens
 from benchmarks.chromium import FLAGS, MISSING, find_chromium
 from benchmarks.local_server import CLIENT_NICE, free_port, running
 from tfserve.bench.workload import write_rows
-from tfserve.model.demo import demo_model_dir
+from tfserve.model.loading.demo import demo_model_dir
 
 KV_SHARE = 0.25
 WIDTH, HEIGHT = 1440, 900

@@ -40,8 +40,8 @@ from tfserve.bench.workload import (
     read_rows,
     write_rows,
 )
-from tfserve.model.demo import demo_model_dir
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.loading.demo import demo_model_dir
+from tfserve.model.text.tokenizer import Tokenizer
 
 LENGTHS = Lengths(default=160, clamp=(96, 256))
 MAX_PROMPT_TOKENS = 300

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from benchmarks.local_server import CLIENT_NICE, free_port, run_json, running
 from tfserve.bench.report import environment
 from tfserve.bench.workload import random_prompt
-from tfserve.model.demo import demo_model_dir
+from tfserve.model.loading.demo import demo_model_dir
 
 PROMPT_TOKENS, NEW_TOKENS, STREAMS, HF_BATCH = 64, 64, 32, 16
 FORMATS = ("fp32", "int8")

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tfserve.bench.report import environment
 from tfserve.bench.workload import random_prompt
-from tfserve.model.demo import demo_model_dir
+from tfserve.model.loading.demo import demo_model_dir
 
 PREFILL_ROWS = 512
 """Long prompts are computed in chunks of this many tokens; the products' time per row is flat from there on."""

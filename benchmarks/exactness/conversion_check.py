@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tfserve.model.demo import demo_gguf_file, prepare_demo_model
+from tfserve.model.loading.demo import demo_gguf_file, prepare_demo_model
 
 LIMIT = 1e-4
 PACKAGES = {

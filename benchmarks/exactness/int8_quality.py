@@ -19,10 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tfserve.bench.report import environment
-from tfserve.model.config import ModelConfig, load_model_config
 from tfserve.model.decoder import Decoder
-from tfserve.model.demo import demo_model_dir
-from tfserve.model.loader import load_model
+from tfserve.model.loading.config import ModelConfig, load_model_config
+from tfserve.model.loading.demo import demo_model_dir
+from tfserve.model.loading.loader import load_model
 
 LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 MAX_RISE_PERCENT = 2.0

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tfserve.config import EngineConfig
 from tfserve.engine.engine import Engine
-from tfserve.model.demo import demo_model_dir
+from tfserve.model.loading.demo import demo_model_dir
 from tfserve.types import SamplingParams
 
 MAX_TIE_GAP = 1e-4

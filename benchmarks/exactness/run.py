@@ -44,13 +44,13 @@ from tfserve.memory.transfers.worker_transfers import TierArrays
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
-from tfserve.model.config import load_model_config
-from tfserve.model.forward_batch import BlockTables, build_batch
-from tfserve.model.hub import resolve_model
-from tfserve.model.loader import load_model
-from tfserve.model.runner import ModelRunner
-from tfserve.model.token_draw import uniform
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.loading.config import load_model_config
+from tfserve.model.loading.hub import resolve_model
+from tfserve.model.loading.loader import load_model
+from tfserve.model.runner.forward_batch import BlockTables, build_batch
+from tfserve.model.runner.runner import ModelRunner
+from tfserve.model.sampling.token_draw import uniform
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.plan import BlockId, Fence, Row, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 

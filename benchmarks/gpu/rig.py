@@ -23,13 +23,13 @@ from tfserve.memory.storage.device_pool import DevicePool
 from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import PagedKV
-from tfserve.model.config import ModelConfig
-from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
-from tfserve.model.linear import WeightFormat
+from tfserve.model.layers.linear import WeightFormat
+from tfserve.model.loading.config import ModelConfig
+from tfserve.model.loading.weights import Tensors, fill
 from tfserve.model.models.base import Weight, head_weights, layer_weights
-from tfserve.model.runner import ModelRunner
-from tfserve.model.weights import Tensors, fill
+from tfserve.model.runner.cuda_stream_runner import CudaStreamRunner
+from tfserve.model.runner.runner import ModelRunner
 from tfserve.plan import BlockId, Fence, InFlight, Row, RowInit, SeqStep, StepPlan, StepResult
 from tfserve.types import SamplingParams
 

@@ -370,8 +370,8 @@ def report(args: argparse.Namespace, rate: float, result: dict[str, Any], sent: 
 
 
 def _token_id(model: str) -> tuple[str, int]:
-    from tfserve.model.hub import resolve_model
-    from tfserve.model.tokenizer import Tokenizer
+    from tfserve.model.loading.hub import resolve_model
+    from tfserve.model.text.tokenizer import Tokenizer
 
     path = resolve_model(model)
     ids = Tokenizer.from_dir(path).encode(TOKEN, add_special_tokens=False)

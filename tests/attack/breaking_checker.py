@@ -1,4 +1,4 @@
-"""Stands in for tfserve.model.grammar_process: breaks down in the way that the grammar names."""
+"""Stands in for tfserve.model.grammars.process: breaks down in the way that the grammar names."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.errors import ConfigError, ModelError, RequestError
-from tfserve.model.config import load_model_config
+from tfserve.model.loading.config import load_model_config
 from tfserve.model.models.base import stored_tensors
 from tfserve.types import SamplingParams
 
@@ -312,7 +312,7 @@ def load_directory(model_dir: Path) -> str:
 
 def import_file(file: Path) -> str:
     """Import a GGUF file."""
-    from tfserve.model.gguf_import import import_gguf
+    from tfserve.model.gguf.conversion import import_gguf
 
     import_gguf(file, file.parent / "imported", progress=False)
     return "loaded"
@@ -348,7 +348,7 @@ def outcome(load: Callable[[Path], str], path: Path) -> Outcome:
 
 def main(parts: list[str]) -> int:
     """Load them all and tell; the exit code is the number of loads that end badly, at most 99."""
-    from tests.model.tiny_gguf import GgufRecipe, tiny_model, write_gguf
+    from tests.model.gguf.tiny_gguf import GgufRecipe, tiny_model, write_gguf
 
     torch.set_num_threads(1)
     found: list[tuple[str, Outcome]] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.attack.hostile_models import directories, gguf_harms, import_file, load_directory, write_tiny_checkpoint
-from tests.model.tiny_gguf import GgufRecipe, tiny_model, write_gguf
+from tests.model.gguf.tiny_gguf import GgufRecipe, tiny_model, write_gguf
 from tests.scripted import scripted_engine, write_scripted_model
 from tfserve.errors import ConfigError, ModelError
 from tfserve.types import SamplingParams

@@ -18,11 +18,11 @@ from tests.attack.schemas import HONEST, HOSTILE, LINKS, chain
 from tests.http.conftest import StartServer
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.errors import QueueFullError, RequestError
-from tfserve.model import grammar
-from tfserve.model.grammar import json_schema_grammar
-from tfserve.model.grammar_checker import GrammarChecker
-from tfserve.model.token_masks import GrammarCompiler
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.grammars import grammar
+from tfserve.model.grammars.checker import GrammarChecker
+from tfserve.model.grammars.grammar import json_schema_grammar
+from tfserve.model.sampling.token_masks import GrammarCompiler
+from tfserve.model.text.tokenizer import Tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ASK = [{"role": "user", "content": "Hi"}]
@@ -166,7 +166,7 @@ async def test_a_broken_check_is_400_and_costs_nobody_else(start: StartServer, m
 
 
 async def test_too_many_checks_at_once_are_429(start: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tfserve.model.grammar_checker.MAX_WAITING", 4)
+    monkeypatch.setattr("tfserve.model.grammars.checker.MAX_WAITING", 4)
     checker = GrammarChecker(BREAKING, wall_limit_s=1.0)
     waiting = [checker.submit(f"sleep:{number}") for number in range(2)]
     while checker.num_waiting == 2:
@@ -180,7 +180,7 @@ async def test_too_many_checks_at_once_are_429(start: StartServer, monkeypatch: 
 
 
 def test_those_who_have_grammars_checked_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tfserve.model.grammar_checker.MAX_WAITING", 6)
+    monkeypatch.setattr("tfserve.model.grammars.checker.MAX_WAITING", 6)
     checker = GrammarChecker(BREAKING, wall_limit_s=1.0)
     done: list[str] = []
 
@@ -203,7 +203,7 @@ def test_those_who_have_grammars_checked_take_turns(monkeypatch: pytest.MonkeyPa
 
 LONELY = """
 import os, socket, sys, time
-from tfserve.model import grammar
+from tfserve.model.grammars import grammar
 
 def check(text):
     grammar.check_grammar(grammar.json_schema_grammar({"const": text}))

@@ -21,7 +21,7 @@ from tfserve.http import completions
 from tfserve.http.completions import CompletionRenderer
 from tfserve.http.packing import unpacked
 from tfserve.http.streams import VIEWED_BYTES_PER_S, pause_before
-from tfserve.model.schema_limits import check_schema
+from tfserve.model.grammars.schema_limits import check_schema
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 ASK = [{"role": "user", "content": "x"}]
@@ -151,7 +151,7 @@ async def test_schemas_are_walked_through_one_at_a_time(start: StartServer, monk
         running -= 1
         return check_schema(*args)
 
-    for module in ("tfserve.http.tools", "tfserve.model.grammar"):
+    for module in ("tfserve.http.tools", "tfserve.model.grammars.grammar"):
         monkeypatch.setattr(f"{module}.check_schema", check)
     server = await start(reply="{}")
 

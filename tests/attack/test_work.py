@@ -17,9 +17,9 @@ from tests.http.conftest import StartServer
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.http.chat_prompt import chat_prompt
 from tfserve.http.protocol import ChatRequest
-from tfserve.model.detokenizer import Detokenizer
-from tfserve.model.schema_limits import MAX_SCHEMA_CHARS, check_schema
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.grammars.schema_limits import MAX_SCHEMA_CHARS, check_schema
+from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.strict_json import unreadable
 
 LONG = "\x7f" * 500_000

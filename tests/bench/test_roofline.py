@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tfserve.bench.roofline import Work, floor_s, step_operations
-from tfserve.model.config import load_model_config
+from tfserve.model.loading.config import load_model_config
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
 from tfserve.engine.engine import Engine
 from tfserve.engine.frontend.validation import validate
 from tfserve.errors import ConfigError, EngineDeadError, ModelError, QueueFullError, RequestError
-from tfserve.model.grammar import json_schema_grammar
+from tfserve.model.grammars.grammar import json_schema_grammar
 from tfserve.types import FinishReason, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -9,8 +9,8 @@ from transformers import LlamaForCausalLM
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.model.attention.paged_kernels import FlashKernels
-from tfserve.model.config import load_model_config
-from tfserve.model.loader import load_model
+from tfserve.model.loading.config import load_model_config
+from tfserve.model.loading.loader import load_model
 from tfserve.types import SamplingParams
 
 NUM_REQUESTS, NUM_TOKENS = 10, 300

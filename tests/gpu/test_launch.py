@@ -10,8 +10,8 @@ import torch
 
 from tests.model.launching import paged_runner, plans
 from tfserve.model.attention.paged_kernels import FlashKernels
-from tfserve.model.cuda_graphs import CudaRecorder
-from tfserve.model.cuda_stream_runner import CudaStreamRunner
+from tfserve.model.runner.cuda_graphs import CudaRecorder
+from tfserve.model.runner.cuda_stream_runner import CudaStreamRunner
 
 KERNELS = FlashKernels.load()
 

@@ -14,7 +14,7 @@ from tfserve.config import EngineConfig
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, EngineStalledError, ModelError, QueueFullError, RequestError
 from tfserve.messages import StepOutputs
-from tfserve.model.chat_template import ToolFormat
+from tfserve.model.text.chat_template import ToolFormat
 from tfserve.types import (
     ONE_TENANT,
     EngineInfo,

@@ -17,7 +17,7 @@ from tests.http.test_tool_templates import TOOLS
 from tests.http.tool_templates import LLAMA3, QWEN25
 from tests.scripted import scripted_server, write_scripted_model
 from tests.tokenizers import CHAT_TEMPLATE, write_tiny_tokenizer
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 PLAIN = "/v1/completions"

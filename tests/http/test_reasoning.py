@@ -12,7 +12,7 @@ from tests.http.fakes import FakeTokenizer
 from tests.http.test_answers import stream
 from tests.http.test_tools import HERMES_CALL, TOOLS
 from tfserve.http.reasoning import Place, ThoughtCounter, ThoughtParser, first_place
-from tfserve.model.chat_template import ChatTemplate
+from tfserve.model.text.chat_template import ChatTemplate
 
 CHAT = "/v1/chat/completions"
 ASK: Any = [{"role": "user", "content": "Why?"}]

@@ -10,7 +10,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from tests.http.conftest import Running, StartServer
 from tests.tokenizers import write_tiny_tokenizer
-from tfserve.model.chat_template import ToolFormat
+from tfserve.model.text.chat_template import ToolFormat
 
 CHAT = "/v1/chat/completions"
 ASK = [{"role": "user", "content": "Hi"}]

@@ -13,7 +13,7 @@ from tfserve.errors import RequestError
 from tfserve.http.messages import ChatMessage, conversation
 from tfserve.http.tool_parsing import new_call_id, tool_call_parser
 from tfserve.http.tools import Tool, ToolPlan
-from tfserve.model.chat_template import ChatTemplate, ToolFormat
+from tfserve.model.text.chat_template import ChatTemplate, ToolFormat
 
 TOOLS = [
     {

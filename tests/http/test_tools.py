@@ -11,7 +11,7 @@ import pytest
 from tests.http.conftest import Running, StartServer
 from tests.http.test_answers import stream
 from tfserve.http.tool_parsing import Call, tool_call_parser
-from tfserve.model.chat_template import ChatTemplate, ToolFormat
+from tfserve.model.text.chat_template import ChatTemplate, ToolFormat
 
 CHAT = "/v1/chat/completions"
 ASK: Any = [{"role": "user", "content": "Weather in Rome?"}]

@@ -10,10 +10,10 @@ from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.paged_backend import PagedBackend
 from tfserve.model.attention.paged_kernels import PagedKernels
-from tfserve.model.config import load_model_config
-from tfserve.model.cuda_graphs import DecodeGraphs, Recorder
-from tfserve.model.loader import load_model
-from tfserve.model.runner import ModelRunner
+from tfserve.model.loading.config import load_model_config
+from tfserve.model.loading.loader import load_model
+from tfserve.model.runner.cuda_graphs import DecodeGraphs, Recorder
+from tfserve.model.runner.runner import ModelRunner
 from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 

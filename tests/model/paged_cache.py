@@ -9,7 +9,7 @@ from tfserve.memory.storage.device_pool import DevicePool
 from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.attention.torch_backend import TorchBackend
-from tfserve.model.forward_batch import BlockTables, ForwardBatch, build_batch
+from tfserve.model.runner.forward_batch import BlockTables, ForwardBatch, build_batch
 from tfserve.plan import BlockId, Fence, Row, SeqStep, StepPlan
 
 

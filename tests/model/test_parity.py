@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tfserve.model.config import load_model_config
 from tfserve.model.decoder import Decoder
-from tfserve.model.loader import load_model
+from tfserve.model.loading.config import load_model_config
+from tfserve.model.loading.loader import load_model
 
 TINY = [
     *("tiny_llama3", "tiny_qwen25", "tiny_qwen25_untied"),

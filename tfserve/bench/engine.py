@@ -19,8 +19,8 @@ from tfserve.bench.roofline import Work, bytes_per_s, floor_s, linear_flops_per_
 from tfserve.config import EngineConfig
 from tfserve.engine.core.step_trace import Trace, TraceStep, read_trace
 from tfserve.engine.engine import Engine
-from tfserve.model.config import ModelConfig, load_model_config
-from tfserve.model.linear import WeightFormat
+from tfserve.model.layers.linear import WeightFormat
+from tfserve.model.loading.config import ModelConfig, load_model_config
 from tfserve.types import EngineInfo, SamplingParams
 
 _BYTES = {"cpu": 2**28, "cuda": 2**32}

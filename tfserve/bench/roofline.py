@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 import torch
 
-from tfserve.model.config import ModelConfig
-from tfserve.model.linear import Linear, WeightFormat
+from tfserve.model.layers.linear import Linear, WeightFormat
+from tfserve.model.loading.config import ModelConfig
 
 Operations = list[tuple[float, float]]
 """Bytes and FLOPs of each operation of a step."""

@@ -35,11 +35,11 @@ from tfserve.messages import (
     StreamStates,
     ToCore,
 )
-from tfserve.model.config import load_model_config
-from tfserve.model.detokenizer import Detokenizer
-from tfserve.model.fields import loading
-from tfserve.model.hub import resolve_model
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.loading.config import load_model_config
+from tfserve.model.loading.fields import loading
+from tfserve.model.loading.hub import resolve_model
+from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.types import (
     ONE_TENANT,
     ConsumptionRate,

@@ -41,7 +41,7 @@ from tfserve.http.route import Route, register
 from tfserve.http.structured import response_grammar
 from tfserve.http.tool_parsing import new_call_id, tool_call_parser
 from tfserve.http.tools import ToolPlan
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.types import EngineInfo, FinishReason, RequestOutput, Tenant, TokenLogprob
 
 

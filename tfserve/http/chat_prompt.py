@@ -8,7 +8,7 @@ from typing import Annotated, Any, Protocol
 from tfserve.errors import RequestError
 from tfserve.http.documented import documented
 from tfserve.http.messages import ChatMessage, conversation
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 
 _OWN_FIELDS = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "self"}

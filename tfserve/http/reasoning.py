@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tfserve.http.tool_parsing import overlap
-from tfserve.model.chat_template import THOUGHT_TAGS
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.chat_template import THOUGHT_TAGS
+from tfserve.model.text.tokenizer import Tokenizer
 
 _BEGIN, _END = THOUGHT_TAGS
 _BEGIN_BYTES, _END_BYTES = _BEGIN.encode(), _END.encode()

@@ -11,7 +11,7 @@ import msgspec
 from tfserve.http.protocol import UsageWish
 from tfserve.http.replies import UNSET, ChatChunk, ChatCompletion, Completion, Usage
 from tfserve.http.sse import event
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.types import RequestOutput
 
 T = TypeVar("T")

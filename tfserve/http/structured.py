@@ -9,7 +9,7 @@ import msgspec
 from tfserve.engine.frontend.validation import require_grammars
 from tfserve.errors import RequestError
 from tfserve.http.off_loop import schema_off_loop
-from tfserve.model.grammar import check_grammar_beside, json_schema_grammar
+from tfserve.model.grammars.grammar import check_grammar_beside, json_schema_grammar
 from tfserve.types import EngineInfo, Tenant
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable
 
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 
 
 class TextOffsets:

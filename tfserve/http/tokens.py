@@ -21,7 +21,7 @@ from tfserve.http.replies import json_response
 from tfserve.http.route import Route, register
 from tfserve.http.service import SERVICE
 from tfserve.http.tools import ToolChoice, ToolPlan, Tools
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 
 MAX_TOKENIZE_CHARS = 1_000_000
 """Most characters of a text for /tokenize, unless the model takes longer ones."""

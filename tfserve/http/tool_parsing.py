@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 from tfserve import strict_json
-from tfserve.model.chat_template import MISTRAL_TAGS, TOOL_CALL_TAGS, ToolFormat
+from tfserve.model.text.chat_template import MISTRAL_TAGS, TOOL_CALL_TAGS, ToolFormat
 
 _BEGIN, _END = TOOL_CALL_TAGS
 _TAG = re.compile("</?tool_call>")

@@ -11,9 +11,9 @@ import msgspec
 from tfserve.errors import RequestError
 from tfserve.http.documented import documented
 from tfserve.http.off_loop import schema_off_loop
-from tfserve.model.chat_template import ToolFormat
-from tfserve.model.grammar import check_grammar_beside, json_schema_grammar, lark_json
-from tfserve.model.schema_limits import MAX_SCHEMA_CHARS, check_schema
+from tfserve.model.grammars.grammar import check_grammar_beside, json_schema_grammar, lark_json
+from tfserve.model.grammars.schema_limits import MAX_SCHEMA_CHARS, check_schema
+from tfserve.model.text.chat_template import ToolFormat
 from tfserve.types import Tenant
 
 MAX_TOOLS = 128

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tfserve.model.config import ModelConfig
-from tfserve.model.layers import MLP, HeadNorm, RMSNorm
-from tfserve.model.linear import Linear, WeightFormat
-from tfserve.model.rope import Rotary, rotate
+from tfserve.model.layers.linear import Linear, WeightFormat
+from tfserve.model.layers.norm_and_mlp import MLP, HeadNorm, RMSNorm
+from tfserve.model.layers.rope import Rotary, rotate
+from tfserve.model.loading.config import ModelConfig
 
 
 class LayerAttention(Protocol):

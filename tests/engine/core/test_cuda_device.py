@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.model.test_runner import Driver
+from tests.model.runner.test_runner import Driver
 from tfserve.engine.core.cuda_device import kv_bytes, largest_step, run_largest
 from tfserve.errors import ConfigError
-from tfserve.model.runner import FailedStep
+from tfserve.model.runner.runner import FailedStep
 
 GIB = 2**30
 

@@ -13,8 +13,8 @@ from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.core import build
 from tfserve.engine.engine import Engine
-from tfserve.model.grammar import json_schema_grammar
-from tfserve.model.runner import ModelRunner
+from tfserve.model.grammars.grammar import json_schema_grammar
+from tfserve.model.runner.runner import ModelRunner
 from tfserve.types import FinishReason, RequestOutput, SamplingParams
 
 NUM_TOKENS = 40

@@ -24,7 +24,7 @@ from tfserve.engine.frontend.stream import RequestStream
 from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.errors import EngineDeadError, EngineStalledError, ModelError, TfserveError
 from tfserve.messages import AbortRequest, AddRequest
-from tfserve.model.runner import ModelRunner
+from tfserve.model.runner.runner import ModelRunner
 from tfserve.types import FinishReason, SamplingParams
 
 PATIENCE_S = 10.0

@@ -14,7 +14,7 @@ from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.errors import RequestError
-from tfserve.model.grammar import json_schema_grammar
+from tfserve.model.grammars.grammar import json_schema_grammar
 from tfserve.types import FinishReason, SamplingParams
 
 NUM_REQUESTS, NUM_TOKENS = 12, 48

@@ -30,15 +30,15 @@ from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.messages import StepOutputs, StreamStates
 from tfserve.model.attention import select_backend
 from tfserve.model.attention.base import AttentionBackend, PagedKV
-from tfserve.model.cache_dir import cache_dir
-from tfserve.model.config import ModelConfig, load_model_config
-from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
-from tfserve.model.fields import loading
-from tfserve.model.loader import load_model
-from tfserve.model.runner import ModelRunner
-from tfserve.model.token_masks import TokenMasks, open_masks
-from tfserve.model.tokenizer import Tokenizer, all_eos_token_ids
+from tfserve.model.loading.cache_dir import cache_dir
+from tfserve.model.loading.config import ModelConfig, load_model_config
+from tfserve.model.loading.fields import loading
+from tfserve.model.loading.loader import load_model
+from tfserve.model.runner.cuda_stream_runner import CudaStreamRunner
+from tfserve.model.runner.runner import ModelRunner
+from tfserve.model.sampling.token_masks import TokenMasks, open_masks
+from tfserve.model.text.tokenizer import Tokenizer, all_eos_token_ids
 from tfserve.plan import Clock, Runner
 from tfserve.types import EngineInfo
 

@@ -14,11 +14,11 @@ from tfserve.memory.storage.device_pool import DevicePool
 from tfserve.memory.storage.kv_layout import KVLayout
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.attention.paged_backend import PagedBackend
-from tfserve.model.cuda_graphs import CudaRecorder, DecodeGraphs
-from tfserve.model.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.decoder import Decoder
-from tfserve.model.runner import ModelRunner
-from tfserve.model.token_masks import TokenMasks
+from tfserve.model.runner.cuda_graphs import CudaRecorder, DecodeGraphs
+from tfserve.model.runner.cuda_stream_runner import CudaStreamRunner
+from tfserve.model.runner.runner import ModelRunner
+from tfserve.model.sampling.token_masks import TokenMasks
 from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
 from tfserve.types import SamplingParams
 

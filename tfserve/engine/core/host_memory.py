@@ -18,7 +18,7 @@ from tfserve.memory.transfers.copy_runs import BlockGeometry, blocks_per_chunk
 from tfserve.memory.transfers.cuda_link import CudaLink
 from tfserve.memory.transfers.stream_transfers import StreamTransfers
 from tfserve.memory.transfers.worker_transfers import TierArrays, WorkerTransfers
-from tfserve.model.cuda_stream_runner import CudaStreamRunner
+from tfserve.model.runner.cuda_stream_runner import CudaStreamRunner
 from tfserve.plan import Clock, Direction, TransferEngine
 
 logger = logging.getLogger(__name__)

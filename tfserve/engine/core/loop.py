@@ -27,8 +27,8 @@ from tfserve.messages import (
     ToCore,
     TokenOutput,
 )
-from tfserve.model.detokenizer import Detokenizer
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.plan import Clock, Direction, Fence, InFlight, Runner, StepPlan, StepResult
 from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams, nth_seed
 

@@ -12,7 +12,7 @@ from tfserve.engine.frontend.prompts import Prompt, as_prompt
 from tfserve.engine.frontend.validation import as_priority, as_rate, check_text, validate
 from tfserve.errors import RequestError
 from tfserve.messages import AddRequest
-from tfserve.model.tokenizer import Tokenizer
+from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.types import ONE_TENANT, ConsumptionRate, EngineInfo, RequestId, SamplingParams, Tenant
 
 Conversation = str | Sequence[Mapping[str, Any]]

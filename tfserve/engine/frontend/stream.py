@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from tfserve.errors import EngineDeadError, RequestError
 from tfserve.messages import TokenOutput
-from tfserve.model.detokenizer import Detokenizer
+from tfserve.model.text.detokenizer import Detokenizer
 from tfserve.packed_logprobs import PackedLogprobs
 from tfserve.types import FinishReason, RequestId, RequestOutput
 

@@ -12,7 +12,7 @@ import msgspec
 from tfserve.checked import to_integer, to_number
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import RequestError
-from tfserve.model.grammar import check_grammar
+from tfserve.model.grammars.grammar import check_grammar
 from tfserve.strict_json import is_text
 from tfserve.types import ConsumptionRate, EngineInfo, RequestId, SamplingParams, Tenant
 

@@ -8,7 +8,7 @@ from typing import Literal
 from tfserve.engine.scheduling.reasons import Reason
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.table import RowRef
-from tfserve.model.detokenizer import Detokenizer
+from tfserve.model.text.detokenizer import Detokenizer
 from tfserve.packed_logprobs import PackedLogprobs
 from tfserve.plan import PromptLogprobs, Row
 from tfserve.types import (

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tfserve.model.forward_batch import ForwardBatch
+from tfserve.model.runner.forward_batch import ForwardBatch
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 from tfserve.errors import ConfigError
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.paged_kernels import DecodeWork, PagedKernels, PrefillWork
-from tfserve.model.forward_batch import ForwardBatch
-from tfserve.model.staging import upload
+from tfserve.model.runner.forward_batch import ForwardBatch
+from tfserve.model.runner.staging import upload
 
 PAGE_TOKENS = 256
 """A page of these kernels is a multiple of this many tokens."""

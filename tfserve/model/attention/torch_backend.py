@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tfserve.model.attention.base import PagedKV
 from tfserve.model.attention.embedding_bag_attention import EmbeddingBagAttention
-from tfserve.model.forward_batch import ForwardBatch
+from tfserve.model.runner.forward_batch import ForwardBatch
 
 
 class TorchBackend:

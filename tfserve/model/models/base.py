@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from tfserve.model.fields import Fields
+from tfserve.model.loading.fields import Fields
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 

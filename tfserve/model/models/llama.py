@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tfserve.model.fields import Fields
+from tfserve.model.loading.fields import Fields
 from tfserve.model.models.base import Family, ModelConfig, Part, Traits, Weight, register
 
 

@@ -6,7 +6,7 @@ Source: MistralForCausalLM of transformers.
 
 from __future__ import annotations
 
-from tfserve.model.fields import Fields
+from tfserve.model.loading.fields import Fields
 from tfserve.model.models import llama
 from tfserve.model.models.base import Family, Traits, register
 

@@ -5,7 +5,7 @@ Source: Qwen3ForCausalLM of transformers.
 
 from __future__ import annotations
 
-from tfserve.model.fields import Fields
+from tfserve.model.loading.fields import Fields
 from tfserve.model.models import llama
 from tfserve.model.models.base import Family, ModelConfig, Part, Traits, Weight, register
 

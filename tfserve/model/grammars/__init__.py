@@ -1,0 +1,1 @@
+"""Grammars: JSON schemas measured, checked and made into grammars. Torch-free."""

@@ -1,0 +1,1 @@
+"""Layers: linear layers by weight format, norms, the MLP, rotary embedding, SmoothQuant."""

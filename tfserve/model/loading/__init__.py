@@ -1,0 +1,1 @@
+"""Loading: a checkpoint's files read strictly, and weights filled from them."""

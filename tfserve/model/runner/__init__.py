@@ -1,0 +1,1 @@
+"""The runner: applies a step plan to a model on one device."""

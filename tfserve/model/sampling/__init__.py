@@ -1,0 +1,1 @@
+"""Sampling: from logits to tokens, with penalties, grammars' masks and log probabilities."""

@@ -1,0 +1,1 @@
+"""Text: tokenizer, detokenizer, chat template. Torch-free."""
