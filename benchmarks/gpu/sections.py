@@ -288,6 +288,7 @@ class Preemption:
         self._others = min(shape.batches[-1], 16, (rig.pool.num_blocks - 1 - blocks) // short_blocks)
         table.add("long")
         self._kv.extend("long", self._context, self._context)
+        table.add("newcomer")
         for i in range(self._others):
             table.add(f"r{i}")
             self._kv.extend(f"r{i}", self._short + ROOM, self._short + ROOM)
