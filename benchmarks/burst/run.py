@@ -276,7 +276,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-cells", type=int, help="stop after this many; run again to go on")
     add("--output", type=Path, default=Path(__file__).parents[1] / "results" / "burst.json")
     add("--records", type=Path, help="keep every cell's request records in this directory")
-    add("--timelines", type=Path, help="keep when each token of one repeat came in this JSON file, for burst_plots.py")
+    add("--timelines", type=Path, help="keep when each token of one repeat came in this JSON file, for plots.py")
     add("--timelines-repeat", type=int, default=0, help="which repeat (default: %(default)s)")
     add("--plots", type=Path, help="draw every cell's token timelines into this directory (needs the extra bench)")
     add("--report-only", action="store_true", help="print the table of what the result file holds")
