@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 
-from tfserve.plan import Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, Copy, CopyId, Direction, Fence, TransferEngine
+
+
+def acknowledged(engine: TransferEngine, n: int, patience_s: float) -> list[Ack]:
+    """The next n acknowledgements of an engine whose copies end on threads."""
+    acks, deadline = [], time.monotonic() + patience_s
+    while len(acks) < n and time.monotonic() < deadline:
+        acks += engine.poll()
+        time.sleep(1e-3)
+    assert len(acks) == n
+    return acks
 
 
 class CopyQueues:

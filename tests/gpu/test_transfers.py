@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
 
+from tests.copy_queues import acknowledged
 from tfserve.engine.core.clock import RealClock
 from tfserve.memory.storage.host_pool import HostPool
 from tfserve.memory.transfers.copy_runs import BlockGeometry, blocks_per_chunk
@@ -61,12 +60,7 @@ class Bench:
         return mark
 
     def settle(self, n: int) -> list[Ack]:
-        acks, deadline = [], time.monotonic() + PATIENCE_S
-        while len(acks) < n and time.monotonic() < deadline:
-            acks += self.engine.poll()
-            time.sleep(1e-3)
-        assert len(acks) == n
-        return acks
+        return acknowledged(self.engine, n, PATIENCE_S)
 
 
 @pytest.fixture

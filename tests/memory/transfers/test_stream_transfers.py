@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pytest
 
+from tests.copy_queues import acknowledged
 from tests.memory.transfers.fake_link import FakeLink
 from tfserve.engine.core.clock import RealClock
 from tfserve.errors import EngineDeadError
@@ -41,12 +41,7 @@ class Bench:
     def settle(self, n: int) -> list[Ack]:
         """Run the device, and take n acknowledgements."""
         self.link.run_all()
-        acks, deadline = [], time.monotonic() + PATIENCE_S
-        while len(acks) < n and time.monotonic() < deadline:
-            acks += self.engine.poll()
-            time.sleep(1e-3)
-        assert len(acks) == n
-        return acks
+        return acknowledged(self.engine, n, PATIENCE_S)
 
 
 @pytest.fixture
