@@ -1,4 +1,4 @@
-"""Reasons: why a request is off the device, comes back, waits or is refused. Torch-free."""
+"""Reasons: why a request is off the device, comes back or waits. Torch-free."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class Cause(enum.StrEnum):
     NO_BATCH_SLOT = "no batch slot is free"
     NO_MEMORY = "no memory is free"
     CAPACITY = "the rates of the readers add up to the capacity"
-    OVERLOAD = "beyond the capacity"
 
 
 class Reason(msgspec.Struct, frozen=True, gc=False):

@@ -154,21 +154,25 @@ def _reasons(
     c: Columns, leave: Sequence[int], come: Sequence[int], made_for: Mapping[int, int] | None
 ) -> dict[RequestId, Reason]:
     """Why these requests leave the device, and why others come back."""
-    reasons: dict[RequestId, Reason] = {}
-    rows = [*leave, *(row for row in come if c.has_started[row])]
-    left_s = [seconds if math.isfinite(seconds) else None for seconds in c.time_to_empty_s[rows].tolist()]
     # Of a policy that tells what each one leaves for, the others leave for the residents' growth.
     other = Cause.MAKES_ROOM if made_for is None and come else Cause.GROWTH
     made_for = made_for or {}
     displacing = set(made_for.values())
-    for row, seconds in zip(rows, left_s, strict=True):
+
+    def unread_s(row: int) -> float | None:
+        seconds = float(c.time_to_empty_s[row])
+        return seconds if math.isfinite(seconds) else None
+
+    def leaves(row: int) -> Reason:
         if row in made_for:
-            reasons[c.ids[row]] = Reason(Cause.MAKES_ROOM, seconds, c.ids[made_for[row]])
-        elif len(reasons) < len(leave):
-            reasons[c.ids[row]] = Reason(other, seconds)
-        else:
-            reasons[c.ids[row]] = Reason(Cause.DUE if row in displacing else Cause.SPARE_MEMORY, seconds)
-    return reasons
+            return Reason(Cause.MAKES_ROOM, unread_s(row), c.ids[made_for[row]])
+        return Reason(other, unread_s(row))
+
+    def returns(row: int) -> Reason:
+        return Reason(Cause.DUE if row in displacing else Cause.SPARE_MEMORY, unread_s(row))
+
+    left = {c.ids[row]: leaves(row) for row in leave}
+    return left | {c.ids[row]: returns(row) for row in come if c.has_started[row]}
 
 
 def out_of_blocks(snapshot: Snapshot) -> bool:

@@ -322,8 +322,8 @@ class Balance:
     def _make_room(self, row: int, need: int, way: Way, least_s: float, relief_s: float) -> list[int] | None:
         """Victims to evict for `row`, least loss first; none if it fits, None if that cannot be done.
 
-        They have `least_s` to read and can go that way. Whoever is starving is relieved by those who are better off by
-        `relief_s`, afford it or not.
+        They have `least_s` to read and can go that way. A starving request evicts residents that are better off by
+        `relief_s`, even if these cannot afford it.
         """
         if self._fits(need):
             return []
