@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 
 from tfserve.config import SchedulerConfig
-from tfserve.engine.scheduling.policies.registry import POLICIES
+from tfserve.engine.scheduling.policies.registry import POLICIES, uses_host
 from tfserve.engine.scheduling.policy import Policy
 
 __all__ = ["POLICIES", "make_policy", "uses_host"]
@@ -18,8 +18,3 @@ for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
 def make_policy(config: SchedulerConfig) -> Policy:
     """The policy that `scheduler.policy` names."""
     return POLICIES[config.policy].make(config)
-
-
-def uses_host(config: SchedulerConfig) -> bool:
-    """True if the policy keeps the KV of preempted requests on the host, and may."""
-    return config.offload and POLICIES[config.policy].pauses

@@ -25,6 +25,11 @@ POLICIES: dict[str, Entry] = {}
 """By name; whole once the package of policies is imported."""
 
 
+def uses_host(config: SchedulerConfig) -> bool:
+    """True if the policy keeps the KV of preempted requests on the host, and may."""
+    return config.offload and POLICIES[config.policy].pauses
+
+
 def register(
     name: str, *, pauses: bool = False, ignores: tuple[str, ...] = (*RATES, "priority")
 ) -> Callable[[MakePolicy], MakePolicy]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from tfserve.arrays import Floats, Ints
+from tfserve.arrays import Floats, Ints, RowIndex
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
 
 _LEAST_CHUNK = 64
@@ -23,8 +23,8 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     from decoding.
     """
     c = snapshot.columns
-    rows = with_prompts(snapshot, decision)
-    if not rows:
+    rows = prompts_in_order(snapshot, decision)
+    if not len(rows):
         return decision
     tenant = c.tenant[rows]
     if not decision.decode:
@@ -34,9 +34,6 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     decision = msgspec.structs.replace(decision, prefill_tokens=most)
     if (tenant == tenant[0]).all():
         return decision
-    place = {req: index for index, req in enumerate(decision.order)}
-    rows.sort(key=lambda row: (place.get(c.ids[row], len(place)), c.seq[row]))
-    tenant = c.tenant[rows]
     pending = np.where(c.is_running[rows], c.num_uncomputed[rows], c.num_tokens[rows])
     num_decodes = int(np.count_nonzero(snapshot.is_decoding)) if decision.decode else 0
     budget = min(snapshot.max_num_batched_tokens - num_decodes, most)
@@ -48,7 +45,7 @@ def share_prompts(snapshot: Snapshot, decision: Decision) -> Decision:
     return msgspec.structs.replace(decision, order=c.ids_of(rows), chunks=tuple(chunks))
 
 
-def _short_step(snapshot: Snapshot, rows: list[int], limit: int | None) -> int:
+def _short_step(snapshot: Snapshot, rows: RowIndex, limit: int | None) -> int:
     """Prompt tokens of a step that is not long, at most `limit`: all tenants wait for its end.
 
     A token of a long prompt attends to what is computed of it, and takes longer.
@@ -62,15 +59,17 @@ def _short_step(snapshot: Snapshot, rows: list[int], limit: int | None) -> int:
     return min(most, snapshot.max_num_batched_tokens if limit is None else limit)
 
 
-def with_prompts(snapshot: Snapshot, decision: Decision) -> list[int]:
-    """Requests that have prompt tokens to compute once the decision is carried out."""
+def prompts_in_order(snapshot: Snapshot, decision: Decision) -> RowIndex:
+    """Requests that have prompt tokens to compute once the decision is carried out, in its order, then by arrival."""
     c = snapshot.columns
     leaving = {req for req, _ in decision.preempt}
     rows = [row for row in np.flatnonzero(c.is_running & ~snapshot.is_decoding).tolist() if c.ids[row] not in leaving]
     coming = {*decision.admit, *(req for req, by in decision.resume if by is ResumeBy.RECOMPUTE)}
     if coming:
         rows += [row for row in np.flatnonzero(c.is_waiting | c.is_paused).tolist() if c.ids[row] in coming]
-    return rows
+    place = {req: index for index, req in enumerate(decision.order)}
+    rows.sort(key=lambda row: (place.get(c.ids[row], len(place)), c.seq[row]))
+    return np.array(rows, np.intp)
 
 
 def _quotas(pending: Ints, tenant: Ints, weight: Floats, budget: int) -> dict[int, int]:

@@ -17,9 +17,9 @@ from tfserve.arrays import Floats, Ints, RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.policies.headroom import headroom_s
-from tfserve.engine.scheduling.policies.registry import POLICIES
+from tfserve.engine.scheduling.policies.registry import uses_host
 from tfserve.engine.scheduling.policies.sharing import exchange, resident_blocks, return_s, round_trip_s, usable_blocks
-from tfserve.engine.scheduling.policies.tenant_prompts import share_prompts, with_prompts
+from tfserve.engine.scheduling.policies.tenant_prompts import prompts_in_order, share_prompts
 from tfserve.engine.scheduling.policy import Decision, Policy, Snapshot
 
 _MOST_CREDIT_S = 1.0
@@ -78,7 +78,7 @@ class OwnTime:
         """The decision for a step without some tenants if it is to be one, else the decision itself."""
         c = snapshot.columns
         self._account(snapshot.now_s)
-        prompts = np.array(with_prompts(snapshot, decision), np.intp)
+        prompts = prompts_in_order(snapshot, decision)
         reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.critical_s)
         needy = np.unique(np.concatenate([c.tenant[reads], c.tenant[prompts[~c.has_started[prompts]]]]))
         levels = holdings.now
@@ -90,12 +90,10 @@ class OwnTime:
         if not self._was_own:
             return decision
         out = np.isin(c.tenant, rich)
-        place = {req: index for index, req in enumerate(decision.order)}
-        first = sorted(prompts.tolist(), key=lambda row: (place.get(c.ids[row], len(place)), c.seq[row]))
         return msgspec.structs.replace(
             decision,
-            order=c.ids_of(np.array(first, np.intp)),
-            chunks=tuple(0 if out[row] else snapshot.max_num_batched_tokens for row in first),
+            order=c.ids_of(prompts),
+            chunks=tuple(np.where(out[prompts], 0, snapshot.max_num_batched_tokens).tolist()),
             hold=frozenset(c.ids_of(np.flatnonzero(out & snapshot.is_decoding))),
             # The limit is for the readers of all.
             prefill_tokens=None,
@@ -232,8 +230,7 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
         exchanges.consider(row, from_readers=bool(is_due[row]))
     if not exchanges.coming:
         return None
-    offload = config.offload and POLICIES[config.policy].pauses
-    _, by_host = round_trip_s(snapshot, offload=offload)
+    _, by_host = round_trip_s(snapshot, offload=uses_host(config))
     decision = exchange(
         snapshot, exchanges.leaving, exchanges.coming, by_host=by_host, loads=loads, made_for=exchanges.made_for
     )
