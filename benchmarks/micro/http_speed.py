@@ -36,6 +36,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from benchmarks.local_server import running
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.engine.engine import Engine
 from tfserve.engine.frontend.core_client import ProcessClient
@@ -166,7 +167,7 @@ def run_null_engine(fd: int) -> None:
         quantization=None,
         device="cpu",
         attention_backend="none",
-        policy="none",
+        policy=config.scheduler.policy,
         max_model_len=1_000_000,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=1,
@@ -302,35 +303,31 @@ def measure(args: argparse.Namespace, rate: float) -> None:
         command = [sys.executable, "-m", "benchmarks.micro.http_speed"]
         shared = ["--port", str(args.port), "--streams", str(args.streams), "--model", args.model]
         profile = ["--profile", args.profile] if args.profile else []
-        server = subprocess.Popen(
+        with running(
             [*command, "--server", *shared, *profile],
+            f"http://127.0.0.1:{args.port}",
+            "/health",
             env={**os.environ, "HTTP_SPEED": json.dumps(asked)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert server.stdout is not None
-        for line in server.stdout:
-            if line.startswith("curl "):
-                break
-        process = psutil.Process(server.pid)
-        rss = [process.memory_info().rss]
-        cpu_before = process.cpu_times()
-        tokens = max(2, int(rate * args.seconds / args.streams))
-        limits = ["--tokens", str(tokens), "--slow", str(args.slow), "--slow-rate", str(args.slow_rate)]
-        client = subprocess.Popen(
-            [*command, "--client", *shared, *limits, "--linger", str(args.linger)], stdout=subprocess.PIPE, text=True
-        )
-        peak = rss[0]
-        while client.poll() is None and not _is_readable(client):
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.2)
-        output = client.communicate()[0]
-        cpu_after = process.cpu_times()
-        rss.append(process.memory_info().rss)
-        server.send_signal(signal.SIGTERM)
-        server.send_signal(signal.SIGTERM)
-        server.communicate(timeout=60)
+        ) as server:
+            process = psutil.Process(server.process.pid)
+            rss = [process.memory_info().rss]
+            cpu_before = process.cpu_times()
+            tokens = max(2, int(rate * args.seconds / args.streams))
+            limits = ["--tokens", str(tokens), "--slow", str(args.slow), "--slow-rate", str(args.slow_rate)]
+            client = subprocess.Popen(
+                [*command, "--client", *shared, *limits, "--linger", str(args.linger)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            peak = rss[0]
+            while client.poll() is None and not _is_readable(client):
+                peak = max(peak, process.memory_info().rss)
+                time.sleep(0.2)
+            output = client.communicate()[0]
+            if client.returncode:
+                raise SystemExit(f"the client ended with {client.returncode}")
+            cpu_after = process.cpu_times()
+            rss.append(process.memory_info().rss)
         result = json.loads(output)
         sent = json.loads(log.read_text())
     cpu = Cpu(cpu_after.user - cpu_before.user, cpu_after.system - cpu_before.system)
