@@ -261,6 +261,8 @@ def main() -> None:
     args = parser.parse_args()
     table = attacks()
     names = [name for name in table if not args.names or any(map(name.startswith, args.names))]
+    if not names:
+        parser.error(f"no attack's name begins with {' or '.join(args.names)}; --list prints them")
     if args.list:
         print("\n".join(names))
         return

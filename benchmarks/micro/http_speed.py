@@ -36,7 +36,7 @@ import msgspec
 import numpy as np
 import psutil
 
-from benchmarks.local_server import running
+from benchmarks.local_server import free_port, running
 from tfserve.config import EngineConfig, ServerConfig
 from tfserve.engine.engine import Engine
 from tfserve.engine.frontend.core_client import ProcessClient
@@ -386,7 +386,7 @@ def main() -> int:
     parser.add_argument("--slow", type=int, default=0)
     parser.add_argument("--slow-rate", type=float, default=5.0)
     parser.add_argument("--linger", type=float, default=0.0, help="seconds to go on reading slowly after the others")
-    parser.add_argument("--port", type=int, default=8731)
+    parser.add_argument("--port", type=int, default=0, help="default: any free one")
     parser.add_argument("--profile")
     parser.add_argument("--tokens", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--server", action="store_true", help=argparse.SUPPRESS)
@@ -397,6 +397,7 @@ def main() -> int:
     if args.client:
         return run_client(args)
     args.model, args.token_id = _token_id(args.model)
+    args.port = args.port or free_port()
     for rate in args.rate:
         measure(args, rate)
     return 0
