@@ -52,6 +52,20 @@ def _parser(is_bench: bool) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    _add_commands(commands)
+    if is_bench:
+        # Imported late: it imports the whole simulator, which a server does not need.
+        from tfserve.bench.cli import add_bench_parser
+
+        add_bench_parser(commands)
+    else:
+        commands.add_parser(
+            "bench", help="measure a running server, the engine, or the scheduler on simulated hardware"
+        )
+    return parser
+
+
+def _add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     serve = commands.add_parser("serve", help="serve a model over HTTP")
     serve.add_argument("target", nargs="?", help="YAML file, model directory, hub id, or 'demo'")
     serve.set_defaults(func=_serve)
@@ -77,17 +91,6 @@ def _parser(is_bench: bool) -> argparse.ArgumentParser:
     gguf.add_argument("file", type=Path)
     gguf.add_argument("directory", type=Path)
     gguf.set_defaults(func=_import_gguf)
-
-    if is_bench:
-        # Imported late: it imports the whole simulator, which a server does not need.
-        from tfserve.bench.cli import add_bench_parser
-
-        add_bench_parser(commands)
-    else:
-        commands.add_parser(
-            "bench", help="measure a running server, the engine, or the scheduler on simulated hardware"
-        )
-    return parser
 
 
 def _serve(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tfserve.arrays import Floats
 from tfserve.bench.report import write_json
-from tfserve.engine.core.step_trace import Trace, read_trace
+from tfserve.engine.core.step_trace import Trace, TraceHead, TraceRequest, read_trace
 from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.engine.simulation.engine import SimEngine, SimRequest
 from tfserve.engine.simulation.fitted import FittedProfile, MeasuredCost, fit, fit_error
@@ -69,32 +69,13 @@ def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
     if all(request.first_token_s is None for request in trace.requests):
         raise TfserveError(f"{name} has no answered requests to compare with; give a trace of a run that answered some")
     head = trace.head
-    limits = msgspec.structs.replace(
-        profile,
-        num_blocks=head.num_blocks,
-        num_host_blocks=head.num_host_blocks,
-        max_num_seqs=head.max_num_seqs,
-        max_num_batched_tokens=head.max_num_batched_tokens,
-        block_size=head.block_size,
-        kv_bytes_per_token=head.kv_bytes_per_token,
-    )
+    limits = _limits(profile, head)
     room = (head.num_blocks - 1) * head.block_size
     longest = max(request.prompt_tokens + max(request.output_tokens, 1) for request in trace.requests)
     if longest > room:
         raise TfserveError(f"{name} has a request of {longest} tokens and KV for {room}; give an unedited trace")
     begin_s = trace.requests[0].arrival_s
-    requests = [
-        SimRequest(
-            arrival_s=request.arrival_s - begin_s,
-            prompt_tokens=request.prompt_tokens,
-            output_tokens=max(request.output_tokens, 1),
-            max_tokens=request.max_tokens,
-            rate=resolve_rate(request.rate, head.scheduler.default_rate),
-            told_rate=request.rate,
-            priority=request.priority,
-        )
-        for request in trace.requests
-    ]
+    requests = [_again(request, begin_s, head.scheduler.default_rate) for request in trace.requests]
     run = SimEngine(limits.machine(), head.scheduler, requests).run()
     answered = [served for served in run.served if len(served.token_s)]
     if not answered:
@@ -112,6 +93,31 @@ def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
         measured=_figures(measured_ttft, tokens, measured_end, preemptions / len(requests)),
         simulated=_figures(simulated_ttft, tokens, simulated_end, run.num_preemptions / len(requests)),
         ttft_distance=_ratio(_distance(measured_ttft, simulated_ttft), float(measured_ttft.mean())),
+    )
+
+
+def _limits(profile: FittedProfile, head: TraceHead) -> FittedProfile:
+    """The profile with the memory and the limits of the trace's engine."""
+    return msgspec.structs.replace(
+        profile,
+        num_blocks=head.num_blocks,
+        num_host_blocks=head.num_host_blocks,
+        max_num_seqs=head.max_num_seqs,
+        max_num_batched_tokens=head.max_num_batched_tokens,
+        block_size=head.block_size,
+        kv_bytes_per_token=head.kv_bytes_per_token,
+    )
+
+
+def _again(request: TraceRequest, begin_s: float, default_rate: float) -> SimRequest:
+    return SimRequest(
+        arrival_s=request.arrival_s - begin_s,
+        prompt_tokens=request.prompt_tokens,
+        output_tokens=max(request.output_tokens, 1),
+        max_tokens=request.max_tokens,
+        rate=resolve_rate(request.rate, default_rate),
+        told_rate=request.rate,
+        priority=request.priority,
     )
 
 

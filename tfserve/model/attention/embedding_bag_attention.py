@@ -9,7 +9,7 @@ alternatives.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,54 +62,77 @@ class _BagIndex:
     """Which rows each bag sums, for one step. Bags run over (sequence by length, kv head, group, block)."""
 
     def __init__(self, tables: NDArray[np.int32], lens: NDArray[np.int64], kv: PagedKV, num_heads: int) -> None:
-        size, head_dim, num_kv = kv.block_size, kv.head_dim, kv.num_kv_heads
-        group = num_heads // num_kv
-        num_rows = kv.num_blocks * num_kv * max(size, head_dim)
+        num_rows = kv.num_blocks * kv.num_kv_heads * max(kv.block_size, kv.head_dim)
         # 32-bit indices halve the memory traffic of the index.
         dtype: np.dtype[Any] = np.dtype(np.int32 if num_rows < 2**31 else np.int64)
-        num_blocks = -(-lens // size)
+        num_blocks = -(-lens // kv.block_size)
         order = np.argsort(-num_blocks, kind="stable")
-
-        key_rows, key_counts, queries, value_rows, value_counts = [], [], [], [], []
-        masks = []
-        for begin, end in _bucket_bounds(num_blocks[order]):
-            seqs = order[begin:end]
-            width = int(num_blocks[seqs[0]])
-            # A page is one head's share of a block.
-            pages = tables[seqs, None, :width].astype(dtype) * num_kv + np.arange(num_kv, dtype=dtype)[:, None]
-            bags = (len(seqs), num_kv, group, width)
-            exists = np.broadcast_to((np.arange(width) < num_blocks[seqs, None])[:, None, None], bags)
-            key_pages = np.broadcast_to(pages[:, :, None], bags)[exists]
-            key_rows.append((key_pages[:, None] * head_dim + np.arange(head_dim, dtype=dtype)).ravel())
-            key_counts.append(exists.ravel() * head_dim)  # a missing block is an empty bag: its scores are zeros
-            heads = (seqs[:, None] * num_heads + np.arange(num_heads)).reshape(len(seqs), num_kv, group, 1)
-            queries.append(np.broadcast_to(heads, bags)[exists])
-
-            valid = (np.arange(width * size) < lens[seqs, None])[:, None]  # [seqs, 1, width * size]
-            rows = (pages[..., None] * size + np.arange(size, dtype=dtype)).reshape(len(seqs), num_kv, -1)
-            rows = np.where(valid, rows, dtype.type(0))  # positions past the end read the null block with weight 0
-            value_rows.append(np.broadcast_to(rows[:, :, None], (*bags[:3], width * size)).ravel())
-            value_counts.append(np.full(len(seqs) * num_heads, width * size))
-            masks.append(np.where(valid, np.float32(0), np.float32(-np.inf)))
-
-        self.key_rows = torch.from_numpy(np.concatenate(key_rows))
-        self.key_offsets = _offsets(key_counts, dtype)
-        self.query_of_bag = torch.from_numpy(np.concatenate(queries))
-        self.value_rows = torch.from_numpy(np.concatenate(value_rows))
-        self.value_offsets = _offsets(value_counts, dtype)
+        bounds = _bucket_bounds(num_blocks[order])
+        buckets = [
+            _bucket(order[begin:end], tables, lens, kv, num_heads=num_heads, dtype=dtype) for begin, end in bounds
+        ]
+        self.key_rows = torch.from_numpy(np.concatenate([bucket.key_rows for bucket in buckets]))
+        self.key_offsets = _offsets([bucket.key_counts for bucket in buckets], dtype)
+        self.query_of_bag = torch.from_numpy(np.concatenate([bucket.queries for bucket in buckets]))
+        self.value_rows = torch.from_numpy(np.concatenate([bucket.value_rows for bucket in buckets]))
+        self.value_offsets = _offsets([bucket.value_counts for bucket in buckets], dtype)
         is_sorted = bool((order[1:] > order[:-1]).all())
         self.unsort = None if is_sorted else torch.from_numpy(np.argsort(order))
-        self.weights = torch.empty(len(self.query_of_bag), head_dim)
+        self.weights = torch.empty(len(self.query_of_bag), kv.head_dim)
         self.probs = torch.empty(len(self.value_rows))
         self.buckets: list[
             tuple[slice, Tensor, Tensor]
         ] = []  # slice of the scores, mask [seqs, 1, t], probs [seqs, heads, t]
         begin = 0
-        for mask in masks:
+        for mask in (bucket.mask for bucket in buckets):
             end = begin + mask.size * num_heads
             probs = self.probs[begin:end].view(len(mask), num_heads, -1)
             self.buckets.append((slice(begin, end), torch.from_numpy(mask), probs))
             begin = end
+
+
+class _Bucket(NamedTuple):
+    """The bags of sequences of similar lengths, padded to the longest."""
+
+    key_rows: NDArray[Any]
+    key_counts: NDArray[np.int64]
+    queries: NDArray[np.int64]
+    value_rows: NDArray[Any]
+    value_counts: NDArray[np.int64]
+    mask: NDArray[np.float32]
+    """`[sequences, 1, blocks * block_size]`: 0, or -inf past a sequence's end."""
+
+
+def _bucket(
+    seqs: NDArray[np.intp],
+    tables: NDArray[np.int32],
+    lens: NDArray[np.int64],
+    kv: PagedKV,
+    *,
+    num_heads: int,
+    dtype: np.dtype[Any],
+) -> _Bucket:
+    """The first of `seqs` is the longest."""
+    size, head_dim, num_kv = kv.block_size, kv.head_dim, kv.num_kv_heads
+    num_blocks = -(-lens[seqs] // size)
+    width = int(num_blocks[0])
+    # A page is one head's share of a block.
+    pages = tables[seqs, None, :width].astype(dtype) * num_kv + np.arange(num_kv, dtype=dtype)[:, None]
+    bags = (len(seqs), num_kv, num_heads // num_kv, width)
+    exists = np.broadcast_to((np.arange(width) < num_blocks[:, None])[:, None, None], bags)
+    key_pages = np.broadcast_to(pages[:, :, None], bags)[exists]
+    heads = (seqs[:, None] * num_heads + np.arange(num_heads)).reshape(*bags[:3], 1)
+    valid = (np.arange(width * size) < lens[seqs, None])[:, None]  # [seqs, 1, width * size]
+    rows = (pages[..., None] * size + np.arange(size, dtype=dtype)).reshape(len(seqs), num_kv, -1)
+    rows = np.where(valid, rows, dtype.type(0))  # positions past the end read the null block with weight 0
+    return _Bucket(
+        key_rows=(key_pages[:, None] * head_dim + np.arange(head_dim, dtype=dtype)).ravel(),
+        key_counts=exists.ravel() * head_dim,  # a missing block is an empty bag: its scores are zeros
+        queries=np.broadcast_to(heads, bags)[exists],
+        value_rows=np.broadcast_to(rows[:, :, None], (*bags[:3], width * size)).ravel(),
+        value_counts=np.full(len(seqs) * num_heads, width * size),
+        mask=np.where(valid, np.float32(0), np.float32(-np.inf)),
+    )
 
 
 def _bucket_bounds(descending: NDArray[np.int64]) -> list[tuple[int, int]]:
