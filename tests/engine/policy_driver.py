@@ -92,7 +92,7 @@ class Driver:
         return self
 
     def step(self) -> bool:
-        self._take_news()
+        self._take_events()
         if not len(self.tracker):
             if not self.pending:
                 return False
@@ -111,7 +111,7 @@ class Driver:
         memory = MemoryView(m.block_size, m.num_blocks, self.free, m.num_host_blocks, m.num_host_blocks - host)
         return Snapshot(self.now, c, memory, self.cost, m.max_num_seqs, m.max_num_batched_tokens)
 
-    def _take_news(self) -> None:
+    def _take_events(self) -> None:
         while self.pending and self.asks[self.pending[-1]].arrival_s <= self.now:
             req = self.pending.pop()
             ask = self.asks[req]

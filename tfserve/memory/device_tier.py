@@ -7,7 +7,7 @@ from itertools import chain
 
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.residency import PAUSED, KVBlock, Residency
-from tfserve.plan import After, BlockId, CopyId, Fence
+from tfserve.plan import BlockId, CopyDeps, CopyId, StepId
 
 
 class DeviceTier:
@@ -52,43 +52,43 @@ class DeviceTier:
 
     def linger(self, kv: Residency, block: KVBlock) -> None:
         """List a paused request's block as clean or, while copies hold it, as draining."""
-        dev = _place(kv, block)
-        (self._draining if self._held_by_copies(dev) else self._clean)[dev] = (kv, block)
+        device_block = _place(kv, block)
+        (self._draining if self._held_by_copies(device_block) else self._clean)[device_block] = (kv, block)
 
-    def copy_ended(self, dev: BlockId) -> None:
+    def copy_ended(self, device_block: BlockId) -> None:
         """A copy has let go of this block: if it was draining, it may be clean now."""
-        if dev in self._draining and not self._held_by_copies(dev):
-            self._clean[dev] = self._draining.pop(dev)
+        if device_block in self._draining and not self._held_by_copies(device_block):
+            self._clean[device_block] = self._draining.pop(device_block)
 
-    def pin(self, dev: BlockId) -> None:
+    def pin(self, device_block: BlockId) -> None:
         """Its owner is coming back: no other request may take it."""
-        self._clean.pop(dev, None)
-        self._draining.pop(dev, None)
+        self._clean.pop(device_block, None)
+        self._draining.pop(device_block, None)
 
     def vacate(self, kv: Residency, block: KVBlock) -> None:
         """The request gives up this block's place, which is free once no copy holds it."""
-        dev = _place(kv, block)
-        self.pin(dev)
+        device_block = _place(kv, block)
+        self.pin(device_block)
         if kv.last_step is not None:
-            self._last_use[dev] = max(self._last_use[dev], kv.last_step)
+            self._last_use[device_block] = max(self._last_use[device_block], kv.last_step)
         kv.place(block, None)
-        self._pool.free((dev,))
+        self._pool.free((device_block,))
 
-    def take_draining(self, n: int) -> list[tuple[BlockId, After]]:
+    def take_draining(self, n: int) -> list[tuple[BlockId, CopyDeps]]:
         """Take over up to n draining blocks, those stored first, and say what a load into each must wait for."""
         taken = []
         # The oldest entries are the stores that end first.
-        for dev, (kv, block) in list(self._draining.items())[:n]:
+        for device_block, (kv, block) in list(self._draining.items())[:n]:
             stores = tuple(block.copies)
-            self._pool.retain((dev,))
+            self._pool.retain((device_block,))
             self.vacate(kv, block)
-            taken.append((dev, self.after(dev, stores)))
+            taken.append((device_block, self.after(device_block, stores)))
         return taken
 
-    def after(self, dev: BlockId, copies: tuple[CopyId, ...] = ()) -> After:
+    def after(self, device_block: BlockId, copies: tuple[CopyId, ...] = ()) -> CopyDeps:
         """What a load into this block must wait for: the last step that used it, and `copies`."""
-        step = self._last_use[dev]
-        return After(Fence(step) if step >= 0 else None, copies)
+        step = self._last_use[device_block]
+        return CopyDeps(StepId(step) if step >= 0 else None, copies)
 
     def evictions(self) -> tuple[CopyId, ...]:
         """The stores under way on blocks of paused requests."""
@@ -99,22 +99,22 @@ class DeviceTier:
         requests = list(requests)
         self._pool.check([*(kv.blocks for kv in requests), in_copies])
         lingering = {
-            block.dev: self._held_by_copies(block.dev)
+            block.device_block: self._held_by_copies(block.device_block)
             for kv in requests
             if kv.state in PAUSED
             for block in kv.blocks_by_index
-            if block.dev is not None
+            if block.device_block is not None
         }
         listed = dict.fromkeys(self._clean, False) | dict.fromkeys(self._draining, True)
         if listed != lingering or len(listed) != len(self._clean) + len(self._draining):
             raise AssertionError("the lists of paused requests' blocks are not what those requests hold")
 
-    def _held_by_copies(self, dev: BlockId) -> bool:
+    def _held_by_copies(self, device_block: BlockId) -> bool:
         """True if an owned block has more holders than its owner."""
-        return self._pool.references(dev) > 1
+        return self._pool.references(device_block) > 1
 
 
 def _place(kv: Residency, block: KVBlock) -> BlockId:
-    if block.dev is None:
+    if block.device_block is None:
         raise AssertionError(f"{kv.req}: the block has no place on the device")
-    return block.dev
+    return block.device_block

@@ -18,7 +18,7 @@ CPU_32 = Machine(
     StepCoefficients(0.012, 2.5e-3, 1e-6, 2e-3, 1e-7), 46080, 32, 1400, 5600, 2e9, max_num_seqs=32,
     max_num_batched_tokens=512,
 )  # fmt: skip
-"""A small model on two cores, as tfserve serves it by default: seats are short, memory is not."""
+"""A small model on two cores, as tfserve serves it by default: batch slots are short, memory is not."""
 
 HONEST = [Ask(1.0 + 4.0 * k, 80, 50, 6.0) for k in range(4)]
 

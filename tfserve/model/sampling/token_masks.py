@@ -18,7 +18,7 @@ from tfserve.errors import failures
 from tfserve.install_hint import install_command
 from tfserve.model.grammars.limits import parser_limits
 from tfserve.model.runner.staging import Download, upload
-from tfserve.plan import Row, RowInit
+from tfserve.plan import SlotId, SlotInit
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -119,15 +119,15 @@ class _Text:
     Nothing here raises: an error or panic of llguidance ends only this text.
     """
 
-    def __init__(self, compiler: GrammarCompiler, row: RowInit) -> None:
-        assert row.params.grammar is not None
+    def __init__(self, compiler: GrammarCompiler, init: SlotInit) -> None:
+        assert init.params.grammar is not None
         self.lost = ""
         self._compiler = compiler
-        self._req, self._grammar = row.req, row.params.grammar
+        self._req, self._grammar = init.req, init.params.grammar
         self._matcher: LLMatcher | None = None
         with self._losing():
             self._matcher = compiler.matcher(self._grammar)
-            self._matcher.consume_tokens(list(row.token_ids[row.num_prompt_tokens :]))
+            self._matcher.consume_tokens(list(init.token_ids[init.num_prompt_tokens :]))
 
     def push(self, token: int) -> None:
         """Take the next token."""
@@ -179,18 +179,18 @@ class TokenMasks:
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self.compiler = compiler
-        self._texts: dict[Row, _Text] = {}
+        self._texts: dict[SlotId, _Text] = {}
         self._unread: tuple[Download, list[tuple[int, _Text]]] | None = None  # with their places in the batch
 
-    def enter(self, row: RowInit) -> None:
+    def enter(self, init: SlotInit) -> None:
         """A request enters a row."""
-        self.release(row.row)
-        if row.params.grammar is not None:
-            self._texts[row.row] = _Text(self.compiler, row)
+        self.release(init.slot)
+        if init.params.grammar is not None:
+            self._texts[init.slot] = _Text(self.compiler, init)
 
-    def release(self, row: Row) -> None:
-        """Clear a row; no effect on an empty one."""
-        self._texts.pop(row, None)
+    def release(self, slot: SlotId) -> None:
+        """Clear a slot; no effect on an empty one."""
+        self._texts.pop(slot, None)
 
     def has(self, row: int) -> bool:
         """True if the row has a grammar."""
@@ -224,7 +224,7 @@ class TokenMasks:
         """The texts of the rows with a grammar, and their places in `rows`."""
         if not self._texts:
             return []
-        return [(place, self._texts[Row(row)]) for place, row in enumerate(rows) if Row(row) in self._texts]
+        return [(place, self._texts[SlotId(row)]) for place, row in enumerate(rows) if SlotId(row) in self._texts]
 
     def _read(self) -> None:
         if self._unread is None:

@@ -121,8 +121,8 @@ def admissible(snapshot: Snapshot, ratio: float, clip: int | None) -> tuple[Requ
     A waiting request is charged its tokens and all it may generate, an admitted one `ratio` of that; `clip` bounds what
     one may generate. Paused requests count with all their KV: they were promised it.
     """
-    c, free_rows = snapshot.columns, snapshot.num_free_rows
-    waiting = c.in_state(RequestState.WAITING)[: max(free_rows, 0)]
+    c, free_slots = snapshot.columns, snapshot.num_free_slots
+    waiting = c.in_state(RequestState.WAITING)[: max(free_slots, 0)]
     if not len(waiting):
         return ()
     remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)

@@ -95,11 +95,11 @@ def round_trip_s(snapshot: Snapshot, *, offload: bool) -> tuple[Floats, Mask]:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a choice of residents must fit into: blocks each row needs, blocks and seats there are."""
+    """What a choice of residents must fit into: blocks each row needs, blocks and batch slots there are."""
 
     need: Ints
     capacity: int
-    max_rows: int
+    max_slots: int
 
 
 def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
@@ -107,7 +107,7 @@ def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
     chosen: list[int] = []
     free = sizes.capacity
     for row, blocks in zip(order.tolist(), sizes.need[order].tolist(), strict=True):
-        if len(chosen) == sizes.max_rows:
+        if len(chosen) == sizes.max_slots:
             break
         if blocks <= free or not chosen:
             chosen.append(row)

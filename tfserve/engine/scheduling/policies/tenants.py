@@ -1,6 +1,6 @@
 """Tenants: what is short is shared between tenants by weight, whatever the policy. Torch-free.
 
-The measure is max-min fairness of what a tenant holds on the device now: its share of the seats or of the blocks,
+The measure is max-min fairness of what a tenant holds on the device now: its share of the slots or of the blocks,
 whichever is larger, by its weight (Ghodsi et al., Dominant Resource Fairness, NSDI 2011). Nothing is remembered of what
 a tenant had before.
 """
@@ -116,15 +116,15 @@ class OwnTime:
 class Holdings:
     """What each tenant holds on the device, by its number. `need` is what each request needs there, in blocks.
 
-    `spare` are blocks that residents will not need soon; `num_seats` and `num_blocks` are all there are.
+    `spare` are blocks that residents will not need soon; `num_slots` and `num_blocks` are all there are.
     """
 
     need: Ints
-    seats: Ints
+    slots: Ints
     blocks: Ints
     weight: Floats
     spare: int
-    num_seats: int
+    num_slots: int
     num_blocks: int
 
     @classmethod
@@ -139,18 +139,18 @@ class Holdings:
         blocks = np.bincount(tenant, weights=need[resident], minlength=count).astype(np.int64)
         return cls(
             need=need,
-            seats=np.bincount(tenant, minlength=count),
+            slots=np.bincount(tenant, minlength=count),
             blocks=blocks,
             weight=weight,
             spare=usable - int(blocks.sum()),
-            num_seats=snapshot.max_num_seqs,
+            num_slots=snapshot.max_num_seqs,
             num_blocks=max(usable, 1),
         )
 
-    def levels(self, tenant: Ints, seats: Ints, blocks: Ints) -> Floats:
+    def levels(self, tenant: Ints, slots: Ints, blocks: Ints) -> Floats:
         """How much each tenant would hold with so much more, by its weight: 1 is the whole device at weight 1."""
         share = np.maximum(
-            (self.seats[tenant] + seats) / self.num_seats, (self.blocks[tenant] + blocks) / self.num_blocks
+            (self.slots[tenant] + slots) / self.num_slots, (self.blocks[tenant] + blocks) / self.num_blocks
         )
         levels: Floats = share / self.weight[tenant]
         return levels
@@ -158,7 +158,7 @@ class Holdings:
     @property
     def now(self) -> Floats:
         """What each tenant holds, by its number."""
-        numbers = np.arange(len(self.seats))
+        numbers = np.arange(len(self.slots))
         return self.levels(numbers, np.zeros_like(numbers), np.zeros_like(numbers))
 
     def worse_off(self, columns: Columns, rows: RowIndex) -> RowIndex:
@@ -181,10 +181,10 @@ def fair_turn(columns: Columns, holdings: Holdings) -> RowIndex:
     tenant, need = c.tenant[rows], holdings.need[rows]
     first = np.flatnonzero(np.diff(tenant, prepend=-1))
     sizes = np.diff(first, append=len(rows))
-    seats = np.arange(len(rows)) - np.repeat(first, sizes) + 1
+    slots = np.arange(len(rows)) - np.repeat(first, sizes) + 1
     blocks = np.cumsum(need)
     blocks = blocks - np.repeat(blocks[first] - need[first], sizes)
-    return rows[np.lexsort((c.seq[rows], holdings.levels(tenant, seats, blocks)))]
+    return rows[np.lexsort((c.seq[rows], holdings.levels(tenant, slots, blocks)))]
 
 
 def in_fair_order(columns: Columns, turn: RowIndex) -> Columns:
@@ -249,11 +249,11 @@ class _Exchanges:
         self.made_for: dict[int, int] = {}
         self._snapshot = snapshot
         # Lists: what follows looks at them one by one.
-        self._seats, self._blocks = holdings.seats.tolist(), holdings.blocks.tolist()
+        self._slots, self._blocks = holdings.slots.tolist(), holdings.blocks.tolist()
         self._weight, self._need = holdings.weight.tolist(), holdings.need
-        self._num_seats, self._num_blocks = holdings.num_seats, holdings.num_blocks
+        self._num_slots, self._num_blocks = holdings.num_slots, holdings.num_blocks
         self._spare = holdings.spare
-        self._free_seats = snapshot.num_free_rows
+        self._free_slots = snapshot.num_free_slots
         running = np.flatnonzero(c.is_running)
         # The next to leave is the last: it has most to read; of requests without a token, least is computed of it.
         order = np.lexsort((c.seq[running], -c.num_computed[running], c.time_to_empty_s[running]))
@@ -261,7 +261,7 @@ class _Exchanges:
         for row, tenant in zip(running[order].tolist(), c.tenant[running[order]].tolist(), strict=True):
             self._residents.setdefault(tenant, []).append(row)
         pending = np.where(snapshot.is_decoding, 0, c.num_uncomputed)[running]
-        self._pending = np.bincount(c.tenant[running], weights=pending, minlength=len(holdings.seats))
+        self._pending = np.bincount(c.tenant[running], weights=pending, minlength=len(holdings.slots))
 
     def consider(self, row: int, *, from_readers: bool) -> None:
         """Let a request come if it may, in exchange for as few as make room for it."""
@@ -293,21 +293,21 @@ class _Exchanges:
             row = self._residents[other][left[other]]
             if not from_readers and has_reader[row]:
                 continue
-            seats, blocks = gone[other]
-            gone[other] = seats - 1, blocks - int(self._need[row])
+            slots, blocks = gone[other]
+            gone[other] = slots - 1, blocks - int(self._need[row])
             if self._level(other, *gone[other]) < level - 1e-9:
                 return
             yield row
 
-    def _level(self, tenant: int, seats: int, blocks: int) -> float:
+    def _level(self, tenant: int, slots: int, blocks: int) -> float:
         """What a tenant would hold with so much more, by its weight."""
-        seats, blocks = self._seats[tenant] + seats, self._blocks[tenant] + blocks
-        level: float = max(seats / self._num_seats, blocks / self._num_blocks) / self._weight[tenant]
+        slots, blocks = self._slots[tenant] + slots, self._blocks[tenant] + blocks
+        level: float = max(slots / self._num_slots, blocks / self._num_blocks) / self._weight[tenant]
         return level
 
     def _has_room(self, need: int, victims: list[int]) -> bool:
         freed = sum(int(self._need[victim]) for victim in victims)
-        return need <= self._spare + freed and self._free_seats + len(victims) > 0
+        return need <= self._spare + freed and self._free_slots + len(victims) > 0
 
     def _put_on(self, row: int, victims: list[int]) -> None:
         for victim in victims:
@@ -320,12 +320,12 @@ class _Exchanges:
         c = self._snapshot.columns
         self._pending[c.tenant[row]] += 0 if c.is_paused[row] else c.num_tokens[row]
 
-    def _count(self, row: int, seats: int) -> None:
-        tenant, blocks = int(self._snapshot.columns.tenant[row]), seats * int(self._need[row])
-        self._seats[tenant] += seats
+    def _count(self, row: int, slots: int) -> None:
+        tenant, blocks = int(self._snapshot.columns.tenant[row]), slots * int(self._need[row])
+        self._slots[tenant] += slots
         self._blocks[tenant] += blocks
         self._spare -= blocks
-        self._free_seats -= seats
+        self._free_slots -= slots
 
 
 def _need(snapshot: Snapshot, config: SchedulerConfig) -> Ints:

@@ -62,7 +62,7 @@ class Balance:
         self._need = resident_blocks(snapshot)
         self._usable = usable_blocks(snapshot, config.watermark)
         self._spare = self._usable - int(np.dot(self._need, self._resident))
-        self._free_rows = snapshot.num_free_rows
+        self._free_slots = snapshot.num_free_slots
         self._away = np.flatnonzero(snapshot.is_member & ~self._resident)
         self._is_due = self.headroom <= self._return_s + config.critical_s + 1e-9
         self._lacks_memory = False
@@ -252,7 +252,7 @@ class Balance:
         came = set(self.coming)
         columns = [values[rows].tolist() for values in (self._need, self._stay_s)]
         for row, need, stay_s in zip(rows.tolist(), *columns, strict=True):
-            if self._free_rows <= 0 or self._spare <= least:
+            if self._free_slots <= 0 or self._spare <= least:
                 break
             if row not in came and need + self._growth_blocks(stay_s) <= self._spare:
                 self._put_on(row, need, [])
@@ -317,7 +317,7 @@ class Balance:
         return rows[np.lexsort((-gains, np.where(background, c.priority[rows], 0), background))]
 
     def _fits(self, need: int) -> bool:
-        return need <= self._spare and self._free_rows > 0
+        return need <= self._spare and self._free_slots > 0
 
     def _make_room(self, row: int, need: int, way: Way, least_s: float, relief_s: float) -> list[int] | None:
         """Victims to evict for `row`, least loss first; none if it fits, None if that cannot be done.
@@ -327,7 +327,7 @@ class Balance:
         """
         if self._fits(need):
             return []
-        missing, rows = need - self._spare, 1 - self._free_rows
+        missing, rows = need - self._spare, 1 - self._free_slots
         victims = self._victims.make_room(
             missing,
             rows,
@@ -346,9 +346,9 @@ class Balance:
             self._made_for[int(self._victims.rows[index])] = row
         self.coming.append(row)
         self._spare -= need
-        self._free_rows -= 1
+        self._free_slots -= 1
 
     def _take_off(self, row: int) -> None:
         self.leaving.append(row)
         self._spare += int(self._need[row])
-        self._free_rows += 1
+        self._free_slots += 1
