@@ -25,7 +25,7 @@ from tfserve.plan import BlockId, Copy, CopyDeps, CopyId, Direction, StepId
 WARM_UP, REPEATS, ROOM = 3, 10, 16
 """Steps before timing, steps timed, and tokens of room that a decode cell leaves for them."""
 
-GRANULE = 32
+STORE_CHUNK = 32
 CONTEXT_UNDER_COPIES = 2048
 PATIENCE_S = 30.0
 
@@ -209,22 +209,22 @@ class Copies:
 
 
 def copies(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
-    """Bandwidth of whole blocks and of granules, alone and during decoding, and the slow-down of the decoding."""
+    """Bandwidth of whole blocks and of store chunks, alone and during decoding, and the slow-down of the decoding."""
     work = Copies(rig, shape.copy_blocks)
-    granule = min(GRANULE, rig.layout.block_size // 2)
+    store_chunk = min(STORE_CHUNK, rig.layout.block_size // 2)
     try:
         work.run(work.make(Direction.STORE, 0, rig.layout.block_size))
         for direction in Direction:
             limit = ceilings[f"{direction.value}_bytes_per_s"]
-            for what, num_tokens in (("blocks", rig.layout.block_size), ("granules", granule)):
+            for what, num_tokens in (("blocks", rig.layout.block_size), ("store chunks", store_chunk)):
                 rate = statistics.median(work.run(work.make(direction, 0, num_tokens)) for _ in range(5))
                 yield {
                     "kind": f"{direction.value} of {what}, alone",
                     "bytes_per_s": rate,
                     "share_of_measured_link": rate / limit,
                 }
-        both = [*work.make(Direction.STORE, 0, granule), *work.make(Direction.LOAD, granule, granule)]
-        yield {"kind": "granules both ways at once", "bytes_per_s": work.run(both)}
+        both = [*work.make(Direction.STORE, 0, store_chunk), *work.make(Direction.LOAD, store_chunk, store_chunk)]
+        yield {"kind": "store chunks both ways at once", "bytes_per_s": work.run(both)}
         yield from _copies_under_compute(rig, shape, work)
     finally:
         work.tier.transfers.close()
@@ -277,7 +277,7 @@ class Preemption:
         self._context = shape.contexts[-1]
         self._short = shape.contexts[0]
         blocks, short_blocks = (rig.blocks_for(n + ROOM) for n in (self._context, self._short))
-        granule = min(GRANULE, rig.layout.block_size)
+        store_chunk = min(STORE_CHUNK, rig.layout.block_size)
         num_host_blocks = 2 * blocks + 1
         table = RequestTable()
         self._kv = KVCacheManager(
@@ -286,7 +286,7 @@ class Preemption:
             rig.layout.block_size,
             self._context,
             BlockPool(num_host_blocks),
-            options=OffloadOptions(write_through, True, granule),
+            options=OffloadOptions(write_through, True, store_chunk),
         )
         self._others = min(shape.batches[-1], 16, (rig.pool.num_blocks - 1 - blocks) // short_blocks)
         table.add("long")

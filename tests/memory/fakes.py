@@ -100,7 +100,7 @@ class FakeTiers:
         honour_after: bool = True,
         **options,
     ) -> None:
-        options.setdefault("granule_tokens", block_size)
+        options.setdefault("store_chunk_tokens", block_size)
         self.device_pool = BlockPool(num_blocks)
         self.host_pool = BlockPool(num_host_blocks) if num_host_blocks else None
         self.table = OpenTable()

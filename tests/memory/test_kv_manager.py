@@ -28,7 +28,7 @@ def test_clean_blocks_are_free_at_once_and_dirty_ones_when_their_store_is_acknow
     copies = tiers.preempt("1")
     assert [(copy.direction, copy.start, copy.num_tokens) for copy in copies] == [(STORE, 0, 2)]
     assert tiers.state("1") is KVState.STORING
-    assert (tiers.kv.num_free_blocks, tiers.kv.num_draining_blocks) == (free + 2, 1)
+    assert (tiers.kv.num_free_blocks, tiers.kv.num_storing_blocks) == (free + 2, 1)
     tiers.drain()
     assert tiers.state("1") is KVState.HOST
     assert tiers.kv.num_free_blocks == free + 3
@@ -146,8 +146,8 @@ def test_a_half_done_resume_can_be_taken_back():
     assert tiers.intact("1")
 
 
-def test_write_through_follows_the_order_given_within_the_budget_and_in_granules():
-    tiers = FakeTiers(block_size=8, granule_tokens=4)
+def test_write_through_follows_the_order_given_within_the_budget_and_in_store_chunks():
+    tiers = FakeTiers(block_size=8, store_chunk_tokens=4)
     tiers.step({"1": 14, "2": 14})
     copies = tiers.kv.plan_stores(["2", "1"], 14)
     assert [(copy.start, copy.num_tokens) for copy in copies] == [(0, 8), (0, 4), (0, 4)]

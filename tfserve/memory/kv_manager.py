@@ -24,18 +24,18 @@ class OffloadOptions(msgspec.Struct, frozen=True):
     """How the host tier is used. The switches are for ablations; offload itself is off where there is no host pool.
 
     `write_through` stores while requests run, not only when they are preempted. `load_evict_overlap` lets loads start
-    before the evictions they displace are all done. Write-through stores end at multiples of `granule_tokens`.
+    before the evictions they displace are all done. Write-through stores end at multiples of `store_chunk_tokens`.
     """
 
     write_through: bool = True
     load_evict_overlap: bool = True
-    granule_tokens: int = 32
+    store_chunk_tokens: int = 32
 
 
-def granule_of(block_size: int) -> int:
+def store_chunk_of(block_size: int) -> int:
     """Tokens that write-through stores at a time: 32, or a whole block where 32 does not divide it."""
-    granule = OffloadOptions().granule_tokens
-    return granule if block_size % granule == 0 else block_size
+    store_chunk = OffloadOptions().store_chunk_tokens
+    return store_chunk if block_size % store_chunk == 0 else block_size
 
 
 class KVCacheManager:
@@ -71,9 +71,9 @@ class KVCacheManager:
         self._options = options or OffloadOptions()
         self._device = DeviceTier(pool)
         self._host = HostTier(host, block_size)
-        self._granule = min(self._options.granule_tokens, block_size)
-        if block_size % self._granule:
-            raise ValueError(f"granule_tokens {self._granule} must divide the block size {block_size}")
+        self._store_chunk = min(self._options.store_chunk_tokens, block_size)
+        if block_size % self._store_chunk:
+            raise ValueError(f"store_chunk_tokens {self._store_chunk} must divide the block size {block_size}")
         self._max_run = max(1, run_tokens // block_size)
         self._requests: dict[RequestId, Residency] = {}
         self._counters = counters
@@ -92,9 +92,9 @@ class KVCacheManager:
         return self._device.num_free
 
     @property
-    def num_draining_blocks(self) -> int:
+    def num_storing_blocks(self) -> int:
         """Device blocks of paused requests that become free when their stores are acknowledged."""
-        return self._device.num_draining
+        return self._device.num_storing
 
     @property
     def num_host_blocks(self) -> int:
@@ -147,9 +147,9 @@ class KVCacheManager:
         return new
 
     def plan_stores(self, order: Sequence[RequestId], budget_tokens: int) -> list[Copy]:
-        """Write-through: store what earlier steps wrote, whole granules, request by request in `order`.
+        """Write-through: store what earlier steps wrote, whole store chunks, request by request in `order`.
 
-        Stops at the budget (which it passes by less than a granule), and at blocks for which the host pool has no room.
+        Stops at the budget (which it passes by less than a chunk), and at blocks for which the host pool has no room.
         `order` is remembered: when the host is full, host copies are dropped from its end first.
         """
         self._write_order = order
@@ -163,14 +163,14 @@ class KVCacheManager:
             if kv is None or kv.state is not KVState.DEVICE:
                 continue
             written, step = kv.written(self._step)
-            end = written - written % self._granule
+            end = written - written % self._store_chunk
             while kv.num_queued_tokens < end and budget_tokens > 0:
                 index = kv.num_queued_tokens // self.block_size
                 if kv.blocks_by_index[index].host_block is None and not self._host.give(
                     kv, index, 1, self._run_blocks(end)
                 ):
                     break
-                most = -(-budget_tokens // self._granule) * self._granule
+                most = -(-budget_tokens // self._store_chunk) * self._store_chunk
                 copy = self._store(kv, index, min(end, kv.num_queued_tokens + most), step)
                 if copy is not None:
                     copies.append(copy)
@@ -193,13 +193,13 @@ class KVCacheManager:
         for index, block in enumerate(kv.blocks_by_index):
             if block.load is not None:
                 self._withdraw(kv, block)
-                self._device.vacate(kv, block)
+                self._device.evict(kv, block)
             if block.device_block is None:
                 continue
             copy = self._store(kv, index, kv.num_tokens, kv.last_step)
             if copy is not None:
                 copies.append(copy)
-            self._device.linger(kv, block)
+            self._device.mark_evictable(kv, block)
         kv.move_to(KVState.STORING if kv.num_dirty_tokens else KVState.HOST)
         return copies
 
@@ -214,7 +214,7 @@ class KVCacheManager:
         if kv.state in PAUSED:
             for block in kv.blocks_by_index:
                 if block.device_block is not None:
-                    self._device.pin(block.device_block)
+                    self._device.lock(block.device_block)
         elif kv.state is not KVState.PARTIAL:
             raise AssertionError(f"{req}: nothing to resume in KV state {kv.state.name}")
         missing = [
@@ -338,11 +338,10 @@ class KVCacheManager:
         before = kv.blocks_by_index[missing[0] - 1].device_block if missing[0] else None
         free = self._device.allocate(now, before, self._run_blocks(kv.num_tokens)) or ()
         if self._options.load_evict_overlap:
-            return [
-                (device_block, self._device.after(device_block)) for device_block in free
-            ] + self._device.take_draining(len(missing) - now)
-        evictions = self._device.evictions()
-        return [(device_block, self._device.after(device_block, evictions)) for device_block in free]
+            places = [(block, self._device.after(block)) for block in free]
+            return places + self._device.take_storing(len(missing) - now)
+        stores = self._device.stores_under_way()
+        return [(block, self._device.after(block, stores)) for block in free]
 
     def _settle(self, kv: Residency) -> None:
         """The state of a request that is coming back, from its blocks."""
@@ -372,7 +371,7 @@ class KVCacheManager:
         for block in kv.blocks_by_index[keep:]:
             self._withdraw(kv, block)
             if block.device_block is not None:
-                self._device.vacate(kv, block)
+                self._device.evict(kv, block)
             self._host.drop(block)
         del kv.blocks_by_index[keep:]
         kv.shrink(num_tokens)
@@ -384,7 +383,7 @@ class KVCacheManager:
             self._withdraw(kv, last)
             last.host_tokens = last.queued_tokens = min(last.host_tokens, num_tokens % self.block_size)
             if last.device_block is not None:
-                self._device.vacate(kv, last)
+                self._device.evict(kv, last)
 
     def _withdraw(self, kv: Residency, block: KVBlock) -> None:
         """The copies of this block are no longer needed."""

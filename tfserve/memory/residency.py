@@ -19,7 +19,7 @@ class KVState(enum.IntEnum):
     """Where a request's KV is.
 
     NONE: nowhere. DEVICE: all on device, it may run. STORING: paused, the dirty part on its way to host. HOST: paused,
-    all on host (device blocks not yet needed by others may linger). PARTIAL: coming back, not every block has a place
+    all on host (device blocks not yet needed by others stay its own). PARTIAL: coming back, not every block has a place
     on the device yet. LOADING: coming back, every block has its place and the last loads are under way.
     """
 

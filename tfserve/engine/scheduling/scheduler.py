@@ -313,7 +313,7 @@ class Scheduler:
 
     def _load(self, request: Request, reserved: int, now_s: float) -> None:
         """Go on bringing a request back, but for `reserved` blocks."""
-        self.offload.resume(request.id, max(0, self.kv.num_free_blocks + self.kv.num_draining_blocks - reserved))
+        self.offload.resume(request.id, max(0, self.kv.num_free_blocks + self.kv.num_storing_blocks - reserved))
         self._settle(request, now_s)
 
     def _settle(self, request: Request, now_s: float) -> None:
