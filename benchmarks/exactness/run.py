@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.burst.forced_exchange import Carousel, KVWitness
+from benchmarks.burst.forced_swaps import Carousel, KVWitness
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.core.clock import RealClock
 from tfserve.engine.core.host_memory import open_host_tier

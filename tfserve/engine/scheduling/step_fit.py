@@ -6,7 +6,7 @@ import numpy as np
 
 from tfserve.arrays import Floats
 
-_MOST_EXCHANGES = 20
+_MAX_ROUNDS = 20
 """Rounds of a fit; six coefficients need fewer."""
 
 _OUTLIER = 3.0
@@ -53,7 +53,7 @@ def _non_negative(gram: Floats, target: Floats) -> Floats:
     """The minimum of x'Gx/2 - t'x over x >= 0, by Lawson and Hanson's active sets."""
     best = np.zeros_like(target)
     free = np.zeros(len(target), np.bool_)
-    for _ in range(_MOST_EXCHANGES):
+    for _ in range(_MAX_ROUNDS):
         gradient = np.where(free, 0.0, target - gram @ best)
         if gradient.max() <= 1e-9 * np.abs(target).max():
             break

@@ -115,7 +115,7 @@ def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
     return np.array(chosen, np.intp)
 
 
-def exchange(
+def swap_decision(
     snapshot: Snapshot,
     leave: Sequence[int],
     come: Sequence[int],
@@ -188,7 +188,7 @@ class TimeShared:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
-        self._exchange_s = -np.inf
+        self._swap_s = -np.inf
         self._output_then: dict[RequestId, int] = {}
         """Output tokens of requests that came without their KV, at that time."""
 
@@ -197,15 +197,15 @@ class TimeShared:
         c = snapshot.columns
         if not len(c):
             return Decision()
-        if snapshot.now_s + 1e-9 >= self._exchange_s:
-            self._exchange_s = snapshot.now_s + self._config.schedule_interval_s
+        if snapshot.now_s + 1e-9 >= self._swap_s:
+            self._swap_s = snapshot.now_s + self._config.schedule_interval_s
             decision = self._pass(snapshot, self._sizes(snapshot))
         elif self._ticker.due(snapshot.now_s, c.num_events) or out_of_blocks(snapshot):
             decision = self._pass(snapshot, self._sizes(snapshot), keep=c.in_state(RequestState.RUNNING))
         else:
-            return Decision(wake_s=self._exchange_s)
+            return Decision(wake_s=self._swap_s)
         self._ticker.ran(snapshot.now_s, c.num_events)
-        return msgspec.structs.replace(decision, wake_s=self._exchange_s)
+        return msgspec.structs.replace(decision, wake_s=self._swap_s)
 
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:
         """All rows but those being loaded, best first; `fill` takes the first that fit."""
@@ -233,7 +233,7 @@ class TimeShared:
         _, loads = return_s(snapshot)
         for row in come[~loads[come]].tolist():
             self._output_then[c.ids[row]] = int(c.num_output[row])
-        return exchange(snapshot, leave.tolist(), come.tolist(), by_host=by_host, loads=loads)
+        return swap_decision(snapshot, leave.tolist(), come.tolist(), by_host=by_host, loads=loads)
 
     def _catching_up(self, snapshot: Snapshot) -> RowIndex:
         """Residents still computing what they came for, up to the token after it, unless that is held back.

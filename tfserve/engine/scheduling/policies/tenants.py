@@ -18,7 +18,13 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.policies.headroom import headroom_s
 from tfserve.engine.scheduling.policies.registry import uses_host
-from tfserve.engine.scheduling.policies.sharing import exchange, resident_blocks, return_s, round_trip_s, usable_blocks
+from tfserve.engine.scheduling.policies.sharing import (
+    resident_blocks,
+    return_s,
+    round_trip_s,
+    swap_decision,
+    usable_blocks,
+)
 from tfserve.engine.scheduling.policies.tenant_prompts import prompts_in_order, share_prompts
 from tfserve.engine.scheduling.policy import Decision, Policy, Snapshot
 
@@ -225,19 +231,19 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
     # The poorest tenant first; of a tenant, readers about to run dry, then waiting requests in their turn.
     urgency = np.where(waits, np.arange(len(rows)), headroom[rows])
     wanting = rows[np.lexsort((urgency, waits, holdings.now[c.tenant[rows]]))]
-    exchanges = _Exchanges(snapshot, holdings, may_crowd=config.overload == "shed")
+    swaps = _Swaps(snapshot, holdings, may_crowd=config.overload == "shed")
     for row in wanting[:_MOST_WANTING].tolist():
-        exchanges.consider(row, from_readers=bool(is_due[row]))
-    if not exchanges.coming:
+        swaps.consider(row, from_readers=bool(is_due[row]))
+    if not swaps.coming:
         return None
     _, by_host = round_trip_s(snapshot, offload=uses_host(config))
-    decision = exchange(
-        snapshot, exchanges.leaving, exchanges.coming, by_host=by_host, loads=loads, made_for=exchanges.made_for
+    decision = swap_decision(
+        snapshot, swaps.leaving, swaps.coming, by_host=by_host, loads=loads, made_for=swaps.made_for
     )
     return msgspec.structs.replace(decision, wake_s=snapshot.now_s)
 
 
-class _Exchanges:
+class _Swaps:
     """Builds up exchanges one by one, and follows what tenants hold after each."""
 
     def __init__(self, snapshot: Snapshot, holdings: Holdings, *, may_crowd: bool) -> None:

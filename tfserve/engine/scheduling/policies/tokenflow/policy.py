@@ -12,9 +12,9 @@ from tfserve.engine.scheduling.policies.fcfs import admissible
 from tfserve.engine.scheduling.policies.headroom import headroom_s
 from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policies.sharing import Ticker, out_of_blocks
-from tfserve.engine.scheduling.policies.tokenflow.balance import Balance
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import to_drop
 from tfserve.engine.scheduling.policies.tokenflow.prefill import PromptShare, pending_tokens, prefill_order
+from tfserve.engine.scheduling.policies.tokenflow.swaps import SwapPlanner
 from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 from tfserve.engine.scheduling.reasons import Cause
@@ -94,24 +94,24 @@ class TokenFlow:
         c, config = snapshot.columns, self._config
         load = measure(snapshot, config)
         self._working_set.move(load, snapshot, config)
-        balance = Balance(snapshot, config, may_recompute=snapshot.now_s >= self._recompute_s)
-        balance.shrink()
-        balance.bring_back()
-        if balance.recompute_pays_s:
-            self._recompute_s = snapshot.now_s + balance.recompute_pays_s
-        newcomers = _newcomers(snapshot, balance.headroom)
+        planner = SwapPlanner(snapshot, config, may_recompute=snapshot.now_s >= self._recompute_s)
+        planner.evict_overflow()
+        planner.resume_due()
+        if planner.recompute_pays_s:
+            self._recompute_s = snapshot.now_s + planner.recompute_pays_s
+        newcomers = _newcomers(snapshot, planner.headroom)
         room = self._working_set.room_for(newcomers, load, snapshot, config)
         self._hurry_s = np.inf
-        if balance.let_in(newcomers[:room]):
+        if planner.admit(newcomers[:room]):
             # A request without a reader is in want once its patience ends. Without readers no step makes a victim.
             if c.has_reader.any():
-                wanted_s = snapshot.now_s + float(balance.headroom[newcomers[:room]].min())
+                wanted_s = snapshot.now_s + float(planner.headroom[newcomers[:room]].min())
                 self._hurry_s = wanted_s + config.schedule_interval_s
         else:
-            balance.fill_up()
-        decision = balance.orders()
+            planner.backfill()
+        decision = planner.decision()
         refused: tuple[tuple[RequestId, float], ...] = ()
-        if self._working_set.is_fallback and not balance.leaving and not balance.coming:
+        if self._working_set.is_fallback and not planner.leaving and not planner.coming:
             fitting = admissible(snapshot, config.reserve_ratio, config.reserve_clip_tokens)
             if config.overload != "shed":
                 # What first come, first served would let in beside everybody's whole output is no risk.
@@ -127,7 +127,7 @@ class TokenFlow:
             refused = tuple(
                 (c.ids[row], predicted_wait_s(snapshot, config, ahead, joining)) for ahead, row in enumerate(late)
             )
-        self._ticker.timer_s = balance.next_return_s()
+        self._ticker.timer_s = planner.next_return_s()
         returning = {req for req, _ in decision.resume}
         drop = tuple(req for req in to_drop(snapshot) if req not in returning)
         waits = Cause.CAPACITY if self._working_set.is_fallback else None

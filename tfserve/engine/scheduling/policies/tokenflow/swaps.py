@@ -1,4 +1,4 @@
-"""Balance: who of the working set is on the device, the second step of a pass (docs/scheduling.md)."""
+"""SwapPlanner: who of the working set is on the device, the second step of a pass (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tfserve.arrays import Floats, Mask, RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.headroom import gain, headroom_s, loss_order
 from tfserve.engine.scheduling.policies.sharing import (
-    exchange,
     resident_blocks,
     return_s,
     round_trip_s,
     stream_speed,
+    swap_decision,
     usable_blocks,
 )
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import is_far_ahead
@@ -23,17 +23,17 @@ from tfserve.engine.scheduling.policies.tokenflow.prefill import pending_tokens
 from tfserve.engine.scheduling.policies.tokenflow.victims import Victims, Way
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 
-_MOST_EXCHANGES = 64
+_MAX_SWAPS = 64
 """Exchanges considered in one pass; the rest waits for the next."""
 
-_MOST_VICTIMS = 2 * _MOST_EXCHANGES
+_MOST_VICTIMS = 2 * _MAX_SWAPS
 """Residents considered for them, least loss first."""
 
 _STAY_PER_RECOMPUTE = 10.0
 """A request to be recomputed stays this many times as long as that takes: a recompute is device time lost to all."""
 
 
-class Balance:
+class SwapPlanner:
     """A local search that starts from who is resident. Each method moves requests across the boundary of the device.
 
     A resident pays no overhead, so the start is the greedy choice as far as it is affordable to reach. Spare
@@ -118,16 +118,16 @@ class Balance:
             survives=left_s >= margin_s - 1e-9,
         )
 
-    def orders(self) -> Decision:
+    def decision(self) -> Decision:
         """Who is to be preempted, resumed and admitted, and how."""
         if not self.leaving and not self.coming:
             return Decision()
         by_host = self._round_trip[1]
-        return exchange(
+        return swap_decision(
             self._snapshot, self.leaving, self.coming, by_host=by_host, loads=self._loads, made_for=self._made_for
         )
 
-    def shrink(self) -> None:
+    def evict_overflow(self) -> None:
         """Take off the device what its growing requests no longer fit into; one resident stays in any case."""
         if self._spare >= 0:
             return
@@ -153,13 +153,13 @@ class Balance:
                 break
             self._take_off(row)
 
-    def bring_back(self) -> None:
+    def resume_due(self) -> None:
         """Return those whose playback runs out, most gain first: into spare memory, else in exchange."""
         due = self._away[self._is_due[self._away]]
         if not len(due):
             return
         due, gains = self._by_gain(due)
-        due = due[:_MOST_EXCHANGES]
+        due = due[:_MAX_SWAPS]
         columns = [values[due].tolist() for values in (self._need, self._loads, self.headroom)]
         for row, gain_of, need, loads, headroom in zip(due.tolist(), gains.tolist(), *columns, strict=False):
             room = need
@@ -180,14 +180,14 @@ class Balance:
         has_reader = self._snapshot.columns.has_reader
         self._lacks_memory = any(not has_reader[row] and row not in came for row in due.tolist())
 
-    def let_in(self, newcomers: RowIndex) -> bool:
+    def admit(self, newcomers: RowIndex) -> bool:
         """Admit in this order while there is memory, or victims that survive it; True if one is left for memory.
 
         The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. No
         resident leaves for a prompt whose turn does not come in the next step with prompts.
         """
         most_pending = self._snapshot.max_num_batched_tokens
-        exchanges, pending = 0, pending_tokens(self._snapshot)
+        swaps, pending = 0, pending_tokens(self._snapshot)
         is_left, has_reader = False, self._snapshot.columns.has_reader
         relief_s = self._config.relief_s if self._config.overload == "share" else np.inf
         uncomputed = self._snapshot.columns.num_uncomputed
@@ -201,11 +201,11 @@ class Balance:
             room = need + self._room_to_grow() if is_background else need
             if self._fits(room):
                 victims: list[int] | None = []
-            elif not is_due or exchanges == _MOST_EXCHANGES or pending >= most_pending:
+            elif not is_due or swaps == _MAX_SWAPS or pending >= most_pending:
                 victims = None
             else:
                 victims = self._make_room(row, room, "survives", headroom + self._config.swap_gap_s, relief_s)
-                exchanges += 1
+                swaps += 1
             if victims is not None:
                 self._put_on(row, need, victims)
                 pending += tokens
@@ -216,7 +216,7 @@ class Balance:
                 return True
         return is_left
 
-    def fill_up(self) -> None:
+    def backfill(self) -> None:
         """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
         # Most passes end here: there is no room, and no request needs to be ranked for it.
         least = self._growth_blocks(self._config.min_residency_s)
@@ -227,7 +227,7 @@ class Balance:
         if not len(away):
             return
         if self._spare > least:
-            self._fill_up_with(self._in_priority(away, gains), least)
+            self._backfill_with(self._in_priority(away, gains), least)
         if not self._num_residents and not self.coming:
             # Alone, anything fits that was validated, watermark or not.
             row = int(away[0])
@@ -248,7 +248,7 @@ class Balance:
             return self._away
         return self._away[~(dropped & far[self._away])]
 
-    def _fill_up_with(self, rows: RowIndex, least: float) -> None:
+    def _backfill_with(self, rows: RowIndex, least: float) -> None:
         came = set(self.coming)
         columns = [values[rows].tolist() for values in (self._need, self._stay_s)]
         for row, need, stay_s in zip(rows.tolist(), *columns, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.scheduling.policies.sharing import exchange, out_of_blocks, resident_blocks
+from tfserve.engine.scheduling.policies.sharing import out_of_blocks, resident_blocks, swap_decision
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.memory.transfers.worker_transfers import TierArrays
@@ -46,7 +46,7 @@ class Carousel:
             come.append(row)
             free -= int(need[row])
         all_rows = np.full(len(c), self._load)
-        return exchange(snapshot, running.tolist(), come, by_host=all_rows, loads=c.is_paused)
+        return swap_decision(snapshot, running.tolist(), come, by_host=all_rows, loads=c.is_paused)
 
 
 @dataclass
