@@ -6,8 +6,8 @@ import pytest
 
 from tests.engine.scene import FlatCost, Scene, decide, set_kv
 from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.policies.tokenflow.admission import AdmissionLimit, estimate_capacity, predicted_wait_s
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
-from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.scheduling.state import RequestState
 
 # -- capacity and overload
@@ -91,20 +91,20 @@ def test_predicted_wait_is_nothing_while_there_is_capacity():
 
 def test_the_fallback_ends_with_a_tenth_to_spare():
     config = SchedulerConfig(policy="tokenflow")
-    working_set = WorkingSet()
+    limit = AdmissionLimit()
 
     def room(gamma: float) -> int:
         snapshot = Scene(cost=FlatCost(gamma=gamma)).running("a").waiting("b").snapshot()
         newcomer = snapshot.columns.in_state(RequestState.WAITING)
-        load = measure(snapshot, config)
-        working_set.size = 10.0
-        return working_set.room_for(newcomer, load, snapshot, config)
+        capacity = estimate_capacity(snapshot, config)
+        limit.size = 10.0
+        return limit.num_admissible(newcomer, capacity, snapshot, config)
 
     assert room(39.0) == 0
-    assert working_set.is_fallback
+    assert limit.is_fallback
     assert room(43.0) == 0  # 40 of 43 is above nine tenths
     assert room(45.0) == 1
-    assert not working_set.is_fallback
+    assert not limit.is_fallback
     assert room(41.0) == 1
 
 
@@ -113,19 +113,19 @@ def test_the_working_set_shrinks_while_copies_queue_and_grows_back_by_steps():
     scene = (
         Scene(cost=FlatCost(gamma=2000.0, queue=0.9), num_blocks=10_000, max_num_seqs=1000).running("a").running("b")
     )
-    working_set, snapshot = WorkingSet(), scene.snapshot()
-    load = measure(snapshot, config)
-    working_set.move(load, snapshot, config)
-    assert working_set.size == pytest.approx(0.9 * load.bound)
-    working_set.move(load, snapshot, config)
-    assert working_set.size == pytest.approx(0.9 * load.bound)  # once an interval, however often it is asked
+    limit, snapshot = AdmissionLimit(), scene.snapshot()
+    capacity = estimate_capacity(snapshot, config)
+    limit.update(capacity, snapshot, config)
+    assert limit.size == pytest.approx(0.9 * capacity.bound)
+    limit.update(capacity, snapshot, config)
+    assert limit.size == pytest.approx(0.9 * capacity.bound)  # once an interval, however often it is asked
     for _ in range(100):
         scene.now_s += config.schedule_interval_s
-        working_set.move(load, scene.snapshot(), config)
-    assert working_set.size == 2.0  # never below what is resident
+        limit.update(capacity, scene.snapshot(), config)
+    assert limit.size == 2.0  # never below what is resident
     scene.cost.queue = 0.0
-    working_set.move(load, scene.snapshot(), config)
-    assert working_set.size == pytest.approx(2.0 + 0.1 * load.bound)
+    limit.update(capacity, scene.snapshot(), config)
+    assert limit.size == pytest.approx(2.0 + 0.1 * capacity.bound)
 
 
 def test_an_empty_node_takes_even_what_it_cannot_feed():

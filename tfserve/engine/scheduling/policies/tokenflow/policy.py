@@ -12,10 +12,10 @@ from tfserve.engine.scheduling.policies.fcfs import admissible
 from tfserve.engine.scheduling.policies.headroom import headroom_s
 from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policies.sharing import Ticker, out_of_blocks
+from tfserve.engine.scheduling.policies.tokenflow.admission import AdmissionLimit, estimate_capacity, predicted_wait_s
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import to_drop
 from tfserve.engine.scheduling.policies.tokenflow.prefill import PromptShare, pending_tokens, prefill_order
 from tfserve.engine.scheduling.policies.tokenflow.swaps import SwapPlanner
-from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 from tfserve.engine.scheduling.reasons import Cause
 from tfserve.types import RequestId
@@ -37,7 +37,7 @@ class TokenFlow:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
-        self._working_set = WorkingSet()
+        self._admission = AdmissionLimit()
         self._prompt_share = PromptShare(config)
         self._calm_until_s = -np.inf
         self._calm_since = (-1, -1)
@@ -49,7 +49,7 @@ class TokenFlow:
     @property
     def is_fallback(self) -> bool:
         """True while the rates add up to more than the capacity and admission is first come, first served."""
-        return self._working_set.is_fallback
+        return self._admission.is_fallback
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """A full pass under stress when one is due, or when blocks run out; the share of prompts in every step."""
@@ -92,15 +92,15 @@ class TokenFlow:
 
     def _pass(self, snapshot: Snapshot) -> Decision:
         c, config = snapshot.columns, self._config
-        load = measure(snapshot, config)
-        self._working_set.move(load, snapshot, config)
+        capacity = estimate_capacity(snapshot, config)
+        self._admission.update(capacity, snapshot, config)
         planner = SwapPlanner(snapshot, config, may_recompute=snapshot.now_s >= self._recompute_s)
         planner.evict_overflow()
         planner.resume_due()
         if planner.recompute_pays_s:
             self._recompute_s = snapshot.now_s + planner.recompute_pays_s
         newcomers = _newcomers(snapshot, planner.headroom)
-        room = self._working_set.room_for(newcomers, load, snapshot, config)
+        room = self._admission.num_admissible(newcomers, capacity, snapshot, config)
         self._hurry_s = np.inf
         if planner.admit(newcomers[:room]):
             # A request without a reader is in want once its patience ends. Without readers no step makes a victim.
@@ -111,7 +111,7 @@ class TokenFlow:
             planner.backfill()
         decision = planner.decision()
         refused: tuple[tuple[RequestId, float], ...] = ()
-        if self._working_set.is_fallback and not planner.leaving and not planner.coming:
+        if self._admission.is_fallback and not planner.leaving and not planner.coming:
             fitting = admissible(snapshot, config.reserve_ratio, config.reserve_clip_tokens)
             if config.overload != "shed":
                 # What first come, first served would let in beside everybody's whole output is no risk.
@@ -119,7 +119,7 @@ class TokenFlow:
             elif not decision.admit and not snapshot.is_member.any():
                 # No reader stalls if one request is served whose rate is beyond the device.
                 decision = Decision(admit=fitting[:1])
-        if self._working_set.is_fallback and config.overload == "shed":
+        if self._admission.is_fallback and config.overload == "shed":
             admitted = set(decision.admit)
             # A request without a reader adds nothing to the sum of rates: it waits for what is left over.
             late = [row for row in newcomers[room:].tolist() if c.has_reader[row] and c.ids[row] not in admitted]
@@ -130,7 +130,7 @@ class TokenFlow:
         self._ticker.timer_s = planner.next_return_s()
         returning = {req for req, _ in decision.resume}
         drop = tuple(req for req in to_drop(snapshot) if req not in returning)
-        waits = Cause.CAPACITY if self._working_set.is_fallback else None
+        waits = Cause.CAPACITY if self._admission.is_fallback else None
         return msgspec.structs.replace(decision, drop=drop, reject=refused, wake_s=self._ticker.next_s, waits=waits)
 
     def _go_on(self, snapshot: Snapshot, decision: Decision) -> Decision:
