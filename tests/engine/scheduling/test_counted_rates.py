@@ -68,19 +68,19 @@ def test_a_rate_far_beyond_counts_as_what_a_stream_gets(unread_s, on_device):
     assert c.unread[0] == pytest.approx(2000 - 60 * 30)
     for rate in (61.0, 200.0):
         assert np.array_equal(counted(rate).time_to_empty_s, c.time_to_empty_s)
-        assert np.array_equal(counted(rate).dry_s, c.dry_s)
+        assert np.array_equal(counted(rate).current_stall_s, c.current_stall_s)
 
 
 def test_what_a_high_rate_lacked_on_the_device_is_forgiven_and_off_the_device_counts():
     here = as_counted(Scene().running("a", rate=500.0, output=100).snapshot(), 20.0).columns
-    assert (here.time_to_empty_s[0], here.dry_s[0]) == (0.0, 0.0)
+    assert (here.time_to_empty_s[0], here.current_stall_s[0]) == (0.0, 0.0)
     away = as_counted(Scene().paused("a", rate=500.0, output=100, for_s=3.0).snapshot(), 20.0).columns
-    assert (away.time_to_empty_s[0], away.dry_s[0]) == (0.0, pytest.approx(3.0))
+    assert (away.time_to_empty_s[0], away.current_stall_s[0]) == (0.0, pytest.approx(3.0))
 
 
 def test_one_that_waits_for_its_first_token_has_read_nothing():
     c = as_counted(Scene().waiting("a", rate=500.0).snapshot(), 20.0).columns
-    assert (c.unread[0], c.dry_s[0], c.stall_s[0]) == (0.0, 0.0, 0.0)
+    assert (c.unread[0], c.current_stall_s[0], c.stall_s[0]) == (0.0, 0.0, 0.0)
 
 
 def test_a_high_rate_makes_room_for_a_newcomer_as_any_other_that_is_ahead():

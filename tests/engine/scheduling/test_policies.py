@@ -112,13 +112,13 @@ def test_earliest_underflow_runs_the_emptiest_buffers():
 
 
 @pytest.mark.parametrize("policy", ["round-robin", "earliest-underflow"])
-def test_between_intervals_controls_only_fill_up(policy):
-    control = make_policy(SchedulerConfig(policy=policy, watermark=0.0))
+def test_between_intervals_baselines_only_fill_up(policy):
+    baseline = make_policy(SchedulerConfig(policy=policy, watermark=0.0))
     scene = Scene(num_blocks=34).running("a", unread_s=9.0).running("b", unread_s=9.0)
-    control.decide(scene.snapshot())
+    baseline.decide(scene.snapshot())
     scene.now_s += 0.1
     scene.paused("p", unread_s=0.0)
-    assert control.decide(scene.snapshot()).preempt == ()
+    assert baseline.decide(scene.snapshot()).preempt == ()
 
 
 @pytest.mark.parametrize(("policy", "by"), [("andes", RECOMPUTE), ("andes-offload", LOAD)])

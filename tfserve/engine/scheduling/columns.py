@@ -146,9 +146,9 @@ class Columns:
         return self.playback.stall_s
 
     @property
-    def dry_s(self) -> Floats:
+    def current_stall_s(self) -> Floats:
         """How long the buffer has been empty."""
-        return self.playback.dry_s
+        return self.playback.current_stall_s
 
     @property
     def read_area(self) -> Floats:

@@ -30,7 +30,7 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     """
     c = columns
     started = c.has_started
-    reading = np.where(started, c.time_to_empty_s - c.dry_s, c.arrival_s - now_s)
+    reading = np.where(started, c.time_to_empty_s - c.current_stall_s, c.arrival_s - now_s)
     if c.has_reader.all():
         return reading
     away = c.is_waiting | c.is_paused

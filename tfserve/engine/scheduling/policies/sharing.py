@@ -180,7 +180,7 @@ def out_of_blocks(snapshot: Snapshot) -> bool:
     return int(snapshot.next_step_blocks.sum()) > snapshot.memory.num_free_blocks
 
 
-class TimeShared:
+class RankedPolicy:
     """Base of the controls: a pass ranks everybody, fills the device in that order, and exchanges accordingly."""
 
     offload = True

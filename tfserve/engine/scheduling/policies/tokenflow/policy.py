@@ -14,7 +14,7 @@ from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policies.sharing import Ticker, out_of_blocks
 from tfserve.engine.scheduling.policies.tokenflow.admission import AdmissionLimit, estimate_capacity, predicted_wait_s
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import to_drop
-from tfserve.engine.scheduling.policies.tokenflow.prefill import PromptShare, pending_tokens, prefill_order
+from tfserve.engine.scheduling.policies.tokenflow.prefill_budget import PrefillBudget, pending_tokens, prefill_order
 from tfserve.engine.scheduling.policies.tokenflow.swaps import SwapPlanner
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 from tfserve.engine.scheduling.reasons import Cause
@@ -38,7 +38,7 @@ class TokenFlow:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
         self._admission = AdmissionLimit()
-        self._prompt_share = PromptShare(config)
+        self._prefill_budget = PrefillBudget(config)
         self._calm_until_s = -np.inf
         self._calm_since = (-1, -1)
         self._hurry_s = np.inf
@@ -137,11 +137,11 @@ class TokenFlow:
         """Add who gets prompt tokens and how many."""
         c, config = snapshot.columns, self._config
         if np.count_nonzero(c.is_running) == np.count_nonzero(snapshot.is_decoding):
-            self._prompt_share.rest()
+            self._prefill_budget.rest()
             return decision
         headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
         order = prefill_order(snapshot, headroom)
-        tokens = self._prompt_share.tokens(snapshot, headroom)
+        tokens = self._prefill_budget.tokens(snapshot, headroom)
         return msgspec.structs.replace(decision, order=c.ids_of(order), prefill_tokens=tokens)
 
 

@@ -19,7 +19,7 @@ from tfserve.engine.scheduling.policies.sharing import (
     usable_blocks,
 )
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import is_far_ahead
-from tfserve.engine.scheduling.policies.tokenflow.prefill import pending_tokens
+from tfserve.engine.scheduling.policies.tokenflow.prefill_budget import pending_tokens
 from tfserve.engine.scheduling.policies.tokenflow.victims import Victims, Way
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 

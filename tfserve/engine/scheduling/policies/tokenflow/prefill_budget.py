@@ -28,7 +28,7 @@ def prefill_order(snapshot: Snapshot, headroom: Floats) -> RowIndex:
     return rows[np.lexsort((c.seq[rows], headroom[rows], c.num_output[rows] > 0))]
 
 
-class PromptShare:
+class PrefillBudget:
     """How many prompt tokens each step takes, so that readers go on reading meanwhile.
 
     A step may last until the tightest decoding reader has stalled, in all, by `stall_per_wait` of the longest wait for
