@@ -415,7 +415,7 @@ async def test_a_reader_that_takes_only_on_news_gets_the_end_after_the_last_toke
         async with asyncio.timeout(10):
             while not stream.num_waiting:
                 await asyncio.sleep(0.001)
-            stream.on_news = lambda: stream._death and take()  # reads nothing before the end
+            stream.on_output = lambda: stream._death and take()  # reads nothing before the end
             os.kill(engine_pid(engine), signal.SIGKILL)
             await ended
         assert num_taken > 0

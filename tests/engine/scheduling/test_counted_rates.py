@@ -92,7 +92,7 @@ def test_a_high_rate_makes_room_for_a_newcomer_as_any_other_that_is_ahead():
 
 
 def test_shed_refuses_no_request_because_of_another_ones_rate():
-    scene = Scene(cost=FlatCost(gamma=200.0, step=0.05)).running("fast", rate=1e6)
+    scene = Scene(cost=FlatCost(capacity=200.0, step=0.05)).running("fast", rate=1e6)
     for number in range(8):
         scene.waiting(f"honest {number}", rate=6.0)
     assert decide(scene, overload="shed").reject == ()

@@ -14,7 +14,7 @@ from tfserve.engine.scheduling.state import RequestState
 
 
 def overloaded(**cost) -> Scene:
-    scene = Scene(cost=FlatCost(gamma=50.0, **cost)).running("a").running("b")
+    scene = Scene(cost=FlatCost(capacity=50.0, **cost)).running("a").running("b")
     return scene.waiting("c", for_s=0.9).waiting("d", for_s=0.5)
 
 
@@ -59,7 +59,7 @@ def test_shed_refuses_no_request_without_a_reader():
 
 def test_requests_without_a_reader_do_not_change_how_long_a_reader_waits():
     def waits(*background: str) -> list[float]:
-        scene = Scene(cost=FlatCost(gamma=100.0)).running("a")
+        scene = Scene(cost=FlatCost(capacity=100.0)).running("a")
         for req in background:
             scene.running(req, rate=None)
         for number in range(12):
@@ -71,7 +71,7 @@ def test_requests_without_a_reader_do_not_change_how_long_a_reader_waits():
 
 
 def test_at_an_idle_node_refused_requests_wait_for_the_admitted_ones():
-    scene = Scene(cost=FlatCost(gamma=50.0), num_blocks=1000)
+    scene = Scene(cost=FlatCost(capacity=50.0), num_blocks=1000)
     for number in range(6):
         scene.waiting(f"r{number}", max_tokens=100)
     decision = decide(scene, overload="shed")
@@ -85,7 +85,7 @@ def test_at_an_idle_node_refused_requests_wait_for_the_admitted_ones():
 
 
 def test_predicted_wait_is_nothing_while_there_is_capacity():
-    scene = Scene(cost=FlatCost(gamma=500.0)).running("a")
+    scene = Scene(cost=FlatCost(capacity=500.0)).running("a")
     assert predicted_wait_s(scene.snapshot(), SchedulerConfig()) == 0.0
 
 
@@ -93,8 +93,8 @@ def test_the_fallback_ends_with_a_tenth_to_spare():
     config = SchedulerConfig(policy="tokenflow")
     limit = AdmissionLimit()
 
-    def room(gamma: float) -> int:
-        snapshot = Scene(cost=FlatCost(gamma=gamma)).running("a").waiting("b").snapshot()
+    def room(capacity_of_node: float) -> int:
+        snapshot = Scene(cost=FlatCost(capacity=capacity_of_node)).running("a").waiting("b").snapshot()
         newcomer = snapshot.columns.in_state(RequestState.WAITING)
         capacity = estimate_capacity(snapshot, config)
         limit.size = 10.0
@@ -111,7 +111,7 @@ def test_the_fallback_ends_with_a_tenth_to_spare():
 def test_the_working_set_shrinks_while_copies_queue_and_grows_back_by_steps():
     config = SchedulerConfig(policy="tokenflow", working_set_step=0.1)
     scene = (
-        Scene(cost=FlatCost(gamma=2000.0, queue=0.9), num_blocks=10_000, max_num_seqs=1000).running("a").running("b")
+        Scene(cost=FlatCost(capacity=2000.0, queue=0.9), num_blocks=10_000, max_num_seqs=1000).running("a").running("b")
     )
     limit, snapshot = AdmissionLimit(), scene.snapshot()
     capacity = estimate_capacity(snapshot, config)
@@ -129,7 +129,7 @@ def test_the_working_set_shrinks_while_copies_queue_and_grows_back_by_steps():
 
 
 def test_an_empty_node_takes_even_what_it_cannot_feed():
-    scene = Scene(cost=FlatCost(gamma=5.0)).waiting("fast", rate=100.0)
+    scene = Scene(cost=FlatCost(capacity=5.0)).waiting("fast", rate=100.0)
     assert decide(scene).admit == ("fast",)
 
 

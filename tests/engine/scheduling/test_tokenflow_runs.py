@@ -29,7 +29,7 @@ class TwoSlots:
 
     def __init__(self, policy: TokenFlow) -> None:
         self.policy, self.tracker = policy, Tracker(default_rate=20.0)
-        self.cost = FlatCost(step=1 / 40, prefill=10.0, out_s=0.9, back_s=0.1, gamma=80.0)
+        self.cost = FlatCost(step=1 / 40, prefill=10.0, out_s=0.9, back_s=0.1, capacity=80.0)
         self.events: list[tuple[float, str, str]] = []
 
     def run(self, arrivals: dict[str, tuple[float, float]], until_s: float) -> None:

@@ -68,7 +68,7 @@ class CostView(Protocol):
         """Seconds until a copy would start."""
         ...
 
-    def gamma(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
+    def capacity_tokens_per_s(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
         """Capacity in generated tokens/s."""
         ...
 

@@ -17,7 +17,7 @@ _WELL_AHEAD = 0.125
 fewer stalls (H200 a: 1.3 instead of 1.5 %) and 3 % less effective throughput than 0.1."""
 
 _MAX_EXPONENT = 60.0
-_LEAST_SHARE = 0.1
+_MIN_SHARE = 0.1
 """A switch longer than the interval is judged by what follows it, not by the nothing that is left of the interval."""
 
 
@@ -55,7 +55,7 @@ def gain(
     what a running stream gets. It falls with the buffer, because phi goes on below an empty one, past 1.
     """
     interval = config.schedule_interval_s
-    left = np.maximum(interval - overhead_s, _LEAST_SHARE * interval)
+    left = np.maximum(interval - overhead_s, _MIN_SHARE * interval)
     reads = ~np.isnan(rate)
     with np.errstate(invalid="ignore"):
         after = np.maximum(unread - rate * overhead_s, 0.0)

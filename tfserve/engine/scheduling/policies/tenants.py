@@ -28,10 +28,10 @@ from tfserve.engine.scheduling.policies.sharing import (
 from tfserve.engine.scheduling.policies.tenant_prompts import prompts_in_order, share_prompts
 from tfserve.engine.scheduling.policy import Decision, Policy, Snapshot
 
-_MOST_CREDIT_S = 1.0
+_MAX_CREDIT_S = 1.0
 """How long tenants that hold little may run alone at a stretch."""
 
-_MOST_WANTING = 64
+_MAX_WANTING = 64
 """Requests considered in one pass for what other tenants hold."""
 
 
@@ -112,10 +112,10 @@ class OwnTime:
 
     def _account(self, now_s: float) -> None:
         """Count the time since the step before, for or against such steps."""
-        took_s = 0.0 if self._last_s is None else min(now_s - self._last_s, _MOST_CREDIT_S)
+        took_s = 0.0 if self._last_s is None else min(now_s - self._last_s, _MAX_CREDIT_S)
         self._last_s = now_s
         gained_s = -took_s * (1 - self._share) if self._was_own else took_s * self._share
-        self._credit_s = min(self._credit_s + gained_s, _MOST_CREDIT_S)
+        self._credit_s = min(self._credit_s + gained_s, _MAX_CREDIT_S)
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
     urgency = np.where(waits, np.arange(len(rows)), headroom[rows])
     wanting = rows[np.lexsort((urgency, waits, holdings.now[c.tenant[rows]]))]
     swaps = _Swaps(snapshot, holdings, may_crowd=config.overload == "shed")
-    for row in wanting[:_MOST_WANTING].tolist():
+    for row in wanting[:_MAX_WANTING].tolist():
         swaps.consider(row, from_readers=bool(is_due[row]))
     if not swaps.coming:
         return None

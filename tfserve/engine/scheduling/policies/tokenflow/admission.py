@@ -41,7 +41,9 @@ def estimate_capacity(snapshot: Snapshot, config: SchedulerConfig) -> Capacity:
     prefill = prompt / output
     if not config.offload:
         prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
-    tokens_per_s = snapshot.cost.gamma(prompt + output / 2, memory.num_blocks * memory.block_size, prefill)
+    tokens_per_s = snapshot.cost.capacity_tokens_per_s(
+        prompt + output / 2, memory.num_blocks * memory.block_size, prefill
+    )
     reads = c.has_reader
     demand = float(c.rate[reads & member].sum())
     bound = float("inf")

@@ -26,7 +26,7 @@ from tfserve.engine.scheduling.policy import Decision, Snapshot
 _MAX_SWAPS = 64
 """Exchanges considered in one pass; the rest waits for the next."""
 
-_MOST_VICTIMS = 2 * _MAX_SWAPS
+_MAX_VICTIMS = 2 * _MAX_SWAPS
 """Residents considered for them, least loss first."""
 
 _STAY_PER_RECOMPUTE = 10.0
@@ -100,11 +100,11 @@ class SwapPlanner:
             # Of a short answer, a large share is little to read: a request that left with less would be due at once.
             least_s=self._round_trip[0][rows] + config.critical_s,
         )
-        if len(rows) > _MOST_VICTIMS:
+        if len(rows) > _MAX_VICTIMS:
             # No other request, ties included, can be among the first: the others need not be sorted.
-            first = loss <= np.partition(loss, _MOST_VICTIMS - 1)[_MOST_VICTIMS - 1]
+            first = loss <= np.partition(loss, _MAX_VICTIMS - 1)[_MAX_VICTIMS - 1]
             rows, gains, loss = rows[first], gains[first], loss[first]
-        order = np.lexsort((-self.headroom[rows], loss))[:_MOST_VICTIMS]
+        order = np.lexsort((-self.headroom[rows], loss))[:_MAX_VICTIMS]
         rows, gains = rows[order], gains[order]
         switch_s, left_s = self._round_trip[0][rows], c.time_to_empty_s[rows]
         margin_s = config.buffer_conservativeness * (switch_s + config.schedule_interval_s)
