@@ -1,4 +1,4 @@
-"""The baselines and controls, one decision at a time and over whole bursts."""
+"""The baselines, one decision at a time and over whole bursts."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_greedy_preempts_the_youngest():
     assert decide("fcfs-greedy", scene).preempt == (("young", RECOMPUTE),)
 
 
-# -- controls
+# -- the ones that share time
 
 
 def test_round_robin_swaps_the_longest_running_for_the_longest_waiting():

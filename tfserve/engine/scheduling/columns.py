@@ -147,7 +147,7 @@ class Columns:
 
     @property
     def current_stall_s(self) -> Floats:
-        """How long the buffer has been empty."""
+        """How long the present stall has lasted: 0 while there is something to read."""
         return self.playback.current_stall_s
 
     @property

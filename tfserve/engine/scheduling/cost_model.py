@@ -110,7 +110,7 @@ class CostModel:
 
     @property
     def coefficients(self) -> StepCoefficients:
-        """The law of step times as learnt so far."""
+        """The model of step times as learnt so far."""
         return StepCoefficients(*(float(value) for value in self._beta))
 
     def bandwidth(self, direction: Direction) -> float:

@@ -13,7 +13,7 @@ _OUTLIER = 3.0
 """A step this many typical errors off the fit (a page fault, a neighbour's burst) stops pulling harder."""
 
 _MIN_ERROR = 0.02
-"""No law is expected to be nearer: where decoding fits to a hair, prompts a little off are no outliers."""
+"""No fit is expected to be nearer: where decoding fits to a hair, prompts a little off are no outliers."""
 
 
 def fit_step_time(

@@ -124,7 +124,7 @@ def swap_decision(
     loads: Mask,
     made_for: Mapping[int, int] | None = None,
 ) -> Decision:
-    """The orders that take the rows `leave` off the device and bring the rows `come` onto it.
+    """The decision that takes the rows `leave` off the device and brings the rows `come` onto it.
 
     `by_host` says which requests keep their KV on the host, if there is room for what is not there yet; `loads`, which
     paused ones load it and do not recompute. `made_for` has the row that each of `leave` makes room for, where known.
@@ -181,7 +181,7 @@ def out_of_blocks(snapshot: Snapshot) -> bool:
 
 
 class RankedPolicy:
-    """Base of the controls: a pass ranks everybody, fills the device in that order, and exchanges accordingly."""
+    """Base of policies that rank: a pass ranks all requests, fills the device in that order, and swaps accordingly."""
 
     offload = True
 
@@ -193,7 +193,7 @@ class RankedPolicy:
         """Output tokens of requests that came without their KV, at that time."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Exchange every interval; in between, when something happened or blocks run out, only fill up or shed."""
+        """Swap every interval; in between, when something happened or blocks run out, only backfill or evict."""
         c = snapshot.columns
         if not len(c):
             return Decision()

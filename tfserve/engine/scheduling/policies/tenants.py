@@ -48,7 +48,7 @@ class Tenants:
         self._own_time = OwnTime()
 
     def decide(self, policy: Policy, snapshot: Snapshot) -> Decision:
-        """The policy's decision, in turn with exchanges between tenants."""
+        """The policy's decision, in turn with swaps between tenants."""
         if snapshot.columns.num_tenants < 2:
             self._own_time.skip(snapshot.now_s)
             return policy.decide(snapshot)
@@ -213,7 +213,7 @@ def in_fair_order(columns: Columns, turn: RowIndex) -> Columns:
 
 
 def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, turn: RowIndex) -> Decision | None:
-    """Exchanges that make the holdings of tenants more even; None if there are none to make.
+    """Swaps that make the holdings of tenants more even; None if there are none to make.
 
     A request that waits, or whose reader is about to run dry, comes in the place of requests of a tenant that still
     holds no less than its own without them. It comes into free memory, too, where another tenant could be reduced for
@@ -244,7 +244,7 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
 
 
 class _Swaps:
-    """Builds up exchanges one by one, and follows what tenants hold after each."""
+    """Plans swaps one by one, and follows what tenants hold after each."""
 
     def __init__(self, snapshot: Snapshot, holdings: Holdings, *, may_crowd: bool) -> None:
         c = snapshot.columns

@@ -1,4 +1,4 @@
-"""How many requests the node can promise to feed, and what those meet whom it cannot (docs/scheduling.md)."""
+"""Admission control: how many requests can be served at their rates, and what happens beyond (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LEAVE_FALLBACK = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What is promised against what there is. `capacity` and `demand` in tokens/s; `bound` in requests."""
+    """What the device can make, and what is asked of it. `demand` in tokens/s, `bound` in requests."""
 
     tokens_per_s: float
     demand: float
@@ -31,7 +31,7 @@ def estimate_capacity(snapshot: Snapshot, config: SchedulerConfig) -> Capacity:
 
     Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead, and so are
     readers far ahead where the host is full.
-    Capacity is Gamma over batches of requests of average length at half of their output, less the share of their
+    The capacity is that of batches of requests of average length at half of their output, less the share of their
     prompts, and of recomputing what is preempted where nothing is offloaded.
     """
     c, memory = snapshot.columns, snapshot.memory

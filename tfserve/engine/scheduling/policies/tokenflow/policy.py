@@ -26,7 +26,7 @@ _ROUNDING_S = 1e-6
 
 @register("tokenflow", pauses=True, ignores=())
 class TokenFlow:
-    """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
+    """Two steps: which requests are admitted (the working set), and which of them are on the device (the swaps).
 
     It remembers when it last looked, what one stream then got of a full device, whether a newcomer then lacked memory,
     until when no buffer can be low, how large the working set is, whether admission has fallen back, and what share of

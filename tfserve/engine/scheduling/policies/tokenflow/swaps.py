@@ -1,4 +1,4 @@
-"""SwapPlanner: who of the working set is on the device, the second step of a pass (docs/scheduling.md)."""
+"""SwapPlanner: which admitted requests are on the device, the second step of a pass (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tfserve.engine.scheduling.policies.tokenflow.victims import Victims, Way
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 
 _MAX_SWAPS = 64
-"""Exchanges considered in one pass; the rest waits for the next."""
+"""Swaps considered in one pass; the rest waits for the next."""
 
 _MAX_VICTIMS = 2 * _MAX_SWAPS
 """Residents considered for them, least loss first."""
@@ -37,7 +37,7 @@ class SwapPlanner:
     """A local search that starts from who is resident. Each method moves requests across the boundary of the device.
 
     A resident pays no overhead, so the start is the greedy choice as far as it is affordable to reach. Spare
-    memory is filled by gain; beyond that an exchange must raise the total gain, fit, and pass the hysteresis. Those off
+    memory is filled by gain; beyond that a swap must raise the total gain, fit, and pass the hysteresis. Those off
     the device come back lazily: they displace a resident only when what they have left to read nears what it takes to
     return.
     """
@@ -119,7 +119,7 @@ class SwapPlanner:
         )
 
     def decision(self) -> Decision:
-        """Who is to be preempted, resumed and admitted, and how."""
+        """Which requests are preempted, resumed and admitted, and how."""
         if not self.leaving and not self.coming:
             return Decision()
         by_host = self._round_trip[1]
@@ -154,7 +154,7 @@ class SwapPlanner:
             self._take_off(row)
 
     def resume_due(self) -> None:
-        """Return those whose playback runs out, most gain first: into spare memory, else in exchange."""
+        """Resume requests whose playback runs out, most gain first: into spare memory, else by a swap."""
         due = self._away[self._is_due[self._away]]
         if not len(due):
             return
@@ -217,7 +217,7 @@ class SwapPlanner:
         return is_left
 
     def backfill(self) -> None:
-        """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
+        """Resume any request that has memory to stay a while: the device never idles for want of urgency."""
         # Most passes end here: there is no room, and no request needs to be ranked for it.
         least = self._growth_blocks(self._config.min_residency_s)
         is_empty = not self._num_residents and not self.coming
@@ -327,10 +327,10 @@ class SwapPlanner:
         """
         if self._fits(need):
             return []
-        missing, rows = need - self._spare, 1 - self._free_slots
+        missing, slots = need - self._spare, 1 - self._free_slots
         victims = self._victims.make_room(
             missing,
-            rows,
+            slots,
             float(self.headroom[row]),
             for_reader=bool(self._snapshot.columns.has_reader[row]),
             way=way,

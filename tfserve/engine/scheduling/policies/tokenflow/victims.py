@@ -1,4 +1,4 @@
-"""Victims: who may be put out for others in one pass of the balance. Torch-free."""
+"""Victims: the requests that one pass may evict for others. Torch-free."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Victims:
     def make_room(
         self,
         blocks: int,
-        rows: int,
+        slots: int,
         headroom: float,
         *,
         for_reader: bool,
@@ -52,7 +52,7 @@ class Victims:
         least_s: float,
         relief_s: float,
     ) -> list[int]:
-        """The first of those left that together free `blocks` and `rows`; empty if there are too few.
+        """The first of those left that together free `blocks` and `slots`; empty if there are too few.
 
         A victim must have `least_s` to read, and be able to go; or be better off by `relief_s`. A request without a
         reader only displaces requests that have one: between two without, a switch gains nothing for either.
@@ -69,8 +69,8 @@ class Victims:
             if has - headroom >= relief_s or (has >= least_s and can_go[index]):
                 chosen.append(index)
                 blocks -= need[index]
-                rows -= 1
-                if blocks <= 0 and rows <= 0:
+                slots -= 1
+                if blocks <= 0 and slots <= 0:
                     return chosen
         self._bound(way)
         return []
