@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.copy_queues import CopyQueues
-from tfserve.config import SchedulerConfig
+from tests.scheduler_settings import scheduler_config
 from tfserve.engine.core.loop import EngineCore
 from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
@@ -237,7 +237,7 @@ class FakeEngine:
         gate: Callable[[Clock], GrammarGate] | None = None,
         **scheduler,
     ) -> None:
-        config = SchedulerConfig(policy=policy, **scheduler)
+        config = scheduler_config(policy=policy, **scheduler)
         self.clock = FakeClock()
         self.runner = FakeRunner(block_size, max_num_batched_tokens)
         self.transfers = FakeTransfers(self.runner, speeds, fail_copies, bps) if num_host_blocks else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tfserve.config import SchedulerConfig
+from tests.scheduler_settings import scheduler_config
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
 from tfserve.engine.scheduling.policy import Decision, MemoryView, Snapshot
 from tfserve.engine.scheduling.state import RequestState
@@ -123,4 +123,4 @@ class Scene:
 
 def decide(scene: Scene, **settings) -> Decision:
     """What a tokenflow policy of its own, without a watermark, says of the scene."""
-    return TokenFlow(SchedulerConfig(policy="tokenflow", watermark=0.0, **settings)).decide(scene.snapshot())
+    return TokenFlow(scheduler_config(policy="tokenflow", watermark=0.0, **settings)).decide(scene.snapshot())

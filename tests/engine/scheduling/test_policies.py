@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.engine.policy_driver import Ask, Driver, Machine, burst
 from tests.engine.scene import FlatCost, Scene
+from tests.scheduler_settings import scheduler_config
 from tfserve import config
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.cost_model import StepCoefficients
@@ -26,7 +27,7 @@ def test_the_settings_name_every_policy_that_is_registered():
 
 def decide(policy: str, scene: Scene, **settings):
     settings = {"watermark": 0.0} | settings
-    return make_policy(SchedulerConfig(policy=policy, **settings)).decide(scene.snapshot())
+    return make_policy(scheduler_config(policy=policy, **settings)).decide(scene.snapshot())
 
 
 # -- fcfs and its kin
@@ -64,14 +65,14 @@ def test_admission_keeps_the_order_of_arrival():
 
 
 def test_out_of_blocks_fcfs_retracts_the_fewest_outputs_and_raises_its_ratio():
-    policy = make_policy(SchedulerConfig(policy="fcfs", reserve_ratio=0.1, reserve_min_ratio=0.0))
+    policy = make_policy(scheduler_config(policy="fcfs", reserve_ratio=0.1, reserve_min_ratio=0.0))
     scene = Scene(num_blocks=31).running("long", output=225).running("short", output=209)
     assert policy.decide(scene.snapshot()).preempt == (("short", RECOMPUTE),)
     assert policy.ratio == pytest.approx((225 + 20) / 1000)
 
 
 def test_the_ratio_decays_while_decoding_and_starts_again_when_idle():
-    policy = make_policy(SchedulerConfig(policy="fcfs", reserve_ratio=0.7, reserve_min_ratio=0.1))
+    policy = make_policy(scheduler_config(policy="fcfs", reserve_ratio=0.7, reserve_min_ratio=0.1))
     for _ in range(300):
         policy.decide(Scene().running("a").snapshot())
     assert policy.ratio == pytest.approx(0.4)

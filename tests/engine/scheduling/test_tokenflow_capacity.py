@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.scene import FlatCost, Scene, decide, set_kv
+from tests.scheduler_settings import scheduler_config
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.tokenflow.admission import AdmissionLimit, estimate_capacity, predicted_wait_s
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
@@ -109,7 +110,7 @@ def test_the_fallback_ends_with_a_tenth_to_spare():
 
 
 def test_the_working_set_shrinks_while_copies_queue_and_grows_back_by_steps():
-    config = SchedulerConfig(policy="tokenflow", working_set_step=0.1)
+    config = scheduler_config(policy="tokenflow", working_set_step=0.1)
     scene = (
         Scene(cost=FlatCost(capacity=2000.0, queue=0.9), num_blocks=10_000, max_num_seqs=1000).running("a").running("b")
     )
@@ -153,7 +154,7 @@ def test_where_having_prompts_is_dear_they_come_in_chunks_that_are_worth_it():
     # Five times what having any takes are 200 tokens, 0.24 s: the share of eight decoding steps, while a reader is dry.
     dry_cost = FlatCost(step=0.021, prefill=1e-3, prompts=0.04)
     dry = Scene(cost=dry_cost).running("a", unread_s=-1.0).prefilling("p", prompt=1000)
-    policy = TokenFlow(SchedulerConfig(policy="tokenflow", min_prefill_share=0.6))
+    policy = TokenFlow(scheduler_config(policy="tokenflow", min_prefill_share=0.6))
     tokens = [policy.decide(dry.snapshot()).prefill_tokens for _ in range(18)]
     assert tokens == [*[0] * 7, pytest.approx(212, abs=1)] * 2 + [0, 0]
 
@@ -161,7 +162,7 @@ def test_where_having_prompts_is_dear_they_come_in_chunks_that_are_worth_it():
 def test_the_rest_of_a_prompt_is_worth_it_however_short():
     dry = Scene(cost=FlatCost(step=0.02, prefill=1e-3, prompts=0.04)).running("a", unread_s=-1.0)
     dry.prefilling("p", prompt=5)
-    policy = TokenFlow(SchedulerConfig(policy="tokenflow", min_prefill_share=0.6))
+    policy = TokenFlow(scheduler_config(policy="tokenflow", min_prefill_share=0.6))
     tokens = [policy.decide(dry.snapshot()).prefill_tokens for _ in range(2)]
     assert tokens == [0, pytest.approx(20, abs=1)]
 
@@ -183,7 +184,7 @@ def test_a_wait_for_a_first_token_excuses_a_little_stalling():
     scene.held += 5
     scene.prefilling("p", for_s=2.0)
     for share, excused_s in ((0.0, 0.0), (0.05, 0.1), (0.1, 0.2)):
-        tokens = decide(scene, stall_per_wait=share).prefill_tokens
+        tokens = decide(scene, stall_budget_per_wait=share).prefill_tokens
         assert tokens == pytest.approx((0.9 * (0.3 + excused_s) - 0.02) / 1e-3, abs=1)
 
 

@@ -52,7 +52,9 @@ def make_scheduler(
         memory.block_size,
         share,
         BlockPool(memory.num_host_blocks) if memory.num_host_blocks else None,
-        options=OffloadOptions(config.write_through, config.load_evict_overlap, store_chunk_of(memory.block_size)),
+        options=OffloadOptions(
+            config.ablation.write_through, config.ablation.load_evict_overlap, store_chunk_of(memory.block_size)
+        ),
     )
     return Scheduler(
         policy or make_policy(config),

@@ -194,7 +194,7 @@ class Scheduler:
         decision = self._tenants.decide(self._policy, snapshot)
         held |= decision.hold
         # Before anything is carried out: the columns are views.
-        write_first = write_order(columns) if self.offload.enabled and self._config.priority_writes else None
+        write_first = write_order(columns) if self.offload.enabled and self._config.ablation.priority_writes else None
         with self.reasons.carrying_out(decision):
             self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
         seqs, n_decode = self._batch.build(self.running, decision, held)

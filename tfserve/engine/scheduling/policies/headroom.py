@@ -21,7 +21,7 @@ _MIN_SHARE = 0.1
 """A switch longer than the interval is judged by what follows it, not by the nothing that is left of the interval."""
 
 
-def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> Floats:
+def headroom_s(columns: Columns, now_s: float, background_slack_s: float) -> Floats:
     """Seconds until a request is in want; negative: for how long it has been.
 
     A reader's playback left, less its present stall. Without a first token, less the time since arrival, so that the
@@ -34,7 +34,7 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     if c.has_reader.all():
         return reading
     away = c.is_waiting | c.is_paused
-    background = background_patience_s - np.where(away, now_s - c.state_since_s, 0.0)
+    background = background_slack_s - np.where(away, now_s - c.state_since_s, 0.0)
     return np.where(~c.has_reader, background, reading)
 
 
@@ -50,7 +50,7 @@ def gain(
 ) -> Floats:
     """What running a request over idling it for one interval is worth, in tokens of one stream's interval; elementwise.
 
-    gain = v t' + gamma (phi(b if idle) - phi(b if run)), phi(b) = exp(-b / (r buffer_scale_s)): v is the value of a
+    gain = v t' + w (phi(b if idle) - phi(b if run)), phi(b) = exp(-b / (r buffer_scale_s)): v is the value of a
     token at the buffer left after the switch of `overhead_s`, t' the share of the interval left then, `speed` tokens/s
     what a running stream gets. It falls with the buffer, because phi goes on below an empty one, past 1.
     """
@@ -63,9 +63,9 @@ def gain(
     length = np.maximum(expected_output, 1.0)
     value = (TAU_ZERO - after / length) / (TAU_ZERO - TAU_FULL)
     value = np.minimum(np.maximum(value, 0.0), 1.0)
-    idle = np.exp(np.minimum((interval - headroom) / config.buffer_scale_s, _MAX_EXPONENT))
-    penalty = idle * (1.0 - np.exp(ahead_s / -config.buffer_scale_s))
-    return np.where(reads, value, 0.0) * (left / interval) + config.gamma * penalty
+    idle = np.exp(np.minimum((interval - headroom) / config.tokenflow.buffer_scale_s, _MAX_EXPONENT))
+    penalty = idle * (1.0 - np.exp(ahead_s / -config.tokenflow.buffer_scale_s))
+    return np.where(reads, value, 0.0) * (left / interval) + config.tokenflow.underflow_weight * penalty
 
 
 def loss_order(

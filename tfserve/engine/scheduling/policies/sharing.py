@@ -229,7 +229,7 @@ class RankedPolicy:
         running = c.in_state(RequestState.RUNNING)
         leave = running[~np.isin(running, chosen)]
         come = chosen[~c.is_running[chosen]]
-        _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.offload)
+        _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.ablation.offload)
         _, loads = return_s(snapshot)
         for row in come[~loads[come]].tolist():
             self._output_then[c.ids[row]] = int(c.num_output[row])

@@ -85,7 +85,7 @@ class OwnTime:
         c = snapshot.columns
         self._account(snapshot.now_s)
         prompts = prompts_in_order(snapshot, decision)
-        reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.critical_s)
+        reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.tokenflow.low_buffer_s)
         needy = np.unique(np.concatenate([c.tenant[reads], c.tenant[prompts[~c.has_started[prompts]]]]))
         levels = holdings.now
         rich = np.flatnonzero(levels > 2 * levels[needy].min()) if len(needy) else needy
@@ -223,9 +223,9 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
     rows = holdings.worse_off(c, np.concatenate([np.flatnonzero(c.is_paused), turn]))
     if not len(rows):
         return None
-    headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
+    headroom = headroom_s(c, snapshot.now_s, config.tokenflow.background_slack_s)
     seconds, loads = return_s(snapshot)
-    is_due = headroom <= seconds + config.critical_s
+    is_due = headroom <= seconds + config.tokenflow.low_buffer_s
     rows = rows[c.is_waiting[rows] | is_due[rows]]
     waits = c.is_waiting[rows]
     # The poorest tenant first; of a tenant, readers about to run dry, then waiting requests in their turn.
@@ -339,8 +339,8 @@ def _need(snapshot: Snapshot, config: SchedulerConfig) -> Ints:
     if not config.policy.startswith("fcfs"):
         return resident_blocks(snapshot)
     c = snapshot.columns
-    ratio = {"fcfs-reserve": 1.0, "fcfs-greedy": 0.0}.get(config.policy, config.reserve_min_ratio)
-    clip = {"fcfs-reserve": None, "fcfs-greedy": 0}.get(config.policy, config.reserve_clip_tokens)
+    ratio = {"fcfs-reserve": 1.0, "fcfs-greedy": 0.0}.get(config.policy, config.fcfs.reserve_min_ratio)
+    clip = {"fcfs-reserve": None, "fcfs-greedy": 0}.get(config.policy, config.fcfs.reserve_clip_tokens)
     remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)
     growth = np.where(c.is_waiting, remaining, np.ceil(ratio * remaining).astype(np.int64))
     return np.maximum(snapshot.blocks_for(c.num_tokens + np.maximum(growth, 1)), c.device_blocks)

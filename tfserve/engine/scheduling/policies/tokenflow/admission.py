@@ -39,7 +39,7 @@ def estimate_capacity(snapshot: Snapshot, config: SchedulerConfig) -> Capacity:
     output = max(float(c.expected_output.sum()) / len(c), 1.0)
     prompt = float(c.num_prompt.sum()) / len(c)
     prefill = prompt / output
-    if not config.offload:
+    if not config.ablation.offload:
         prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
     tokens_per_s = snapshot.cost.capacity_tokens_per_s(
         prompt + output / 2, memory.num_blocks * memory.block_size, prefill
@@ -47,7 +47,7 @@ def estimate_capacity(snapshot: Snapshot, config: SchedulerConfig) -> Capacity:
     reads = c.has_reader
     demand = float(c.rate[reads & member].sum())
     bound = float("inf")
-    if config.offload and memory.num_host_blocks:
+    if config.ablation.offload and memory.num_host_blocks:
         bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / (prompt + output / 2)
         # Their KV can be given up: they take no memory from others.
         bound += int(np.count_nonzero(member & is_far_ahead(snapshot)))
@@ -69,7 +69,7 @@ class AdmissionLimit:
 
         It starts at the bound, so that a first burst is let in at once.
         """
-        step = config.working_set_step
+        step = config.tokenflow.working_set_step
         bound = min(capacity.bound, float(len(snapshot.columns) + snapshot.max_num_seqs))
         if self.size is None:
             self.size = bound

@@ -76,10 +76,10 @@ class TokenFlow:
         if snapshot.now_s < self._calm_until_s and self._calm_since == (c.num_events, c.num_readings):
             # A request that leaves the device comes back with an event, or is seen here.
             return bool(np.count_nonzero(c.is_running) < len(c))
-        if is_stressed(snapshot, self._config.critical_s):
+        if is_stressed(snapshot, self._config.tokenflow.low_buffer_s):
             return True
         least_s = float(c.time_to_empty_s[c.has_started].min(initial=np.inf))
-        self._calm_until_s = snapshot.now_s + least_s - self._config.critical_s - _ROUNDING_S
+        self._calm_until_s = snapshot.now_s + least_s - self._config.tokenflow.low_buffer_s - _ROUNDING_S
         self._calm_since = (c.num_events, c.num_readings)
         return False
 
@@ -112,7 +112,7 @@ class TokenFlow:
         decision = planner.decision()
         refused: tuple[tuple[RequestId, float], ...] = ()
         if self._admission.is_fallback and not planner.leaving and not planner.coming:
-            fitting = admissible(snapshot, config.reserve_ratio, config.reserve_clip_tokens)
+            fitting = admissible(snapshot, config.fcfs.reserve_ratio, config.fcfs.reserve_clip_tokens)
             if config.overload != "shed":
                 # What first come, first served would let in beside everybody's whole output is no risk.
                 decision = Decision(admit=fitting)
@@ -139,18 +139,18 @@ class TokenFlow:
         if np.count_nonzero(c.is_running) == np.count_nonzero(snapshot.is_decoding):
             self._prefill_budget.rest()
             return decision
-        headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
+        headroom = headroom_s(c, snapshot.now_s, config.tokenflow.background_slack_s)
         order = prefill_order(snapshot, headroom)
         tokens = self._prefill_budget.tokens(snapshot, headroom)
         return msgspec.structs.replace(decision, order=c.ids_of(order), prefill_tokens=tokens)
 
 
-def is_stressed(snapshot: Snapshot, critical_s: float) -> bool:
-    """True if a request waits, is off the device, or has less than `critical_s` to read."""
+def is_stressed(snapshot: Snapshot, low_buffer_s: float) -> bool:
+    """True if a request waits, is off the device, or has less than `low_buffer_s` to read."""
     c = snapshot.columns
     if np.count_nonzero(c.is_running) < len(c):
         return True
-    return bool((c.has_started & (c.time_to_empty_s < critical_s)).any())
+    return bool((c.has_started & (c.time_to_empty_s < low_buffer_s)).any())
 
 
 def _newcomers(snapshot: Snapshot, headroom: Floats) -> RowIndex:

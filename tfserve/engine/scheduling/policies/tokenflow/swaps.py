@@ -51,7 +51,7 @@ class SwapPlanner:
         self.coming: list[int] = []
         self._made_for: dict[int, int] = {}
         """The row that each of `leaving` makes room for; the others make room for the residents' growth."""
-        self.headroom: Floats = headroom_s(c, snapshot.now_s, config.background_patience_s)
+        self.headroom: Floats = headroom_s(c, snapshot.now_s, config.tokenflow.background_slack_s)
         self._snapshot = snapshot
         self._config = config
         self._speed = stream_speed(snapshot)
@@ -64,7 +64,7 @@ class SwapPlanner:
         self._spare = self._usable - int(np.dot(self._need, self._resident))
         self._free_slots = snapshot.num_free_slots
         self._away = np.flatnonzero(snapshot.is_member & ~self._resident)
-        self._is_due = self.headroom <= self._return_s + config.critical_s + 1e-9
+        self._is_due = self.headroom <= self._return_s + config.tokenflow.low_buffer_s + 1e-9
         self._lacks_memory = False
         """Whether a request without a reader is due to return and finds no memory."""
 
@@ -73,7 +73,7 @@ class SwapPlanner:
     @cached_property
     def _round_trip(self) -> tuple[Floats, Mask]:
         """For each resident, the seconds of leaving and coming back; and whether that is by the host."""
-        return round_trip_s(self._snapshot, offload=self._config.offload)
+        return round_trip_s(self._snapshot, offload=self._config.ablation.offload)
 
     @cached_property
     def _stay_s(self) -> Floats:
@@ -81,7 +81,7 @@ class SwapPlanner:
         switch_s, by_host = self._round_trip
         recompute_s = np.where(by_host, 0.0, switch_s)
         recompute_s = np.where(self._running, recompute_s, np.where(self._loads, 0.0, self._return_s))
-        return np.maximum(self._config.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
+        return np.maximum(self._config.tokenflow.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
 
     @cached_property
     def _victims(self) -> Victims:
@@ -98,7 +98,7 @@ class SwapPlanner:
             num_output=c.num_output[rows],
             expected_output=c.expected_output[rows],
             # Of a short answer, a large share is little to read: a request that left with less would be due at once.
-            least_s=self._round_trip[0][rows] + config.critical_s,
+            least_s=self._round_trip[0][rows] + config.tokenflow.low_buffer_s,
         )
         if len(rows) > _MAX_VICTIMS:
             # No other request, ties included, can be among the first: the others need not be sorted.
@@ -107,7 +107,7 @@ class SwapPlanner:
         order = np.lexsort((-self.headroom[rows], loss))[:_MAX_VICTIMS]
         rows, gains = rows[order], gains[order]
         switch_s, left_s = self._round_trip[0][rows], c.time_to_empty_s[rows]
-        margin_s = config.buffer_conservativeness * (switch_s + config.schedule_interval_s)
+        margin_s = config.tokenflow.buffer_conservativeness * (switch_s + config.schedule_interval_s)
         return Victims(
             rows,
             self.headroom[rows],
@@ -166,12 +166,12 @@ class SwapPlanner:
             if not loads and need + self._growth_blocks(self._stay_s[row]) > self._spare:
                 # A recompute that growth soon undoes is device time for nothing. The starving displace those too who
                 # would grow: what it takes of the device is not theirs to grow in.
-                if headroom > -self._config.relief_s or not self._may_recompute:
+                if headroom > -self._config.tokenflow.starvation_gap_s or not self._may_recompute:
                     continue
                 room = self._room_to_stay(need, self._stay_s[row])
             # Among the starving a gap would only move the stall about.
-            least_s = max(headroom, 0.0) + self._config.swap_gap_s
-            victims = self._make_room(row, room, "affords", least_s, self._config.relief_s)
+            least_s = max(headroom, 0.0) + self._config.tokenflow.min_swap_gain_s
+            victims = self._make_room(row, room, "affords", least_s, self._config.tokenflow.starvation_gap_s)
             if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
                 if room > need:
                     self._may_recompute, self.recompute_pays_s = False, self._price_s(row, victims)
@@ -189,7 +189,7 @@ class SwapPlanner:
         most_pending = self._snapshot.max_num_batched_tokens
         swaps, pending = 0, pending_tokens(self._snapshot)
         is_left, has_reader = False, self._snapshot.columns.has_reader
-        relief_s = self._config.relief_s if self._config.overload == "share" else np.inf
+        starvation_gap_s = self._config.tokenflow.starvation_gap_s if self._config.overload == "share" else np.inf
         uncomputed = self._snapshot.columns.num_uncomputed
         columns = [values[newcomers].tolist() for values in (self._need, self._is_due, self.headroom, uncomputed)]
         for row, need, is_due, headroom, tokens in zip(newcomers.tolist(), *columns, strict=True):
@@ -204,7 +204,9 @@ class SwapPlanner:
             elif not is_due or swaps == _MAX_SWAPS or pending >= most_pending:
                 victims = None
             else:
-                victims = self._make_room(row, room, "survives", headroom + self._config.swap_gap_s, relief_s)
+                victims = self._make_room(
+                    row, room, "survives", headroom + self._config.tokenflow.min_swap_gain_s, starvation_gap_s
+                )
                 swaps += 1
             if victims is not None:
                 self._put_on(row, need, victims)
@@ -219,7 +221,7 @@ class SwapPlanner:
     def backfill(self) -> None:
         """Resume any request that has memory to stay a while: the device never idles for want of urgency."""
         # Most passes end here: there is no room, and no request needs to be ranked for it.
-        least = self._growth_blocks(self._config.min_residency_s)
+        least = self._growth_blocks(self._config.tokenflow.min_residency_s)
         is_empty = not self._num_residents and not self.coming
         if not len(self._away) or not (self._spare > least or is_empty):
             return
@@ -262,7 +264,7 @@ class SwapPlanner:
         later = self._away[~self._is_due[self._away]]
         if not len(later):
             return float("inf")
-        lead_s = self.headroom[later] - self._return_s[later] - self._config.critical_s
+        lead_s = self.headroom[later] - self._return_s[later] - self._config.tokenflow.low_buffer_s
         return self._snapshot.now_s + float(lead_s.min())
 
     def _growth_blocks(self, seconds: float) -> float:
@@ -277,7 +279,7 @@ class SwapPlanner:
         """
         if not self._num_residents and not self.coming:
             return 0
-        return math.ceil(self._growth_blocks(self._config.min_residency_s))
+        return math.ceil(self._growth_blocks(self._config.tokenflow.min_residency_s))
 
     def _room_to_stay(self, need: int, seconds: float) -> int:
         """Blocks to make free for one that needs so many, if the rest of the device is to grow for that long."""
@@ -319,11 +321,11 @@ class SwapPlanner:
     def _fits(self, need: int) -> bool:
         return need <= self._spare and self._free_slots > 0
 
-    def _make_room(self, row: int, need: int, way: Way, least_s: float, relief_s: float) -> list[int] | None:
+    def _make_room(self, row: int, need: int, way: Way, least_s: float, starvation_gap_s: float) -> list[int] | None:
         """Victims to evict for `row`, least loss first; none if it fits, None if that cannot be done.
 
         They have `least_s` to read and can go that way. A starving request evicts residents that are better off by
-        `relief_s`, even if these cannot afford it.
+        `starvation_gap_s`, even if these cannot afford it.
         """
         if self._fits(need):
             return []
@@ -335,7 +337,7 @@ class SwapPlanner:
             for_reader=bool(self._snapshot.columns.has_reader[row]),
             way=way,
             least_s=least_s,
-            relief_s=relief_s,
+            starvation_gap_s=starvation_gap_s,
         )
         return victims or None
 

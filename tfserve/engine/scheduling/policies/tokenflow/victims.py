@@ -50,15 +50,15 @@ class Victims:
         for_reader: bool,
         way: Way,
         least_s: float,
-        relief_s: float,
+        starvation_gap_s: float,
     ) -> list[int]:
         """The first of those left that together free `blocks` and `slots`; empty if there are too few.
 
-        A victim must have `least_s` to read, and be able to go; or be better off by `relief_s`. A request without a
-        reader only displaces requests that have one: between two without, a switch gains nothing for either.
+        A victim must have `least_s` to read, and be able to go; or be better off by `starvation_gap_s`. A request
+        without a reader only displaces requests that have one: between two without, a switch gains nothing for either.
         """
         least_s -= 1e-9
-        if self.most[None] - headroom < relief_s and self.most[way] < least_s:
+        if self.most[None] - headroom < starvation_gap_s and self.most[way] < least_s:
             return []
         can_go, headrooms, need = self.can_go[way], self.headroom, self.need
         chosen: list[int] = []
@@ -66,7 +66,7 @@ class Victims:
             if not for_reader and not self.has_reader[index]:
                 continue
             has = headrooms[index]
-            if has - headroom >= relief_s or (has >= least_s and can_go[index]):
+            if has - headroom >= starvation_gap_s or (has >= least_s and can_go[index]):
                 chosen.append(index)
                 blocks -= need[index]
                 slots -= 1
