@@ -75,18 +75,18 @@ def loss_order(
     rate: Floats,
     num_output: npt.NDArray[Any],
     expected_output: Floats,
-    least_s: Floats,
+    min_unread_s: Floats,
 ) -> Floats:
     """Who loses least by leaving the device, ascending; elementwise, of residents' gains. Only its order has a meaning.
 
-    First requests without a reader; then readers well ahead (over `_WELL_AHEAD` of the output and `least_s` of playback
-    unread), the one whose reader will be through first in front; then the others, least gain first. What the device
-    makes beyond all reading is worth nothing to any reader: it goes to few, who have most to come, and they are
-    done sooner.
+    First requests without a reader; then requests well ahead (over `_WELL_AHEAD` of the output and `min_unread_s`
+    unread), shortest remaining reading time first; then the others, least gain first. What the device makes beyond all
+    reading is worth nothing to any reader: it goes to the few requests that have most to come, and they are done
+    sooner.
     """
     reads = ~np.isnan(rate)
     rate = np.where(reads, rate, 1.0)
     left_s = (unread + np.maximum(expected_output - num_output, 0.0)) / rate
-    is_ahead = (unread > _WELL_AHEAD * expected_output) & (unread > least_s * rate)
+    is_ahead = (unread > _WELL_AHEAD * expected_output) & (unread > min_unread_s * rate)
     order = np.where(is_ahead, left_s / (1.0 + left_s) - 2.0, gains)
     return np.where(reads, order, gains - 4.0)

@@ -78,8 +78,8 @@ class TokenFlow:
             return bool(np.count_nonzero(c.is_running) < len(c))
         if is_stressed(snapshot, self._config.tokenflow.low_buffer_s):
             return True
-        least_s = float(c.time_to_empty_s[c.has_started].min(initial=np.inf))
-        self._calm_until_s = snapshot.now_s + least_s - self._config.tokenflow.low_buffer_s - _ROUNDING_S
+        min_unread_s = float(c.time_to_empty_s[c.has_started].min(initial=np.inf))
+        self._calm_until_s = snapshot.now_s + min_unread_s - self._config.tokenflow.low_buffer_s - _ROUNDING_S
         self._calm_since = (c.num_events, c.num_readings)
         return False
 

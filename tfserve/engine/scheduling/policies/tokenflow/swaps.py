@@ -98,7 +98,7 @@ class SwapPlanner:
             num_output=c.num_output[rows],
             expected_output=c.expected_output[rows],
             # Of a short answer, a large share is little to read: a request that left with less would be due at once.
-            least_s=self._round_trip[0][rows] + config.tokenflow.low_buffer_s,
+            min_unread_s=self._round_trip[0][rows] + config.tokenflow.low_buffer_s,
         )
         if len(rows) > _MAX_VICTIMS:
             # No other request, ties included, can be among the first: the others need not be sorted.
@@ -170,8 +170,8 @@ class SwapPlanner:
                     continue
                 room = self._room_to_stay(need, self._stay_s[row])
             # Among the starving a gap would only move the stall about.
-            least_s = max(headroom, 0.0) + self._config.tokenflow.min_swap_gain_s
-            victims = self._make_room(row, room, "affords", least_s, self._config.tokenflow.starvation_gap_s)
+            min_unread_s = max(headroom, 0.0) + self._config.tokenflow.min_swap_gain_s
+            victims = self._make_room(row, room, "affords", min_unread_s, self._config.tokenflow.starvation_gap_s)
             if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
                 if room > need:
                     self._may_recompute, self.recompute_pays_s = False, self._price_s(row, victims)
@@ -186,7 +186,7 @@ class SwapPlanner:
         The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. No
         resident leaves for a prompt whose turn does not come in the next step with prompts.
         """
-        most_pending = self._snapshot.max_num_batched_tokens
+        max_pending = self._snapshot.max_num_batched_tokens
         swaps, pending = 0, pending_tokens(self._snapshot)
         is_left, has_reader = False, self._snapshot.columns.has_reader
         starvation_gap_s = self._config.tokenflow.starvation_gap_s if self._config.overload == "share" else np.inf
@@ -201,7 +201,7 @@ class SwapPlanner:
             room = need + self._room_to_grow() if is_background else need
             if self._fits(room):
                 victims: list[int] | None = []
-            elif not is_due or swaps == _MAX_SWAPS or pending >= most_pending:
+            elif not is_due or swaps == _MAX_SWAPS or pending >= max_pending:
                 victims = None
             else:
                 victims = self._make_room(
@@ -221,15 +221,15 @@ class SwapPlanner:
     def backfill(self) -> None:
         """Resume any request that has memory to stay a while: the device never idles for want of urgency."""
         # Most passes end here: there is no room, and no request needs to be ranked for it.
-        least = self._growth_blocks(self._config.tokenflow.min_residency_s)
+        min_spare = self._growth_blocks(self._config.tokenflow.min_residency_s)
         is_empty = not self._num_residents and not self.coming
-        if not len(self._away) or not (self._spare > least or is_empty):
+        if not len(self._away) or not (self._spare > min_spare or is_empty):
             return
         away, gains = self._by_gain(self._worth_returning())
         if not len(away):
             return
-        if self._spare > least:
-            self._backfill_with(self._in_priority(away, gains), least)
+        if self._spare > min_spare:
+            self._backfill_with(self._in_priority(away, gains), min_spare)
         if not self._num_residents and not self.coming:
             # Alone, anything fits that was validated, watermark or not.
             row = int(away[0])
@@ -250,11 +250,11 @@ class SwapPlanner:
             return self._away
         return self._away[~(dropped & far[self._away])]
 
-    def _backfill_with(self, rows: RowIndex, least: float) -> None:
+    def _backfill_with(self, rows: RowIndex, min_spare: float) -> None:
         came = set(self.coming)
         columns = [values[rows].tolist() for values in (self._need, self._stay_s)]
         for row, need, stay_s in zip(rows.tolist(), *columns, strict=True):
-            if self._free_slots <= 0 or self._spare <= least:
+            if self._free_slots <= 0 or self._spare <= min_spare:
                 break
             if row not in came and need + self._growth_blocks(stay_s) <= self._spare:
                 self._put_on(row, need, [])
@@ -321,10 +321,12 @@ class SwapPlanner:
     def _fits(self, need: int) -> bool:
         return need <= self._spare and self._free_slots > 0
 
-    def _make_room(self, row: int, need: int, way: Way, least_s: float, starvation_gap_s: float) -> list[int] | None:
+    def _make_room(
+        self, row: int, need: int, way: Way, min_unread_s: float, starvation_gap_s: float
+    ) -> list[int] | None:
         """Victims to evict for `row`, least loss first; none if it fits, None if that cannot be done.
 
-        They have `least_s` to read and can go that way. A starving request evicts residents that are better off by
+        They have `min_unread_s` to read and can go that way. A starving request evicts residents that are better off by
         `starvation_gap_s`, even if these cannot afford it.
         """
         if self._fits(need):
@@ -336,7 +338,7 @@ class SwapPlanner:
             float(self.headroom[row]),
             for_reader=bool(self._snapshot.columns.has_reader[row]),
             way=way,
-            least_s=least_s,
+            min_unread_s=min_unread_s,
             starvation_gap_s=starvation_gap_s,
         )
         return victims or None

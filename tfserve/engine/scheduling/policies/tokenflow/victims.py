@@ -14,9 +14,9 @@ Way = Literal["affords", "survives"]
 class Victims:
     """Residents that may be evicted, least loss first, one element each.
 
-    Lists, because they are looked at one by one. `can_go` says who affords a switch, and who survives one with the
-    margin that admission asks for. `left` are the indices of those still there. `most` bounds the headroom of those
-    that can go, and of all: it only falls.
+    Lists, because they are looked at one by one. `can_go` says which ones afford a switch, and which survive one with
+    the margin that admission asks for. `left` are the indices of those still there. `max_headroom` is a bound for those
+    that can go, and for all: it only falls.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Victims:
         self.has_reader: list[bool] = has_reader.tolist()
         self.can_go: dict[Way, list[bool]] = {"affords": affords.tolist(), "survives": survives.tolist()}
         self.left = list(range(len(rows)))
-        self.most: dict[Way | None, float] = {}
+        self.max_headroom: dict[Way | None, float] = {}
         self._bound("affords")
         self._bound("survives")
 
@@ -49,16 +49,16 @@ class Victims:
         *,
         for_reader: bool,
         way: Way,
-        least_s: float,
+        min_unread_s: float,
         starvation_gap_s: float,
     ) -> list[int]:
         """The first of those left that together free `blocks` and `slots`; empty if there are too few.
 
-        A victim must have `least_s` to read, and be able to go; or be better off by `starvation_gap_s`. A request
+        A victim must have `min_unread_s` to read, and be able to go; or be better off by `starvation_gap_s`. A request
         without a reader only displaces requests that have one: between two without, a switch gains nothing for either.
         """
-        least_s -= 1e-9
-        if self.most[None] - headroom < starvation_gap_s and self.most[way] < least_s:
+        min_unread_s -= 1e-9
+        if self.max_headroom[None] - headroom < starvation_gap_s and self.max_headroom[way] < min_unread_s:
             return []
         can_go, headrooms, need = self.can_go[way], self.headroom, self.need
         chosen: list[int] = []
@@ -66,7 +66,7 @@ class Victims:
             if not for_reader and not self.has_reader[index]:
                 continue
             has = headrooms[index]
-            if has - headroom >= starvation_gap_s or (has >= least_s and can_go[index]):
+            if has - headroom >= starvation_gap_s or (has >= min_unread_s and can_go[index]):
                 chosen.append(index)
                 blocks -= need[index]
                 slots -= 1
@@ -77,5 +77,5 @@ class Victims:
 
     def _bound(self, way: Way) -> None:
         can_go, headrooms = self.can_go[way], self.headroom
-        self.most[None] = max((headrooms[index] for index in self.left), default=-np.inf)
-        self.most[way] = max((headrooms[index] for index in self.left if can_go[index]), default=-np.inf)
+        self.max_headroom[None] = max((headrooms[index] for index in self.left), default=-np.inf)
+        self.max_headroom[way] = max((headrooms[index] for index in self.left if can_go[index]), default=-np.inf)
