@@ -1,4 +1,4 @@
-"""ModelRunner: executes a step's plan and returns tokens. It owns the rows, but no request and no block."""
+"""ModelRunner: executes a step's plan and returns tokens. It owns the slots, but no request and no block."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tfserve.types import RequestId
 class ModelRunner:
     """Runs plans on one device: `launch` starts a step, `result` waits for it.
 
-    A row holds a request's block table, its last sampled token and its sampling state. A step that fails raises from
-    `result`; all rows stay, and plans without the failed step's requests are unaffected. If only some rows have no
+    A slot holds a request's block table, its last sampled token and its sampling state. A step that fails raises from
+    `result`; all slots stay, and plans without the failed step's requests are unaffected. If only some slots have no
     token (their logits are not finite, or their grammar allows none), only their requests fail: see
     `StepResult.failed`.
 
@@ -114,10 +114,10 @@ class ModelRunner:
         if not sampling:
             return None, scored
         logits = self._model.logits(hidden[batch.logits_indices])
-        rows = np.array([seq.slot for seq in sampling], np.int64)
-        sampled = self._sampler.sample(logits, rows, [seq.start + seq.n for seq in sampling])
-        (slots,) = upload(self._kv.device, rows)
-        self._last_tokens.index_copy_(0, slots, sampled.token_ids)
+        slots = np.array([seq.slot for seq in sampling], np.int64)
+        sampled = self._sampler.sample(logits, slots, [seq.start + seq.n for seq in sampling])
+        (index,) = upload(self._kv.device, slots)
+        self._last_tokens.index_copy_(0, index, sampled.token_ids)
         if self._backend.reads_stale_kv and not bool(sampled.usable.all()):
             self._scrub(compress(sampling, (~sampled.usable).tolist()))
         return sampled, scored

@@ -67,7 +67,7 @@ class PromptScorer:
         ] = {}  # by slot: the prompt and the number of alternatives
 
     def enter(self, init: SlotInit) -> None:
-        """A request takes a row."""
+        """A request takes a slot."""
         self.release(init.slot)
         if init.params.prompt_logprobs is not None:
             self._prompts[init.slot] = init.token_ids[: init.num_prompt_tokens], init.params.prompt_logprobs

@@ -14,10 +14,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Penalties:
-    """Penalties of rows. Only rows with penalties get a line: the list of tokens seen and the output counts.
+    """Penalties of slots. Only slots with penalties get a line: the list of tokens seen and the output counts.
 
     Work per step is proportional to the tokens seen, not to the vocabulary. The list may contain a token twice and is
-    padded with the row's first token: duplicates compute and write the same value.
+    padded with the slot's first token: duplicates compute and write the same value.
     """
 
     def __init__(self, vocab_size: int, max_num_seqs: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class Penalties:
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)  # [lines, V], output tokens only
 
     def enter(self, init: SlotInit) -> None:
-        """Count the tokens of a row that asks for penalties."""
+        """Count the tokens of a slot that asks for penalties."""
         params = init.params
         strength = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
         if strength == (1.0, 0.0, 0.0):
@@ -47,24 +47,24 @@ class Penalties:
         ones = torch.ones(len(made), dtype=torch.int32, device=self._device)
         self._counts[line].zero_().index_add_(0, tokens, ones)  # bincount waits for the device
 
-    def has(self, row: int) -> bool:
-        """True if the row's logits are penalised."""
-        return bool(self._line[row] >= 0)
+    def has(self, slot: int) -> bool:
+        """True if the slot's logits are penalised."""
+        return bool(self._line[slot] >= 0)
 
-    def release(self, row: int) -> None:
-        """Clear a row."""
-        if self._line[row] >= 0:
-            self._free.append(int(self._line[row]))
-            self._line[row] = -1
+    def release(self, slot: int) -> None:
+        """Clear a slot."""
+        if self._line[slot] >= 0:
+            self._free.append(int(self._line[slot]))
+            self._line[slot] = -1
 
-    def apply(self, logits: Tensor, rows: IntArray) -> None:
-        """Penalise `logits` fp32 [N, V] of `rows` [N] in place.
+    def apply(self, logits: Tensor, slots: IntArray) -> None:
+        """Penalise `logits` fp32 [N, V] of `slots` [N] in place.
 
         Repetition, over prompt and output, as HF's RepetitionPenaltyLogitsProcessor: positive logits are divided,
         others multiplied. Frequency (per occurrence) and presence (once) are subtracted for output tokens only, as in
         OpenAI's API and vLLM.
         """
-        places, lines = self._penalised(rows)
+        places, lines = self._penalised(slots)
         if not lines.size:
             return
         line, place, strength = upload(self._device, lines, places, self._strength[lines])
@@ -76,9 +76,9 @@ class Penalties:
         values = torch.where(values > 0, values / repetition, values * repetition)
         logits[place, seen] = values - frequency * counts - presence * (counts > 0)
 
-    def append(self, rows: IntArray, token_ids: Tensor) -> None:
-        """Count one more output token int64 [N] for each of `rows` [N]."""
-        places, lines = self._penalised(rows)
+    def append(self, slots: IntArray, token_ids: Tensor) -> None:
+        """Count one more output token int64 [N] for each of `slots` [N]."""
+        places, lines = self._penalised(slots)
         if not lines.size:
             return
         self._reserve(0, int(self._length[lines].max()) + 1)
@@ -88,9 +88,9 @@ class Penalties:
         self._counts[line, tokens] += 1
         self._length[lines] += 1
 
-    def _penalised(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        """Indices in `rows` that have penalties, and their lines."""
-        lines = self._line[rows]
+    def _penalised(self, slots: IntArray) -> tuple[IntArray, IntArray]:
+        """Indices in `slots` that have penalties, and their lines."""
+        lines = self._line[slots]
         places = np.flatnonzero(lines >= 0)
         return places, lines[places]
 

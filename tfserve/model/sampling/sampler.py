@@ -66,7 +66,7 @@ class Choices(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens. Holds each row's parameters and the token counts for its penalties.
+    """Chooses tokens. Holds each slot's parameters and the token counts for its penalties.
 
     The order of processing is vLLM's: log probabilities from the logits as they come, masks of requests with a grammar,
     min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and the draw. A row's token
@@ -88,11 +88,11 @@ class Sampler:
         self._logprobs = np.full(max_num_seqs, -1, np.int64)  # number of alternatives; -1: no log probabilities
         self._edited = np.zeros(max_num_seqs, np.bool_)  # has a mask, min_tokens, logit_bias or a penalty
         self._first_free_end = np.zeros(max_num_seqs, np.int64)  # first position where min_tokens allows the end
-        self._ends: dict[int, IntArray] = {}  # by row with min_tokens: its end-of-sequence and stop tokens
-        self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by row: tokens, and the biases to add
+        self._ends: dict[int, IntArray] = {}  # by slot with min_tokens: its end-of-sequence and stop tokens
+        self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by slot: tokens, and the biases to add
 
     def enter(self, init: SlotInit) -> None:
-        """Set a row to a request's parameters and count its tokens; after a preemption this restores the same state."""
+        """Set a slot to a request's parameters and count its tokens; after a preemption this restores the state."""
         self.release(init.slot)
         params, slot = init.params, init.slot
         self._temperature[slot] = params.temperature
@@ -123,13 +123,13 @@ class Sampler:
         self._bias.pop(slot, None)
         self._edited[slot] = False
 
-    def sample(self, logits: Tensor, rows: Sequence[int] | IntArray, positions: Sequence[int]) -> Sampled:
-        """Choose a token for each of `rows` [N] from `logits` fp32 [N, V]; does not change `logits`.
+    def sample(self, logits: Tensor, slots: Sequence[int] | IntArray, positions: Sequence[int]) -> Sampled:
+        """Choose a token for each of `slots` [N] from `logits` fp32 [N, V]; does not change `logits`.
 
         `positions` are the new tokens' positions in their sequences, prompt included. A row whose logits are not
         finite, or whose grammar allows no token, gets none; the others are not affected.
         """
-        slots, places = np.asarray(rows, np.int64), np.asarray(positions, np.int64)
+        slots, places = np.asarray(slots, np.int64), np.asarray(positions, np.int64)
         tokens, usable = self._choose(self._edit(logits, slots, places), slots, places)
         chosen = Download(tokens, usable)
         self._penalties.append(slots, tokens)
