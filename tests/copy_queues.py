@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from tfserve.plan import Ack, Copy, CopyId, Direction, Fence, TransferEngine
+from tfserve.plan import Ack, Copy, CopyId, Direction, StepId, TransferEngine
 
 
 def acknowledged(engine: TransferEngine, n: int, patience_s: float) -> list[Ack]:
@@ -30,10 +30,10 @@ class CopyQueues:
     def submit(self, copies: Sequence[Copy]) -> None:
         for copy in copies:
             self.pending.add(copy.id)
-            self.queues[copy.dir].append(copy)
+            self.queues[copy.direction].append(copy)
 
-    def complete(self, fence: Fence) -> None:
-        self.passed = max(self.passed, fence)
+    def complete(self, step: StepId) -> None:
+        self.passed = max(self.passed, step)
 
     def cancel(self, ids: set[CopyId]) -> set[CopyId]:
         gone = {copy.id for queue in self.queues.values() for copy in queue} & ids
@@ -43,7 +43,7 @@ class CopyQueues:
         return gone
 
     def step_has_passed(self, copy: Copy) -> bool:
-        return copy.after.fence is None or copy.after.fence <= self.passed
+        return copy.after.step is None or copy.after.step <= self.passed
 
     def copies_have_ended(self, copy: Copy) -> bool:
         return self.pending.isdisjoint(copy.after.copies)

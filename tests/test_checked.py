@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.scheduler_settings import scheduler_config
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
 from tfserve.errors import ConfigError, RequestError
+from tfserve.scheduler_sections import FcfsConfig, TokenFlowConfig
 from tfserve.types import SamplingParams
 
 
@@ -35,8 +37,10 @@ from tfserve.types import SamplingParams
         ({"scheduler": None}, "scheduler"),
         ({"scheduler": ServerConfig()}, "scheduler"),
         ({"scheduler": {"policy": "lifo"}}, "scheduler.policy"),
+        ({"scheduler": {"tokenflow": 3}}, "scheduler.tokenflow"),
+        ({"scheduler": {"tokenflow": FcfsConfig()}}, "scheduler.tokenflow.reserve_ratio"),
         ({"scheduler": {"polcy": "fcfs"}}, "scheduler.polcy"),
-        ({"scheduler": {"gamma": -1}}, "scheduler.gamma"),
+        ({"scheduler": {"tokenflow": {"underflow_weight": -1}}}, "scheduler.tokenflow.underflow_weight"),
         ({"server": {"port": "9000"}}, "server.port"),
         ({"server": {"api_keys": "secret"}}, "server.api_keys"),
         ({"server": {"api_keys": ["a", 5]}}, "server.api_keys[1]"),
@@ -54,6 +58,12 @@ def test_a_setting_of_the_wrong_kind_is_refused_by_its_name(given, key):
 def test_a_section_is_checked_where_it_is_made():
     with pytest.raises(ConfigError, match=r"^scheduler\.policy: must be 'fcfs', "):
         SchedulerConfig(policy="lifo")
+    with pytest.raises(ConfigError, match=r"^scheduler\.tokenflow\.low_buffer_s: must be a number >= 0"):
+        TokenFlowConfig(low_buffer_s=-1)
+    with pytest.raises(ConfigError, match=r"^scheduler\.tokenflow\.low_buffer_s: must be a number >= 0"):
+        SchedulerConfig(tokenflow={"low_buffer_s": -1})
+    with pytest.raises(ConfigError, match=r"^scheduler\.fcfs\.reserve_ratio: must be at least reserve_min_ratio"):
+        FcfsConfig(reserve_ratio=0.05)
     with pytest.raises(ConfigError, match=r"^server\.api_keys: must be a list"):
         ServerConfig(api_keys="key")
 
@@ -65,12 +75,12 @@ def test_what_can_only_mean_one_thing_is_taken():
         kv_cache_gib=1,
         host_kv_gib=np.float32(0.5),
         debug_checks=np.bool_(True),
-        scheduler={"policy": "fcfs", "gamma": np.float64(2)},
+        scheduler={"policy": "fcfs", "tokenflow": {"underflow_weight": np.float64(2)}},
         server={"api_keys": ["a", "b"]},
     )
     assert (config.model, config.max_num_seqs, config.kv_cache_gib, config.host_kv_gib) == ("a/b", 5, 1.0, 0.5)
     assert config.debug_checks is True
-    assert config.scheduler == SchedulerConfig(policy="fcfs", gamma=2.0)
+    assert config.scheduler == scheduler_config(policy="fcfs", underflow_weight=2.0)
     assert config.server.api_keys == ("a", "b")
     assert {type(config.max_num_seqs), type(config.host_kv_gib)} == {int, float}
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from tfserve import config as config_module
 from tfserve.cli_config import OTHER_VARIABLES, config_from_args, environment_settings, parse_settings
-from tfserve.config import SETTINGS, EngineConfig, SchedulerConfig, config_from, load_config, variable_of
+from tfserve.config import SETTINGS, EngineConfig, SchedulerConfig, config_from, load_config, nested, variable_of
 from tfserve.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
+STRUCTS = {
+    "EngineConfig": "",
+    "SchedulerConfig": "scheduler.",
+    "TokenFlowConfig": "scheduler.tokenflow.",
+    "FcfsConfig": "scheduler.fcfs.",
+    "AblationConfig": "scheduler.ablation.",
+    "ServerConfig": "server.",
+}
+"""Every struct of settings, and the prefix of their names."""
 
 
 def test_command_line_beats_file_beats_default(tmp_path):
@@ -41,6 +48,15 @@ def test_a_list_is_given_with_commas_on_the_command_line():
         ({"model": ""}, "model: must name"),
         ({"model": "m", "max_num_seq": 3}, "max_num_seq: is not a setting; did you mean max_num_seqs?"),
         ({"model": "m", "scheduler": {"polcy": 1}}, "scheduler.polcy: is not a setting; did you mean scheduler.pol"),
+        (
+            {"model": "m", "scheduler": {"tokenflow": {"low_bufer_s": 1}}},
+            "scheduler.tokenflow.low_bufer_s: is not a setting; did you mean scheduler.tokenflow.low_buffer_s?",
+        ),
+        (
+            {"model": "m", "scheduler": {"fcfs": {"q" * 30: 1}}},
+            f"scheduler.fcfs.{'q' * 30}: is not a setting; known keys: scheduler.fcfs.reserve_clip_tokens, ",
+        ),
+        ({"model": "m", "scheduler": {"fcfs": 3}}, "scheduler.fcfs: must be an object, got 3"),
         ({"model": "m", "max_num_seqs": "many"}, "max_num_seqs: must be an integer, got 'many'"),
         ({"model": "m", "max_num_seqs": 0}, "max_num_seqs: must be an integer >= 1, got 0"),
         (
@@ -61,16 +77,16 @@ def test_a_list_is_given_with_commas_on_the_command_line():
             "scheduler.default_rate: must be a number >= 0.01 and <= 1000000.0, got ",
         ),
         (
-            {"model": "m", "scheduler": {"swap_gap_s": -1}},
-            "scheduler.swap_gap_s: must be a number >= 0 and <= 1000000000, got -1",
+            {"model": "m", "scheduler": {"tokenflow": {"min_swap_gain_s": -1}}},
+            "scheduler.tokenflow.min_swap_gain_s: must be a number >= 0 and <= 1000000000, got -1",
         ),
         (
-            {"model": "m", "scheduler": {"relief_s": float("inf")}},
-            "scheduler.relief_s: must be a number >= 0 and <= 1000000000, got inf",
+            {"model": "m", "scheduler": {"tokenflow": {"starvation_gap_s": float("inf")}}},
+            "scheduler.tokenflow.starvation_gap_s: must be a number >= 0 and <= 1000000000, got inf",
         ),
         (
-            {"model": "m", "scheduler": {"buffer_scale_s": float("inf")}},
-            "scheduler.buffer_scale_s: must be a number > 0 and <= ",
+            {"model": "m", "scheduler": {"tokenflow": {"buffer_scale_s": float("inf")}}},
+            "scheduler.tokenflow.buffer_scale_s: must be a number > 0 and <= ",
         ),
         ({"model": "m\udcff"}, "model: must be valid UTF-8"),
         ({"model": "m", "served_model_name": "\udcff"}, "served_model_name: must be valid UTF-8"),
@@ -115,9 +131,7 @@ def test_mistakes_are_named_with_their_key(tree, message):
 
 @pytest.mark.parametrize("key", list(SETTINGS))
 def test_a_value_of_the_wrong_kind_is_named_with_its_key_and_its_file(key):
-    *section, name = key.split(".")
-    wrong = {name: [["secret"]]}
-    tree = {"model": "m"} | ({section[0]: wrong} if section else wrong)
+    tree = {"model": "m"} | nested({key: [["secret"]]})
     with pytest.raises(ConfigError, match=r"must be .*\(in serve\.yaml\)") as caught:
         config_from(tree, source="serve.yaml")
     assert caught.value.key.startswith(key)
@@ -164,7 +178,7 @@ def test_the_schema_for_editors_has_every_setting_with_its_help_and_its_bounds()
     schema = msgspec.json.schema(EngineConfig)["$defs"]
     told = {
         prefix + name: field["description"]
-        for struct, prefix in (("EngineConfig", ""), ("SchedulerConfig", "scheduler."), ("ServerConfig", "server."))
+        for struct, prefix in STRUCTS.items()
         for name, field in schema[struct]["properties"].items()
         if prefix + name in SETTINGS
     }
@@ -174,10 +188,9 @@ def test_the_schema_for_editors_has_every_setting_with_its_help_and_its_bounds()
 
 
 def test_every_setting_of_every_section_has_help():
-    declared = {name for name in EngineConfig.__struct_fields__ if name not in ("scheduler", "server")}
-    for section in ("scheduler", "server"):
-        declared |= {f"{section}.{name}" for name in getattr(EngineConfig(model="m"), section).__struct_fields__}
-    assert declared == set(SETTINGS)
+    schema = msgspec.json.schema(EngineConfig)["$defs"]
+    declared = {prefix + name for struct, prefix in STRUCTS.items() for name in schema[struct]["properties"]}
+    assert declared - {prefix.rstrip(".") for prefix in STRUCTS.values()} == set(SETTINGS)
 
 
 @pytest.mark.parametrize("given", ["on", "yes", "On", "true", True])
@@ -294,28 +307,3 @@ def test_short_names_that_other_servers_have_are_understood(tmp_path):
         parse_settings(["--port", "1", "--server.port", "2"])
     with pytest.raises(ConfigError, match="config: is given twice"):
         config_from_args("a.yaml", ["--config", "b.yaml"], {})
-
-
-def test_a_renamed_setting_is_taken_by_its_old_name_with_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(
-        config_module, "RENAMED", {"scheduler.old_gap_s": "scheduler.swap_gap_s", "seats": "max_num_seqs"}
-    )
-    monkeypatch.setattr("tfserve.cli_config.RENAMED", config_module.RENAMED)
-    caplog.set_level(logging.WARNING)
-    (tmp_path / "serve.yaml").write_text("model: m\nscheduler: {old_gap_s: 7}\nseats: 5\n")
-    in_file = load_config(tmp_path / "serve.yaml", {})
-    on_the_line = config_from_args("m", ["--scheduler.old-gap-s", "7", "--seats", "5"], {})
-    in_environment = config_from_args("m", [], {"TFSERVE_SCHEDULER__OLD_GAP_S": "7", "TFSERVE_SEATS": "5"})
-    for config in (in_file, on_the_line, in_environment):
-        assert (config.scheduler.swap_gap_s, config.max_num_seqs) == (7.0, 5)
-    assert EngineConfig(model="m", scheduler={"old_gap_s": 7}).scheduler.swap_gap_s == 7.0
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 7
-    assert "scheduler.old_gap_s is called scheduler.swap_gap_s now" in told[0]
-    with pytest.raises(ConfigError, match=r"scheduler\.swap_gap_s: is given twice"):
-        config_from({"model": "m", "scheduler": {"old_gap_s": 7, "swap_gap_s": 8}})
-
-
-def test_the_names_of_before_lead_to_settings_that_there_are():
-    assert set(config_module.RENAMED.values()) <= set(SETTINGS)
-    assert not set(config_module.RENAMED) & set(SETTINGS)

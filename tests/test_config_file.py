@@ -40,8 +40,8 @@ def setting(config, dotted: str):
         ("served_model_name: null", "served_model_name", None),
         ("enforce_eager: yes", "enforce_eager", True),
         ("enforce_eager: On", "enforce_eager", True),
-        ("scheduler: {offload: off}", "scheduler.offload", False),
-        ("scheduler: {offload: 'no'}", "scheduler.offload", False),
+        ("scheduler: {ablation: {offload: off}}", "scheduler.ablation.offload", False),
+        ("scheduler: {ablation: {offload: 'no'}}", "scheduler.ablation.offload", False),
         ("max_num_seqs: 0x10", "max_num_seqs", 16),
         ("max_num_seqs: 0o10", "max_num_seqs", 8),
         ("max_num_seqs: +5", "max_num_seqs", 5),
@@ -100,7 +100,7 @@ def test_what_a_setting_cannot_be_is_refused_by_its_name(load, line, key):
         ("model: m\nserver:\n  api_keys: [a]\nserver:\n  port: 1\n", 4, "'server' is given again, after line 2"),
         ("model: m\nseed: 1\nseed: 1\n", 3, "'seed' is given again, after line 2"),
         ("model: m\nserver:\n  port: 1\n  host: a\n  'port': 2\n", 5, "'port' is given again, after line 3"),
-        ("model: m\nscheduler: {gamma: 1, gamma: 2}\n", 2, "'gamma' is given again"),
+        ("model: m\nscheduler: {watermark: 0, watermark: 0.1}\n", 2, "'watermark' is given again"),
         ("model: m\nserver:\n\tport: 1\n", 3, ""),
         ("model: m\n---\nmodel: n\n", 2, ""),
         ("model: m\n? [a]\n: 2\n", 2, "a key must be text"),
@@ -142,9 +142,9 @@ def test_a_file_may_have_a_byte_order_mark(load, encoding):
 
 
 def test_merge_keys_work_and_the_mappings_own_keys_win(load):
-    text = "model: m\nscheduler: &base\n  <<: {gamma: 2, relief_s: 1}\n  gamma: 3\n"
+    text = "model: m\nscheduler: &base\n  <<: {schedule_interval_s: 2, max_rate: 9}\n  schedule_interval_s: 3\n"
     scheduler = load(text).scheduler
-    assert (scheduler.gamma, scheduler.relief_s) == (3.0, 1.0)
+    assert (scheduler.schedule_interval_s, scheduler.max_rate) == (3.0, 9.0)
 
 
 def test_of_several_merged_mappings_the_first_wins(load):

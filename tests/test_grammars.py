@@ -170,7 +170,7 @@ def test_json_ends_when_it_is_whole_and_ignore_eos_is_refused(engine: Engine) ->
 @pytest.mark.parametrize("offload", [True, False], ids=["load", "recompute"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_preempted_answer_reads_itself_again(model_dir: Path, offload: bool, depth: int) -> None:
-    scheduler = {"policy": "round-robin", "offload": offload, "schedule_interval_s": 0.02, "min_residency_s": 0.02}
+    scheduler = {"policy": "round-robin", "ablation": {"offload": offload}, "schedule_interval_s": 0.02}
     settings = {"num_gpu_blocks_override": 25, "max_model_len": 320, "pipeline_depth": depth, "scheduler": scheduler}
     row = json.dumps(list(range(10)) * 5)
     long_row = {**ROW, "minItems": 50, "maxItems": 50}

@@ -79,7 +79,7 @@ def test_sizes_are_those_of_the_kv_layout():
 
 
 def test_settings_named_anywhere_exist():
-    named = set(re.findall(r"`((?:scheduler|server)\.\w+)", PAGE))
+    named = set(re.findall(r"`((?:scheduler|server)\.[\w.]+)", PAGE))
     assert len(named) > 20
     assert named <= set(SETTINGS)
 

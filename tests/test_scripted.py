@@ -53,7 +53,7 @@ def test_masks_act_on_its_logits(model_dir: Path) -> None:
 @pytest.mark.parametrize("offload", [True, False], ids=["load", "recompute"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_preemption_does_not_disturb_a_script(model_dir: Path, offload: bool, depth: int) -> None:
-    scheduler = {"policy": "round-robin", "offload": offload, "schedule_interval_s": 0.02, "min_residency_s": 0.02}
+    scheduler = {"policy": "round-robin", "ablation": {"offload": offload}, "schedule_interval_s": 0.02}
     settings = {"num_gpu_blocks_override": 25, "max_model_len": 320, "pipeline_depth": depth, "scheduler": scheduler}
     prompts = [f"{number}: {'why ' * number}" for number in range(8)]
     scripts = {prompt: f"{prompt}! {TEXT}" for prompt in prompts}

@@ -11,9 +11,8 @@ from typing import Any
 
 import msgspec
 
-from tfserve.config import RENAMED, SETTINGS, EngineConfig, load_config, variable_of
+from tfserve.config import RENAMED, SETTINGS, EngineConfig, load_config, nearest_setting, variable_of
 from tfserve.errors import ConfigError
-from tfserve.misfit import nearest
 
 SHORT_NAMES = {"host": "server.host", "port": "server.port", "api_key": "server.api_keys"}
 """Short names on the command line, as in other servers."""
@@ -78,7 +77,7 @@ def environment_settings(environ: Mapping[str, str]) -> dict[str, str]:
         elif variable.startswith("TFSERVE_") and variable not in OTHER_VARIABLES:
             is_link = _SERVICE_LINK.search(variable) or (variable.endswith("_PORT") and "://" in value)
             if not is_link:
-                near = nearest(variable.removeprefix("TFSERVE_").lower().replace("__", "."), SETTINGS)
+                near = nearest_setting(variable.removeprefix("TFSERVE_").lower().replace("__", "."))
                 hint = f"did you mean {variable_of(near)}?" if near else "unset it, or see `tfserve serve --help`"
                 raise ConfigError(variable, f"is not a setting, nor another variable of tfserve; {hint}")
     return settings
@@ -118,7 +117,7 @@ def settings_help() -> str:
 
 
 def _row(names: str, default: str, text: str) -> list[str]:
-    start = f"  --{names:<37}{default:<11} "
+    start = f"  --{names:<45}{default:<11} "
     indent = " " * len(start)
     return textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
 

@@ -19,18 +19,23 @@ from msgspec import Meta
 from tfserve.config_file import read_list, read_yaml
 from tfserve.errors import ConfigError
 from tfserve.misfit import find_misfit, nearest
-from tfserve.settings import ApiKey, Count, Setting, Settings, about, check_key, settings_of
+from tfserve.scheduler_sections import AblationConfig, FcfsConfig, TokenFlowConfig
+from tfserve.settings import (
+    AboveZero,
+    ApiKey,
+    Count,
+    NotNegative,
+    Setting,
+    Settings,
+    Share,
+    about,
+    check_key,
+    settings_of,
+)
 from tfserve.types import FASTEST_RATE, SLOWEST_RATE
 
 logger = logging.getLogger(__name__)
 
-_HIGHEST = 10**9
-"""For times and weights: infinity and NaN are invalid."""
-
-NotNegative = Annotated[float, Meta(ge=0, le=_HIGHEST)]
-AboveZero = Annotated[float, Meta(gt=0, le=_HIGHEST)]
-Share = Annotated[float, Meta(ge=0, lt=1)]
-ShareOrAll = Annotated[float, Meta(ge=0, le=1)]
 Rate = Annotated[float, Meta(ge=SLOWEST_RATE, le=FASTEST_RATE)]
 Amount = Annotated[float, Meta(gt=0, lt=2**20)]
 AmountOrNone = Annotated[float, Meta(ge=0, lt=2**20)]
@@ -52,45 +57,13 @@ Policy = Literal[
 class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How requests share the device. Times in seconds, rates in tokens/s; docs/scheduling.md says why.
 
-    The `reserve_*` numbers are fcfs's estimate of how much of its remaining max_tokens a running request will use
-    (SGLang's new_token_ratio). The last four switch parts of the policy off, for ablations.
+    What concerns some policies only is in a section: `tokenflow`, `fcfs`, or `ablation`.
     """
 
     section: ClassVar[str] = "scheduler."
 
     policy: Annotated[Policy, about("how requests share the device")] = "tokenflow"
-    reserve_ratio: Annotated[
-        ShareOrAll, about("fcfs: share of its remaining max_tokens that a running request is expected to use")
-    ] = 0.7
-    reserve_min_ratio: Annotated[
-        ShareOrAll, about("fcfs: minimum of that share, which decreases from step to step")
-    ] = 0.098
-    reserve_decay_steps: Annotated[Count, about("fcfs: steps until the share reaches its minimum")] = 600
-    reserve_clip_tokens: Annotated[Count, about("fcfs: most tokens that one request is charged")] = 4096
     schedule_interval_s: Annotated[AboveZero, about("seconds between full passes; events start one sooner")] = 0.5
-    critical_s: Annotated[NotNegative, about("a reader with fewer seconds unread needs the device")] = 1.0
-    buffer_scale_s: Annotated[AboveZero, about("seconds that scale the penalty for a low buffer")] = 1.0
-    gamma: Annotated[NotNegative, about("weight of the penalty for a low buffer")] = 1.0
-    buffer_conservativeness: Annotated[
-        NotNegative, about("unread text of a preempted reader, as a multiple of swap time plus interval")
-    ] = 1.5
-    min_residency_s: Annotated[NotNegative, about("minimum seconds that a request stays on the device")] = 1.0
-    swap_gap_s: Annotated[
-        NotNegative, about("seconds of unread text that a preempted request must have beyond the one that replaces it")
-    ] = 2.0
-    relief_s: Annotated[
-        NotNegative, about("a request worse off by so many seconds may displace even one with a low buffer")
-    ] = 5.0
-    working_set_step: Annotated[Share, about("how fast the number of admitted readers follows its bound")] = 0.1
-    background_patience_s: Annotated[
-        NotNegative, about("a request without a reader counts as having so many seconds unread")
-    ] = 10.0
-    min_prefill_share: Annotated[
-        float, Meta(gt=0, lt=1), about("minimum share of time for prompts while readers stall")
-    ] = 0.6
-    stall_per_wait: Annotated[
-        NotNegative, about("how long a reader may stall for prompts, as a share of the longest wait for a first token")
-    ] = 0.05
     watermark: Annotated[Share, about("share of device blocks kept free")] = 0.02
     default_rate: Annotated[
         Rate, about("tokens/s at which a streamed answer is read that names no consumption_rate")
@@ -102,17 +75,13 @@ class SchedulerConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields
     generate_ahead_s: Annotated[
         NotNegative | None, about("stop decoding for a reader with so many seconds unread; null: never")
     ] = None
-    offload: Annotated[bool, about("off: a preempted request is computed again")] = True
-    write_through: Annotated[bool, about("off: KV goes to the host only when a request is preempted")] = True
-    load_evict_overlap: Annotated[bool, about("off: loads wait for stores")] = True
-    priority_writes: Annotated[bool, about("off: KV is stored in order of arrival, not fullest buffer first")] = True
+    tokenflow: TokenFlowConfig = TokenFlowConfig()
+    fcfs: FcfsConfig = FcfsConfig()
+    ablation: AblationConfig = AblationConfig()
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a value out of bounds, and for settings that contradict each other."""
         super().__post_init__()
-        if self.reserve_min_ratio > self.reserve_ratio:
-            message = f"must be at least reserve_min_ratio ({self.reserve_min_ratio}), got {self.reserve_ratio}"
-            raise self.mistake("reserve_ratio", message)
         if self.max_rate < self.default_rate:
             message = f"must be at least default_rate ({self.default_rate:g} tokens/s), got {self.max_rate:g}"
             raise self.mistake("max_rate", message)
@@ -244,23 +213,49 @@ class EngineConfig(Settings, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values of another type or out of bounds."""
-        for key in _SECTIONS:
+        for key in ("scheduler", "server"):
             if isinstance(value := getattr(self, key), Mapping):
-                leaves = {name.removeprefix(f"{key}."): leaf.given for name, leaf in _by_name({key: value}, "").items()}
-                msgspec.structs.force_setattr(self, key, leaves)
+                given = {name: leaf.given for name, leaf in _by_name({key: value}, "").items()}
+                msgspec.structs.force_setattr(self, key, nested(given).get(key, {}))
         super().__post_init__()
         if not self.model:
             raise ConfigError("model", "must name a model directory, a hub id, or 'demo'")
 
 
-_SECTIONS: dict[str, type[Settings]] = {"scheduler": SchedulerConfig, "server": ServerConfig}
+_SECTIONS: dict[str, type[Settings]] = {
+    "scheduler": SchedulerConfig,
+    "scheduler.tokenflow": TokenFlowConfig,
+    "scheduler.fcfs": FcfsConfig,
+    "scheduler.ablation": AblationConfig,
+    "server": ServerConfig,
+}
 
 _STRUCTS: list[type[Settings]] = [EngineConfig, *_SECTIONS.values()]
 
 SETTINGS: dict[str, Setting] = {setting.name: setting for struct in _STRUCTS for setting in settings_of(struct)}
 """Every setting under its dotted name, as in "scheduler.policy"."""
 
-RENAMED: dict[str, str] = {}
+RENAMED: dict[str, str] = {
+    "scheduler.critical_s": "scheduler.tokenflow.low_buffer_s",
+    "scheduler.buffer_scale_s": "scheduler.tokenflow.buffer_scale_s",
+    "scheduler.gamma": "scheduler.tokenflow.underflow_weight",
+    "scheduler.buffer_conservativeness": "scheduler.tokenflow.buffer_conservativeness",
+    "scheduler.min_residency_s": "scheduler.tokenflow.min_residency_s",
+    "scheduler.swap_gap_s": "scheduler.tokenflow.min_swap_gain_s",
+    "scheduler.relief_s": "scheduler.tokenflow.starvation_gap_s",
+    "scheduler.working_set_step": "scheduler.tokenflow.working_set_step",
+    "scheduler.background_patience_s": "scheduler.tokenflow.background_slack_s",
+    "scheduler.min_prefill_share": "scheduler.tokenflow.min_prefill_share",
+    "scheduler.stall_per_wait": "scheduler.tokenflow.stall_budget_per_wait",
+    "scheduler.reserve_ratio": "scheduler.fcfs.reserve_ratio",
+    "scheduler.reserve_min_ratio": "scheduler.fcfs.reserve_min_ratio",
+    "scheduler.reserve_decay_steps": "scheduler.fcfs.reserve_decay_steps",
+    "scheduler.reserve_clip_tokens": "scheduler.fcfs.reserve_clip_tokens",
+    "scheduler.offload": "scheduler.ablation.offload",
+    "scheduler.write_through": "scheduler.ablation.write_through",
+    "scheduler.load_evict_overlap": "scheduler.ablation.load_evict_overlap",
+    "scheduler.priority_writes": "scheduler.ablation.priority_writes",
+}
 """From the dotted names of the last release to today's. An old name is accepted with a warning."""
 
 _SWITCHES = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
@@ -292,6 +287,25 @@ def config_from(tree: Mapping[str, Any], source: str = "") -> EngineConfig:
     return _build(_by_name(tree, source), source)
 
 
+def nearest_setting(word: str) -> str | None:
+    """The setting, by today's name, whose name of today or of the last release is most similar to a word."""
+    near = nearest(word, (*SETTINGS, *RENAMED))
+    return None if near is None else RENAMED.get(near, near)
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted names as a tree. A section whose value is no mapping stays as it is."""
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, leaf = name.split(".")
+        node: Any = tree
+        for section in sections:
+            node = node.setdefault(section, {}) if isinstance(node, dict) else node
+        if isinstance(node, dict):
+            node[leaf] = value
+    return tree
+
+
 def variable_of(name: str) -> str:
     """The environment variable that sets a setting: TFSERVE_SERVER__PORT for "server.port"."""
     return "TFSERVE_" + name.replace(".", "__").upper()
@@ -310,7 +324,7 @@ def _by_name(tree: Mapping[str, Any], source: str) -> dict[str, _Value]:
     for given, value in _leaves(tree):
         name = RENAMED.get(given, given)
         if name not in SETTINGS and name not in _SECTIONS:
-            near = nearest(given, SETTINGS)
+            near = nearest_setting(given)
             hint = f"did you mean {near}?" if near else f"known keys: {', '.join(_siblings(given))}"
             raise ConfigError(given, f"is not a setting; {hint}{_origin(source)}")
         if name in found:
@@ -324,8 +338,9 @@ def _by_name(tree: Mapping[str, Any], source: str) -> dict[str, _Value]:
 
 
 def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
+    for key, given in tree.items():
         name = f"{prefix}{key}"
+        value = msgspec.structs.asdict(given) if name in _SECTIONS and isinstance(given, Settings) else given
         if name in _SECTIONS and isinstance(value, Mapping):
             yield from _leaves(value, f"{name}.")
         else:
@@ -334,31 +349,18 @@ def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _siblings(name: str) -> list[str]:
     """The names of the settings in the same section as `name`."""
-    section = name.partition(".")[0] if name.partition(".")[0] in _SECTIONS else ""
+    section = max((known for known in _SECTIONS if name.startswith(f"{known}.")), key=len, default="")
     return sorted(known for known in (*SETTINGS, *_SECTIONS) if known.rpartition(".")[0] == section)
 
 
 def _build(found: Mapping[str, _Value], source: str = "") -> EngineConfig:
     if "model" not in found:
         raise ConfigError("model", "is required: a model directory, a hub id, or 'demo'" + _origin(source))
-    tree = _tree(found)
+    tree = nested({name: _read(value, name) for name, value in found.items()})
     try:
         return msgspec.convert(tree, EngineConfig, strict=False)
     except msgspec.ValidationError:
         raise _misfit_error(tree, found, source) from None
-
-
-def _tree(found: Mapping[str, _Value]) -> dict[str, Any]:
-    """The values nested in their sections. A section that is not a mapping stays as it is."""
-    tree: dict[str, Any] = {}
-    for name, value in found.items():
-        *sections, leaf = name.split(".")
-        node: Any = tree
-        for section in sections:
-            node = node.setdefault(section, {}) if isinstance(node, dict) else node
-        if isinstance(node, dict):
-            node[leaf] = _read(value, name)
-    return tree
 
 
 def _read(value: _Value, name: str) -> Any:

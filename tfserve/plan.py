@@ -15,10 +15,10 @@ import msgspec
 from tfserve.types import RequestId, SamplingParams, TokenLogprob
 
 BlockId = NewType("BlockId", int)
-Row = NewType("Row", int)
-"""A request's row in the runner: index into the block table and the sampler's state, in [0, max_num_seqs)."""
+SlotId = NewType("SlotId", int)
+"""A request's batch slot: index into the runner's block tables and the sampler's state, in [0, max_num_seqs)."""
 
-Fence = NewType("Fence", int)
+StepId = NewType("StepId", int)
 """The number of a step; passed once that step has finished on the device."""
 
 CopyId = NewType("CopyId", int)
@@ -32,23 +32,23 @@ class Direction(enum.StrEnum):
     LOAD = "load"
 
 
-class After(msgspec.Struct, frozen=True, gc=False):
-    """Dependencies of a copy: steps (by fence) and other copies (by id) that must have finished before it starts."""
+class CopyDeps(msgspec.Struct, frozen=True, gc=False):
+    """What must have finished before a copy starts: a step with all before it, and other copies."""
 
-    fence: Fence | None = None
+    step: StepId | None = None
     copies: tuple[CopyId, ...] = ()
 
 
 class Copy(msgspec.Struct, frozen=True, gc=False):
-    """Move tokens [tok0, tok0 + ntok) of one block between the tiers, in `dir`'s direction."""
+    """Move tokens [start, start + num_tokens) of one block from tier to tier, in this direction."""
 
     id: CopyId
-    dir: Direction
-    dev: BlockId
-    host: BlockId
-    tok0: int
-    ntok: int
-    after: After = After()
+    direction: Direction
+    device_block: BlockId
+    host_block: BlockId
+    start: int
+    num_tokens: int
+    after: CopyDeps = CopyDeps()
 
 
 class Ack(msgspec.Struct, frozen=True, gc=False):
@@ -65,15 +65,15 @@ NULL_BLOCK = BlockId(0)
 """Reserved: never allocated, always finite; padding rows read and write it."""
 
 
-class RowInit(msgspec.Struct, frozen=True):
-    """A request enters a row, at first or after a preemption: everything the runner needs that a step does not contain.
+class SlotInit(msgspec.Struct, frozen=True):
+    """A request enters a slot, at first or after a preemption: all that the runner needs and a step does not contain.
 
     `token_ids` are all tokens so far, of which the first `num_prompt_tokens` are the prompt; penalties use them.
     `blocks` is the whole block table so far, before this step's `new_blocks`. `seed` is the resolved 64-bit seed.
     `min_tokens` forbids `eos_token_ids` and the request's own stop tokens.
     """
 
-    row: Row
+    slot: SlotId
     req: RequestId
     params: SamplingParams
     seed: int
@@ -86,12 +86,12 @@ class RowInit(msgspec.Struct, frozen=True):
 class SeqStep(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step: compute tokens [start, start + n).
 
-    `token_ids` are those n tokens; None means n = 1 and the token is the row's last sampled one, which the device has.
-    `new_blocks` extend the row's block table before the step. `sample` asks for the token after the last position.
+    `token_ids` are those n tokens; None means n = 1 and the token is the slot's last sampled one, which the device has.
+    `new_blocks` extend the slot's block table before the step. `sample` asks for the token after the last position.
     """
 
     req: RequestId
-    row: Row
+    slot: SlotId
     start: int
     n: int
     sample: bool
@@ -100,16 +100,16 @@ class SeqStep(msgspec.Struct, frozen=True, gc=False):
 
 
 class StepPlan(msgspec.Struct, frozen=True):
-    """One step: rows leave, rows enter, then `seqs` run, the first `n_decode` of them decodes (n = 1).
+    """One step: requests leave slots, others enter, then `seqs` run, the first `n_decode` of them decodes (n = 1).
 
     `stores` and `loads` are for the transfer engine and run beside the step. Without `seqs` there is nothing to launch.
     """
 
-    step: Fence
+    step: StepId
     seqs: tuple[SeqStep, ...]
     n_decode: int
-    entered: tuple[RowInit, ...] = ()
-    released_rows: tuple[Row, ...] = ()
+    entered: tuple[SlotInit, ...] = ()
+    released_slots: tuple[SlotId, ...] = ()
     stores: tuple[Copy, ...] = ()
     loads: tuple[Copy, ...] = ()
 
@@ -135,7 +135,7 @@ class StepResult(msgspec.Struct, frozen=True):
     `prompt_logprobs` are for requests whose parameters ask for them.
     """
 
-    step: Fence
+    step: StepId
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob | None, ...]
     device_s: float
@@ -153,11 +153,11 @@ class InFlight(Protocol):
 
 
 class Runner(Protocol):
-    """Executes plans. Owns the rows (block tables, sampling state), but no request and no block.
+    """Executes plans. Owns the slots (block tables, sampling state), but no request and no block.
 
     Several steps may run at once. What a step needs from the previous one (sampled tokens, their counts) is in the
-    rows, so it can be planned before. A failed step leaves finite KV and keeps its rows, because the next step may use
-    them.
+    slots, so it can be planned before. A failed step leaves finite KV and keeps its slots, because the next step may
+    use them.
     """
 
     def launch(self, plan: StepPlan) -> InFlight:
@@ -195,19 +195,19 @@ class TransferEngine(Protocol):
     """Moves bytes between the tiers; owns no cache state.
 
     Copies of one direction run in submission order; the two directions are independent. A copy starts when its
-    direction is free and its `after` is done: the steps up to the fence have finished, and the named copies have ended
+    direction is free and its `after` is done: the step and all before it have finished, and the named copies have ended
     (completed, failed or cancelled). An id that was never submitted counts as ended, so submit a store before the load
     that waits for it.
     """
 
     def submit(self, copies: Sequence[Copy]) -> None:
-        """Queue copies. May be called before the launch of their step; the step of a fence may not be launched yet
+        """Queue copies. May be called before the launch of their step; the step to wait for may not be launched yet
         either.
         """
         ...
 
-    def complete(self, fence: Fence) -> None:
-        """Step `fence`, and all before it, have finished or failed. (Device events may have said so earlier.)"""
+    def complete(self, step: StepId) -> None:
+        """Step `step`, and all before it, have finished or failed. (Device events may have said so earlier.)"""
         ...
 
     def poll(self) -> list[Ack]:

@@ -12,7 +12,13 @@ from tfserve.checked import Checked
 from tfserve.errors import ConfigError
 from tfserve.strict_json import is_text
 
+_HIGHEST = 10**9
+"""For times and weights: infinity and NaN are invalid."""
+
 Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[float, Meta(ge=0, le=_HIGHEST)]
+AboveZero = Annotated[float, Meta(gt=0, le=_HIGHEST)]
+Share = Annotated[float, Meta(ge=0, lt=1)]
 
 
 def about(text: str) -> Meta:

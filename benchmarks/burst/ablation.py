@@ -19,7 +19,7 @@ from benchmarks.burst.report import BASELINE, COLUMNS, SPECIAL, Cell
 from benchmarks.cells import Store
 
 SWITCHES = ("offload", "write_through", "load_evict_overlap", "priority_writes")
-"""Settings of the scheduler; one is switched off at a time."""
+"""Settings of `scheduler.ablation`; one is switched off at a time."""
 
 GPU_TOKEN_BYTES = 128 * 1024
 GPU_LINK_BYTES_PER_S = 25e9
@@ -45,7 +45,7 @@ SHOWN = (
 def variants(bandwidth_gib_s: float | None) -> list[str]:
     """tokenflow whole and with each switch off, as `--policies` takes them; over an emulated link, if one is given."""
     link = "" if bandwidth_gib_s is None else f"+emulated_bandwidth={bandwidth_gib_s:.3g}"
-    return ["tokenflow" + link, *(f"tokenflow+scheduler.{switch}=false{link}" for switch in SWITCHES)]
+    return ["tokenflow" + link, *(f"tokenflow+scheduler.ablation.{switch}=false{link}" for switch in SWITCHES)]
 
 
 def equivalent_bandwidth(step_s: float) -> float:
@@ -58,11 +58,11 @@ def table(cells: Sequence[Cell]) -> str:
     """A row per variant: medians over its repeats."""
     picks = {"makespan, s": lambda cell: cell["summary"]["duration_s"], **dict(COLUMNS)}
     names = ("makespan, s", *SHOWN)
-    lines = [f"{'':<64}" + "".join(f"{name:>18}" for name in names)]
+    lines = [f"{'':<80}" + "".join(f"{name:>18}" for name in names)]
     for policy in dict.fromkeys(cell["policy"] for cell in cells if cell["policy"] not in SPECIAL):
         own = [cell for cell in cells if cell["policy"] == policy]
         medians = (statistics.median(picks[name](cell) for cell in own) for name in names)
-        lines.append(f"{policy:<64}" + "".join(f"{value:>18.2f}" for value in medians))
+        lines.append(f"{policy:<80}" + "".join(f"{value:>18.2f}" for value in medians))
     return "\n".join(lines)
 
 

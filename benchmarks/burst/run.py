@@ -8,7 +8,7 @@ of the burst alone, which bounds any TTFT, and with fcfs: readers share `--rate-
 in every repeat, because a machine's speed drifts; `--calibrate run`: in the first one). Each finished cell is saved,
 and the same command continues with the missing ones.
 
-A policy may carry settings of its own: `tokenflow+scheduler.offload=false`. `--generate-ahead-s` caps every policy.
+A policy may carry settings of its own: `tokenflow+scheduler.ablation.offload=false`. `--generate-ahead-s` caps all.
 Run it on a quiet machine.
 """
 
@@ -81,7 +81,7 @@ def burst_tokens(model: Path, rows: Sequence[PromptRow]) -> int:
 
 
 def parse_policy(text: str) -> tuple[str, dict[str, str]]:
-    """ "tokenflow+scheduler.offload=false" as a policy and its settings."""
+    """ "tokenflow+scheduler.ablation.offload=false" as a policy and its settings."""
     policy, *settings = text.split("+")
     return policy, dict(parse_option(setting) for setting in settings)
 

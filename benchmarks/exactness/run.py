@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.burst.forced_exchange import Carousel, KVWitness
+from benchmarks.burst.forced_swaps import Carousel, KVWitness
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.core.clock import RealClock
 from tfserve.engine.core.host_memory import open_host_tier
@@ -51,7 +51,7 @@ from tfserve.model.runner.forward_batch import BlockTables, build_batch
 from tfserve.model.runner.runner import ModelRunner
 from tfserve.model.sampling.token_draw import uniform
 from tfserve.model.text.tokenizer import Tokenizer
-from tfserve.plan import BlockId, Fence, Row, SeqStep, StepPlan
+from tfserve.plan import BlockId, SeqStep, SlotId, StepId, StepPlan
 from tfserve.types import SamplingParams
 
 NEAR = 1e-4
@@ -194,9 +194,9 @@ class Bench:
         num_blocks = -(-len(tokens) // self.block_size)
         kv, tables = PagedKV(self.pool(num_blocks + 1).layers()), BlockTables(1, num_blocks)
         blocks = tuple(BlockId(1 + i) for i in range(num_blocks))
-        tables.extend(Row(0), blocks)
-        seq = SeqStep(str(index), Row(0), 0, len(tokens), True, tokens, blocks)
-        plan = StepPlan(Fence(0), (seq,), 0)
+        tables.extend(SlotId(0), blocks)
+        seq = SeqStep(str(index), SlotId(0), 0, len(tokens), True, tokens, blocks)
+        plan = StepPlan(StepId(0), (seq,), 0)
         batch = build_batch(plan, tables, torch.zeros(1, dtype=torch.int64), self.block_size)
         hidden = self.model(batch.input_ids, batch.positions, self.backend.build(batch, kv))
         logits = self.model.logits(hidden[batch.logits_indices])[0].double()

@@ -30,7 +30,7 @@ from tfserve.model.loading.weights import Tensors, fill
 from tfserve.model.models.base import Weight, head_weights, layer_weights
 from tfserve.model.runner.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.runner.runner import ModelRunner
-from tfserve.plan import BlockId, Fence, InFlight, Row, RowInit, SeqStep, StepPlan, StepResult
+from tfserve.plan import BlockId, InFlight, SeqStep, SlotId, SlotInit, StepId, StepPlan, StepResult
 from tfserve.types import SamplingParams
 
 
@@ -240,12 +240,12 @@ class Rig:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.layout.block_size)
 
-    def seat(self, tables: Sequence[Sequence[int]]) -> None:
+    def assign(self, tables: Sequence[Sequence[int]]) -> None:
         """Give each sequence a row and these blocks; earlier requests leave their rows."""
-        released = tuple(Row(row) for row in self._rows)
+        released = tuple(SlotId(row) for row in self._rows)
         params = SamplingParams(temperature=0)
         entered = tuple(
-            RowInit(Row(i), f"r{i}", params, i, (1,), 1, tuple(BlockId(block) for block in table))
+            SlotInit(SlotId(i), f"r{i}", params, i, (1,), 1, tuple(BlockId(block) for block in table))
             for i, table in enumerate(tables)
         )
         self._rows = range(len(tables))
@@ -255,11 +255,11 @@ class Rig:
         self,
         seqs: tuple[SeqStep, ...],
         n_decode: int,
-        entered: tuple[RowInit, ...] = (),
-        released: tuple[Row, ...] = (),
+        entered: tuple[SlotInit, ...] = (),
+        released: tuple[SlotId, ...] = (),
     ) -> InFlight:
         self._step += 1
-        return self.runner.launch(StepPlan(Fence(self._step), seqs, n_decode, entered, released))
+        return self.runner.launch(StepPlan(StepId(self._step), seqs, n_decode, entered, released))
 
     def decode(self, context: int) -> StepResult:
         """One token for every row, each at this context (its new token included), run to its end."""
@@ -267,11 +267,11 @@ class Rig:
 
     def launch_decode(self, context: int) -> InFlight:
         """The same, launched and not waited for."""
-        seqs = tuple(SeqStep(f"r{row}", Row(row), context - 1, 1, True, None) for row in self._rows)
+        seqs = tuple(SeqStep(f"r{row}", SlotId(row), context - 1, 1, True, None) for row in self._rows)
         return self.launch(seqs, len(seqs))
 
     def prefill(self, tokens: int) -> StepResult:
         """A whole prompt of so many tokens for every row."""
         ids = tuple(1 + i * 7919 % (self.decoder.config.vocab_size - 1) for i in range(tokens))
-        seqs = tuple(SeqStep(f"r{row}", Row(row), 0, tokens, True, ids) for row in self._rows)
+        seqs = tuple(SeqStep(f"r{row}", SlotId(row), 0, tokens, True, ids) for row in self._rows)
         return self.launch(seqs, 0).result()

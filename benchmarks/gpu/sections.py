@@ -20,12 +20,12 @@ from tfserve.engine.scheduling.table import RequestTable
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.memory.residency import KVState
-from tfserve.plan import After, BlockId, Copy, CopyId, Direction, Fence
+from tfserve.plan import BlockId, Copy, CopyDeps, CopyId, Direction, StepId
 
 WARM_UP, REPEATS, ROOM = 3, 10, 16
 """Steps before timing, steps timed, and tokens of room that a decode cell leaves for them."""
 
-GRANULE = 32
+STORE_CHUNK = 32
 CONTEXT_UNDER_COPIES = 2048
 PATIENCE_S = 30.0
 
@@ -46,7 +46,7 @@ def step_times(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
     timed = StepTimes(rig, shape, ceilings)
     for context in shape.contexts:
         for batch in shape.batches:
-            if not seat(rig, batch, context):
+            if not assign(rig, batch, context):
                 held = (rig.pool.num_blocks - 1) * rig.layout.block_size
                 yield {"kind": "decode", "batch": batch, "context": context, "skipped": f"KV holds only {held} tokens"}
                 continue
@@ -60,13 +60,13 @@ def step_times(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
             yield _simulator_profile(rig, timed.samples)
 
 
-def seat(rig: Rig, batch: int, context: int) -> bool:
+def assign(rig: Rig, batch: int, context: int) -> bool:
     """Give a batch its blocks, in shuffled order, for adjacent ones would flatter the kernels. False without room."""
     per_seq = rig.blocks_for(context + ROOM)
     need = batch * per_seq + 1
     if need > rig.pool.num_blocks:
         return False
-    rig.seat(np.random.default_rng(0).permutation(np.arange(1, need)).reshape(batch, per_seq).tolist())
+    rig.assign(np.random.default_rng(0).permutation(np.arange(1, need)).reshape(batch, per_seq).tolist())
     return True
 
 
@@ -80,7 +80,7 @@ def _tried(kind: str, measure: Callable[[int, int], Result], batch: int, context
 
 
 class StepTimes:
-    """Times steps of a rig's seated batch, beside the roofline; `samples` are all of them."""
+    """Times steps of a rig's batch, beside the roofline; `samples` are all of them."""
 
     def __init__(self, rig: Rig, shape: Shape, ceilings: Ceilings) -> None:
         self._rig = rig
@@ -122,10 +122,10 @@ def kernels(rig: Rig, shape: Shape) -> Iterator[Result]:
     device, context = rig.pool.storage.device.type, shape.contexts[0]
     batches = shape.batches
     for batch in sorted({batches[0], batches[len(batches) // 2], batches[-1]}):
-        if seat(rig, batch, context):
+        if assign(rig, batch, context):
             spent = kernels_s(functools.partial(rig.decode, context), device)
             yield {"kind": "decode", "batch": batch, "context": context, "kernels_s": spent}
-    if seat(rig, 1, context):
+    if assign(rig, 1, context):
         spent = kernels_s(lambda: rig.prefill(context), device)
         yield {"kind": "prefill", "batch": 1, "context": context, "kernels_s": spent}
 
@@ -179,17 +179,20 @@ class Copies:
         self._clock = rig.clock
         self._ids = itertools.count(10**9)
 
-    def make(self, direction: Direction, tok0: int, ntok: int) -> list[Copy]:
+    def make(self, direction: Direction, start: int, num_tokens: int) -> list[Copy]:
         """One copy of these tokens for every block, in order."""
         blocks = range(1, self.num_blocks + 1)
-        return [Copy(CopyId(next(self._ids)), direction, BlockId(b), BlockId(b), tok0, ntok, After()) for b in blocks]
+        return [
+            Copy(CopyId(next(self._ids)), direction, BlockId(b), BlockId(b), start, num_tokens, CopyDeps())
+            for b in blocks
+        ]
 
     def run(self, copies: list[Copy]) -> float:
         """Bytes/s from submission to the last acknowledgement."""
         began_s = time.perf_counter()
         self.tier.transfers.submit(copies)
         self.wait(len(copies))
-        return sum(copy.ntok for copy in copies) * self._layout.token_bytes / (time.perf_counter() - began_s)
+        return sum(copy.num_tokens for copy in copies) * self._layout.token_bytes / (time.perf_counter() - began_s)
 
     def wait(self, n: int) -> None:
         """Wait for n acknowledgements. Raises RuntimeError for a failed or a missing one."""
@@ -206,22 +209,22 @@ class Copies:
 
 
 def copies(rig: Rig, shape: Shape, ceilings: Ceilings) -> Iterator[Result]:
-    """Bandwidth of whole blocks and of granules, alone and during decoding, and the slow-down of the decoding."""
+    """Bandwidth of whole blocks and of store chunks, alone and during decoding, and the slow-down of the decoding."""
     work = Copies(rig, shape.copy_blocks)
-    granule = min(GRANULE, rig.layout.block_size // 2)
+    store_chunk = min(STORE_CHUNK, rig.layout.block_size // 2)
     try:
         work.run(work.make(Direction.STORE, 0, rig.layout.block_size))
         for direction in Direction:
             limit = ceilings[f"{direction.value}_bytes_per_s"]
-            for what, ntok in (("blocks", rig.layout.block_size), ("granules", granule)):
-                rate = statistics.median(work.run(work.make(direction, 0, ntok)) for _ in range(5))
+            for what, num_tokens in (("blocks", rig.layout.block_size), ("store chunks", store_chunk)):
+                rate = statistics.median(work.run(work.make(direction, 0, num_tokens)) for _ in range(5))
                 yield {
                     "kind": f"{direction.value} of {what}, alone",
                     "bytes_per_s": rate,
                     "share_of_measured_link": rate / limit,
                 }
-        both = [*work.make(Direction.STORE, 0, granule), *work.make(Direction.LOAD, granule, granule)]
-        yield {"kind": "granules both ways at once", "bytes_per_s": work.run(both)}
+        both = [*work.make(Direction.STORE, 0, store_chunk), *work.make(Direction.LOAD, store_chunk, store_chunk)]
+        yield {"kind": "store chunks both ways at once", "bytes_per_s": work.run(both)}
         yield from _copies_under_compute(rig, shape, work)
     finally:
         work.tier.transfers.close()
@@ -235,7 +238,7 @@ def _copies_under_compute(rig: Rig, shape: Shape, work: Copies) -> Iterator[Resu
         yield {"kind": "copies under compute", "skipped": "KV holds too few tokens"}
         return
     first = work.num_blocks + 1
-    rig.seat([range(first + i * per_seq, first + (i + 1) * per_seq) for i in range(batch)])
+    rig.assign([range(first + i * per_seq, first + (i + 1) * per_seq) for i in range(batch)])
     _, alone_s = _timed_decodes(rig, context, 30)
     for direction in Direction:
         moved, began_s, devices = 0, time.perf_counter(), []
@@ -274,7 +277,7 @@ class Preemption:
         self._context = shape.contexts[-1]
         self._short = shape.contexts[0]
         blocks, short_blocks = (rig.blocks_for(n + ROOM) for n in (self._context, self._short))
-        granule = min(GRANULE, rig.layout.block_size)
+        store_chunk = min(STORE_CHUNK, rig.layout.block_size)
         num_host_blocks = 2 * blocks + 1
         table = RequestTable()
         self._kv = KVCacheManager(
@@ -283,7 +286,7 @@ class Preemption:
             rig.layout.block_size,
             self._context,
             BlockPool(num_host_blocks),
-            options=OffloadOptions(write_through, True, granule),
+            options=OffloadOptions(write_through, True, store_chunk),
         )
         self._others = min(shape.batches[-1], 16, (rig.pool.num_blocks - 1 - blocks) // short_blocks)
         table.add("long")
@@ -292,7 +295,7 @@ class Preemption:
         for i in range(self._others):
             table.add(f"r{i}")
             self._kv.extend(f"r{i}", self._short + ROOM, self._short + ROOM)
-        rig.seat([self._kv.view(f"r{i}").blocks for i in range(self._others)])
+        rig.assign([self._kv.view(f"r{i}").blocks for i in range(self._others)])
         self._during_s: list[float] = []
         # Last: if it fails, there is nothing to close yet.
         self._tier = rig.host_tier(num_host_blocks)
@@ -302,7 +305,7 @@ class Preemption:
         kv, link, rig = self._kv, self._tier.transfers, self._rig
         _, quiet_s = _timed_decodes(rig, self._short, 30)
         # Everything written so far counts as written by finished steps.
-        over = Fence(10**9)
+        over = StepId(10**9)
         kv.begin_step(over)
         link.complete(over)
         stored = kv.plan_stores(["long"], self._context)
@@ -335,7 +338,7 @@ class Preemption:
             "write_through": bool(stored),
             "context": self._context,
             "dirty_tokens": dirty,
-            "loaded_tokens": sum(copy.ntok for copy in loads),
+            "loaded_tokens": sum(copy.num_tokens for copy in loads),
             "preempt_call_ms": (preempted_s - began_s) * 1e3,
             "evicted_after_ms": (evicted_s - began_s) * 1e3,
             "resume_call_ms": (called_s - resume_s) * 1e3,

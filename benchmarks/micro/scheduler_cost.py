@@ -29,7 +29,7 @@ from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import KVState
-from tfserve.plan import Ack, Copy, Fence
+from tfserve.plan import Ack, Copy, StepId
 from tfserve.types import RequestId, Tenant
 
 BLOCK = 256
@@ -141,12 +141,12 @@ class Bench:
     def _compute(self, reqs: list[RequestId] | tuple[RequestId, ...], tokens: list[int]) -> list[RequestId]:
         """Extend the requests by these tokens. Returns those with room for them."""
         self.step += 1
-        self.kv.begin_step(Fence(self.step))
+        self.kv.begin_step(StepId(self.step))
         return [req for req, n in zip(reqs, tokens, strict=True) if self.kv.extend(req, n, 4096) is not None]
 
     def _end(self, copies: list[Copy]) -> None:
         for copy in copies:
-            self.kv.ack(Ack(copy.id, True, copy.ntok, 0.0, 1e-6))
+            self.kv.ack(Ack(copy.id, True, copy.num_tokens, 0.0, 1e-6))
 
 
 def measure(n: int, waiting: float, seconds: float, num_tenants: int) -> dict[str, float]:

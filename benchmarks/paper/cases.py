@@ -18,7 +18,7 @@ _CAP_S = 5.0
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of an experiment: `settings` are of SchedulerConfig.
+    """One line of an experiment: `settings` are the scheduler's, by their dotted names.
 
     `host_s` is charged for CPU work before each launch, and `host_row_s` for each request in it, beside the profile's
     own overhead; `baseline` names the case that it is compared with. `seeds`, where set, is fewer than the others get.

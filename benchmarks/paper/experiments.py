@@ -171,21 +171,23 @@ def _sensitivity() -> list[Experiment]:
             "conservativeness",
             f"{where}, buffer_conservativeness",
             "1 / 20: 20 behaves like FCFS",
-            "buffer_conservativeness",
+            "tokenflow.buffer_conservativeness",
             (1.0, 1.5, 5.0, 20.0),
         ),
-        _sweep("swap-gap", f"{where}, swap_gap_s", "not in the paper", "swap_gap_s", (0.5, 2.0, 8.0)),
-        _sweep("critical", f"{where}, critical_s", "not in the paper", "critical_s", (0.25, 1.0, 4.0)),
+        _sweep(
+            "swap-gap", f"{where}, min_swap_gain_s", "not in the paper", "tokenflow.min_swap_gain_s", (0.5, 2.0, 8.0)
+        ),
+        _sweep("critical", f"{where}, low_buffer_s", "not in the paper", "tokenflow.low_buffer_s", (0.25, 1.0, 4.0)),
     ]
 
 
 def _ablation() -> Experiment:
     parts = {
         "full": {},
-        "no offload": {"offload": False},
-        "no write-through": {"write_through": False},
-        "no load-evict overlap": {"load_evict_overlap": False},
-        "no priority in writes": {"priority_writes": False},
+        "no offload": {"ablation.offload": False},
+        "no write-through": {"ablation.write_through": False},
+        "no load-evict overlap": {"ablation.load_evict_overlap": False},
+        "no priority in writes": {"ablation.priority_writes": False},
     }
     contenders = {name: {**POLICIES["tokenflow"], **off} for name, off in parts.items()}
     return Experiment(

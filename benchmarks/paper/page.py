@@ -22,7 +22,7 @@ Compare ratios with the paper, not seconds; until a profile is fitted from a mea
 predictions.
 
 - The device's KV was capped by the memory fraction that the paper states, so that bursts do not fit; tokenflow, the \
-controls and andes are told the readers' rates (and andes an expected TTFT), the fcfs family ignores them.
+baselines that share time are told the readers' rates (and andes an expected TTFT), the fcfs family ignores them.
 - tokenflow runs with `overload: queue`, and with `share` where it says so: a new request beyond the capacity waits, \
 or all requests get less.
 - No policy knows the length of an answer. max_tokens is the exact length unless a row says otherwise, which helps the \

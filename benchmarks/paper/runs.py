@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.paper.bounds import fluid_of_run
 from benchmarks.paper.cases import Case, Experiment
 from tfserve.arrays import Floats
-from tfserve.config import SchedulerConfig
+from tfserve.config import config_from
 from tfserve.engine.scheduling.qos import Served, buffer_sizes, effective_tokens, score
 from tfserve.engine.simulation.engine import Moment, SimEngine, SimRequest, SimRun
 from tfserve.engine.simulation.fitted import HostTime
@@ -126,7 +126,7 @@ def run_task(task: Task) -> tuple[Outcome, float]:
     cpu_s = time.process_time()
     requests = case.workload.requests(task.seed)
     host_s = HostTime(case.host_s, case.host_row_s) if case.host_s or case.host_row_s else None
-    config = msgspec.convert(dict(case.settings), SchedulerConfig)
+    config = config_from({"model": "simulated", "scheduler": case.settings}).scheduler
     # A run makes no garbage before its end; collection would take 6 % of the time.
     gc.disable()
     try:

@@ -35,7 +35,7 @@ from tfserve.model.models.base import stored_tensors
 from tfserve.types import SamplingParams
 
 TIMEOUT_S = 15
-MOST_BYTES = 6 * 2**30
+MAX_BYTES = 6 * 2**30
 """Address space of a process that loads one, so that none takes the machine's memory."""
 
 Harm = Callable[[Path], None]
@@ -325,7 +325,7 @@ def outcome(load: Callable[[Path], str], path: Path) -> Outcome:
     child = os.fork()
     if child == 0:
         signal.alarm(TIMEOUT_S)
-        resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
         os.close(read)
         try:
             kind, said = "loaded", load(path)

@@ -13,7 +13,7 @@ from benchmarks.burst.run import Burst, burst_rows, parse_args, parse_policy, sc
 from benchmarks.cells import Store
 from tests.bench.test_scoring import record
 from tfserve.bench.report import summarize
-from tfserve.config import SchedulerConfig
+from tfserve.scheduler_sections import AblationConfig
 
 
 def cell(policy="fcfs", repeat=0, step_s=0.1, preemptions=0):
@@ -42,8 +42,8 @@ def test_the_burst_is_the_issues_48_prompts():
 
 
 def test_a_policy_may_carry_settings():
-    settings = {"scheduler.offload": "false", "emulated_bandwidth": "2"}
-    assert parse_policy("tokenflow+scheduler.offload=false+emulated_bandwidth=2") == ("tokenflow", settings)
+    settings = {"scheduler.ablation.offload": "false", "emulated_bandwidth": "2"}
+    assert parse_policy("tokenflow+scheduler.ablation.offload=false+emulated_bandwidth=2") == ("tokenflow", settings)
     assert parse_policy("fcfs") == ("fcfs", {})
 
 
@@ -123,7 +123,7 @@ def test_options_name_policies_and_settings():
 
 
 def test_the_ablation_switches_one_part_off_at_a_time():
-    known = {field.name for field in msgspec.structs.fields(SchedulerConfig) if field.default is True}
+    known = {field.name for field in msgspec.structs.fields(AblationConfig)}
     assert set(ablation.SWITCHES) == known
     names = ablation.variants(1.5)
     assert [len(parse_policy(name)[1]) for name in names] == [1, 2, 2, 2, 2]
@@ -140,10 +140,10 @@ def test_the_emulated_link_is_as_slow_as_the_gpus_for_its_step():
 def test_the_ablation_table_has_a_row_per_variant(store):
     store.add("prefill", 0, cell(step_s=0.0))
     store.add("tokenflow", 0, cell())
-    store.add("tokenflow+scheduler.offload=false", 0, cell(preemptions=4))
+    store.add("tokenflow+scheduler.ablation.offload=false", 0, cell(preemptions=4))
     rows = ablation.table(store.cells()).splitlines()
-    assert [row[:64].strip() for row in rows] == ["", "tokenflow", "tokenflow+scheduler.offload=false"]
-    assert rows[2][64:].split()[6] == "4.00"
+    assert [row[:80].strip() for row in rows] == ["", "tokenflow", "tokenflow+scheduler.ablation.offload=false"]
+    assert rows[2][80:].split()[6] == "4.00"
 
 
 def test_a_run_without_rates_is_scored_once_the_rate_is_known():

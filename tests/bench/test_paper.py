@@ -15,7 +15,7 @@ from benchmarks.paper.experiments import experiments
 from benchmarks.paper.summary import Estimate
 from benchmarks.paper.targets import targets
 from benchmarks.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload, read_columns
-from tfserve.config import SchedulerConfig
+from tfserve.config import config_from
 from tfserve.engine.scheduling.qos import Served, effective_tokens
 from tfserve.engine.simulation.hardware import PROFILES
 from tfserve.errors import TfserveError
@@ -92,7 +92,7 @@ def test_every_experiment_has_settings_that_exist_and_a_baseline_that_is_there()
         names = {case.name for case in experiment.cases}
         assert len(names) == len(experiment.cases)
         for case in experiment.cases:
-            msgspec.convert(dict(case.settings), SchedulerConfig)
+            config_from({"model": "m", "scheduler": case.settings})
             assert case.baseline in names
 
 

@@ -32,9 +32,7 @@ SETTINGS: dict[str, Any] = {
     "scheduler": {
         "policy": "tokenflow",
         "schedule_interval_s": 0.02,
-        "min_residency_s": 0.02,
-        "swap_gap_s": 0.02,
-        "critical_s": 0.05,
+        "tokenflow": {"min_residency_s": 0.02, "min_swap_gain_s": 0.02, "low_buffer_s": 0.05},
     },
     "server": {"max_queued_requests": 25, "keep_alive_s": 0.2, "drain_timeout": 0.5, "log_interval_s": 1.0},
 }

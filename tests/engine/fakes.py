@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.copy_queues import CopyQueues
-from tfserve.config import SchedulerConfig
+from tests.scheduler_settings import scheduler_config
 from tfserve.engine.core.loop import EngineCore
 from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.engine.scheduling.grammar_gate import GrammarGate
 from tfserve.messages import AddRequest, StepOutputs, StreamStates
-from tfserve.plan import NULL_BLOCK, Ack, Clock, Copy, Direction, Fence, RowInit, StepPlan, StepResult
+from tfserve.plan import NULL_BLOCK, Ack, Clock, Copy, Direction, SlotInit, StepId, StepPlan, StepResult
 from tfserve.types import ONE_TENANT, SamplingParams
 
 VOCAB = 1000
@@ -44,11 +44,11 @@ class WrongPlanError(BaseException):
 @dataclass
 class FakeInFlight:
     runner: FakeRunner
-    fence: Fence
+    step: StepId
 
     def result(self) -> StepResult:
-        self.runner.run_until(self.fence)
-        outcome = self.runner.outcomes.pop(self.fence)
+        self.runner.run_until(self.step)
+        outcome = self.runner.outcomes.pop(self.step)
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -56,7 +56,7 @@ class FakeInFlight:
 
 @dataclass
 class FakeRow:
-    init: RowInit
+    init: SlotInit
     blocks: list[int] = field(default_factory=list)
     last: int = 0
 
@@ -77,7 +77,7 @@ class FakeRunner:
         self.fail_on: set[int] = set()
         self.failure: BaseException = RuntimeError("planned failure")
         self.queue: deque[StepPlan] = deque()
-        self.outcomes: dict[Fence, StepResult | BaseException] = {}
+        self.outcomes: dict[StepId, StepResult | BaseException] = {}
         self.log: list[tuple[str, int]] = []
         self.closed = False
         self.not_finite: dict[int, str] = {}  # by step: the request with logits that are not finite
@@ -91,9 +91,9 @@ class FakeRunner:
     def close(self) -> None:
         self.closed = True
 
-    def run_until(self, fence: Fence) -> None:
-        self.log.append(("result", fence))
-        while self.queue and self.queue[0].step <= fence:
+    def run_until(self, step: StepId) -> None:
+        self.log.append(("result", step))
+        while self.queue and self.queue[0].step <= step:
             plan = self.queue.popleft()
             try:
                 self.outcomes[plan.step] = self._step(plan)
@@ -101,13 +101,13 @@ class FakeRunner:
                 raise WrongPlanError(plan) from error
 
     def _step(self, plan: StepPlan) -> StepResult | BaseException:
-        for row in plan.released_rows:
+        for row in plan.released_slots:
             del self.rows[row]
         for entry in plan.entered:
-            assert entry.row not in self.rows, "a row was given twice"
-            self.rows[entry.row] = FakeRow(entry, list(entry.blocks))
+            assert entry.slot not in self.rows, "a row was given twice"
+            self.rows[entry.slot] = FakeRow(entry, list(entry.blocks))
         for seq in plan.seqs:
-            row = self.rows[seq.row]
+            row = self.rows[seq.slot]
             assert row.init.req == seq.req
             row.blocks += seq.new_blocks
             assert NULL_BLOCK not in row.blocks
@@ -123,11 +123,11 @@ class FakeRunner:
 
     def _scrub(self, plan: StepPlan) -> None:
         for seq in plan.seqs:
-            for block in self.rows[seq.row].blocks:
+            for block in self.rows[seq.slot].blocks:
                 self.slots |= {(block, place): 0 for place in range(self.block_size)}
 
     def _run(self, seq) -> int | None:
-        row = self.rows[seq.row]
+        row = self.rows[seq.slot]
         tokens = seq.token_ids if seq.token_ids is not None else (row.last,)
         assert len(tokens) == seq.n
         for position, token in enumerate(tokens, seq.start):
@@ -147,7 +147,7 @@ class FakeTransfers(CopyQueues):
 
     `speeds` says how many copies of each direction move at each turn, over and over: 0 keeps them waiting. A turn is
     every `submit` (before the step runs) and every `poll` (after it). The copies numbered in `fail` come to nothing;
-    `bps` is what the acknowledgements say of the link, at a byte per token. With `honour_fences` off, no copy waits for
+    `bps` is what the acknowledgements say of the link, at a byte per token. With `honour_steps` off, no copy waits for
     a step: the control of the tests that say it must.
     """
 
@@ -160,7 +160,7 @@ class FakeTransfers(CopyQueues):
         self.fail = fail
         self.turns = 0
         self.acks: list[Ack] = []
-        self.honour_fences = True
+        self.honour_steps = True
         self.closed = False
         self.moved = dict.fromkeys(Direction, 0)
 
@@ -185,20 +185,20 @@ class FakeTransfers(CopyQueues):
                     self._move(queue.popleft())
 
     def _ready(self, copy: Copy) -> bool:
-        return (self.step_has_passed(copy) or not self.honour_fences) and self.copies_have_ended(copy)
+        return (self.step_has_passed(copy) or not self.honour_steps) and self.copies_have_ended(copy)
 
     def _move(self, copy: Copy) -> None:
         ok = copy.id not in self.fail
-        store = copy.dir is Direction.STORE
-        for token in range(copy.tok0, copy.tok0 + copy.ntok):
-            dev, host = (copy.dev, token), (copy.host, token)
+        store = copy.direction is Direction.STORE
+        for token in range(copy.start, copy.start + copy.num_tokens):
+            dev, host = (copy.device_block, token), (copy.host_block, token)
             if store:
                 self.host[host] = self.device.get(dev, -1) if ok else -1
             else:
                 self.device[dev] = self.host[host] if ok else -1
-        self.moved[copy.dir] += copy.ntok
+        self.moved[copy.direction] += copy.num_tokens
         self.pending.discard(copy.id)
-        self.acks.append(Ack(copy.id, ok, copy.ntok if ok else 0, 0.0, copy.ntok / self.bps))
+        self.acks.append(Ack(copy.id, ok, copy.num_tokens if ok else 0, 0.0, copy.num_tokens / self.bps))
 
 
 class FakeClock:
@@ -237,7 +237,7 @@ class FakeEngine:
         gate: Callable[[Clock], GrammarGate] | None = None,
         **scheduler,
     ) -> None:
-        config = SchedulerConfig(policy=policy, **scheduler)
+        config = scheduler_config(policy=policy, **scheduler)
         self.clock = FakeClock()
         self.runner = FakeRunner(block_size, max_num_batched_tokens)
         self.transfers = FakeTransfers(self.runner, speeds, fail_copies, bps) if num_host_blocks else None

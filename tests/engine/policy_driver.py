@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tests.engine.scene import set_kv
-from tfserve.config import SchedulerConfig
+from tests.scheduler_settings import scheduler_config
 from tfserve.engine.scheduling.cost_model import CostModel, StepCoefficients
 from tfserve.engine.scheduling.policies import make_policy
 from tfserve.engine.scheduling.policy import MemoryView, ResumeBy, Snapshot, held_back, held_on_device, write_order
@@ -57,7 +57,7 @@ CPU = Machine(
 
 class Driver:
     def __init__(self, asks: list[Ask], machine: Machine = Machine(), **scheduler) -> None:
-        self.config = SchedulerConfig(**scheduler)
+        self.config = scheduler_config(**scheduler)
         self.policy = make_policy(self.config)
         self.machine = machine
         self.cost = CostModel(
@@ -92,7 +92,7 @@ class Driver:
         return self
 
     def step(self) -> bool:
-        self._take_news()
+        self._take_events()
         if not len(self.tracker):
             if not self.pending:
                 return False
@@ -111,7 +111,7 @@ class Driver:
         memory = MemoryView(m.block_size, m.num_blocks, self.free, m.num_host_blocks, m.num_host_blocks - host)
         return Snapshot(self.now, c, memory, self.cost, m.max_num_seqs, m.max_num_batched_tokens)
 
-    def _take_news(self) -> None:
+    def _take_events(self) -> None:
         while self.pending and self.asks[self.pending[-1]].arrival_s <= self.now:
             req = self.pending.pop()
             ask = self.asks[req]
@@ -246,7 +246,7 @@ class Driver:
         sampled = [i for i, k in zip(done, computed.tolist(), strict=True) if k == c.num_tokens[i]]
         set_kv(self.tracker, [ids[i] for i in done], num_computed=computed, device_blocks=np.ceil(computed / bs))
         self.tracker.on_tokens([ids[i] for i in sampled], 1, self.now)
-        if self.config.offload and self.config.write_through:
+        if self.config.ablation.offload and self.config.ablation.write_through:
             self._write_through(seconds)
         for i in sampled:
             req = ids[i]
@@ -261,7 +261,7 @@ class Driver:
         if not (dirty[c.state == RequestState.RUNNING] > 0).any():
             return
         where = {req: i for i, req in enumerate(c.ids)}
-        order = write_order(c) if self.config.priority_writes else c.ids_of(c.in_state(RequestState.RUNNING))
+        order = write_order(c) if self.config.ablation.priority_writes else c.ids_of(c.in_state(RequestState.RUNNING))
         for req in order:
             n = min(int(dirty[where[req]]), budget // bs * bs)
             if n > 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tfserve.config import SchedulerConfig
+from tests.scheduler_settings import scheduler_config
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
 from tfserve.engine.scheduling.policy import Decision, MemoryView, Snapshot
 from tfserve.engine.scheduling.state import RequestState
@@ -18,9 +18,11 @@ from tfserve.engine.scheduling.tracker import Tracker
 class FlatCost:
     """Costs that a test can do in its head."""
 
-    def __init__(self, step=0.02, prefill=1e-4, out_s=0.01, back_s=0.01, gamma=1000.0, queue=0.0, prompts=0.0) -> None:
+    def __init__(
+        self, step=0.02, prefill=1e-4, out_s=0.01, back_s=0.01, capacity=1000.0, queue=0.0, prompts=0.0
+    ) -> None:
         self.step, self.prefill_s_per_token, self.out_s, self.back_s = step, prefill, out_s, back_s
-        self.capacity, self.queue, self.prompts_s = gamma, queue, prompts
+        self.capacity, self.queue, self.prompts_s = capacity, queue, prompts
 
     def step_s(self, n_decode, decode_ctx, n_prefill=0, prefill_ctx=0):
         return self.step + self.prefill_s_per_token * n_prefill + self.prompts_s * (n_prefill > 0)
@@ -35,7 +37,7 @@ class FlatCost:
     def queue_s(self, direction):
         return self.queue
 
-    def gamma(self, mean_ctx, kv_tokens, prefill_per_output=0.0):
+    def capacity_tokens_per_s(self, mean_ctx, kv_tokens, prefill_per_output=0.0):
         return self.capacity
 
 
@@ -121,4 +123,4 @@ class Scene:
 
 def decide(scene: Scene, **settings) -> Decision:
     """What a tokenflow policy of its own, without a watermark, says of the scene."""
-    return TokenFlow(SchedulerConfig(policy="tokenflow", watermark=0.0, **settings)).decide(scene.snapshot())
+    return TokenFlow(scheduler_config(policy="tokenflow", watermark=0.0, **settings)).decide(scene.snapshot())

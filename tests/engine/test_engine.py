@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.free_blocks import wait_until_all_free
+from tests.scheduler_settings import scheduler_config
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig, ServerConfig
 from tfserve.engine.engine import Engine
@@ -308,7 +309,7 @@ def test_parameters_are_verified_once_with_max_tokens_resolved(engine, monkeypat
 def test_scarce_kv_preempts_without_changing_a_token(model_dir):
     prompts = [[i + 3] * 20 for i in range(6)]
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=100, ignore_eos=True)
-    scheduler = SchedulerConfig(policy="fcfs-chunked", reserve_ratio=0.0, reserve_min_ratio=0.0)
+    scheduler = scheduler_config(policy="fcfs-chunked", reserve_ratio=0.0, reserve_min_ratio=0.0)
     with Engine(config_for(model_dir)) as roomy:
         expected = [output.token_ids for output in roomy.generate(prompts, params)]
     with Engine(config_for(model_dir, num_gpu_blocks_override=10, scheduler=scheduler)) as scarce:
@@ -415,7 +416,7 @@ async def test_a_reader_that_takes_only_on_news_gets_the_end_after_the_last_toke
         async with asyncio.timeout(10):
             while not stream.num_waiting:
                 await asyncio.sleep(0.001)
-            stream.on_news = lambda: stream._death and take()  # reads nothing before the end
+            stream.on_output = lambda: stream._death and take()  # reads nothing before the end
             os.kill(engine_pid(engine), signal.SIGKILL)
             await ended
         assert num_taken > 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from tests.scheduler_settings import scheduler_config
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.model.attention.paged_kernels import FlashKernels
@@ -103,7 +104,7 @@ def test_two_deep_loses_no_token(model_dir, judge):
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("policy", ["round-robin", "tokenflow"])
 def test_preempted_requests_go_on_as_if_undisturbed(model_dir, judge, policy, depth):
-    scheduler = SchedulerConfig(policy=policy, **SHARED)
+    scheduler = scheduler_config(policy=policy, **SHARED)
     tokens, stats, _ = run(model_dir, num_blocks=21, scheduler=scheduler, pipeline_depth=depth)
     assert stats.num_preemptions > 0
     if policy == "round-robin":

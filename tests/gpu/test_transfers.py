@@ -12,7 +12,7 @@ from tfserve.memory.storage.host_pool import HostPool
 from tfserve.memory.transfers.copy_runs import BlockGeometry, blocks_per_chunk
 from tfserve.memory.transfers.cuda_link import CudaLink
 from tfserve.memory.transfers.stream_transfers import StreamTransfers
-from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, BlockId, Copy, CopyDeps, CopyId, Direction, StepId
 
 STORE, LOAD = Direction.STORE, Direction.LOAD
 LAYERS, BLOCK, HEADS, WIDTH = 4, 256, 8, 128
@@ -22,9 +22,9 @@ PATIENCE_S = 20.0
 DELAY_CYCLES = 400_000_000  # about 0.2 s of a GPU
 
 
-def copy(number, direction, dev, host, tok0=0, ntok=BLOCK, fence=None, copies=()) -> Copy:
-    after = After(None if fence is None else Fence(fence), tuple(CopyId(c) for c in copies))
-    return Copy(CopyId(number), direction, BlockId(dev), BlockId(host), tok0, ntok, after)
+def copy(number, direction, device_block, host_block, start=0, num_tokens=BLOCK, step=None, copies=()) -> Copy:
+    after = CopyDeps(None if step is None else StepId(step), tuple(CopyId(c) for c in copies))
+    return Copy(CopyId(number), direction, BlockId(device_block), BlockId(host_block), start, num_tokens, after)
 
 
 class Unordered(CudaLink):
@@ -50,13 +50,13 @@ class Bench:
         self.link = link_type(self.device, self.pool.data, chunk_bytes=chunk, compute=self.compute)
         self.engine = StreamTransfers(self.link, GEOMETRY, chunk_blocks, RealClock())
 
-    def launch(self, fence: int, kernel) -> torch.cuda.Event:
+    def launch(self, step: int, kernel) -> torch.cuda.Event:
         with torch.cuda.stream(self.compute):
             torch.cuda._sleep(DELAY_CYCLES)
             kernel()
             mark = torch.cuda.Event()
             mark.record()
-        self.engine.launched(Fence(fence), mark)
+        self.engine.launched(StepId(step), mark)
         return mark
 
     def settle(self, n: int) -> list[Ack]:
@@ -86,13 +86,13 @@ def test_random_copies_move_exactly_their_tokens(bench, seed):
     copies = []
     # Each block takes part in one copy at most, so that order does not matter here.
     for i, (dev, hst) in enumerate(zip(rng.permutation(16) + 1, rng.permutation(16) + 1, strict=True)):
-        tok0 = int(rng.integers(0, BLOCK)) if i % 2 else 0
-        ntok = int(rng.integers(1, BLOCK - tok0 + 1)) if i % 2 else BLOCK
+        start = int(rng.integers(0, BLOCK)) if i % 2 else 0
+        num_tokens = int(rng.integers(1, BLOCK - start + 1)) if i % 2 else BLOCK
         direction = STORE if rng.random() < 0.5 else LOAD
-        copies.append(copy(i, direction, int(dev), int(hst), tok0, ntok))
+        copies.append(copy(i, direction, int(dev), int(hst), start, num_tokens))
         source, target = (device, host) if direction is STORE else (host, device)
         src, dst = (dev, hst) if direction is STORE else (hst, dev)
-        target[dst, :, :, tok0 : tok0 + ntok] = source[src, :, :, tok0 : tok0 + ntok]
+        target[dst, :, :, start : start + num_tokens] = source[src, :, :, start : start + num_tokens]
     bench.engine.submit(copies)
     acks = bench.settle(len(copies))
     assert all(ack.ok and ack.end_s > ack.start_s for ack in acks)
@@ -108,7 +108,7 @@ def test_a_copy_may_end_where_registered_memory_does(bench, direction, block):
     values = torch.randn(bench.host.shape).to(bench.host.dtype)
     (bench.device if direction is STORE else bench.host).copy_(values)
     torch.cuda.synchronize()
-    bench.engine.submit([copy(0, direction, block, block, tok0=BLOCK - 1, ntok=1)])
+    bench.engine.submit([copy(0, direction, block, block, start=BLOCK - 1, num_tokens=1)])
     assert bench.settle(1)[0].ok
     torch.cuda.synchronize()
     target = bench.host if direction is STORE else bench.device.cpu()
@@ -126,7 +126,7 @@ def test_neighbours_go_in_one_copy_over_no_border_of_registered_memory(bench):
 
 def test_launching_and_submitting_never_wait_for_the_device(bench):
     mark = bench.launch(0, lambda: bench.device[1].fill_(1))
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0), copy(1, LOAD, 1, 2, copies=[0])])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0), copy(1, LOAD, 1, 2, copies=[0])])
     bench.engine.poll()
     assert not mark.query()  # the step has not even ended
     bench.settle(2)
@@ -137,12 +137,12 @@ def race(link_type) -> tuple[bool, bool]:
     bench = Bench(link_type)
     seen = torch.zeros_like(bench.device[1])
     bench.host[2] = 20
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0)])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0)])
     bench.launch(0, lambda: bench.device[1].fill_(10))
     stored = bench.settle(1)[0].ok and bool((bench.host[1] == 10).all())
     bench.device[3] = 10
     torch.cuda.synchronize()
-    bench.engine.submit([copy(1, LOAD, 3, 2, fence=1)])
+    bench.engine.submit([copy(1, LOAD, 3, 2, step=1)])
     bench.launch(1, lambda: seen.copy_(bench.device[3]))
     bench.settle(1)
     torch.cuda.synchronize()

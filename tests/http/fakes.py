@@ -79,7 +79,7 @@ class FakeStream:
         self.num_prompt_tokens = len(prompt)
         self.aborted = asyncio.Event()
         self.reads = 0
-        self.on_news: Callable[[], None] | None = None
+        self.on_output: Callable[[], None] | None = None
         self.started = False
         self.is_refused = False
         self.num_output_tokens = 0
@@ -163,8 +163,8 @@ class FakeStream:
 
     def _tell(self) -> None:
         self._is_called = False
-        if self.on_news is not None:
-            self.on_news()
+        if self.on_output is not None:
+            self.on_output()
 
     def _put(
         self,

@@ -11,7 +11,7 @@ from tfserve.engine.scheduling.table import RequestTable, RowRef
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.memory.residency import KVState
-from tfserve.plan import Ack, Copy, Direction, Fence
+from tfserve.plan import Ack, Copy, Direction, StepId
 
 
 def kv_value(req: str, position: int) -> int:
@@ -31,22 +31,22 @@ class FakeDevice(CopyQueues):
         self.honour_after = honour_after
         self.device = np.zeros((num_blocks, block_size), np.int64)
         self.host = np.zeros((num_host_blocks, block_size), np.int64)
-        self.steps: deque[tuple[Fence, list[tuple[str, int, int, tuple[int, ...]]]]] = deque()
+        self.steps: deque[tuple[StepId, list[tuple[str, int, int, tuple[int, ...]]]]] = deque()
         self.acks: dict[Direction, deque[Ack]] = {direction: deque() for direction in Direction}
         self.moved: list[Copy] = []
 
-    def launch(self, fence: Fence, seqs: list[tuple[str, int, int, tuple[int, ...]]]) -> None:
+    def launch(self, step: StepId, seqs: list[tuple[str, int, int, tuple[int, ...]]]) -> None:
         """Queue a step: each (req, start, n, blocks) writes tokens [start, start + n) and reads all up to there."""
-        self.steps.append((fence, seqs))
+        self.steps.append((step, seqs))
 
     def run_step(self) -> list[str]:
         """Run the oldest step; the requests that did not read what they had written."""
-        fence, seqs = self.steps.popleft()
+        step, seqs = self.steps.popleft()
         for req, start, n, blocks in seqs:
             for position in range(start, start + n):
                 self.device[blocks[position // self.block_size], position % self.block_size] = kv_value(req, position)
         wrong = [req for req, start, n, blocks in seqs if not self.holds(req, start + n, blocks)]
-        self.complete(fence)
+        self.complete(step)
         return wrong
 
     def holds(self, req: str, num_tokens: int, blocks: tuple[int, ...]) -> bool:
@@ -62,13 +62,13 @@ class FakeDevice(CopyQueues):
         ):
             return False
         copy = queue.popleft()
-        here = self.device[copy.dev, copy.tok0 : copy.tok0 + copy.ntok]
-        there = self.host[copy.host, copy.tok0 : copy.tok0 + copy.ntok]
+        here = self.device[copy.device_block, copy.start : copy.start + copy.num_tokens]
+        there = self.host[copy.host_block, copy.start : copy.start + copy.num_tokens]
         target, source = (there, here) if direction is Direction.STORE else (here, there)
         target[:] = source if ok else -1
         self.pending.discard(copy.id)
         self.moved.append(copy)
-        self.acks[direction].append(Ack(copy.id, ok, copy.ntok, 0.0, 0.0))
+        self.acks[direction].append(Ack(copy.id, ok, copy.num_tokens, 0.0, 0.0))
         return True
 
     def poll(self) -> list[Ack]:
@@ -100,7 +100,7 @@ class FakeTiers:
         honour_after: bool = True,
         **options,
     ) -> None:
-        options.setdefault("granule_tokens", block_size)
+        options.setdefault("store_chunk_tokens", block_size)
         self.device_pool = BlockPool(num_blocks)
         self.host_pool = BlockPool(num_host_blocks) if num_host_blocks else None
         self.table = OpenTable()
@@ -109,7 +109,7 @@ class FakeTiers:
         )
         self.device = FakeDevice(num_blocks, num_host_blocks or 2, block_size, honour_after)
         self.depth = depth
-        self.next_step = Fence(0)
+        self.next_step = StepId(0)
         self.wrong: list[str] = []
         self.resumed: list[str] = []
         self.kv.begin_step(self.next_step)
@@ -127,7 +127,7 @@ class FakeTiers:
         self.device.submit(self.kv.plan_stores(list(order), budget))
         if seqs:
             self.device.launch(self.next_step, seqs)
-            self.next_step = Fence(self.next_step + 1)
+            self.next_step = StepId(self.next_step + 1)
         while len(self.device.steps) >= self.depth:
             self.wrong += self.device.run_step()
         self.kv.begin_step(self.next_step)

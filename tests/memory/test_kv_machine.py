@@ -55,10 +55,10 @@ class Scene:
 
     def preempt(self, pick: int) -> None:
         req = self.among(pick, KVState.DEVICE, KVState.PARTIAL, KVState.LOADING)
-        before = self.tiers.kv.num_free_blocks + self.tiers.kv.num_draining_blocks
+        before = self.tiers.kv.num_free_blocks + self.tiers.kv.num_storing_blocks
         if req is not None:
             self.tiers.preempt(req)
-        assert self.tiers.kv.num_free_blocks + self.tiers.kv.num_draining_blocks >= before
+        assert self.tiers.kv.num_free_blocks + self.tiers.kv.num_storing_blocks >= before
 
     def resume(self, pick: int, max_blocks: int) -> None:
         req = self.among(pick, *PAUSED, KVState.PARTIAL)
@@ -135,7 +135,7 @@ class Scene:
 OPTIONS = {
     "num_host_blocks": [60, 12, 6, 0],
     "depth": [2, 1],
-    "granule_tokens": [2, 4],
+    "store_chunk_tokens": [2, 4],
     "write_through": [True, False],
     "load_evict_overlap": [True, False],
 }

@@ -15,7 +15,7 @@ STORE, LOAD = Direction.STORE, Direction.LOAD
 
 
 def tokens_of(copies: list[Copy]) -> int:
-    return sum(copy.ntok for copy in copies)
+    return sum(copy.num_tokens for copy in copies)
 
 
 def test_clean_blocks_are_free_at_once_and_dirty_ones_when_their_store_is_acknowledged():
@@ -26,9 +26,9 @@ def test_clean_blocks_are_free_at_once_and_dirty_ones_when_their_store_is_acknow
     assert tiers.kv.view("1").num_host_tokens == 8
     free = tiers.kv.num_free_blocks
     copies = tiers.preempt("1")
-    assert [(copy.dir, copy.tok0, copy.ntok) for copy in copies] == [(STORE, 0, 2)]
+    assert [(copy.direction, copy.start, copy.num_tokens) for copy in copies] == [(STORE, 0, 2)]
     assert tiers.state("1") is KVState.STORING
-    assert (tiers.kv.num_free_blocks, tiers.kv.num_draining_blocks) == (free + 2, 1)
+    assert (tiers.kv.num_free_blocks, tiers.kv.num_storing_blocks) == (free + 2, 1)
     tiers.drain()
     assert tiers.state("1") is KVState.HOST
     assert tiers.kv.num_free_blocks == free + 3
@@ -146,11 +146,11 @@ def test_a_half_done_resume_can_be_taken_back():
     assert tiers.intact("1")
 
 
-def test_write_through_follows_the_order_given_within_the_budget_and_in_granules():
-    tiers = FakeTiers(block_size=8, granule_tokens=4)
+def test_write_through_follows_the_order_given_within_the_budget_and_in_store_chunks():
+    tiers = FakeTiers(block_size=8, store_chunk_tokens=4)
     tiers.step({"1": 14, "2": 14})
     copies = tiers.kv.plan_stores(["2", "1"], 14)
-    assert [(copy.tok0, copy.ntok) for copy in copies] == [(0, 8), (0, 4), (0, 4)]
+    assert [(copy.start, copy.num_tokens) for copy in copies] == [(0, 8), (0, 4), (0, 4)]
     assert tiers.kv.num_queued_tokens(STORE) == 16
     assert tiers.kv.plan_stores(["2"], 100) == []
 
@@ -161,7 +161,7 @@ def test_write_through_leaves_out_what_the_step_being_planned_writes():
     tiers.kv.extend("1", 2, 8)
     copies = tiers.kv.plan_stores(["1"], 100)
     assert tokens_of(copies) == 4
-    assert copies[0].after.fence == 0
+    assert copies[0].after.step == 0
 
 
 def test_switches_off():

@@ -14,7 +14,7 @@ from tfserve.model.loading.config import load_model_config
 from tfserve.model.loading.loader import load_model
 from tfserve.model.runner.cuda_graphs import DecodeGraphs, Recorder
 from tfserve.model.runner.runner import ModelRunner
-from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan
+from tfserve.plan import BlockId, SeqStep, SlotId, SlotInit, StepId, StepPlan
 from tfserve.types import SamplingParams
 
 WISHES: list[dict[str, Any]] = [
@@ -47,14 +47,16 @@ def plans(num_decodes: int) -> list[StepPlan]:
     """A prompt for every parameter in its own block (some with output, as after a preemption), and decodes."""
     rows = range(len(WISHES))
     entered = tuple(
-        RowInit(Row(i), f"r{i}", SamplingParams(**wish), i, PROMPT, len(PROMPT) - 3 * (i % 2), (BlockId(i + 1),))
+        SlotInit(SlotId(i), f"r{i}", SamplingParams(**wish), i, PROMPT, len(PROMPT) - 3 * (i % 2), (BlockId(i + 1),))
         for i, wish in enumerate(WISHES)
     )
-    prompts = tuple(SeqStep(f"r{i}", Row(i), 0, len(PROMPT), True, PROMPT) for i in rows)
+    prompts = tuple(SeqStep(f"r{i}", SlotId(i), 0, len(PROMPT), True, PROMPT) for i in rows)
     decodes = [
         StepPlan(
-            Fence(1 + step), tuple(SeqStep(f"r{i}", Row(i), len(PROMPT) + step, 1, True, None) for i in rows), len(rows)
+            StepId(1 + step),
+            tuple(SeqStep(f"r{i}", SlotId(i), len(PROMPT) + step, 1, True, None) for i in rows),
+            len(rows),
         )
         for step in range(num_decodes)
     ]
-    return [StepPlan(Fence(0), prompts, 0, entered), *decodes]
+    return [StepPlan(StepId(0), prompts, 0, entered), *decodes]

@@ -10,7 +10,7 @@ from tfserve.memory.storage.kv_layout import KVLayout, KVOrder
 from tfserve.model.attention.base import AttentionBackend, PagedKV
 from tfserve.model.attention.torch_backend import TorchBackend
 from tfserve.model.runner.forward_batch import BlockTables, ForwardBatch, build_batch
-from tfserve.plan import BlockId, Fence, Row, SeqStep, StepPlan
+from tfserve.plan import BlockId, SeqStep, SlotId, StepId, StepPlan
 
 
 class Cache:
@@ -47,7 +47,7 @@ class Cache:
         self.v: list[list[Tensor]] = []
         for row, n in enumerate(lengths):
             own = [BlockId(next(free)) for _ in range(room[row])]
-            self.tables.extend(Row(row), own)
+            self.tables.extend(SlotId(row), own)
             self.blocks.append(torch.tensor(own))
             for truth, layers in zip((self.k, self.v), zip(*self.kv.layers, strict=True), strict=True):
                 made = [torch.randn(n, kv_heads, head_dim, generator=gen) for _ in layers]
@@ -57,10 +57,10 @@ class Cache:
 
     def batch(self, query_lens: list[int], num_decodes: int) -> ForwardBatch:
         seqs = tuple(
-            SeqStep(f"r{row}", Row(row), start, n, False, (0,) * n)
+            SeqStep(f"r{row}", SlotId(row), start, n, False, (0,) * n)
             for row, (start, n) in enumerate(zip(self.lengths, query_lens, strict=True))
         )
-        plan = StepPlan(Fence(0), seqs, num_decodes)
+        plan = StepPlan(StepId(0), seqs, num_decodes)
         last_tokens = torch.zeros(len(seqs), dtype=torch.int64, device=self.kv.device)
         return build_batch(plan, self.tables, last_tokens, self.block_size)
 

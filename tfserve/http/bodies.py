@@ -24,9 +24,9 @@ class BodyBudget:
     `on_refusal` is called for each request that is refused for lack of memory.
     """
 
-    def __init__(self, most_bytes: int, on_refusal: Callable[[], None]) -> None:
+    def __init__(self, max_bytes: int, on_refusal: Callable[[], None]) -> None:
         self.num_bytes = 0
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._on_refusal = on_refusal
         self._holds: dict[BodyHold, None] = {}  # with counted bytes; the hold that grew last is last
 
@@ -42,9 +42,9 @@ class BodyBudget:
     def resize(self, hold: BodyHold, num_bytes: int) -> None:
         """A body takes `num_bytes` from now on. Raises ApiError (503) if there is no room for that."""
         now_s = asyncio.get_running_loop().time()
-        counted = min(max(0, num_bytes - UNCOUNTED_BYTES), self._most_bytes)  # alone, each has room
+        counted = min(max(0, num_bytes - UNCOUNTED_BYTES), self._max_bytes)  # alone, each has room
         self._end_stalled(counted - hold.num_counted, now_s, hold)
-        if hold.has_ended or self.num_bytes - hold.num_counted + counted > self._most_bytes:
+        if hold.has_ended or self.num_bytes - hold.num_counted + counted > self._max_bytes:
             raise self.refusal()
         self.give_back(hold)
         if counted:
@@ -62,7 +62,7 @@ class BodyBudget:
         """The error for a body that there is no memory for; it is counted."""
         self._on_refusal()
         message = (
-            f"The bodies of other requests take all of the {self._most_bytes} bytes that there are for them"
+            f"The bodies of other requests take all of the {self._max_bytes} bytes that there are for them"
             " (server.max_inflight_body_bytes); try again soon."
         )
         error = unavailable(message, "body_memory_full", _RETRY_AFTER_S)
@@ -72,7 +72,7 @@ class BodyBudget:
     def _end_stalled(self, more: int, now_s: float, asking: BodyHold) -> None:
         """End bodies that have stalled, the longest first, until there is room for `more` bytes."""
         for hold in tuple(self._holds):
-            if self.num_bytes + more <= self._most_bytes or hold.grown_s > now_s - STALLED_S:
+            if self.num_bytes + more <= self._max_bytes or hold.grown_s > now_s - STALLED_S:
                 return
             if hold is not asking and hold.end():
                 self.give_back(hold)

@@ -62,7 +62,7 @@ class RequestGroup:
         streams = self._engine.submit_choices(prompt, params, names, rate=rate, priority=priority, tenant=self.tenant)
         for stream in streams:
             number = len(self._streams)
-            stream.on_news = functools.partial(self._note, number)
+            stream.on_output = functools.partial(self._note, number)
             self._unfinished.add(number)
             self._streams.append(stream)
         self._num_prompt_tokens += self._streams[-1].num_prompt_tokens
@@ -172,7 +172,7 @@ class RequestGroup:
     def close(self) -> None:
         """Stop the unfinished streams without waiting for their end; nothing more is read."""
         for index, stream in enumerate(self._streams):
-            stream.on_news = None
+            stream.on_output = None
             if index in self._unfinished:
                 stream.abort()
         self._unfinished.clear()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.residency import KVBlock, Residency
-from tfserve.plan import After, Copy, CopyId, Direction
+from tfserve.plan import Copy, CopyDeps, CopyId, Direction
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,18 @@ class CopyLedger:
         self._ids = itertools.count()
         self._tokens = {Direction.STORE: 0, Direction.LOAD: 0}
 
-    def begin(self, owner: Residency, index: int, direction: Direction, tokens: range, after: After) -> Copy:
+    def begin(self, owner: Residency, index: int, direction: Direction, tokens: range, after: CopyDeps) -> Copy:
         """A new copy of `tokens` (their places in the block) of block `index`, which has a place on both tiers."""
         block = owner.blocks_by_index[index]
-        if block.dev is None or block.host is None:
+        if block.device_block is None or block.host_block is None:
             raise AssertionError(f"{owner.req}: block {index} has no place to copy from, or none to copy to")
-        copy = Copy(CopyId(next(self._ids)), direction, block.dev, block.host, tokens.start, len(tokens), after)
-        self._device.retain((copy.dev,))
-        self._host.retain((copy.host,))
+        copy = Copy(
+            CopyId(next(self._ids)), direction, block.device_block, block.host_block, tokens.start, len(tokens), after
+        )
+        self._device.retain((copy.device_block,))
+        self._host.retain((copy.host_block,))
         self._copies[copy.id] = CopyInFlight(copy, owner, block, index)
-        self._tokens[direction] += copy.ntok
+        self._tokens[direction] += copy.num_tokens
         block.copies.append(copy.id)
         return copy
 
@@ -59,9 +61,9 @@ class CopyLedger:
         if flight is None:
             raise AssertionError(f"copy {copy_id} is not under way: unknown, or ended twice")
         self._withdrawn.discard(copy_id)
-        self._device.free((flight.copy.dev,))
-        self._host.free((flight.copy.host,))
-        self._tokens[flight.copy.dir] -= flight.copy.ntok
+        self._device.free((flight.copy.device_block,))
+        self._host.free((flight.copy.host_block,))
+        self._tokens[flight.copy.direction] -= flight.copy.num_tokens
         return flight
 
     def withdraw(self, block: KVBlock) -> None:

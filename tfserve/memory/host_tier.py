@@ -32,10 +32,10 @@ class HostTier:
         """Host blocks for n blocks of a request from `index` on; False (and no change) if too few are free."""
         if n > self.num_free:
             return False
-        before = kv.blocks_by_index[index - 1].host if index else None
+        before = kv.blocks_by_index[index - 1].host_block if index else None
         given = self.pool.allocate(n, after=before, run=run) or ()
-        for block, host in zip(kv.blocks_by_index[index : index + n], given, strict=True):
-            block.host = host
+        for block, host_block in zip(kv.blocks_by_index[index : index + n], given, strict=True):
+            block.host_block = host_block
         return True
 
     def make_room(self, kv: Residency, run: int, spare: Iterable[Residency]) -> int:
@@ -43,7 +43,9 @@ class HostTier:
 
         If too few are free, the requests in `spare` lose host copies, in that order: theirs are all on device too.
         """
-        first = next((index for index, block in enumerate(kv.blocks_by_index) if block.host is None), kv.num_blocks)
+        first = next(
+            (index for index, block in enumerate(kv.blocks_by_index) if block.host_block is None), kv.num_blocks
+        )
         need = kv.num_blocks - first
         for other in spare if need > self.num_free else ():
             self._strip(other, need - self.num_free)
@@ -55,13 +57,13 @@ class HostTier:
 
     def drop(self, block: KVBlock) -> None:
         """The request gives up this block's host copy, if it has one."""
-        if block.host is not None:
-            self.pool.free((block.host,))
-        block.host, block.host_tokens, block.queued_tokens = None, 0, 0
+        if block.host_block is not None:
+            self.pool.free((block.host_block,))
+        block.host_block, block.host_tokens, block.queued_tokens = None, 0, 0
 
     def check(self, requests: Iterable[Residency], in_copies: Sequence[BlockId]) -> None:
         """Raise AssertionError unless every block is free, owned or in a copy."""
-        owned = [block.host for kv in requests for block in kv.blocks_by_index if block.host is not None]
+        owned = [block.host_block for kv in requests for block in kv.blocks_by_index if block.host_block is not None]
         self.pool.check([owned, in_copies])
 
     def _strip(self, kv: Residency, n: int) -> None:
@@ -70,7 +72,7 @@ class HostTier:
             block = kv.blocks_by_index[index]
             if block.copies or n <= 0:
                 return
-            if block.host is not None:
+            if block.host_block is not None:
                 self.drop(block)
                 kv.forget_host(index * self._block_size)
                 n -= 1

@@ -16,7 +16,7 @@ from tfserve.memory.device_tier import DeviceTier
 from tfserve.memory.host_tier import HostTier
 from tfserve.memory.kv_counters import KVCounters
 from tfserve.memory.residency import NO_KV, PAUSED, RESUMING, KVBlock, KVState, KVView, Residency
-from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, BlockId, Copy, CopyDeps, CopyId, Direction, StepId
 from tfserve.types import RequestId
 
 
@@ -24,18 +24,18 @@ class OffloadOptions(msgspec.Struct, frozen=True):
     """How the host tier is used. The switches are for ablations; offload itself is off where there is no host pool.
 
     `write_through` stores while requests run, not only when they are preempted. `load_evict_overlap` lets loads start
-    before the evictions they displace are all done. Write-through stores end at multiples of `granule_tokens`.
+    before the evictions they displace are all done. Write-through stores end at multiples of `store_chunk_tokens`.
     """
 
     write_through: bool = True
     load_evict_overlap: bool = True
-    granule_tokens: int = 32
+    store_chunk_tokens: int = 32
 
 
-def granule_of(block_size: int) -> int:
+def store_chunk_of(block_size: int) -> int:
     """Tokens that write-through stores at a time: 32, or a whole block where 32 does not divide it."""
-    granule = OffloadOptions().granule_tokens
-    return granule if block_size % granule == 0 else block_size
+    store_chunk = OffloadOptions().store_chunk_tokens
+    return store_chunk if block_size % store_chunk == 0 else block_size
 
 
 class KVCacheManager:
@@ -71,14 +71,14 @@ class KVCacheManager:
         self._options = options or OffloadOptions()
         self._device = DeviceTier(pool)
         self._host = HostTier(host, block_size)
-        self._granule = min(self._options.granule_tokens, block_size)
-        if block_size % self._granule:
-            raise ValueError(f"granule_tokens {self._granule} must divide the block size {block_size}")
+        self._store_chunk = min(self._options.store_chunk_tokens, block_size)
+        if block_size % self._store_chunk:
+            raise ValueError(f"store_chunk_tokens {self._store_chunk} must divide the block size {block_size}")
         self._max_run = max(1, run_tokens // block_size)
         self._requests: dict[RequestId, Residency] = {}
         self._counters = counters
         self._copies = CopyLedger(pool, self._host.pool)
-        self._step = Fence(0)
+        self._step = StepId(0)
         self._write_order: Sequence[RequestId] = ()
 
     @property
@@ -92,9 +92,9 @@ class KVCacheManager:
         return self._device.num_free
 
     @property
-    def num_draining_blocks(self) -> int:
+    def num_storing_blocks(self) -> int:
         """Device blocks of paused requests that become free when their stores are acknowledged."""
-        return self._device.num_draining
+        return self._device.num_storing
 
     @property
     def num_host_blocks(self) -> int:
@@ -118,7 +118,7 @@ class KVCacheManager:
         """Where `req`'s KV is; live. A request without KV is a view of zero tokens in state NONE."""
         return self._requests.get(req) or NO_KV
 
-    def begin_step(self, step: Fence) -> None:
+    def begin_step(self, step: StepId) -> None:
         """What follows is planned for `step`: `extend` makes room that it writes."""
         self._step = step
 
@@ -135,7 +135,7 @@ class KVCacheManager:
         missing = self.blocks_for(kv.num_tokens + n) - kv.num_blocks
         new: tuple[BlockId, ...] = ()
         if missing > 0:
-            after = kv.blocks_by_index[-1].dev if kv.num_blocks else None
+            after = kv.blocks_by_index[-1].device_block if kv.num_blocks else None
             allocated = self._device.allocate(missing, after, self._run_blocks(expected_tokens))
             if allocated is None:
                 return None
@@ -147,9 +147,9 @@ class KVCacheManager:
         return new
 
     def plan_stores(self, order: Sequence[RequestId], budget_tokens: int) -> list[Copy]:
-        """Write-through: store what earlier steps wrote, whole granules, request by request in `order`.
+        """Write-through: store what earlier steps wrote, whole store chunks, request by request in `order`.
 
-        Stops at the budget (which it passes by less than a granule), and at blocks for which the host pool has no room.
+        Stops at the budget (which it passes by less than a chunk), and at blocks for which the host pool has no room.
         `order` is remembered: when the host is full, host copies are dropped from its end first.
         """
         self._write_order = order
@@ -163,16 +163,18 @@ class KVCacheManager:
             if kv is None or kv.state is not KVState.DEVICE:
                 continue
             written, step = kv.written(self._step)
-            end = written - written % self._granule
+            end = written - written % self._store_chunk
             while kv.num_queued_tokens < end and budget_tokens > 0:
                 index = kv.num_queued_tokens // self.block_size
-                if kv.blocks_by_index[index].host is None and not self._host.give(kv, index, 1, self._run_blocks(end)):
+                if kv.blocks_by_index[index].host_block is None and not self._host.give(
+                    kv, index, 1, self._run_blocks(end)
+                ):
                     break
-                most = -(-budget_tokens // self._granule) * self._granule
+                most = -(-budget_tokens // self._store_chunk) * self._store_chunk
                 copy = self._store(kv, index, min(end, kv.num_queued_tokens + most), step)
                 if copy is not None:
                     copies.append(copy)
-                    budget_tokens -= copy.ntok
+                    budget_tokens -= copy.num_tokens
         return copies
 
     def preempt(self, req: RequestId) -> list[Copy]:
@@ -191,13 +193,13 @@ class KVCacheManager:
         for index, block in enumerate(kv.blocks_by_index):
             if block.load is not None:
                 self._withdraw(kv, block)
-                self._device.vacate(kv, block)
-            if block.dev is None:
+                self._device.evict(kv, block)
+            if block.device_block is None:
                 continue
             copy = self._store(kv, index, kv.num_tokens, kv.last_step)
             if copy is not None:
                 copies.append(copy)
-            self._device.linger(kv, block)
+            self._device.mark_evictable(kv, block)
         kv.move_to(KVState.STORING if kv.num_dirty_tokens else KVState.HOST)
         return copies
 
@@ -211,17 +213,20 @@ class KVCacheManager:
             raise AssertionError(f"{req}: nothing to resume, it has no KV")
         if kv.state in PAUSED:
             for block in kv.blocks_by_index:
-                if block.dev is not None:
-                    self._device.pin(block.dev)
+                if block.device_block is not None:
+                    self._device.lock(block.device_block)
         elif kv.state is not KVState.PARTIAL:
             raise AssertionError(f"{req}: nothing to resume in KV state {kv.state.name}")
         missing = [
             index
             for index, block in enumerate(kv.blocks_by_index)
-            if block.dev is None and block.host_tokens == kv.tokens_in(index, self.block_size)
+            if block.device_block is None and block.host_tokens == kv.tokens_in(index, self.block_size)
         ]
         places = self._places_for_loads(kv, missing[:max_blocks])
-        copies = [self._load(kv, index, dev, after) for index, (dev, after) in zip(missing, places, strict=False)]
+        copies = [
+            self._load(kv, index, device_block, after)
+            for index, (device_block, after) in zip(missing, places, strict=False)
+        ]
         self._settle(kv)
         return copies
 
@@ -240,12 +245,12 @@ class KVCacheManager:
         That request is in state DEVICE, or, if the copy failed, with fewer tokens than before, or in state NONE.
         """
         flight = self._copies.end(ack.id)
-        self._device.copy_ended(flight.copy.dev)
+        self._device.copy_ended(flight.copy.device_block)
         if not flight.wanted:
             return None
         flight.block.copies.remove(ack.id)
         kv, resuming = flight.owner, flight.owner.state in RESUMING
-        if flight.copy.dir is Direction.STORE:
+        if flight.copy.direction is Direction.STORE:
             self._stored(flight, ack.ok)
         else:
             self._loaded(flight, ack.ok)
@@ -261,7 +266,7 @@ class KVCacheManager:
         """These copies will never start nor be acknowledged (TransferEngine.cancel said so)."""
         for copy_id in ids:
             flight = self._copies.end(copy_id)
-            self._device.copy_ended(flight.copy.dev)
+            self._device.copy_ended(flight.copy.device_block)
             if flight.wanted:
                 raise AssertionError(f"copy {copy_id} was cancelled, but its request still needs it")
 
@@ -273,21 +278,21 @@ class KVCacheManager:
             if kv.row is not self._counters.ref(req):
                 raise AssertionError(f"{req}: its counters are in the row of another request")
             kv.check(self.block_size)
-        self._device.check(self._requests.values(), [flight.copy.dev for flight in self._copies])
-        self._host.check(self._requests.values(), [flight.copy.host for flight in self._copies])
+        self._device.check(self._requests.values(), [flight.copy.device_block for flight in self._copies])
+        self._host.check(self._requests.values(), [flight.copy.host_block for flight in self._copies])
 
     def _run_blocks(self, expected_tokens: int) -> int:
         """The next power of two at or above the expected blocks, capped."""
         wanted = min(self.blocks_for(expected_tokens), self._max_run)
         return 1 << (wanted - 1).bit_length()
 
-    def _store(self, kv: Residency, index: int, end: int, step: Fence | None) -> Copy | None:
+    def _store(self, kv: Residency, index: int, end: int, step: StepId | None) -> Copy | None:
         """Store what block `index` has up to token `end` of the request and is not queued; `step` wrote the last."""
         block = kv.blocks_by_index[index]
         todo = range(block.queued_tokens, min(self.block_size, end - index * self.block_size))
         copy = None
         if todo:
-            copy = self._copies.begin(kv, index, Direction.STORE, todo, After(step))
+            copy = self._copies.begin(kv, index, Direction.STORE, todo, CopyDeps(step))
             block.queued_tokens = todo.stop
         kv.num_queued_tokens = max(kv.num_queued_tokens, index * self.block_size + block.queued_tokens)
         return copy
@@ -296,23 +301,23 @@ class KVCacheManager:
         """A store has ended. A failed one is planned again, unless the device may not have the tokens much longer."""
         kv, block, copy = flight.owner, flight.block, flight.copy
         # A copy beyond a failed one proves nothing about the tokens between.
-        if ok and copy.tok0 <= block.host_tokens:
-            block.host_tokens = max(block.host_tokens, copy.tok0 + copy.ntok)
+        if ok and copy.start <= block.host_tokens:
+            block.host_tokens = max(block.host_tokens, copy.start + copy.num_tokens)
             block.queued_tokens = max(block.host_tokens, block.queued_tokens)
             kv.advance_cursor(self.block_size)
             kv.num_queued_tokens = max(kv.num_queued_tokens, kv.num_host_tokens)
-        elif not ok and copy.tok0 + copy.ntok > block.host_tokens:
+        elif not ok and copy.start + copy.num_tokens > block.host_tokens:
             block.queued_tokens = block.host_tokens
             end = flight.index * self.block_size + block.host_tokens
             kv.num_queued_tokens = min(kv.num_queued_tokens, end)
-            if block.dev is None or kv.state in PAUSED:
+            if block.device_block is None or kv.state in PAUSED:
                 self._lose(kv, end)
         if kv.state is KVState.STORING and kv.num_dirty_tokens == 0:
             kv.move_to(KVState.HOST)
 
-    def _load(self, kv: Residency, index: int, dev: BlockId, after: After) -> Copy:
+    def _load(self, kv: Residency, index: int, device_block: BlockId, after: CopyDeps) -> Copy:
         block = kv.blocks_by_index[index]
-        kv.place(block, dev)
+        kv.place(block, device_block)
         copy = self._copies.begin(kv, index, Direction.LOAD, range(block.host_tokens), after)
         block.load = copy.id
         kv.num_loads += 1
@@ -325,17 +330,18 @@ class KVCacheManager:
         if not ok:
             self._lose(flight.owner, flight.index * self.block_size)
 
-    def _places_for_loads(self, kv: Residency, missing: Sequence[int]) -> list[tuple[BlockId, After]]:
+    def _places_for_loads(self, kv: Residency, missing: Sequence[int]) -> list[tuple[BlockId, CopyDeps]]:
         """Device blocks for (the first of) these block indices, and what each load has to wait for."""
         if not missing:
             return []
         now = min(len(missing), self._device.num_free)
-        before = kv.blocks_by_index[missing[0] - 1].dev if missing[0] else None
+        before = kv.blocks_by_index[missing[0] - 1].device_block if missing[0] else None
         free = self._device.allocate(now, before, self._run_blocks(kv.num_tokens)) or ()
         if self._options.load_evict_overlap:
-            return [(dev, self._device.after(dev)) for dev in free] + self._device.take_draining(len(missing) - now)
-        evictions = self._device.evictions()
-        return [(dev, self._device.after(dev, evictions)) for dev in free]
+            places = [(block, self._device.after(block)) for block in free]
+            return places + self._device.take_storing(len(missing) - now)
+        stores = self._device.stores_under_way()
+        return [(block, self._device.after(block, stores)) for block in free]
 
     def _settle(self, kv: Residency) -> None:
         """The state of a request that is coming back, from its blocks."""
@@ -364,8 +370,8 @@ class KVCacheManager:
         keep = self.blocks_for(num_tokens)
         for block in kv.blocks_by_index[keep:]:
             self._withdraw(kv, block)
-            if block.dev is not None:
-                self._device.vacate(kv, block)
+            if block.device_block is not None:
+                self._device.evict(kv, block)
             self._host.drop(block)
         del kv.blocks_by_index[keep:]
         kv.shrink(num_tokens)
@@ -376,8 +382,8 @@ class KVCacheManager:
             last = kv.blocks_by_index[-1]
             self._withdraw(kv, last)
             last.host_tokens = last.queued_tokens = min(last.host_tokens, num_tokens % self.block_size)
-            if last.dev is not None:
-                self._device.vacate(kv, last)
+            if last.device_block is not None:
+                self._device.evict(kv, last)
 
     def _withdraw(self, kv: Residency, block: KVBlock) -> None:
         """The copies of this block are no longer needed."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tfserve.memory.kv_counters import KVCounters
-from tfserve.plan import BlockId, CopyId, Fence
+from tfserve.plan import BlockId, CopyId, StepId
 from tfserve.types import RequestId
 
 
@@ -19,7 +19,7 @@ class KVState(enum.IntEnum):
     """Where a request's KV is.
 
     NONE: nowhere. DEVICE: all on device, it may run. STORING: paused, the dirty part on its way to host. HOST: paused,
-    all on host (device blocks not yet needed by others may linger). PARTIAL: coming back, not every block has a place
+    all on host (device blocks not yet needed by others stay its own). PARTIAL: coming back, not every block has a place
     on the device yet. LOADING: coming back, every block has its place and the last loads are under way.
     """
 
@@ -103,8 +103,8 @@ class KVBlock:
     those under way that still matter to the request.
     """
 
-    dev: BlockId | None
-    host: BlockId | None = None
+    device_block: BlockId | None
+    host_block: BlockId | None = None
     host_tokens: int = 0
     queued_tokens: int = 0
     load: CopyId | None = None
@@ -137,8 +137,8 @@ class Residency:
         self.row = counters.ref(req)
         self.state = KVState.NONE
         self.blocks_by_index: list[KVBlock] = []
-        self.last_step: Fence | None = None
-        self.settled_step: Fence | None = None
+        self.last_step: StepId | None = None
+        self.settled_step: StepId | None = None
         self.settled_tokens = 0
         self.num_queued_tokens = 0
         self.num_loads = 0
@@ -172,7 +172,7 @@ class Residency:
     @property
     def blocks(self) -> tuple[BlockId, ...]:
         """The device blocks held, in order."""
-        return tuple(block.dev for block in self.blocks_by_index if block.dev is not None)
+        return tuple(block.device_block for block in self.blocks_by_index if block.device_block is not None)
 
     def move_to(self, state: KVState) -> None:
         """Change state; AssertionError if TRANSITIONS does not allow it."""
@@ -183,7 +183,7 @@ class Residency:
             raise AssertionError(f"{self.req}: KV cannot go from {old.name} to {state.name}")
         self.state = state
 
-    def grow(self, n: int, step: Fence, new_blocks: Sequence[BlockId]) -> None:
+    def grow(self, n: int, step: StepId, new_blocks: Sequence[BlockId]) -> None:
         """Count n tokens that `step` writes, and the blocks they need."""
         if self.last_step != step:
             self.settled_tokens = self.num_tokens
@@ -191,13 +191,13 @@ class Residency:
             self.last_step = step
         self._counters.num_computed[self.row.index] += n
         if new_blocks:
-            self.blocks_by_index.extend(KVBlock(dev) for dev in new_blocks)
+            self.blocks_by_index.extend(KVBlock(device_block) for device_block in new_blocks)
             self._counters.device_blocks[self.row.index] += len(new_blocks)
 
-    def place(self, block: KVBlock, dev: BlockId | None) -> None:
+    def place(self, block: KVBlock, device_block: BlockId | None) -> None:
         """Give a block a place on the device, or take it away."""
-        self._counters.device_blocks[self.row.index] += (dev is not None) - (block.dev is not None)
-        block.dev = dev
+        self._counters.device_blocks[self.row.index] += (device_block is not None) - (block.device_block is not None)
+        block.device_block = device_block
 
     def shrink(self, num_tokens: int) -> None:
         """Forget tokens [num_tokens, ...); their blocks must be empty-handed by now."""
@@ -230,7 +230,7 @@ class Residency:
         """How many tokens the block at `index` holds."""
         return min(block_size, self.num_tokens - index * block_size)
 
-    def written(self, planned: Fence) -> tuple[int, Fence | None]:
+    def written(self, planned: StepId) -> tuple[int, StepId | None]:
         """How many tokens steps before `planned` have written or will, and the last of those steps."""
         if self.last_step == planned:
             return self.settled_tokens, self.settled_step
@@ -240,14 +240,16 @@ class Residency:
         """Raise AssertionError unless blocks, counters and state agree."""
         blocks, state = self.blocks_by_index, self.state
         self._require(len(blocks) == -(-self.num_tokens // block_size), "has not just the blocks its tokens take")
-        self._require(self.num_device_blocks == sum(b.dev is not None for b in blocks), "miscounts device blocks")
+        self._require(
+            self.num_device_blocks == sum(b.device_block is not None for b in blocks), "miscounts device blocks"
+        )
         self._require(self.num_loads == sum(b.load is not None for b in blocks), "miscounts loads")
         cursor = 0
         for index, block in enumerate(blocks):
             tokens = self.tokens_in(index, block_size)
             self._require(0 <= block.host_tokens <= block.queued_tokens <= tokens, f"block {index}: host > computed")
-            self._require(block.host is not None or block.queued_tokens == 0, f"block {index}: stored nowhere")
-            on_device = block.dev is not None and block.load is None
+            self._require(block.host_block is not None or block.queued_tokens == 0, f"block {index}: stored nowhere")
+            on_device = block.device_block is not None and block.load is None
             safe = on_device or block.host_tokens == tokens or (bool(block.copies) and block.queued_tokens == tokens)
             self._require(safe, f"block {index} is lost")
             if cursor == index * block_size:

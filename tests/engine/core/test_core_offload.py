@@ -85,7 +85,7 @@ def test_a_full_host_pool_only_makes_more_to_compute(policy):
 @pytest.mark.parametrize("num_blocks", [12, 24])
 def test_without_a_host_tier_no_request_is_preempted_just_before_its_next_token(policy, num_blocks):
     # Two tokens a step, five steps an interval: a request with 10 n + 1 tokens to compute lacks one token when the next
-    # exchange is due.
+    # swap is due.
     engine = FakeEngine(num_blocks, max_num_batched_tokens=2, policy=policy, schedule_interval_s=0.1)
     burst(engine, n=4, prompt=20, max_tokens=20)
     engine.run()
@@ -178,7 +178,7 @@ def test_whatever_arrives_everyone_ends_exactly_and_no_block_is_lost(
     """Arrivals over time, aborts, stop tokens, failing steps and copies, scarce memory in both tiers; check() after
     every step.
 
-    An interval is long enough to recompute a request: faster exchanges make no progress.
+    An interval is long enough to recompute a request: faster swaps make no progress.
     """
     engine = FakeEngine(
         num_blocks,

@@ -94,8 +94,8 @@ def test_a_preempted_request_still_gets_its_token_and_its_store_waits_for_the_st
     assert [seq.req for seq in engine.runner.plans[3].seqs] == ["b"]
     # Prompt and two tokens have KV, the last of them from step 2, which was under way.
     stores = engine.runner.plans[3].stores
-    assert [(copy.tok0, copy.ntok) for copy in stores] == [(0, 4), (0, 4)]
-    assert all(copy.after.fence == 2 for copy in stores)
+    assert [(copy.start, copy.num_tokens) for copy in stores] == [(0, 4), (0, 4)]
+    assert all(copy.after.step == 2 for copy in stores)
     assert engine.outputs["a"] == expected_output(PROMPTS["a"], 3)
     assert engine.scheduler.paused["a"].num_in_flight == 0
     displace(engine)
@@ -105,7 +105,7 @@ def test_a_preempted_request_still_gets_its_token_and_its_store_waits_for_the_st
 
 def test_a_store_that_does_not_wait_for_that_step_corrupts():
     engine = start(AWAY, num_blocks=14)
-    engine.transfers.honour_fences = False
+    engine.transfers.honour_steps = False
     for _ in range(4):
         engine.step()
     displace(engine)

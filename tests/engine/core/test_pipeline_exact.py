@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.free_blocks import until_all_free
+from tests.scheduler_settings import scheduler_config
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.core import build
@@ -20,8 +21,8 @@ from tfserve.types import FinishReason, RequestOutput, SamplingParams
 NUM_TOKENS = 40
 SHARED = {"schedule_interval_s": 0.02, "min_residency_s": 0.02}
 IN_ORDER = SchedulerConfig(policy="fcfs-chunked")
-LOAD = SchedulerConfig(policy="round-robin", **SHARED)
-RECOMPUTE = SchedulerConfig(policy="round-robin", offload=False, **SHARED)
+LOAD = scheduler_config(policy="round-robin", **SHARED)
+RECOMPUTE = scheduler_config(policy="round-robin", offload=False, **SHARED)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def one_deep(model_dir):
 
 @pytest.mark.parametrize(
     ("scheduler", "num_blocks"),
-    [(IN_ORDER, 129), (LOAD, 25), (RECOMPUTE, 25), (SchedulerConfig(policy="tokenflow", **SHARED), 25)],
+    [(IN_ORDER, 129), (LOAD, 25), (RECOMPUTE, 25), (scheduler_config(policy="tokenflow", **SHARED), 25)],
     ids=["undisturbed", "load", "recompute", "tokenflow"],
 )
 def test_two_deep_every_wish_is_met_as_it_is_one_deep(model_dir, one_deep, scheduler, num_blocks):

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from tfserve.engine.core.step_worker import StepWorker
-from tfserve.plan import Fence, StepPlan, StepResult
+from tfserve.plan import StepId, StepPlan, StepResult
 
 
 class GatedRunner:
@@ -28,20 +28,20 @@ class GatedRunner:
 
 
 class Finished:
-    def __init__(self, fence: Fence) -> None:
-        self.fence = fence
+    def __init__(self, step: StepId) -> None:
+        self.step = step
 
     def result(self) -> StepResult:
-        if self.fence == 1:
+        if self.step == 1:
             raise RuntimeError("step 1 went wrong")
-        return StepResult(self.fence, (7,), (None,), 0.5)
+        return StepResult(self.step, (7,), (None,), 0.5)
 
 
 def test_steps_queue_up_in_order_on_the_thread_that_loaded_the_model():
     worker, runner = StepWorker(), GatedRunner()
     loader = worker.call(threading.get_ident)
     worker.serve(runner)
-    flights = [worker.launch(StepPlan(Fence(step), (), 0)) for step in range(3)]
+    flights = [worker.launch(StepPlan(StepId(step), (), 0)) for step in range(3)]
     runner.gate.set()
     assert flights[2].result().tokens == (7,)
     assert flights[0].result().device_s == 0.5
@@ -64,7 +64,7 @@ def test_closing_waits_for_what_is_queued():
     worker, runner = StepWorker(), GatedRunner()
     worker.serve(runner)
     for step in (0, 2):
-        worker.launch(StepPlan(Fence(step), (), 0))
+        worker.launch(StepPlan(StepId(step), (), 0))
     runner.gate.set()
     worker.close()
     assert runner.began == [0, 2]

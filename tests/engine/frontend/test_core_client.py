@@ -110,7 +110,7 @@ async def test_a_reader_that_breaks_costs_no_other_its_tokens(
 ) -> None:
     with scripted_engine(model_dir, "Because.") as engine:
         broken, whole = (engine.submit("Why?", LONG) for _ in range(2))
-        broken.on_news = raising(PanicException("broken"))
+        broken.on_output = raising(PanicException("broken"))
         text = ""
         while (output := await asyncio.wait_for(whole.next(), PATIENCE_S)) is not None:
             text += output.text

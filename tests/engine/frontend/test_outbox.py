@@ -20,7 +20,7 @@ LARGE = b"x" * 2**20
 def pipe() -> Iterator[tuple[Outbox, Connection]]:
     """An outbox with room for four large frames, and the other end, which does not read by itself."""
     near, far = Pipe()
-    outbox = Outbox(near, most_bytes=4 * len(LARGE))
+    outbox = Outbox(near, max_bytes=4 * len(LARGE))
     yield outbox, far
     far.close()
     outbox.close(PATIENCE_S)

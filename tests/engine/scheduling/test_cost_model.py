@@ -149,7 +149,7 @@ def test_switching_by_transfer_counts_queues_and_both_ways():
 
 def test_gamma_is_the_best_batch_that_fits_and_prompts_take_their_share():
     cost = model(prior=TRUE, max_num_seqs=64)
-    gamma = cost.gamma(1000, 32_000)
-    assert gamma == pytest.approx(32 / seconds(TRUE, 32, 32_000, 0, 0))
-    assert cost.gamma(1000, 1e9) == pytest.approx(64 / seconds(TRUE, 64, 64_000, 0, 0))
-    assert cost.gamma(1000, 32_000, 0.5) == pytest.approx(1 / (1 / gamma + 0.5 * TRUE.prefill))
+    capacity = cost.capacity_tokens_per_s(1000, 32_000)
+    assert capacity == pytest.approx(32 / seconds(TRUE, 32, 32_000, 0, 0))
+    assert cost.capacity_tokens_per_s(1000, 1e9) == pytest.approx(64 / seconds(TRUE, 64, 64_000, 0, 0))
+    assert cost.capacity_tokens_per_s(1000, 32_000, 0.5) == pytest.approx(1 / (1 / capacity + 0.5 * TRUE.prefill))

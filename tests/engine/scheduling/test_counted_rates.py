@@ -18,7 +18,7 @@ CPU_32 = Machine(
     StepCoefficients(0.012, 2.5e-3, 1e-6, 2e-3, 1e-7), 46080, 32, 1400, 5600, 2e9, max_num_seqs=32,
     max_num_batched_tokens=512,
 )  # fmt: skip
-"""A small model on two cores, as tfserve serves it by default: seats are short, memory is not."""
+"""A small model on two cores, as tfserve serves it by default: batch slots are short, memory is not."""
 
 HONEST = [Ask(1.0 + 4.0 * k, 80, 50, 6.0) for k in range(4)]
 
@@ -68,19 +68,19 @@ def test_a_rate_far_beyond_counts_as_what_a_stream_gets(unread_s, on_device):
     assert c.unread[0] == pytest.approx(2000 - 60 * 30)
     for rate in (61.0, 200.0):
         assert np.array_equal(counted(rate).time_to_empty_s, c.time_to_empty_s)
-        assert np.array_equal(counted(rate).dry_s, c.dry_s)
+        assert np.array_equal(counted(rate).current_stall_s, c.current_stall_s)
 
 
 def test_what_a_high_rate_lacked_on_the_device_is_forgiven_and_off_the_device_counts():
     here = as_counted(Scene().running("a", rate=500.0, output=100).snapshot(), 20.0).columns
-    assert (here.time_to_empty_s[0], here.dry_s[0]) == (0.0, 0.0)
+    assert (here.time_to_empty_s[0], here.current_stall_s[0]) == (0.0, 0.0)
     away = as_counted(Scene().paused("a", rate=500.0, output=100, for_s=3.0).snapshot(), 20.0).columns
-    assert (away.time_to_empty_s[0], away.dry_s[0]) == (0.0, pytest.approx(3.0))
+    assert (away.time_to_empty_s[0], away.current_stall_s[0]) == (0.0, pytest.approx(3.0))
 
 
 def test_one_that_waits_for_its_first_token_has_read_nothing():
     c = as_counted(Scene().waiting("a", rate=500.0).snapshot(), 20.0).columns
-    assert (c.unread[0], c.dry_s[0], c.stall_s[0]) == (0.0, 0.0, 0.0)
+    assert (c.unread[0], c.current_stall_s[0], c.stall_s[0]) == (0.0, 0.0, 0.0)
 
 
 def test_a_high_rate_makes_room_for_a_newcomer_as_any_other_that_is_ahead():
@@ -92,7 +92,7 @@ def test_a_high_rate_makes_room_for_a_newcomer_as_any_other_that_is_ahead():
 
 
 def test_shed_refuses_no_request_because_of_another_ones_rate():
-    scene = Scene(cost=FlatCost(gamma=200.0, step=0.05)).running("fast", rate=1e6)
+    scene = Scene(cost=FlatCost(capacity=200.0, step=0.05)).running("fast", rate=1e6)
     for number in range(8):
         scene.waiting(f"honest {number}", rate=6.0)
     assert decide(scene, overload="shed").reject == ()

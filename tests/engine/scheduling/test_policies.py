@@ -1,4 +1,4 @@
-"""The baselines and controls, one decision at a time and over whole bursts."""
+"""The baselines, one decision at a time and over whole bursts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.engine.policy_driver import Ask, Driver, Machine, burst
 from tests.engine.scene import FlatCost, Scene
+from tests.scheduler_settings import scheduler_config
 from tfserve import config
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.cost_model import StepCoefficients
@@ -26,7 +27,7 @@ def test_the_settings_name_every_policy_that_is_registered():
 
 def decide(policy: str, scene: Scene, **settings):
     settings = {"watermark": 0.0} | settings
-    return make_policy(SchedulerConfig(policy=policy, **settings)).decide(scene.snapshot())
+    return make_policy(scheduler_config(policy=policy, **settings)).decide(scene.snapshot())
 
 
 # -- fcfs and its kin
@@ -64,14 +65,14 @@ def test_admission_keeps_the_order_of_arrival():
 
 
 def test_out_of_blocks_fcfs_retracts_the_fewest_outputs_and_raises_its_ratio():
-    policy = make_policy(SchedulerConfig(policy="fcfs", reserve_ratio=0.1, reserve_min_ratio=0.0))
+    policy = make_policy(scheduler_config(policy="fcfs", reserve_ratio=0.1, reserve_min_ratio=0.0))
     scene = Scene(num_blocks=31).running("long", output=225).running("short", output=209)
     assert policy.decide(scene.snapshot()).preempt == (("short", RECOMPUTE),)
     assert policy.ratio == pytest.approx((225 + 20) / 1000)
 
 
 def test_the_ratio_decays_while_decoding_and_starts_again_when_idle():
-    policy = make_policy(SchedulerConfig(policy="fcfs", reserve_ratio=0.7, reserve_min_ratio=0.1))
+    policy = make_policy(scheduler_config(policy="fcfs", reserve_ratio=0.7, reserve_min_ratio=0.1))
     for _ in range(300):
         policy.decide(Scene().running("a").snapshot())
     assert policy.ratio == pytest.approx(0.4)
@@ -90,7 +91,7 @@ def test_greedy_preempts_the_youngest():
     assert decide("fcfs-greedy", scene).preempt == (("young", RECOMPUTE),)
 
 
-# -- controls
+# -- the ones that share time
 
 
 def test_round_robin_swaps_the_longest_running_for_the_longest_waiting():
@@ -112,13 +113,13 @@ def test_earliest_underflow_runs_the_emptiest_buffers():
 
 
 @pytest.mark.parametrize("policy", ["round-robin", "earliest-underflow"])
-def test_between_intervals_controls_only_fill_up(policy):
-    control = make_policy(SchedulerConfig(policy=policy, watermark=0.0))
+def test_between_intervals_baselines_only_fill_up(policy):
+    baseline = make_policy(SchedulerConfig(policy=policy, watermark=0.0))
     scene = Scene(num_blocks=34).running("a", unread_s=9.0).running("b", unread_s=9.0)
-    control.decide(scene.snapshot())
+    baseline.decide(scene.snapshot())
     scene.now_s += 0.1
     scene.paused("p", unread_s=0.0)
-    assert control.decide(scene.snapshot()).preempt == ()
+    assert baseline.decide(scene.snapshot()).preempt == ()
 
 
 @pytest.mark.parametrize(("policy", "by"), [("andes", RECOMPUTE), ("andes-offload", LOAD)])

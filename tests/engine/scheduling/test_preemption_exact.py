@@ -10,6 +10,7 @@ import asyncio
 import msgspec
 import pytest
 
+from tests.scheduler_settings import scheduler_config
 from tests.tokenizers import write_tiny_tokenizer
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
@@ -20,11 +21,11 @@ from tfserve.types import FinishReason, SamplingParams
 NUM_REQUESTS, NUM_TOKENS = 12, 48
 SHARED = {"schedule_interval_s": 0.02, "min_residency_s": 0.02}
 WAYS = {
-    "load": SchedulerConfig(policy="round-robin", **SHARED),
-    "load, no write-through": SchedulerConfig(policy="round-robin", write_through=False, **SHARED),
-    "load, no overlap": SchedulerConfig(policy="round-robin", load_evict_overlap=False, **SHARED),
-    "recompute": SchedulerConfig(policy="round-robin", offload=False, **SHARED),
-    "tokenflow": SchedulerConfig(policy="tokenflow", critical_s=0.02, swap_gap_s=0.02, **SHARED),
+    "load": scheduler_config(policy="round-robin", **SHARED),
+    "load, no write-through": scheduler_config(policy="round-robin", write_through=False, **SHARED),
+    "load, no overlap": scheduler_config(policy="round-robin", load_evict_overlap=False, **SHARED),
+    "recompute": scheduler_config(policy="round-robin", offload=False, **SHARED),
+    "tokenflow": scheduler_config(policy="tokenflow", low_buffer_s=0.02, min_swap_gain_s=0.02, **SHARED),
 }
 
 

@@ -12,7 +12,7 @@ from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import KVState
-from tfserve.plan import Ack, Copy, Fence
+from tfserve.plan import Ack, Copy, StepId
 
 BLOCK = 4
 
@@ -40,7 +40,7 @@ class World:
                 self.tracker.add(name, arrival_s=0.0, num_prompt=3, max_tokens=9, rate=None)
         elif action == "ack" and self.copies:
             copy = self.copies.pop(0)
-            self.kv.ack(Ack(copy.id, pick % 5 > 0, copy.ntok, 0.0, 1.0))
+            self.kv.ack(Ack(copy.id, pick % 5 > 0, copy.num_tokens, 0.0, 1.0))
         elif req is not None:
             self._act_on(action, req, pick)
 
@@ -48,7 +48,7 @@ class World:
         state = self.kv.view(req).state
         if action == "run" and state in (KVState.NONE, KVState.DEVICE):
             self.step += 1
-            self.kv.begin_step(Fence(self.step))
+            self.kv.begin_step(StepId(self.step))
             self.kv.extend(req, 1 + pick % 9, 20)
         elif action == "store":
             self.copies += self.kv.plan_stores(self.live, pick)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.scene import FlatCost, Scene, decide, set_kv
+from tests.scheduler_settings import scheduler_config
 from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.policies.tokenflow.admission import AdmissionLimit, estimate_capacity, predicted_wait_s
 from tfserve.engine.scheduling.policies.tokenflow.policy import TokenFlow
-from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
 from tfserve.engine.scheduling.state import RequestState
 
 # -- capacity and overload
 
 
 def overloaded(**cost) -> Scene:
-    scene = Scene(cost=FlatCost(gamma=50.0, **cost)).running("a").running("b")
+    scene = Scene(cost=FlatCost(capacity=50.0, **cost)).running("a").running("b")
     return scene.waiting("c", for_s=0.9).waiting("d", for_s=0.5)
 
 
@@ -59,7 +60,7 @@ def test_shed_refuses_no_request_without_a_reader():
 
 def test_requests_without_a_reader_do_not_change_how_long_a_reader_waits():
     def waits(*background: str) -> list[float]:
-        scene = Scene(cost=FlatCost(gamma=100.0)).running("a")
+        scene = Scene(cost=FlatCost(capacity=100.0)).running("a")
         for req in background:
             scene.running(req, rate=None)
         for number in range(12):
@@ -71,7 +72,7 @@ def test_requests_without_a_reader_do_not_change_how_long_a_reader_waits():
 
 
 def test_at_an_idle_node_refused_requests_wait_for_the_admitted_ones():
-    scene = Scene(cost=FlatCost(gamma=50.0), num_blocks=1000)
+    scene = Scene(cost=FlatCost(capacity=50.0), num_blocks=1000)
     for number in range(6):
         scene.waiting(f"r{number}", max_tokens=100)
     decision = decide(scene, overload="shed")
@@ -85,51 +86,51 @@ def test_at_an_idle_node_refused_requests_wait_for_the_admitted_ones():
 
 
 def test_predicted_wait_is_nothing_while_there_is_capacity():
-    scene = Scene(cost=FlatCost(gamma=500.0)).running("a")
+    scene = Scene(cost=FlatCost(capacity=500.0)).running("a")
     assert predicted_wait_s(scene.snapshot(), SchedulerConfig()) == 0.0
 
 
 def test_the_fallback_ends_with_a_tenth_to_spare():
     config = SchedulerConfig(policy="tokenflow")
-    working_set = WorkingSet()
+    limit = AdmissionLimit()
 
-    def room(gamma: float) -> int:
-        snapshot = Scene(cost=FlatCost(gamma=gamma)).running("a").waiting("b").snapshot()
+    def room(capacity_of_node: float) -> int:
+        snapshot = Scene(cost=FlatCost(capacity=capacity_of_node)).running("a").waiting("b").snapshot()
         newcomer = snapshot.columns.in_state(RequestState.WAITING)
-        load = measure(snapshot, config)
-        working_set.size = 10.0
-        return working_set.room_for(newcomer, load, snapshot, config)
+        capacity = estimate_capacity(snapshot, config)
+        limit.size = 10.0
+        return limit.num_admissible(newcomer, capacity, snapshot, config)
 
     assert room(39.0) == 0
-    assert working_set.is_fallback
+    assert limit.is_fallback
     assert room(43.0) == 0  # 40 of 43 is above nine tenths
     assert room(45.0) == 1
-    assert not working_set.is_fallback
+    assert not limit.is_fallback
     assert room(41.0) == 1
 
 
 def test_the_working_set_shrinks_while_copies_queue_and_grows_back_by_steps():
-    config = SchedulerConfig(policy="tokenflow", working_set_step=0.1)
+    config = scheduler_config(policy="tokenflow", working_set_step=0.1)
     scene = (
-        Scene(cost=FlatCost(gamma=2000.0, queue=0.9), num_blocks=10_000, max_num_seqs=1000).running("a").running("b")
+        Scene(cost=FlatCost(capacity=2000.0, queue=0.9), num_blocks=10_000, max_num_seqs=1000).running("a").running("b")
     )
-    working_set, snapshot = WorkingSet(), scene.snapshot()
-    load = measure(snapshot, config)
-    working_set.move(load, snapshot, config)
-    assert working_set.size == pytest.approx(0.9 * load.bound)
-    working_set.move(load, snapshot, config)
-    assert working_set.size == pytest.approx(0.9 * load.bound)  # once an interval, however often it is asked
+    limit, snapshot = AdmissionLimit(), scene.snapshot()
+    capacity = estimate_capacity(snapshot, config)
+    limit.update(capacity, snapshot, config)
+    assert limit.size == pytest.approx(0.9 * capacity.bound)
+    limit.update(capacity, snapshot, config)
+    assert limit.size == pytest.approx(0.9 * capacity.bound)  # once an interval, however often it is asked
     for _ in range(100):
         scene.now_s += config.schedule_interval_s
-        working_set.move(load, scene.snapshot(), config)
-    assert working_set.size == 2.0  # never below what is resident
+        limit.update(capacity, scene.snapshot(), config)
+    assert limit.size == 2.0  # never below what is resident
     scene.cost.queue = 0.0
-    working_set.move(load, scene.snapshot(), config)
-    assert working_set.size == pytest.approx(2.0 + 0.1 * load.bound)
+    limit.update(capacity, scene.snapshot(), config)
+    assert limit.size == pytest.approx(2.0 + 0.1 * capacity.bound)
 
 
 def test_an_empty_node_takes_even_what_it_cannot_feed():
-    scene = Scene(cost=FlatCost(gamma=5.0)).waiting("fast", rate=100.0)
+    scene = Scene(cost=FlatCost(capacity=5.0)).waiting("fast", rate=100.0)
     assert decide(scene).admit == ("fast",)
 
 
@@ -153,7 +154,7 @@ def test_where_having_prompts_is_dear_they_come_in_chunks_that_are_worth_it():
     # Five times what having any takes are 200 tokens, 0.24 s: the share of eight decoding steps, while a reader is dry.
     dry_cost = FlatCost(step=0.021, prefill=1e-3, prompts=0.04)
     dry = Scene(cost=dry_cost).running("a", unread_s=-1.0).prefilling("p", prompt=1000)
-    policy = TokenFlow(SchedulerConfig(policy="tokenflow", min_prefill_share=0.6))
+    policy = TokenFlow(scheduler_config(policy="tokenflow", min_prefill_share=0.6))
     tokens = [policy.decide(dry.snapshot()).prefill_tokens for _ in range(18)]
     assert tokens == [*[0] * 7, pytest.approx(212, abs=1)] * 2 + [0, 0]
 
@@ -161,7 +162,7 @@ def test_where_having_prompts_is_dear_they_come_in_chunks_that_are_worth_it():
 def test_the_rest_of_a_prompt_is_worth_it_however_short():
     dry = Scene(cost=FlatCost(step=0.02, prefill=1e-3, prompts=0.04)).running("a", unread_s=-1.0)
     dry.prefilling("p", prompt=5)
-    policy = TokenFlow(SchedulerConfig(policy="tokenflow", min_prefill_share=0.6))
+    policy = TokenFlow(scheduler_config(policy="tokenflow", min_prefill_share=0.6))
     tokens = [policy.decide(dry.snapshot()).prefill_tokens for _ in range(2)]
     assert tokens == [0, pytest.approx(20, abs=1)]
 
@@ -183,7 +184,7 @@ def test_a_wait_for_a_first_token_excuses_a_little_stalling():
     scene.held += 5
     scene.prefilling("p", for_s=2.0)
     for share, excused_s in ((0.0, 0.0), (0.05, 0.1), (0.1, 0.2)):
-        tokens = decide(scene, stall_per_wait=share).prefill_tokens
+        tokens = decide(scene, stall_budget_per_wait=share).prefill_tokens
         assert tokens == pytest.approx((0.9 * (0.3 + excused_s) - 0.02) / 1e-3, abs=1)
 
 

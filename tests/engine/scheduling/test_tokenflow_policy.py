@@ -127,7 +127,7 @@ def test_several_victims_together_make_room_for_a_long_prompt():
     assert decision.admit == ("long",)
 
 
-# -- balance
+# -- swaps
 
 
 def test_a_paused_reader_comes_back_when_its_playback_nears_its_end_and_not_before():
@@ -145,7 +145,7 @@ def test_free_memory_is_used_before_any_buffer_is_low():
     assert (decision.preempt, decision.resume) == ((), (("p", LOAD),))
 
 
-def test_no_exchange_between_buffers_that_are_nearly_equal():
+def test_no_swap_between_buffers_that_are_nearly_equal():
     scene = Scene(num_blocks=30).running("a", unread_s=2.5).running("b", unread_s=2.0).paused("p", unread_s=0.9)
     assert decide(scene).preempt == ()
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.engine.policy_driver import CPU, Ask, Driver, Machine, burst
 from tests.engine.scene import FlatCost, Scene, set_kv
+from tests.scheduler_settings import scheduler_config
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.cost_model import StepCoefficients
 from tfserve.engine.scheduling.policies.headroom import gain
@@ -29,7 +30,7 @@ class TwoSlots:
 
     def __init__(self, policy: TokenFlow) -> None:
         self.policy, self.tracker = policy, Tracker(default_rate=20.0)
-        self.cost = FlatCost(step=1 / 40, prefill=10.0, out_s=0.9, back_s=0.1, gamma=80.0)
+        self.cost = FlatCost(step=1 / 40, prefill=10.0, out_s=0.9, back_s=0.1, capacity=80.0)
         self.events: list[tuple[float, str, str]] = []
 
     def run(self, arrivals: dict[str, tuple[float, float]], until_s: float) -> None:
@@ -69,12 +70,12 @@ class TwoSlots:
 
 def test_the_papers_figure_6():
     # A first token comes one step after it is begun, so buffers are up to one token fuller than the figure's.
-    config = SchedulerConfig(
+    config = scheduler_config(
         policy="tokenflow",
         schedule_interval_s=1.0,
         buffer_conservativeness=1.25,
-        swap_gap_s=0.5,
-        critical_s=0.925,
+        min_swap_gain_s=0.5,
+        low_buffer_s=0.925,
         watermark=0.0,
     )
     slots = TwoSlots(TokenFlow(config))
@@ -221,14 +222,14 @@ def test_every_request_finishes_and_no_block_is_lost(
 def assert_no_request_starves(driver: Driver, bound_s: float = 10.0) -> None:
     """No request is without text to read, waits for its first token, or is paused without a reader, for long.
 
-    One after another these would take 25 s. Under `share` a starving reader is relieved once it is `relief_s` (5 s)
+    One after another these would take 25 s. Under `share` a starving reader comes once it is `starvation_gap_s` (5 s)
     worse off than another; the longest seen in 150 examples were 4.9, 1.7 and 3.5 s.
     """
     c = driver.tracker.columns(driver.now)
-    assert (c.dry_s[c.has_started] < bound_s).all()
+    assert (c.current_stall_s[c.has_started] < bound_s).all()
     assert (driver.now - c.arrival_s[c.has_reader & ~c.has_started] < bound_s).all()
     away = ~c.has_reader & (c.state != int(RequestState.RUNNING))
-    assert (driver.now - c.state_since_s[away] < bound_s + SchedulerConfig().background_patience_s).all()
+    assert (driver.now - c.state_since_s[away] < bound_s + SchedulerConfig().tokenflow.background_slack_s).all()
 
 
 def test_requests_of_one_kind_get_first_tokens_in_order_of_arrival():

@@ -43,7 +43,7 @@ def test_a_stall_is_known_only_where_the_rate_is():
 def row_of(tracker: Tracker, req: str, now_s: float) -> dict[str, float]:
     c = tracker.columns(now_s)
     i = c.ids.index(req)
-    names = ("unread", "consumed", "stall_s", "dry_s", "time_to_empty_s", "rate", "num_output", "read_area")
+    names = ("unread", "consumed", "stall_s", "current_stall_s", "time_to_empty_s", "rate", "num_output", "read_area")
     return {name: float(getattr(c, name)[i]) for name in names}
 
 
@@ -105,10 +105,10 @@ def test_an_empty_buffer_stalls_until_the_next_token():
     tracker = tracker_with(a=10.0)
     tracker.on_tokens(["a"], 5, 0.0)
     row = row_of(tracker, "a", 2.0)
-    assert (row["dry_s"], row["stall_s"], row["unread"]) == (1.5, 1.5, 0.0)
+    assert (row["current_stall_s"], row["stall_s"], row["unread"]) == (1.5, 1.5, 0.0)
     tracker.on_tokens(["a"], 10, 2.0)
     row = row_of(tracker, "a", 2.5)
-    assert (row["dry_s"], row["stall_s"], row["unread"]) == (0.0, 1.5, 5.0)
+    assert (row["current_stall_s"], row["stall_s"], row["unread"]) == (0.0, 1.5, 5.0)
 
 
 def test_read_area_is_the_integral_of_what_was_read():
@@ -122,7 +122,7 @@ def test_without_a_rate_there_is_no_buffer():
     tracker = tracker_with(a=None)
     tracker.on_tokens(["a"], 5, 0.0)
     row = row_of(tracker, "a", 9.0)
-    assert (row["unread"], row["stall_s"], row["dry_s"]) == (0.0, 0.0, 0.0)
+    assert (row["unread"], row["stall_s"], row["current_stall_s"]) == (0.0, 0.0, 0.0)
     assert row["time_to_empty_s"] == math.inf
     assert math.isnan(row["rate"])
 

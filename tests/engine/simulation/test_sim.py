@@ -11,7 +11,7 @@ from tfserve.engine.simulation.transfers import SimLinks, SimTransfers
 from tfserve.memory.block_pool import BlockPool
 from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions
 from tfserve.memory.residency import KVState
-from tfserve.plan import After, BlockId, Copy, CopyId, Direction, Fence, Row, SeqStep, StepPlan
+from tfserve.plan import BlockId, Copy, CopyDeps, CopyId, Direction, SeqStep, SlotId, StepId, StepPlan
 
 BLOCK = 16
 TOKEN_BYTES = 1000
@@ -61,7 +61,7 @@ def test_waiting_for_nothing_is_an_error():
 
 
 def plan(step: int, *seqs: SeqStep, n_decode: int = 0) -> StepPlan:
-    return StepPlan(Fence(step), seqs, n_decode)
+    return StepPlan(StepId(step), seqs, n_decode)
 
 
 def test_a_step_costs_what_its_batch_costs_and_follows_the_one_before():
@@ -73,8 +73,8 @@ def test_a_step_costs_what_its_batch_costs_and_follows_the_one_before():
         return 0.5
 
     runner = SimRunner(clock, step_s, vocab_size=100)
-    decode = SeqStep("a", Row(0), 9, 1, True, None)
-    prefill = SeqStep("b", Row(1), 4, 6, False, (1,) * 6)
+    decode = SeqStep("a", SlotId(0), 9, 1, True, None)
+    prefill = SeqStep("b", SlotId(1), 4, 6, False, (1,) * 6)
     first = runner.launch(plan(0, decode, prefill, n_decode=1))
     second = runner.launch(plan(1, decode, n_decode=1))
     assert asked == [(1, 10, 6, 6 * 7.0), (1, 10, 0, 0)]
@@ -91,7 +91,7 @@ def test_a_step_costs_what_its_batch_costs_and_follows_the_one_before():
 def test_the_cpu_time_of_a_launch_passes_before_the_step_starts():
     clock = SimClock()
     runner = SimRunner(clock, lambda *work: 0.5, vocab_size=100, host_s=lambda _: 0.1)
-    decode = SeqStep("a", Row(0), 9, 1, True, None)
+    decode = SeqStep("a", SlotId(0), 9, 1, True, None)
     flights = [runner.launch(plan(step, decode, n_decode=1)) for step in range(3)]
     assert clock.now() == pytest.approx(0.3)
     assert [flight.result().idle_s for flight in flights] == [0.0, 0.0, 0.0]
@@ -106,8 +106,8 @@ def test_tokens_depend_on_request_and_position_alone():
     assert tokens[:1000] != tokens[1000:]
 
 
-def make_copy(number, direction, block, ntok=BLOCK):
-    return Copy(CopyId(number), direction, BlockId(block), BlockId(block), 0, ntok, After())
+def make_copy(number, direction, block, num_tokens=BLOCK):
+    return Copy(CopyId(number), direction, BlockId(block), BlockId(block), 0, num_tokens, CopyDeps())
 
 
 def end_times(copies, **options):
@@ -155,10 +155,10 @@ def swap_s(num_blocks: int = 8, **options) -> tuple[float, int]:
                 transfers.submit(kv.resume("back", num_blocks))
 
     for step, req in enumerate(("back", "away")):
-        kv.begin_step(Fence(step))
+        kv.begin_step(StepId(step))
         assert kv.extend(req, num_blocks * BLOCK, num_blocks * BLOCK) is not None
-        transfers.complete(Fence(step))
-        kv.begin_step(Fence(step + 1))
+        transfers.complete(StepId(step))
+        kv.begin_step(StepId(step + 1))
         transfers.submit(kv.plan_stores([req], 1_000_000))
         settle()
         if req == "back":

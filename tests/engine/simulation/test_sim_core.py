@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tfserve.config import SchedulerConfig
+from tests.scheduler_settings import scheduler_config
 from tfserve.engine.core.loop import EngineCore
 from tfserve.engine.scheduling.assembly import KVMemory, make_scheduler
 from tfserve.engine.scheduling.cost_model import CostModel
@@ -41,7 +41,7 @@ class SimEngine:
         self.outputs: dict[str, list[int]] = {}
         self.times: dict[str, object] = {}
         self.token_s: dict[str, list[float]] = {}
-        config = SchedulerConfig(**scheduler)
+        config = scheduler_config(**scheduler)
         links = SimLinks(store_bytes_per_s=1e9, load_bytes_per_s=1e9, contention=1.3)
         transfers = SimTransfers(self.clock, links, TOKEN_BYTES) if num_host_blocks else None
         self.scheduler = make_scheduler(
@@ -146,7 +146,7 @@ def test_two_deep_the_device_does_not_wait_for_the_host():
 def test_in_a_burst_tokenflow_brings_first_tokens_sooner_than_fcfs_without_stalls(depth):
     rate = 8.0
     fcfs = burst("fcfs", 0, rate, depth=depth).report(rate)
-    sharing = {"schedule_interval_s": 0.2, "min_residency_s": 0.2, "critical_s": 0.5}
+    sharing = {"schedule_interval_s": 0.2, "min_residency_s": 0.2, "low_buffer_s": 0.5}
     engine = burst("tokenflow", 300, rate, depth=depth, **sharing)
     flow = engine.report(rate)
     assert flow.ttft_p99_s < 0.3 * fcfs.ttft_p99_s

@@ -82,7 +82,7 @@ class FakeLink:
         for row in range(what.rows):
             dev, host = (
                 slice(begin + row * what.pitch, begin + row * what.pitch + what.width)
-                for begin in (what.dev_offset, what.host_offset)
+                for begin in (what.device_offset, what.host_offset)
             )
             if direction is Direction.STORE:
                 self.host[host] = self.device[dev]

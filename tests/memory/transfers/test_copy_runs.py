@@ -15,8 +15,8 @@ PAGES, BLOCK, ROW = 6, 4, 3
 GEOMETRY = BlockGeometry(PAGES, BLOCK, ROW)
 
 
-def copy(number: int, dev: int, host: int, tok0: int = 0, ntok: int = BLOCK) -> Copy:
-    return Copy(CopyId(number), Direction.STORE, BlockId(dev), BlockId(host), tok0, ntok)
+def copy(number: int, device_block: int, host_block: int, start: int = 0, num_tokens: int = BLOCK) -> Copy:
+    return Copy(CopyId(number), Direction.STORE, BlockId(device_block), BlockId(host_block), start, num_tokens)
 
 
 def runs_of(copies: list[Copy], *, most: int = 100, chunk: int = 100, joins=lambda copy: True) -> list[list[int]]:
@@ -72,12 +72,12 @@ def test_a_rectangle_is_exactly_the_tokens_of_the_copies(seed):
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 4))
     dev, host = (int(rng.integers(1, 9 - n)) for _ in range(2))
-    tok0 = int(rng.integers(0, BLOCK))
-    ntok = int(rng.integers(1, BLOCK - tok0 + 1))
+    start = int(rng.integers(0, BLOCK))
+    num_tokens = int(rng.integers(1, BLOCK - start + 1))
     device, memory = (rng.integers(0, 256, (9, PAGES, BLOCK, ROW), np.uint8) for _ in range(2))
     expected = memory.copy()
-    expected[host : host + n, :, tok0 : tok0 + ntok] = device[dev : dev + n, :, tok0 : tok0 + ntok]
+    expected[host : host + n, :, start : start + num_tokens] = device[dev : dev + n, :, start : start + num_tokens]
     link = FakeLink(device.reshape(-1), memory.reshape(-1))
-    link.start(Direction.STORE, GEOMETRY.rectangle(copy(0, dev, host, tok0, ntok), n), [])
+    link.start(Direction.STORE, GEOMETRY.rectangle(copy(0, dev, host, start, num_tokens), n), [])
     link.run_all()
     np.testing.assert_array_equal(memory, expected)

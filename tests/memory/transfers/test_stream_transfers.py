@@ -13,7 +13,7 @@ from tfserve.engine.core.clock import RealClock
 from tfserve.errors import EngineDeadError
 from tfserve.memory.transfers.copy_runs import BlockGeometry
 from tfserve.memory.transfers.stream_transfers import StreamTransfers
-from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, BlockId, Copy, CopyDeps, CopyId, Direction, StepId
 
 STORE, LOAD = Direction.STORE, Direction.LOAD
 GEOMETRY = BlockGeometry(pages=2, block_size=4, row_bytes=1)
@@ -21,9 +21,11 @@ NUM_BLOCKS = 9
 PATIENCE_S = 10.0
 
 
-def copy(number: int, direction: Direction, dev: int, host: int, tok0=0, ntok=4, fence=None, copies=()) -> Copy:
-    after = After(None if fence is None else Fence(fence), tuple(CopyId(c) for c in copies))
-    return Copy(CopyId(number), direction, BlockId(dev), BlockId(host), tok0, ntok, after)
+def copy(
+    number: int, direction: Direction, device_block: int, host_block: int, start=0, num_tokens=4, step=None, copies=()
+) -> Copy:
+    after = CopyDeps(None if step is None else StepId(step), tuple(CopyId(c) for c in copies))
+    return Copy(CopyId(number), direction, BlockId(device_block), BlockId(host_block), start, num_tokens, after)
 
 
 class Bench:
@@ -64,10 +66,10 @@ def test_a_copy_that_waits_for_nothing_is_on_the_device_at_once_and_acknowledged
 
 
 def test_a_step_that_is_running_is_waited_for_on_the_device(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=3)])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=3)])
     assert bench.enqueued() == 0  # step 3 is not launched yet
     mark = bench.link.launch(lambda: bench.device.__setitem__(1, 9))
-    bench.engine.launched(Fence(3), mark)
+    bench.engine.launched(StepId(3), mark)
     assert bench.enqueued() == 1
     assert STORE not in bench.link.ready()
     bench.settle(1)
@@ -75,14 +77,14 @@ def test_a_step_that_is_running_is_waited_for_on_the_device(bench):
 
 
 def test_a_step_that_is_over_is_not_waited_for(bench):
-    bench.engine.complete(Fence(3))
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=3)])
+    bench.engine.complete(StepId(3))
+    bench.engine.submit([copy(0, STORE, 1, 1, step=3)])
     assert bench.link.ready() == [STORE]
 
 
 def test_completion_of_a_later_step_frees_what_waited_for_one_that_was_never_launched(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=3)])
-    bench.engine.complete(Fence(4))
+    bench.engine.submit([copy(0, STORE, 1, 1, step=3)])
+    bench.engine.complete(StepId(4))
     assert bench.enqueued() == 1
 
 
@@ -97,22 +99,22 @@ def test_a_load_into_a_block_that_is_being_stored_waits_on_the_device(bench):
 
 
 def test_a_load_behind_a_store_that_is_held_is_held_too_and_follows_it(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0), copy(1, LOAD, 1, 2, copies=[0])])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0), copy(1, LOAD, 1, 2, copies=[0])])
     assert bench.enqueued() == 0
-    bench.engine.launched(Fence(0), bench.link.launch(lambda: None))
+    bench.engine.launched(StepId(0), bench.link.launch(lambda: None))
     assert bench.enqueued() == 2
     assert sorted(ack.id for ack in bench.settle(2)) == [0, 1]
 
 
 def test_directions_do_not_hold_each_other_up_but_order_holds_within_one(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0), copy(1, STORE, 2, 2), copy(2, LOAD, 3, 3)])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0), copy(1, STORE, 2, 2), copy(2, LOAD, 3, 3)])
     assert [ack.id for ack in bench.settle(1)] == [2]
-    bench.engine.complete(Fence(0))
+    bench.engine.complete(StepId(0))
     assert [ack.id for ack in bench.settle(2)] == [0, 1]
 
 
 def test_what_is_on_the_device_cannot_be_cancelled_and_what_is_held_can(bench):
-    bench.engine.submit([copy(0, STORE, 5, 5), copy(1, STORE, 1, 1, fence=0), copy(2, LOAD, 1, 3, copies=[1])])
+    bench.engine.submit([copy(0, STORE, 5, 5), copy(1, STORE, 1, 1, step=0), copy(2, LOAD, 1, 3, copies=[1])])
     assert bench.engine.cancel({CopyId(0), CopyId(1), CopyId(9)}) == {1}
     assert sorted(ack.id for ack in bench.settle(2)) == [0, 2]
     assert bench.engine.cancel({CopyId(2)}) == set()
@@ -120,8 +122,8 @@ def test_what_is_on_the_device_cannot_be_cancelled_and_what_is_held_can(bench):
 
 def test_a_run_does_not_wait_for_more_than_its_first_copy(bench):
     mark = bench.link.launch(lambda: None)
-    bench.engine.launched(Fence(0), mark)
-    bench.engine.submit([copy(0, LOAD, 1, 1), copy(1, LOAD, 2, 2), copy(2, LOAD, 3, 3, fence=0)])
+    bench.engine.launched(StepId(0), mark)
+    bench.engine.submit([copy(0, LOAD, 1, 1), copy(1, LOAD, 2, 2), copy(2, LOAD, 3, 3, step=0)])
     bench.link.run(LOAD)
     assert bench.link.moved[0][1].nbytes == 16
     assert LOAD not in bench.link.ready()
@@ -165,7 +167,7 @@ def test_the_end_of_a_thread_reaches_the_loop(bench):
 
 def test_closing_drops_what_is_held_and_lets_go_of_the_link(bench):
     engine = bench.engine
-    engine.submit([copy(0, STORE, 1, 1, fence=9)])
+    engine.submit([copy(0, STORE, 1, 1, step=9)])
     engine.close()
     assert bench.link.closed
     assert not any(thread.is_alive() for thread in engine._threads)
@@ -183,10 +185,10 @@ class Race:
         self.read: int | None = None
         bench.host[2] = 20
         bench.engine.submit(
-            [copy(0, STORE, 1, 1, fence=0), copy(1, LOAD, 1, 2, fence=1, copies=[0])],
+            [copy(0, STORE, 1, 1, step=0), copy(1, LOAD, 1, 2, step=1, copies=[0])],
         )
-        bench.engine.launched(Fence(0), bench.link.launch(lambda: bench.device.__setitem__(1, 10)))
-        bench.engine.launched(Fence(1), bench.link.launch(self._read))
+        bench.engine.launched(StepId(0), bench.link.launch(lambda: bench.device.__setitem__(1, 10)))
+        bench.engine.launched(StepId(1), bench.link.launch(self._read))
 
     def _read(self) -> None:
         self.read = int(self.bench.device[1, 0, 0])

@@ -19,7 +19,7 @@ from tfserve.errors import EngineDeadError
 from tfserve.memory.transfers.copy_runs import BlockGeometry
 from tfserve.memory.transfers.stream_transfers import StreamTransfers
 from tfserve.memory.transfers.worker_transfers import TierArrays, WorkerTransfers
-from tfserve.plan import Ack, After, BlockId, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, BlockId, Copy, CopyDeps, CopyId, Direction, StepId
 
 STORE, LOAD = Direction.STORE, Direction.LOAD
 LAYERS, BLOCK, HEADS, WIDTH = 3, 4, 2, 8
@@ -28,9 +28,11 @@ TOKEN_BYTES = LAYERS * 2 * HEADS * WIDTH * 4
 PATIENCE_S = 10.0
 
 
-def copy(number: int, direction: Direction, dev: int, host: int, tok0=0, ntok=4, fence=None, copies=()) -> Copy:
-    after = After(None if fence is None else Fence(fence), tuple(CopyId(c) for c in copies))
-    return Copy(CopyId(number), direction, BlockId(dev), BlockId(host), tok0, ntok, after)
+def copy(
+    number: int, direction: Direction, device_block: int, host_block: int, start=0, num_tokens=4, step=None, copies=()
+) -> Copy:
+    after = CopyDeps(None if step is None else StepId(step), tuple(CopyId(c) for c in copies))
+    return Copy(CopyId(number), direction, BlockId(device_block), BlockId(host_block), start, num_tokens, after)
 
 
 class WorkerBench:
@@ -116,7 +118,7 @@ def ids(acks: list[Ack]) -> list[int]:
 
 
 def test_copies_of_a_direction_are_acknowledged_in_order_and_once(bench):
-    bench.engine.submit([copy(0, STORE, 1, 5), copy(1, STORE, 2, 6), copy(2, STORE, 7, 1, ntok=1)])
+    bench.engine.submit([copy(0, STORE, 1, 5), copy(1, STORE, 2, 6), copy(2, STORE, 7, 1, num_tokens=1)])
     acks = bench.settle(3)
     assert ids(acks) == [0, 1, 2]
     assert all(ack.ok for ack in acks)
@@ -126,34 +128,34 @@ def test_copies_of_a_direction_are_acknowledged_in_order_and_once(bench):
 
 
 def test_a_copy_waits_for_its_step(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=3)])
-    bench.engine.complete(Fence(2))
+    bench.engine.submit([copy(0, STORE, 1, 1, step=3)])
+    bench.engine.complete(StepId(2))
     assert bench.settle(0) == []
-    bench.engine.complete(Fence(4))
+    bench.engine.complete(StepId(4))
     assert ids(bench.settle(1)) == [0]
 
 
 def test_a_copy_waits_for_the_other_direction(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0), copy(1, LOAD, 1, 2, copies=[0])])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0), copy(1, LOAD, 1, 2, copies=[0])])
     assert bench.settle(0) == []
-    bench.engine.complete(Fence(0))
+    bench.engine.complete(StepId(0))
     acks = bench.settle(2)
     assert ids(acks) == [0, 1]
     assert acks[0].end_s <= acks[1].start_s + 1e-9
 
 
 def test_directions_do_not_hold_each_other_up(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0), copy(1, LOAD, 2, 2)])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0), copy(1, LOAD, 2, 2)])
     assert ids(bench.settle(1)) == [1]
 
 
 def test_a_waiting_copy_holds_up_those_behind_it(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0), copy(1, STORE, 2, 2)])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0), copy(1, STORE, 2, 2)])
     assert bench.settle(0) == []
 
 
 def test_cancelled_copies_are_never_acknowledged_and_count_as_ended(bench):
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=0), copy(1, STORE, 2, 2), copy(2, LOAD, 1, 3, copies=[0])])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=0), copy(1, STORE, 2, 2), copy(2, LOAD, 1, 3, copies=[0])])
     assert bench.settle(0) == []
     assert bench.engine.cancel({CopyId(0), CopyId(77)}) == {0}
     assert sorted(ids(bench.settle(2))) == [1, 2]
@@ -185,7 +187,7 @@ def test_workers_move_just_the_tokens_named_and_merge_neighbours():
     bench.device[:] = np.random.default_rng(0).random(bench.device.shape, np.float32)
     original = by_token(bench.device.transpose(2, 0, 1, 3))
     bench.engine.submit([copy(i, STORE, 1 + i, 4 + i) for i in range(3)])
-    bench.engine.submit([copy(3, STORE, 7, 8, tok0=1, ntok=2)])
+    bench.engine.submit([copy(3, STORE, 7, 8, start=1, num_tokens=2)])
     acks = bench.settle(4)
     assert [ack.nbytes for ack in acks] == [4 * TOKEN_BYTES] * 3 + [2 * TOKEN_BYTES]
     host = by_token(bench.host)
@@ -194,7 +196,7 @@ def test_workers_move_just_the_tokens_named_and_merge_neighbours():
     assert not host[8, [0, 3]].any()
     assert not host[:4].any()
     bench.device[:] = 0
-    bench.engine.submit([copy(10, LOAD, 2, 4), copy(11, LOAD, 3, 5), copy(12, LOAD, 1, 8, tok0=1, ntok=2)])
+    bench.engine.submit([copy(10, LOAD, 2, 4), copy(11, LOAD, 3, 5), copy(12, LOAD, 1, 8, start=1, num_tokens=2)])
     bench.settle(3)
     device = by_token(bench.device.transpose(2, 0, 1, 3))
     np.testing.assert_array_equal(device[2:4], original[1:3])
@@ -258,7 +260,7 @@ def test_an_emulated_link_takes_its_time():
 def test_close_ends_the_threads_even_when_copies_still_wait():
     before = threading.active_count()
     bench = WorkerBench()
-    bench.engine.submit([copy(0, STORE, 1, 1, fence=9)])
+    bench.engine.submit([copy(0, STORE, 1, 1, step=9)])
     bench.engine.close()
     assert threading.active_count() == before
 

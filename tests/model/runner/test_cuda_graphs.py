@@ -16,7 +16,7 @@ from tfserve.model.loading.config import load_model_config
 from tfserve.model.loading.loader import load_model
 from tfserve.model.runner.cuda_graphs import DecodeGraphs, DecodeInputs, ladder, widths
 from tfserve.model.runner.runner import ModelRunner
-from tfserve.plan import BlockId, Fence, Row, RowInit, SeqStep, StepPlan
+from tfserve.plan import BlockId, SeqStep, SlotId, SlotInit, StepId, StepPlan
 from tfserve.types import SamplingParams
 
 H100_PROCESSORS = 132
@@ -117,19 +117,19 @@ def test_a_runner_with_graphs_computes_what_one_without_does(tiny_llama3):
     lengths = [250, 3, 600, 256, 40]
     ids = [tuple((7 * row + i) % 500 + 3 for i in range(700)) for row in range(5)]
     params = SamplingParams(temperature=0, logprobs=5)
-    entered = tuple(RowInit(Row(r), f"r{r}", params, 0, ids[r][:n], n) for r, n in enumerate(lengths))
+    entered = tuple(SlotInit(SlotId(r), f"r{r}", params, 0, ids[r][:n], n) for r, n in enumerate(lengths))
 
     def seq(row: int, start: int, n: int) -> SeqStep:
         blocks = tuple(BlockId(3 * row + 1 + i) for i in range(3)) if start == 0 else ()
-        return SeqStep(f"r{row}", Row(row), start, n, True, ids[row][start : start + n], blocks)
+        return SeqStep(f"r{row}", SlotId(row), start, n, True, ids[row][start : start + n], blocks)
 
     def decode(step: int, rows: list[int]) -> StepPlan:
-        return StepPlan(Fence(step), tuple(seq(row, lengths[row] + step - 1, 1) for row in rows), len(rows))
+        return StepPlan(StepId(step), tuple(seq(row, lengths[row] + step - 1, 1) for row in rows), len(rows))
 
     plans = [
-        StepPlan(Fence(0), tuple(seq(row, 0, n) for row, n in enumerate(lengths[:4])), 0, entered),
+        StepPlan(StepId(0), tuple(seq(row, 0, n) for row, n in enumerate(lengths[:4])), 0, entered),
         decode(1, [0, 1, 2, 3]),
-        StepPlan(Fence(2), (*decode(2, [3, 1]).seqs, seq(4, 0, 40)), 2),
+        StepPlan(StepId(2), (*decode(2, [3, 1]).seqs, seq(4, 0, 40)), 2),
         decode(3, [1]),
         decode(4, [2, 0, 1, 3, 4]),
         decode(5, [1, 4]),

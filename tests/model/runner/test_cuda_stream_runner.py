@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tfserve.model.runner.cuda_stream_runner import TimedFlight
-from tfserve.plan import Fence, StepResult
+from tfserve.plan import StepId, StepResult
 
 
 class Flight:
     def result(self) -> StepResult:
-        return StepResult(Fence(7), (5,), (None,), device_s=9.0, idle_s=9.0)
+        return StepResult(StepId(7), (5,), (None,), device_s=9.0, idle_s=9.0)
 
 
 @dataclass

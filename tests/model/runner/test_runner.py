@@ -21,15 +21,15 @@ from tfserve.model.loading.loader import load_model
 from tfserve.model.runner.runner import ModelRunner
 from tfserve.plan import (
     Ack,
-    After,
     BlockId,
     Copy,
+    CopyDeps,
     CopyId,
     Direction,
-    Fence,
-    Row,
-    RowInit,
     SeqStep,
+    SlotId,
+    SlotInit,
+    StepId,
     StepPlan,
     StepResult,
 )
@@ -75,27 +75,27 @@ class Driver:
         self.blocks: dict[int, list[BlockId]] = {}
         self.step = 0
 
-    def enter(self, row: int, tokens: list[int], prompt: int | None = None, **params: Any) -> RowInit:
+    def enter(self, row: int, tokens: list[int], prompt: int | None = None, **params: Any) -> SlotInit:
         self.tokens[row], self.blocks[row] = list(tokens), []
         params.setdefault("temperature", 0)
         num_prompt = len(tokens) if prompt is None else prompt
-        return RowInit(Row(row), f"r{row}", SamplingParams(**params), 0, tuple(tokens), num_prompt)
+        return SlotInit(SlotId(row), f"r{row}", SamplingParams(**params), 0, tuple(tokens), num_prompt)
 
     def seq(self, row: int, start: int, n: int, sample: bool = True, from_host: bool = True) -> SeqStep:
         missing = -(-(start + n) // BLOCK_SIZE) - len(self.blocks[row])
         new = tuple(self.free.pop() for _ in range(missing))
         self.blocks[row] += new
         tokens = tuple(self.tokens[row][start : start + n]) if from_host else None
-        return SeqStep(f"r{row}", Row(row), start, n, sample, tokens, new)
+        return SeqStep(f"r{row}", SlotId(row), start, n, sample, tokens, new)
 
     def run(self, *seqs: SeqStep, n_decode: int = 0, entered: tuple = (), released: tuple = ()) -> StepResult:
         self.step += 1
-        flight = self.runner.launch(StepPlan(Fence(self.step), seqs, n_decode, entered, released))
+        flight = self.runner.launch(StepPlan(StepId(self.step), seqs, n_decode, entered, released))
         result = flight.result()
         assert result.step == self.step
         sampling = [seq for seq in seqs if seq.sample]
         for seq, token in zip(sampling, result.tokens, strict=True):
-            self.tokens[seq.row].append(token)
+            self.tokens[seq.slot].append(token)
         return result
 
     def start(self, row: int, tokens: list[int], sample: bool = True, **params: Any) -> StepResult:
@@ -107,7 +107,7 @@ class Driver:
         return self.run(*seqs, n_decode=len(rows))
 
     def release(self, row: int) -> None:
-        self.run(released=(Row(row),))
+        self.run(released=(SlotId(row),))
         self.free[:0] = self.blocks.pop(row)
 
 
@@ -250,10 +250,10 @@ def test_a_row_that_re_enters_with_its_blocks_needs_no_recompute(driver: Driver)
     driver.release(0)
     driver.start(0, prompt(30))
     tokens, blocks = driver.tokens[0], driver.blocks[0]
-    driver.run(released=(Row(0),))
+    driver.run(released=(SlotId(0),))
     entry = driver.enter(3, tokens, prompt=30)
     driver.blocks[3] = blocks
-    entry = RowInit(entry.row, entry.req, entry.params, 0, entry.token_ids, 30, tuple(blocks))
+    entry = SlotInit(entry.slot, entry.req, entry.params, 0, entry.token_ids, 30, tuple(blocks))
     driver.run(driver.seq(3, 30, 1), n_decode=1, entered=(entry,))
     while len(driver.tokens[3]) < len(expected):
         driver.decode(3)
@@ -265,13 +265,13 @@ def test_logits_after_a_store_and_a_load_equal_transformers(driver: Driver, refe
     for _ in range(10):
         driver.decode(0)
     tokens, stored = driver.tokens[0], driver.blocks.pop(0)
-    driver.run(released=(Row(0),))
+    driver.run(released=(SlotId(0),))
     loaded = [driver.free.pop() for _ in stored]
     move_through_host(driver, stored, loaded)
 
     entry = driver.enter(4, tokens, prompt=45, logprobs=20)
     driver.blocks[4] = loaded
-    entry = RowInit(entry.row, entry.req, entry.params, 0, entry.token_ids, 45, tuple(loaded))
+    entry = SlotInit(entry.slot, entry.req, entry.params, 0, entry.token_ids, 45, tuple(loaded))
     [logprob] = driver.run(driver.seq(4, len(tokens) - 1, 1), n_decode=1, entered=(entry,)).logprobs
     assert logprob is not None
     expected = reference_logits(reference, driver.tokens[4][:-1])[-1].log_softmax(-1)
@@ -288,7 +288,9 @@ def move_through_host(driver: Driver, stored: list[BlockId], loaded: list[BlockI
     transfers = WorkerTransfers(*tiers, RealClock())
     for direction, blocks in ((Direction.STORE, stored), (Direction.LOAD, loaded)):
         copies = [
-            Copy(CopyId(100 * (direction is Direction.LOAD) + i), direction, block, BlockId(i), 0, BLOCK_SIZE, After())
+            Copy(
+                CopyId(100 * (direction is Direction.LOAD) + i), direction, block, BlockId(i), 0, BLOCK_SIZE, CopyDeps()
+            )
             for i, block in enumerate(blocks, 1)
         ]
         transfers.submit(copies)
@@ -307,7 +309,7 @@ def test_a_failed_step_raises_from_result_and_others_go_on(driver: Driver, refer
     driver.start(0, prompt(20))
     entered = (driver.enter(1, prompt(9, 1)),)
     driver.backend.broken = True
-    flight = driver.runner.launch(StepPlan(Fence(99), (driver.seq(1, 0, 9),), 0, entered))
+    flight = driver.runner.launch(StepPlan(StepId(99), (driver.seq(1, 0, 9),), 0, entered))
     with pytest.raises(RuntimeError, match="out of kernels"):
         flight.result()
     driver.backend.broken = False
@@ -324,14 +326,14 @@ def test_a_failed_step_raises_from_result_and_others_go_on(driver: Driver, refer
 def test_a_sequence_without_room_for_its_tokens_is_refused_before_anything_is_written(tiny_llama3: Path) -> None:
     driver = Driver(tiny_llama3)
     entered = (driver.enter(0, prompt(9)),)
-    seq = SeqStep("r0", Row(0), 0, 9, True, tuple(prompt(9)), (BlockId(1),))
+    seq = SeqStep("r0", SlotId(0), 0, 9, True, tuple(prompt(9)), (BlockId(1),))
     with pytest.raises(ValueError, match="r0: 1 blocks for 9 tokens"):
         driver.run(seq, entered=entered)
     assert not any(pages.any() for layer in driver.kv.layers for pages in layer)
 
 
 def test_a_step_without_sequences_produces_nothing(tiny_llama3: Path) -> None:
-    result = Driver(tiny_llama3).run(released=(Row(3),))
+    result = Driver(tiny_llama3).run(released=(SlotId(3),))
     assert result.tokens == ()
     assert result.device_s == 0
 

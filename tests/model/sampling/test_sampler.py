@@ -14,19 +14,19 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from tfserve.model.sampling.sampler import Sampler
 from tfserve.model.sampling.token_draw import CANDIDATES, draw, keep_thresholds, search_thresholds, uniform
-from tfserve.plan import Row, RowInit
+from tfserve.plan import SlotId, SlotInit
 from tfserve.types import SamplingParams
 
 VOCAB = 512
 EOS = 2
 
 
-def row_init(row: int, tokens: Sequence[int] = (5, 6, 7), prompt: int = 3, seed: int = 11, **params: Any) -> RowInit:
-    return RowInit(Row(row), f"r{row}", SamplingParams(**params), seed, tuple(tokens), prompt, eos_token_ids=(EOS,))
+def slot_init(row: int, tokens: Sequence[int] = (5, 6, 7), prompt: int = 3, seed: int = 11, **params: Any) -> SlotInit:
+    return SlotInit(SlotId(row), f"r{row}", SamplingParams(**params), seed, tuple(tokens), prompt, eos_token_ids=(EOS,))
 
 
-def sampler_with(*rows: RowInit, vocab_size: int = VOCAB) -> Sampler:
-    sampler = Sampler(vocab_size, max(row.row for row in rows) + 1, "cpu")
+def sampler_with(*rows: SlotInit, vocab_size: int = VOCAB) -> Sampler:
+    sampler = Sampler(vocab_size, max(row.slot for row in rows) + 1, "cpu")
     for row in rows:
         sampler.enter(row)
     return sampler
@@ -43,7 +43,7 @@ def random_logits(rows: int, vocab_size: int = VOCAB, seed: int = 0, spread: flo
 
 def one_row_distribution(logits: Tensor, draws: int = 4000, **params: Any) -> Tensor:
     """How often each token comes at `draws` positions of one request."""
-    sampler = sampler_with(row_init(0, **params), vocab_size=logits.shape[-1])
+    sampler = sampler_with(slot_init(0, **params), vocab_size=logits.shape[-1])
     batch = logits.expand(draws, -1)
     tokens = sampler.sample(batch, [0] * draws, range(3, 3 + draws)).token_ids
     return torch.bincount(tokens, minlength=logits.shape[-1]) / draws
@@ -74,14 +74,14 @@ def filtered(probs: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0
 @pytest.mark.parametrize("vocab_size", [97, 512, 1000])
 def test_greedy_takes_the_first_of_the_highest_logits(vocab_size: int) -> None:
     logits = random_logits(8, vocab_size).round()
-    sampler = sampler_with(*(row_init(row, temperature=0) for row in range(8)), vocab_size=vocab_size)
+    sampler = sampler_with(*(slot_init(row, temperature=0) for row in range(8)), vocab_size=vocab_size)
     first = [row.index(max(row)) for row in logits.tolist()]
     assert tokens_of(sampler, logits, range(8), [3] * 8) == first
 
 
 def test_a_nucleus_of_nothing_is_the_most_likely_token() -> None:
     logits = random_logits(8)
-    sampler = sampler_with(*(row_init(row, temperature=2.0, top_p=0.0) for row in range(8)))
+    sampler = sampler_with(*(slot_init(row, temperature=2.0, top_p=0.0) for row in range(8)))
     for position in range(3, 20):
         assert tokens_of(sampler, logits, range(8), [position] * 8) == logits.argmax(-1).tolist()
 
@@ -189,7 +189,7 @@ def test_a_row_gets_its_token_whatever_rows_surround_it() -> None:
         {"min_tokens": 50, "logprobs": 2},
         {"temperature": 1.3, "top_p": 0.95, "min_tokens": 2},
     ]
-    rows = [row_init(place, seed=place, **kind) for place, kind in enumerate(kinds)]
+    rows = [slot_init(place, seed=place, **kind) for place, kind in enumerate(kinds)]
     logits = random_logits(len(rows))
     positions = [3 + 5 * place for place in range(len(rows))]
     together = tokens_of(sampler_with(*rows), logits, range(len(rows)), positions)
@@ -203,11 +203,11 @@ def test_a_row_gets_its_token_whatever_rows_surround_it() -> None:
 
 def test_seed_and_position_alone_decide_whatever_the_row() -> None:
     logits = random_logits(1, spread=1.0)
-    first, second = sampler_with(row_init(0, seed=-5)), sampler_with(row_init(3, seed=-5))
+    first, second = sampler_with(slot_init(0, seed=-5)), sampler_with(slot_init(3, seed=-5))
     runs = [tokens_of(s, logits, [row], [p])[0] for s, row in ((first, 0), (second, 3)) for p in range(3, 30)]
     assert runs[:27] == runs[27:]
     assert len(set(runs)) > 10
-    other = sampler_with(row_init(0, seed=-6))
+    other = sampler_with(slot_init(0, seed=-6))
     assert [tokens_of(other, logits, [0], [p])[0] for p in range(3, 30)] != runs[:27]
 
 
@@ -230,13 +230,13 @@ def test_preempted_request_resumes_with_identical_tokens(temperature: float) -> 
         "logprobs": 1,
     }
     prompt = [5, 6, 5, 7]
-    whole = generate(sampler_with(row_init(0, prompt, 4, **params)), 0, prompt, 60)
-    sampler = sampler_with(row_init(0, prompt, 4, **params), row_init(2, [1], 1, presence_penalty=2.0))
+    whole = generate(sampler_with(slot_init(0, prompt, 4, **params)), 0, prompt, 60)
+    sampler = sampler_with(slot_init(0, prompt, 4, **params), slot_init(2, [1], 1, presence_penalty=2.0))
     half = generate(sampler, 0, prompt, 25)
-    sampler.release(Row(0))
-    sampler.enter(row_init(0, [400] * 50, 10, frequency_penalty=-2.0))
+    sampler.release(SlotId(0))
+    sampler.enter(slot_init(0, [400] * 50, 10, frequency_penalty=-2.0))
     generate(sampler, 0, [400] * 50, 5)
-    sampler.enter(row_init(1, half, 4, **params))
+    sampler.enter(slot_init(1, half, 4, **params))
     assert generate(sampler, 1, half, 35) == whole
 
 
@@ -252,7 +252,7 @@ def test_repetition_penalty_equals_transformers(shift: float) -> None:
     tokens = [5, 6, 5, 9, 100]
     logits = contested_logits() + shift
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([tokens]), logits.clone())
-    assert_edited(logits, expected, row_init(0, tokens, 3, repetition_penalty=1.7))
+    assert_edited(logits, expected, slot_init(0, tokens, 3, repetition_penalty=1.7))
 
 
 def test_frequency_and_presence_count_output_tokens_only() -> None:
@@ -260,7 +260,7 @@ def test_frequency_and_presence_count_output_tokens_only() -> None:
     logits = expected.clone()
     for token, count in ((9, 2), (7, 1)):
         expected[0, token] -= 0.5 * count + 0.25
-    assert_edited(logits, expected, row_init(0, [5, 6, 7, 9, 7, 9], 3, frequency_penalty=0.5, presence_penalty=0.25))
+    assert_edited(logits, expected, slot_init(0, [5, 6, 7, 9, 7, 9], 3, frequency_penalty=0.5, presence_penalty=0.25))
 
 
 def test_logit_bias_is_added() -> None:
@@ -268,19 +268,19 @@ def test_logit_bias_is_added() -> None:
     logits = expected.clone()
     expected[0, 3] += 4.0
     expected[0, 500] -= 100.0
-    assert_edited(logits, expected, row_init(0, logit_bias={3: 4.0, 500: -100.0}))
+    assert_edited(logits, expected, slot_init(0, logit_bias={3: 4.0, 500: -100.0}))
 
 
-def assert_edited(logits: Tensor, expected: Tensor, row: RowInit) -> None:
+def assert_edited(logits: Tensor, expected: Tensor, row: SlotInit) -> None:
     """The row draws the same tokens from `logits` as a plain row of the same seed from `expected`."""
     before = logits.clone()
     positions = range(len(row.token_ids), len(row.token_ids) + 300)
     sampled = []
     for place in positions:
-        edited, plain = sampler_with(row), sampler_with(row_init(0, row.token_ids, seed=row.seed))
+        edited, plain = sampler_with(row), sampler_with(slot_init(0, row.token_ids, seed=row.seed))
         sampled.append((tokens_of(edited, logits, [0], [place]), tokens_of(plain, expected, [0], [place])))
     assert all(ours == theirs for ours, theirs in sampled)
-    unedited = sampler_with(row_init(0, row.token_ids, seed=row.seed))
+    unedited = sampler_with(slot_init(0, row.token_ids, seed=row.seed))
     assert [token for token, _ in sampled] != [tokens_of(unedited, logits, [0], [place]) for place in positions]
     assert torch.equal(logits, before)
 
@@ -288,7 +288,7 @@ def assert_edited(logits: Tensor, expected: Tensor, row: RowInit) -> None:
 def test_penalties_follow_sampled_tokens() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, :4] = torch.tensor([1.0, 0.9, 0.8, 0.7])
-    sampler = sampler_with(row_init(0, temperature=0, presence_penalty=1.0))
+    sampler = sampler_with(slot_init(0, temperature=0, presence_penalty=1.0))
     assert [tokens_of(sampler, logits, [0], [3 + step])[0] for step in range(4)] == [0, 1, 2, 3]
 
 
@@ -296,16 +296,16 @@ def test_min_tokens_forbids_every_way_to_end_until_it_is_reached() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[:, EOS], logits[:, 40], logits[:, 8] = 9.0, 8.0, 7.0
     params: dict[str, Any] = {"temperature": 0, "stop_token_ids": (40,)}
-    sampler = sampler_with(row_init(0, min_tokens=2, **params), row_init(1, **params))
+    sampler = sampler_with(slot_init(0, min_tokens=2, **params), slot_init(1, **params))
     assert [tokens_of(sampler, logits, [0, 1], [place] * 2) for place in (3, 4, 5)] == [[8, EOS], [8, EOS], [EOS] * 2]
 
 
 def test_logprobs_are_the_models_own_before_any_processing() -> None:
     logits = random_logits(3)
     sampler = sampler_with(
-        row_init(0, temperature=0.3, top_k=3, logprobs=4, logit_bias={4: 9.0}, frequency_penalty=1.0),
-        row_init(1),
-        row_init(2, temperature=0, logprobs=0),
+        slot_init(0, temperature=0.3, top_k=3, logprobs=4, logit_bias={4: 9.0}, frequency_penalty=1.0),
+        slot_init(1),
+        slot_init(2, temperature=0, logprobs=0),
     )
     sampled = sampler.sample(logits, [0, 1, 2], [3, 3, 3])
     expected = logits.log_softmax(-1)
@@ -329,7 +329,7 @@ def test_rows_whose_logits_are_not_finite_are_named_and_the_others_sampled(
     logits = random_logits(3)
     bad = logits.clone()
     bad[1, 77] = value
-    rows = (row_init(4, presence_penalty=1.0, logprobs=1), row_init(0, **params, logprobs=1), row_init(2))
+    rows = (slot_init(4, presence_penalty=1.0, logprobs=1), slot_init(0, **params, logprobs=1), slot_init(2))
     chosen = sampler_with(*rows).sample(bad, [4, 0, 2], [3, 3, 3]).read()
     assert [place for place, _ in chosen.failed] == [1]
     assert [logprob is not None for logprob in chosen.logprobs] == [True, False, False]

@@ -17,7 +17,7 @@ from tfserve.model.grammars.grammar import check_grammar, json_schema_grammar, l
 from tfserve.model.sampling.sampler import Sampler
 from tfserve.model.sampling.token_masks import GrammarCompiler, TokenMasks, open_masks
 from tfserve.model.text.tokenizer import Tokenizer
-from tfserve.plan import Row, RowInit
+from tfserve.plan import SlotId, SlotInit
 from tfserve.types import SamplingParams
 
 VOCAB, EOS = 520, (0, 2)  # the tokenizer has 512
@@ -41,9 +41,9 @@ def masks(tokenizer: Tokenizer) -> TokenMasks:
     return TokenMasks(GrammarCompiler(tokenizer.to_json(), VOCAB, EOS))
 
 
-def row_init(row: int, output: tuple[int, ...] = (), **params: object) -> RowInit:
+def slot_init(row: int, output: tuple[int, ...] = (), **params: object) -> SlotInit:
     wanted = SamplingParams(**params)
-    return RowInit(Row(row), f"r{row}", wanted, row, PROMPT + output, len(PROMPT), eos_token_ids=EOS)
+    return SlotInit(SlotId(row), f"r{row}", wanted, row, PROMPT + output, len(PROMPT), eos_token_ids=EOS)
 
 
 class Writer:
@@ -53,9 +53,9 @@ class Writer:
         self.sampler = Sampler(VOCAB, 8, "cpu", masks)
         self.output: dict[int, list[int]] = {}
 
-    def enter(self, init: RowInit) -> None:
+    def enter(self, init: SlotInit) -> None:
         self.sampler.enter(init)
-        self.output[int(init.row)] = list(init.token_ids[len(PROMPT) :])
+        self.output[int(init.slot)] = list(init.token_ids[len(PROMPT) :])
 
     def step(self, *rows: int) -> tuple[tuple[int, str], ...]:
         """Give each row a token; the places that have failed, and why."""
@@ -78,7 +78,7 @@ class Writer:
 @pytest.mark.parametrize("seed", range(6))
 def test_random_logits_make_json_by_the_schema(masks: TokenMasks, tokenizer: Tokenizer, seed: int) -> None:
     writer = Writer(masks)
-    writer.enter(row_init(seed, grammar=json_schema_grammar(SCHEMA), temperature=1.0))
+    writer.enter(slot_init(seed, grammar=json_schema_grammar(SCHEMA), temperature=1.0))
     value = json.loads(tokenizer.decode(writer.finish(seed)))
     assert value["kind"] in ("sun", "rain")
     assert value["ok"] in (True, False)
@@ -90,22 +90,22 @@ def test_random_logits_make_json_by_the_schema(masks: TokenMasks, tokenizer: Tok
 def test_a_row_that_leaves_and_comes_back_goes_on_as_if_it_had_not(masks: TokenMasks, leave_after: int) -> None:
     grammar = json_schema_grammar(SCHEMA)
     whole, cut = Writer(masks), Writer(masks)
-    whole.enter(row_init(1, grammar=grammar))
+    whole.enter(slot_init(1, grammar=grammar))
     expected = whole.finish(1)
-    cut.enter(row_init(1, grammar=grammar))
+    cut.enter(slot_init(1, grammar=grammar))
     for _ in range(leave_after):
         cut.step(1)
-    cut.sampler.release(Row(1))
-    cut.enter(row_init(1, tuple(cut.output[1]), grammar=grammar))
+    cut.sampler.release(SlotId(1))
+    cut.enter(slot_init(1, tuple(cut.output[1]), grammar=grammar))
     assert cut.finish(1) == expected
 
 
 def test_rows_beside_it_are_as_they_would_be_without(masks: TokenMasks) -> None:
     together, alone = Writer(masks), Writer(None)
-    together.enter(row_init(0, grammar=json_schema_grammar(SCHEMA), logit_bias={5: 100.0}))
+    together.enter(slot_init(0, grammar=json_schema_grammar(SCHEMA), logit_bias={5: 100.0}))
     for writer in (together, alone):
-        writer.enter(row_init(3, temperature=1.0))
-        writer.enter(row_init(4, temperature=0, presence_penalty=1.0))
+        writer.enter(slot_init(3, temperature=1.0))
+        writer.enter(slot_init(4, temperature=0, presence_penalty=1.0))
     for _ in range(5):
         together.step(3, 0, 4)
         alone.step(3, 4)
@@ -114,7 +114,7 @@ def test_rows_beside_it_are_as_they_would_be_without(masks: TokenMasks) -> None:
 
 def test_after_the_end_only_the_end_is_allowed(masks: TokenMasks) -> None:
     writer = Writer(masks)
-    writer.enter(row_init(0, grammar=json_schema_grammar({"const": 1})))
+    writer.enter(slot_init(0, grammar=json_schema_grammar({"const": 1})))
     writer.finish(0)
     for _ in range(3):
         writer.step(0)
@@ -123,9 +123,9 @@ def test_after_the_end_only_the_end_is_allowed(masks: TokenMasks) -> None:
 
 def test_output_that_does_not_fit_is_an_error_and_no_end(masks: TokenMasks, caplog: pytest.LogCaptureFixture) -> None:
     writer = Writer(masks)
-    writer.enter(row_init(0, (200, 201), grammar=json_schema_grammar(SCHEMA)))
-    writer.enter(row_init(1, grammar=json_schema_grammar(SCHEMA)))
-    writer.enter(row_init(2))
+    writer.enter(slot_init(0, (200, 201), grammar=json_schema_grammar(SCHEMA)))
+    writer.enter(slot_init(1, grammar=json_schema_grammar(SCHEMA)))
+    writer.enter(slot_init(2))
     failed = writer.step(1, 0, 2)
     assert [place for place, _ in failed] == [1]
     assert "cannot go on by its grammar" in failed[0][1]
@@ -135,7 +135,7 @@ def test_output_that_does_not_fit_is_an_error_and_no_end(masks: TokenMasks, capl
 
 def test_a_grammar_that_can_no_longer_be_met_is_an_error_where_that_shows(masks: TokenMasks) -> None:
     writer = Writer(masks)
-    writer.enter(row_init(0, grammar='start: "a" stuck\nstuck: stuck "x"'))
+    writer.enter(slot_init(0, grammar='start: "a" stuck\nstuck: stuck "x"'))
     failed: tuple[tuple[int, str], ...] = ()
     while not failed and len(writer.output[0]) < 5:
         failed = writer.step(0)
@@ -195,10 +195,10 @@ class BreakingCompiler(GrammarCompiler):
 def test_where_the_library_breaks_down_one_row_is_lost(tokenizer: Tokenizer, breaks: str, error: BaseException) -> None:
     compiler = BreakingCompiler(tokenizer, breaks, error)
     writer, alone = Writer(TokenMasks(compiler)), Writer(None)
-    writer.enter(row_init(0, grammar="broken"))
-    writer.enter(row_init(1, grammar=json_schema_grammar(SCHEMA)))
+    writer.enter(slot_init(0, grammar="broken"))
+    writer.enter(slot_init(1, grammar=json_schema_grammar(SCHEMA)))
     for each in (writer, alone):
-        each.enter(row_init(2, temperature=1.0))
+        each.enter(slot_init(2, temperature=1.0))
     failures = [writer.step(0, 1, 2) for _ in range(3)]
     first = 1 if breaks == "consume_token" else 0
     assert [len(failed) for failed in failures] == [0] * first + [1] * (3 - first)
@@ -214,7 +214,7 @@ def test_lark_with_a_schema_inside(masks: TokenMasks, tokenizer: Tokenizer) -> N
     grammar = f'start: "<call>" one "</call>"\none: {lark_json(SCHEMA)}'
     check_grammar(grammar)
     writer = Writer(masks)
-    writer.enter(row_init(0, grammar=grammar))
+    writer.enter(slot_init(0, grammar=grammar))
     text = tokenizer.decode(writer.finish(0))
     assert set(json.loads(text.removeprefix("<call>").removesuffix("</call>"))) == {"kind", "ok", "n"}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tfserve.config import EngineConfig
 from tfserve.engine.scheduling.batch import sample_of
 from tfserve.engine.scheduling.cost_model import CostModel, StepSample
-from tfserve.plan import BlockId, Clock, Fence, Row, RowInit, Runner, SeqStep, StepPlan
+from tfserve.plan import BlockId, Clock, Runner, SeqStep, SlotId, SlotInit, StepId, StepPlan
 from tfserve.types import SamplingParams
 
 _MAX_S = 0.5
@@ -57,7 +57,7 @@ def calibrate(
         (one, 1),
     ]
     entered = tuple(
-        RowInit(Row(row), f"calibration-{row}", SamplingParams(temperature=0), 0, (0,) * _PROMPT, _PROMPT)
+        SlotInit(SlotId(row), f"calibration-{row}", SamplingParams(temperature=0), 0, (0,) * _PROMPT, _PROMPT)
         for row in every
     )
     samples = []
@@ -65,7 +65,7 @@ def calibrate(
     for number, (seqs, n_decode) in enumerate(steps):
         if number >= _NEEDED and clock.now() > end_s:
             break
-        plan = StepPlan(Fence(-1), tuple(seqs), n_decode, entered if number == 0 else ())
+        plan = StepPlan(StepId(-1), tuple(seqs), n_decode, entered if number == 0 else ())
         result = runner.launch(plan).result()
         if number == 0:
             end_s = clock.now() + _MAX_S
@@ -79,11 +79,11 @@ def calibrate(
         grown = True
         blocks = range(-(-start // block_size), -(-(start + n) // block_size))
         chunks = (_prompt(rows - 1, start, n, tuple(BlockId(rows + index) for index in blocks)),)
-        result = runner.launch(StepPlan(Fence(-1), chunks, 0)).result()
+        result = runner.launch(StepPlan(StepId(-1), chunks, 0)).result()
         samples.append(sample_of(chunks, 0, result.device_s))
         start, room = start + n, room - n
         n = min(_GROWTH * n, room, config.max_num_batched_tokens)
-    runner.launch(StepPlan(Fence(-1), (), 0, (), tuple(Row(row) for row in every))).result()
+    runner.launch(StepPlan(StepId(-1), (), 0, (), tuple(SlotId(row) for row in every))).result()
     cost.calibrate(samples)
 
 
@@ -97,8 +97,8 @@ def _is_compute_bound(samples: Sequence[StepSample]) -> bool:
 def _prompt(row: int, start: int, n: int, blocks: tuple[BlockId, ...] = ()) -> SeqStep:
     if start == 0:
         blocks = (BlockId(row + 1),)
-    return SeqStep(f"calibration-{row}", Row(row), start, n, True, (0,) * n, blocks)
+    return SeqStep(f"calibration-{row}", SlotId(row), start, n, True, (0,) * n, blocks)
 
 
 def _decode(row: int, start: int) -> SeqStep:
-    return SeqStep(f"calibration-{row}", Row(row), start, 1, True, (0,), ())
+    return SeqStep(f"calibration-{row}", SlotId(row), start, 1, True, (0,), ())

@@ -19,7 +19,7 @@ from tfserve.model.runner.cuda_graphs import CudaRecorder, DecodeGraphs
 from tfserve.model.runner.cuda_stream_runner import CudaStreamRunner
 from tfserve.model.runner.runner import ModelRunner
 from tfserve.model.sampling.token_masks import TokenMasks
-from tfserve.plan import BlockId, Fence, Row, RowInit, Runner, SeqStep, StepPlan
+from tfserve.plan import BlockId, Runner, SeqStep, SlotId, SlotInit, StepId, StepPlan
 from tfserve.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -126,10 +126,10 @@ def largest_step(
     lengths = [min(share + (i < left), max_model_len) for i in range(num_seqs)]
     ids = [tuple((i * 31 + k) % vocab_size for k in range(n)) for i, n in enumerate(lengths)]
     entered = tuple(
-        RowInit(Row(i), f"profile-{i}", _EVERYTHING, i, tokens, len(tokens)) for i, tokens in enumerate(ids)
+        SlotInit(SlotId(i), f"profile-{i}", _EVERYTHING, i, tokens, len(tokens)) for i, tokens in enumerate(ids)
     )
     seqs = tuple(
-        SeqStep(f"profile-{i}", Row(i), 0, n, True, ids[i], (BlockId(1),) * -(-n // block_size))
+        SeqStep(f"profile-{i}", SlotId(i), 0, n, True, ids[i], (BlockId(1),) * -(-n // block_size))
         for i, n in enumerate(lengths)
     )
-    return StepPlan(Fence(-1), seqs, 0, entered)
+    return StepPlan(StepId(-1), seqs, 0, entered)

@@ -29,7 +29,7 @@ from tfserve.messages import (
 )
 from tfserve.model.text.detokenizer import Detokenizer
 from tfserve.model.text.tokenizer import Tokenizer
-from tfserve.plan import Clock, Direction, Fence, InFlight, Runner, StepPlan, StepResult
+from tfserve.plan import Clock, Direction, InFlight, Runner, StepId, StepPlan, StepResult
 from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams, nth_seed
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ class EngineCore:
         self._take_messages()
         if self._stopping:
             return False
-        plan = self._scheduler.schedule(Fence(self._step), self._clock.now())
+        plan = self._scheduler.schedule(StepId(self._step), self._clock.now())
         for request, wait_s in self._scheduler.rejected:
             self._reject(request, wait_s)
         for request, problem in self._scheduler.unservable:
@@ -319,7 +319,7 @@ class EngineCore:
             return (FinishReason.ERROR, None), _words(error)
 
     def _fail(self, launched: _Launched, error: str) -> None:
-        """End every request of a failed step, also one that only entered a row in it: the row may be incomplete."""
+        """End every request of a failed step, also one that only entered a slot in it: the slot may be incomplete."""
         for req, request in launched.requests.items():
             if not request.is_finished:
                 self._finish(request, FinishReason.ERROR, TokenOutput(req, error=error))

@@ -13,7 +13,7 @@ from typing import Annotated, BinaryIO
 
 import msgspec
 
-from tfserve.config import SchedulerConfig
+from tfserve.config import RENAMED, SchedulerConfig, nested
 from tfserve.engine.scheduling.batch import sample_of
 from tfserve.engine.scheduling.cost_model import StepSample
 from tfserve.engine.scheduling.request import Request
@@ -201,6 +201,7 @@ def read_trace(path: Path) -> Trace:
     except OSError as error:
         raise TfserveError(f"cannot read the trace {path}: {error.strerror}") from None
     decoder = msgspec.json.Decoder(TraceLine)
+    lines[:1] = map(_by_todays_names, lines[:1])
     read: list[TraceLine] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -217,3 +218,16 @@ def read_trace(path: Path) -> Trace:
         [line for line in read if isinstance(line, TraceStep)],
         sorted(requests, key=lambda request: request.arrival_s),
     )
+
+
+def _by_todays_names(line: bytes) -> bytes:
+    """A trace's first line with today's names of the settings, for traces of the last release."""
+    try:
+        head = msgspec.json.decode(line)
+    except NOT_JSON:
+        return line
+    settings = head.get("scheduler") if isinstance(head, dict) else None
+    if not isinstance(settings, dict):
+        return line
+    names = {key: RENAMED.get(f"scheduler.{key}", f"scheduler.{key}") for key in settings}
+    return msgspec.json.encode({**head, **nested({names[key]: value for key, value in settings.items()})}) + b"\n"

@@ -21,9 +21,9 @@ class Outbox:
     Call `put` from any thread.
     """
 
-    def __init__(self, conn: Connection, most_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, conn: Connection, max_bytes: int = MAX_BYTES) -> None:
         self._conn = conn
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._frames: deque[bytes] = deque()
         self._num_bytes = 0
         self._is_over = False
@@ -35,7 +35,7 @@ class Outbox:
     @property
     def is_full(self) -> bool:
         """True while the limit is reached: the other end does not read."""
-        return self._num_bytes >= self._most_bytes
+        return self._num_bytes >= self._max_bytes
 
     def put(self, frame: bytes) -> None:
         """Queue a frame, also beyond the limit. Raises EngineDeadError once the other end has closed."""

@@ -102,7 +102,7 @@ class OutputBuffer:
 class RequestStream:
     """The stream of one request for asyncio. It belongs to the event loop it was created on.
 
-    Read it by `next`. Or set `on_news`, which is called on the loop once for everything new, and then call `take`.
+    Read it by `next`. Or set `on_output`, which is called on the loop once for everything new, and then call `take`.
     `rate` is the reader's speed in tokens/s as known at the start; NaN without a reader. `started` is true once the
     request has been admitted, or has ended.
     """
@@ -115,7 +115,7 @@ class RequestStream:
         report_played: Callable[[RequestId, int], None],
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.on_news: Callable[[], None] | None = None
+        self.on_output: Callable[[], None] | None = None
         self.started = False
         self.rate = rate
         self._buffer = buffer
@@ -213,8 +213,8 @@ class RequestStream:
     def notify(self) -> None:
         """Notify the reader of something new (on the loop)."""
         self._news.set()
-        if self.on_news is not None:
-            self.on_news()
+        if self.on_output is not None:
+            self.on_output()
 
     def die(self, reason: str) -> None:
         """The engine has ended: the reader gets what has arrived, then an error (on the loop)."""

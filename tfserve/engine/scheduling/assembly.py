@@ -13,7 +13,7 @@ from tfserve.engine.scheduling.policy import Policy
 from tfserve.engine.scheduling.scheduler import Scheduler
 from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.block_pool import BlockPool
-from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, granule_of
+from tfserve.memory.kv_manager import KVCacheManager, OffloadOptions, store_chunk_of
 from tfserve.plan import TransferEngine
 
 
@@ -52,7 +52,9 @@ def make_scheduler(
         memory.block_size,
         share,
         BlockPool(memory.num_host_blocks) if memory.num_host_blocks else None,
-        options=OffloadOptions(config.write_through, config.load_evict_overlap, granule_of(memory.block_size)),
+        options=OffloadOptions(
+            config.ablation.write_through, config.ablation.load_evict_overlap, store_chunk_of(memory.block_size)
+        ),
     )
     return Scheduler(
         policy or make_policy(config),

@@ -67,10 +67,10 @@ class BatchBuilder:
         """
         start = request.num_computed_tokens
         new_blocks = self._kv.extend(request.id, n, request.num_prompt_tokens + request.max_tokens)
-        if new_blocks is None or request.row is None:
+        if new_blocks is None or request.slot is None:
             return False
         tokens = None if request.device_has_token else tuple(request.token_ids[start : start + n])
-        seqs.append(SeqStep(request.id, request.row, start, n, request.plan(), tokens, new_blocks))
+        seqs.append(SeqStep(request.id, request.slot, start, n, request.plan(), tokens, new_blocks))
         return True
 
 

@@ -146,9 +146,9 @@ class Columns:
         return self.playback.stall_s
 
     @property
-    def dry_s(self) -> Floats:
-        """How long the buffer has been empty."""
-        return self.playback.dry_s
+    def current_stall_s(self) -> Floats:
+        """How long the present stall has lasted: 0 while there is something to read."""
+        return self.playback.current_stall_s
 
     @property
     def read_area(self) -> Floats:

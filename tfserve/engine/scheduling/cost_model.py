@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tfserve.arrays import Floats
-from tfserve.engine.scheduling.step_fit import fit_law
+from tfserve.engine.scheduling.step_fit import fit_step_time
 from tfserve.plan import Ack, Direction
 
 _WINDOW = 256
@@ -27,7 +27,7 @@ _OPEN = 1e-5
 _CALIBRATED = np.array([1e-2, 1e-2, _OPEN, 1e-2, _OPEN, 1e-2])
 """Strength of a prior that was measured: a handful of noisy steps must not overrule it. It knows no long contexts."""
 
-_LEAST_STEP_S = 1e-6
+_MIN_STEP_S = 1e-6
 """No step is predicted to take less."""
 
 
@@ -67,14 +67,14 @@ class StepCoefficients(msgspec.Struct, frozen=True):
 _PROMPTS = 5
 """Index of the last coefficient."""
 
-_LEAST_SCALE = np.array([5e-4, 5e-6, 2e-9, 5e-6, 1e-10, 5e-3])
+_MIN_SCALE = np.array([5e-4, 5e-6, 2e-9, 5e-6, 1e-10, 5e-3])
 """Coefficients of less than this are next to nothing."""
 
 
 class CostModel:
     """Predicts step times and copy times. It starts from `prior` and follows the last steps and copies.
 
-    `store_bps` and `load_bps` are bytes/s to start from; `max_num_seqs` bounds the batch that `gamma` may imagine.
+    `store_bps` and `load_bps` are bytes/s to start from; `max_num_seqs` bounds the batch of `capacity_tokens_per_s`.
     Calibration is `observe_step` on a few steps before the first request.
     """
 
@@ -110,7 +110,7 @@ class CostModel:
 
     @property
     def coefficients(self) -> StepCoefficients:
-        """The law of step times as learnt so far."""
+        """The model of step times as learnt so far."""
         return StepCoefficients(*(float(value) for value in self._beta))
 
     def bandwidth(self, direction: Direction) -> float:
@@ -120,7 +120,7 @@ class CostModel:
     def step_s(self, n_decode: float, decode_ctx: float, n_prefill: float = 0, prefill_ctx: float = 0) -> float:
         """Predicted seconds of a step; arguments as StepSample's."""
         work = (1.0, n_decode, decode_ctx, n_prefill, prefill_ctx, float(n_prefill > 0))
-        return max(float(self._beta @ work), _LEAST_STEP_S)
+        return max(float(self._beta @ work), _MIN_STEP_S)
 
     def recompute_s(self, num_tokens: npt.ArrayLike) -> Floats:
         """Seconds that computing this many tokens from nothing adds to the steps it joins; elementwise."""
@@ -150,7 +150,7 @@ class CostModel:
         link = self._links[direction]
         return link.queued_bytes / link.bytes_per_s
 
-    def gamma(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
+    def capacity_tokens_per_s(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
         """Capacity in generated tokens/s: the best over batches of `mean_ctx` tokens each that fit in `kv_tokens`.
 
         `prefill_per_output` prompt (or recomputed) tokens are computed for every token generated, and take their share.
@@ -179,7 +179,7 @@ class CostModel:
         self._prior = _fit(list(samples), self._prior, _OPEN)
         # What came out as next to nothing may be noise, and at its scale the truth would be far away. But for having
         # prompts a GPU does take next to nothing.
-        open_ = (self._prior <= _LEAST_SCALE) & (np.arange(len(self._prior)) != _PROMPTS)
+        open_ = (self._prior <= _MIN_SCALE) & (np.arange(len(self._prior)) != _PROMPTS)
         self._strength = np.where(open_, _OPEN, _CALIBRATED)
         self._beta = self._prior.copy()
         self._steps.clear()
@@ -225,6 +225,8 @@ class _Link:
 
 
 def _fit(steps: Sequence[StepSample], prior: Floats, strength: Floats | float) -> Floats:
-    """Coefficients of `steps`, the oldest first; see fit_law."""
+    """Coefficients of `steps`, the oldest first; see fit_step_time."""
     work = np.array([sample.features() for sample in steps])
-    return fit_law(work, np.array([sample.seconds for sample in steps]), prior, _LEAST_SCALE, prior_strength=strength)
+    return fit_step_time(
+        work, np.array([sample.seconds for sample in steps]), prior, _MIN_SCALE, prior_strength=strength
+    )

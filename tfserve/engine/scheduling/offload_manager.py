@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tfserve.engine.scheduling.cost_model import CostModel
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import KVState
-from tfserve.plan import Copy, CopyId, Direction, Fence, StepPlan, TransferEngine
+from tfserve.plan import Copy, CopyId, Direction, StepId, StepPlan, TransferEngine
 from tfserve.types import RequestId
 
 
@@ -54,11 +54,11 @@ class OffloadManager:
         for ack in self._transfers.poll():
             copy = self._under_way.pop(ack.id)
             if ack.ok:
-                self._cost.observe_copy(copy.dir, ack)
-                self.bytes_moved[copy.dir] += ack.nbytes
-                self.busy_s[copy.dir] += ack.end_s - ack.start_s
+                self._cost.observe_copy(copy.direction, ack)
+                self.bytes_moved[copy.direction] += ack.nbytes
+                self.busy_s[copy.direction] += ack.end_s - ack.start_s
             else:
-                self._cost.observe_cancel(copy.dir, self._bytes(copy))
+                self._cost.observe_cancel(copy.direction, self._bytes(copy))
                 failed = True
             req = self._kv.ack(ack)
             if req is not None:
@@ -73,7 +73,7 @@ class OffloadManager:
         cancelled = self._transfers.cancel(withdrawn)
         for copy_id in cancelled:
             copy = self._under_way.pop(copy_id)
-            self._cost.observe_cancel(copy.dir, self._bytes(copy))
+            self._cost.observe_cancel(copy.direction, self._bytes(copy))
         self._kv.cancelled(cancelled)
 
     def preempt(self, req: RequestId) -> None:
@@ -102,7 +102,7 @@ class OffloadManager:
         self._stores, self._loads = [], []
         for copy in (*copies[0], *copies[1]):
             self._under_way[copy.id] = copy
-            self._cost.observe_submit(copy.dir, self._bytes(copy))
+            self._cost.observe_submit(copy.direction, self._bytes(copy))
         return copies
 
     def submit(self, plan: StepPlan) -> None:
@@ -110,7 +110,7 @@ class OffloadManager:
         if self._transfers is not None and (plan.stores or plan.loads):
             self._transfers.submit([*plan.stores, *plan.loads])
 
-    def complete(self, step: Fence) -> None:
+    def complete(self, step: StepId) -> None:
         """A step has ended, well or badly: copies that waited for it may start."""
         if self._transfers is not None:
             self._transfers.complete(step)
@@ -121,4 +121,4 @@ class OffloadManager:
             self._transfers.close()
 
     def _bytes(self, copy: Copy) -> int:
-        return copy.ntok * self._token_bytes
+        return copy.num_tokens * self._token_bytes

@@ -68,7 +68,7 @@ class CostView(Protocol):
         """Seconds until a copy would start."""
         ...
 
-    def gamma(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
+    def capacity_tokens_per_s(self, mean_ctx: float, kv_tokens: float, prefill_per_output: float = 0.0) -> float:
         """Capacity in generated tokens/s."""
         ...
 
@@ -85,7 +85,7 @@ class Snapshot:
     max_num_batched_tokens: int
 
     @property
-    def num_free_rows(self) -> int:
+    def num_free_slots(self) -> int:
         """Requests that may still join the batch."""
         c = self.columns
         return self.max_num_seqs - int(np.count_nonzero(c.is_running | c.is_loading))
@@ -129,7 +129,7 @@ class Decision(msgspec.Struct, frozen=True):
     """What to do before the coming step, in this order: drop, preempt, resume, admit.
 
     `preempt` takes running requests off the device: LOAD keeps their KV on the host (PAUSED), RECOMPUTE gives it up
-    (WAITING). `resume` brings paused ones back. `admit` gives waiting ones a row, those preempted before included.
+    (WAITING). `resume` brings paused ones back. `admit` gives waiting ones a slot, those preempted before included.
     `drop` are paused requests that give their KV up: they wait, to be computed again.
     `order` names which requests get prompt tokens first; the rest come after, in order of admission.
     `chunks`, if there are any, are the most prompt tokens for each of `order`; those of `hold` do not decode in the

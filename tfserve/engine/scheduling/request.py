@@ -10,7 +10,7 @@ from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.table import RowRef
 from tfserve.model.text.detokenizer import Detokenizer
 from tfserve.packed_logprobs import PackedLogprobs
-from tfserve.plan import PromptLogprobs, Row
+from tfserve.plan import PromptLogprobs, SlotId
 from tfserve.types import (
     ONE_TENANT,
     ConsumptionRate,
@@ -45,7 +45,7 @@ class Request:
     `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader; then `priority`
     counts, smaller first. `is_rate_assumed`: the request named none.
     `tenant` is for whom it is served.
-    `device_has_token`: the newest token was, or will be, sampled in the row held now, so a step need not send it.
+    `device_has_token`: the newest token was, or will be, sampled in the slot held now, so a step need not send it.
     `reason` is why the request is in its state; None while it has only been let in.
     `resume` is set from the decision to bring a preempted request back until its next token: by which path, since when.
     """
@@ -64,7 +64,7 @@ class Request:
     tenant: Tenant = ONE_TENANT
     detokenizer: Detokenizer | None = None
     entry: RowRef = field(init=False)
-    row: Row | None = None
+    slot: SlotId | None = None
     is_finished: bool = False
     device_has_token: bool = False
     resume: tuple[ResumePath, float] | None = None

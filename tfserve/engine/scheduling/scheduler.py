@@ -1,4 +1,4 @@
-"""Scheduler: carries a policy's decisions out on requests, rows and blocks, and writes each step's plan. Torch-free."""
+"""Scheduler: carries a policy's decisions out on requests, slots and blocks, and writes each step's plan."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tfserve.engine.scheduling.policy import (
 )
 from tfserve.engine.scheduling.reasons import ReasonLog
 from tfserve.engine.scheduling.request import Request
-from tfserve.engine.scheduling.rows import Rows
+from tfserve.engine.scheduling.slots import SlotAllocator
 from tfserve.engine.scheduling.snapshots import Snapshots
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.stream_states import state_before_queue, stream_states
 from tfserve.engine.scheduling.tracker import Tracker
 from tfserve.memory.kv_manager import KVCacheManager
 from tfserve.memory.residency import PAUSED, RESUMING, KVState
-from tfserve.plan import Fence, StepPlan
+from tfserve.plan import StepId, StepPlan
 from tfserve.types import RequestId, RequestTimes, StreamState
 
 _AFTER_RELEASE_S = 1e-4
@@ -85,7 +85,7 @@ class Scheduler:
         self._snapshots = Snapshots(
             kv, tracker, cost, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
-        self._rows = Rows(max_num_seqs)
+        self._slots = SlotAllocator(max_num_seqs)
         self._batch = BatchBuilder(kv, max_num_batched_tokens)
         self._steps_under_way = 0
         self._started: list[RequestId] = []
@@ -129,12 +129,12 @@ class Scheduler:
         )
 
     def finish(self, request: Request, *, completed: bool) -> None:
-        """Take a request out, wherever it is, and free its row and blocks; `completed`: it ended as it should."""
+        """Take a request out, wherever it is, and free its slot and blocks; `completed`: it ended as it should."""
         if self._gate is not None and self._gate.leave(request):
             request.is_finished = True
             return
-        if request.row is not None:
-            self._rows.leave(request)
+        if request.slot is not None:
+            self._slots.leave(request)
         self.kv.release(request.id)
         del self._by_state[request.state][request.id]
         request.is_finished = True
@@ -166,7 +166,7 @@ class Scheduler:
     def streams(self, now_s: float) -> list[StreamState]:
         """Every live request, in order of arrival."""
         live = {req: request for group in self._by_state.values() for req, request in group.items()}
-        has_slot = self._has_seat
+        has_slot = self._has_free_slot
         why = {req: self.reasons.words(request, live, has_batch_slot=has_slot) for req, request in live.items()}
         queued = stream_states(self._tracker.columns(now_s), self._tracker.is_rate_assumed, why, now_s)
         gated = () if self._gate is None else self._gate.waiting
@@ -182,7 +182,7 @@ class Scheduler:
             if self.kv.view(request.id).state is KVState.NONE:
                 self._move(request, RequestState.WAITING, now_s)
 
-    def schedule(self, step: Fence, now_s: float) -> StepPlan:
+    def schedule(self, step: StepId, now_s: float) -> StepPlan:
         """Ask the policy and plan the coming step; a plan without `seqs` has only copies to make."""
         self._pass_gate()
         self.offload.cancel_withdrawn()
@@ -194,7 +194,7 @@ class Scheduler:
         decision = self._tenants.decide(self._policy, snapshot)
         held |= decision.hold
         # Before anything is carried out: the columns are views.
-        write_first = write_order(columns) if self.offload.enabled and self._config.priority_writes else None
+        write_first = write_order(columns) if self.offload.enabled and self._config.ablation.priority_writes else None
         with self.reasons.carrying_out(decision):
             self._carry_out(decision, int(snapshot.next_step_blocks.sum()), now_s)
         seqs, n_decode = self._batch.build(self.running, decision, held)
@@ -213,7 +213,7 @@ class Scheduler:
         self.wake_s = min((moment for moment in moments if moment is not None), default=None)
         self._steps_under_way += bool(seqs)
         self._tracker.on_planned([seq.req for seq in seqs if seq.sample])
-        entered, released = self._rows.take_news() if seqs else ((), ())
+        entered, released = self._slots.take_changes() if seqs else ((), ())
         stores, loads = self.offload.take()
         return StepPlan(step, tuple(seqs), n_decode, entered, released, stores, loads)
 
@@ -231,23 +231,23 @@ class Scheduler:
         self._cost.observe_step(sample_of(plan.seqs, plan.n_decode, device_s))
 
     def check(self) -> None:
-        """Raise AssertionError unless queues, rows and blocks agree with each other."""
+        """Raise AssertionError unless queues, slots and blocks agree with each other."""
         self._tracker.table.check()
         self.kv.check()
-        self._rows.check(list(self.running.values()))
+        self._slots.check(list(self.running.values()))
         for state, group in self._by_state.items():
             for request in group.values():
                 view = self.kv.view(request.id)
                 if view.num_tokens != request.num_computed_tokens:
                     raise AssertionError(f"{request.id}: its blocks have room for other than its computed tokens")
-                has_row = request.row is not None
+                has_slot = request.slot is not None
                 if (
                     request.state is not state
-                    or has_row is not (state is RequestState.RUNNING)
+                    or has_slot is not (state is RequestState.RUNNING)
                     or view.state not in _KV_STATES[state]
                 ):
                     raise AssertionError(
-                        f"{request.id} is {request.state.name} with KV {view.state.name}, row {request.row}"
+                        f"{request.id} is {request.state.name} with KV {view.state.name}, slot {request.slot}"
                     )
 
     def close(self) -> None:
@@ -279,20 +279,20 @@ class Scheduler:
         for request in list(self.loading.values()):
             self._load(request, reserved, now_s)
         for req, by in decision.resume:
-            if self._has_seat and not self.paused[req].num_in_flight:
+            if self._has_free_slot and not self.paused[req].num_in_flight:
                 self._resume(self.paused[req], by, reserved, now_s)
         for req in decision.admit:
-            if self._has_seat and not self.waiting[req].num_in_flight:
+            if self._has_free_slot and not self.waiting[req].num_in_flight:
                 self._enter(self.waiting[req], now_s)
 
     @property
-    def _has_seat(self) -> bool:
-        """True if one more may come: a row is kept for each loading request."""
-        return self._rows.num_free > len(self.loading)
+    def _has_free_slot(self) -> bool:
+        """True if one more may come: a slot is kept for each loading request."""
+        return self._slots.num_free > len(self.loading)
 
     def _preempt(self, request: Request, by: ResumeBy, now_s: float) -> None:
         """Take a request off the device; it keeps its KV if that is wanted and there is room on the host."""
-        self._rows.leave(request)
+        self._slots.leave(request)
         if by is ResumeBy.LOAD:
             self.offload.preempt(request.id)
         else:
@@ -313,11 +313,11 @@ class Scheduler:
 
     def _load(self, request: Request, reserved: int, now_s: float) -> None:
         """Go on bringing a request back, but for `reserved` blocks."""
-        self.offload.resume(request.id, max(0, self.kv.num_free_blocks + self.kv.num_draining_blocks - reserved))
+        self.offload.resume(request.id, max(0, self.kv.num_free_blocks + self.kv.num_storing_blocks - reserved))
         self._settle(request, now_s)
 
     def _settle(self, request: Request, now_s: float) -> None:
-        """Seat a loading request whose KV is all on the device; queue it if nothing of it is left."""
+        """Give a slot to a loading request whose KV is all on the device; queue it if nothing of it is left."""
         state = self.kv.view(request.id).state
         if state is KVState.DEVICE:
             self._enter(request, now_s)
@@ -326,12 +326,12 @@ class Scheduler:
             self._move(request, RequestState.WAITING, now_s)
 
     def _enter(self, request: Request, now_s: float) -> None:
-        """Give a request a row; it goes on after the tokens that have KV on the device."""
+        """Give a request a slot; it goes on after the tokens that have KV on the device."""
         if request.num_in_flight:
-            raise AssertionError(f"{request.id}: takes a row while a step still samples for it")
+            raise AssertionError(f"{request.id}: takes a slot while a step still samples for it")
         view = self.kv.view(request.id)
         request.device_has_token = False
-        self._rows.enter(request, view.blocks)
+        self._slots.enter(request, view.blocks)
         if request.first_scheduled_s is None:
             request.first_scheduled_s = now_s
             self._started.append(request.id)

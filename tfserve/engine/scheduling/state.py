@@ -6,9 +6,9 @@ import enum
 
 
 class RequestState(enum.IntEnum):
-    """WAITING has no batch row and no KV, RUNNING has both, FINISHED has neither and is in no table any more.
+    """WAITING has no batch slot and no KV, RUNNING has both, FINISHED has neither and is in no table any more.
 
-    PAUSED and LOADING have KV but no batch row. PAUSED: on the host, perhaps some of it still on the device. LOADING:
+    PAUSED and LOADING have KV but no batch slot. PAUSED: on the host, perhaps some of it still on the device. LOADING:
     on its way back, device blocks reserved.
     """
 

@@ -6,31 +6,31 @@ import numpy as np
 
 from tfserve.arrays import Floats
 
-_MOST_EXCHANGES = 20
+_MAX_ROUNDS = 20
 """Rounds of a fit; six coefficients need fewer."""
 
 _OUTLIER = 3.0
 """A step this many typical errors off the fit (a page fault, a neighbour's burst) stops pulling harder."""
 
-_LEAST_ERROR = 0.02
-"""No law is expected to be nearer: where decoding fits to a hair, prompts a little off are no outliers."""
+_MIN_ERROR = 0.02
+"""No fit is expected to be nearer: where decoding fits to a hair, prompts a little off are no outliers."""
 
 
-def fit_law(
-    work: Floats, seconds: Floats, prior: Floats, least_scale: Floats, *, prior_strength: Floats | float
+def fit_step_time(
+    work: Floats, seconds: Floats, prior: Floats, min_scale: Floats, *, prior_strength: Floats | float
 ) -> Floats:
     """Non-negative coefficients [k] with the least squared relative error, drawn to `prior` where steps tell nothing.
 
-    `work` [n, k] is what each step did and `seconds` [n] what it took, the oldest first. `least_scale` [k] says how
+    `work` [n, k] is what each step did and `seconds` [n] what it took, the oldest first. `min_scale` [k] says how
     large a coefficient may be whose prior is next to nothing. `prior_strength`, of all or [k] of
     each, is the weight of the prior beside one step, squared relative error.
     """
     # Relative error: a decode step of 5 ms counts as much as a prefill of 500. Recent half counts double.
     weight = np.where(np.arange(len(seconds)) >= len(seconds) // 2, 2.0, 1.0) / seconds**2
-    scale = np.maximum(prior, least_scale)
+    scale = np.maximum(prior, min_scale)
     beta = _solve(work, seconds, weight, prior, scale, strength=prior_strength)
     error = np.abs(work @ beta - seconds) / seconds
-    typical = max(float(np.median(error)), _LEAST_ERROR)
+    typical = max(float(np.median(error)), _MIN_ERROR)
     if (error > _OUTLIER * typical).any():
         weight = weight * np.minimum(1.0, _OUTLIER * typical / np.maximum(error, 1e-12))
         beta = _solve(work, seconds, weight, prior, scale, strength=prior_strength)
@@ -53,7 +53,7 @@ def _non_negative(gram: Floats, target: Floats) -> Floats:
     """The minimum of x'Gx/2 - t'x over x >= 0, by Lawson and Hanson's active sets."""
     best = np.zeros_like(target)
     free = np.zeros(len(target), np.bool_)
-    for _ in range(_MOST_EXCHANGES):
+    for _ in range(_MAX_ROUNDS):
         gradient = np.where(free, 0.0, target - gram @ best)
         if gradient.max() <= 1e-9 * np.abs(target).max():
             break

@@ -59,14 +59,14 @@ def exceeds(rate: ConsumptionRate | UnsetType, most: float) -> bool:
 class Playback:
     """Where readers are at one moment. Tokens and seconds; a request without a rate reads everything at once.
 
-    `dry_s` is how long the present stall has lasted, `stall_s` all of them together with it. `read_area` is the
+    `current_stall_s` is how long the present stall has lasted, `stall_s` all stalls together. `read_area` is the
     integral of `consumed` over time, token seconds: how far the reader has been along, for how long. The last two are
     computed when they are asked for, from what there was at the last event (`before`) and since (`elapsed`, `read` in
     `reading_s`).
     """
 
     consumed: Floats
-    dry_s: Floats
+    current_stall_s: Floats
     before: tuple[Floats, Floats, Floats]
     """Consumed, stall seconds, read area."""
     elapsed: Floats
@@ -76,13 +76,13 @@ class Playback:
     @cached_property
     def stall_s(self) -> Floats:
         """All stalls together."""
-        return self.before[1] + self.dry_s
+        return self.before[1] + self.current_stall_s
 
     @cached_property
     def read_area(self) -> Floats:
         """The integral of `consumed`."""
         consumed, _, area = self.before
-        return area + consumed * self.elapsed + self.read * (0.5 * self.reading_s + self.dry_s)
+        return area + consumed * self.elapsed + self.read * (0.5 * self.reading_s + self.current_stall_s)
 
 
 def play(
@@ -104,8 +104,8 @@ def play(
     has_rate = rate > 0
     reading_s = np.where(has_rate, reading_s, elapsed)
     # What a division rounds away must not count as a stall.
-    dry_s = np.where(has_rate & (read >= unread), np.maximum(elapsed - reading_s, 0.0), 0.0)
-    return Playback(consumed + read, dry_s, (consumed, stall_s, read_area), elapsed, read, reading_s)
+    current_stall_s = np.where(has_rate & (read >= unread), np.maximum(elapsed - reading_s, 0.0), 0.0)
+    return Playback(consumed + read, current_stall_s, (consumed, stall_s, read_area), elapsed, read, reading_s)
 
 
 def estimated_rate(rate: float, tokens: float, seconds: float, most: float) -> float:

@@ -20,7 +20,7 @@ from tfserve.types import FASTEST_RATE, ONE_TENANT, RequestId, Tenant
 _LENGTH_WEIGHT = 0.05
 """How far one finished request moves the average output length."""
 
-_LEAST_READING_S = 1e-6
+_MIN_READING_S = 1e-6
 """Least time that tokens are taken to be read in; a report may come at the moment of another."""
 
 _SNAPSHOT = tuple(field.name for field in fields(Columns) if field.name in COLUMNS)
@@ -150,8 +150,8 @@ class Tracker:
         # A reader who ran dry shows how fast we generate, not how fast it reads.
         if table["is_auto"][row] and now_s > since and stall == table["report_stall_s"][row]:
             read = played - table["report_tokens"][row]
-            most = min(self._max_rate, delivered / max(reading_s, _LEAST_READING_S))
-            table["rate"][row] = estimated_rate(rate, read, max(now_s - since, _LEAST_READING_S), most)
+            most = min(self._max_rate, delivered / max(reading_s, _MIN_READING_S))
+            table["rate"][row] = estimated_rate(rate, read, max(now_s - since, _MIN_READING_S), most)
         for name, value in (
             ("consumed", played),
             ("report_tokens", played),

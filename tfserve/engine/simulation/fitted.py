@@ -12,7 +12,7 @@ import numpy as np
 from tfserve.arrays import Floats
 from tfserve.engine.core.step_trace import Trace, TraceStep
 from tfserve.engine.scheduling.cost_model import StepCoefficients, StepSample
-from tfserve.engine.scheduling.step_fit import fit_law
+from tfserve.engine.scheduling.step_fit import fit_step_time
 from tfserve.engine.simulation.engine import SimMachine
 from tfserve.engine.simulation.runner import StepCost
 from tfserve.engine.simulation.transfers import SimLinks
@@ -156,7 +156,7 @@ def fit_steps(samples: Sequence[StepSample]) -> StepCoefficients:
     work = np.array([sample.features() for sample in samples])
     seconds = np.array([sample.seconds for sample in samples])
     usual = np.array(msgspec.structs.astuple(StepCoefficients()))
-    return StepCoefficients(*fit_law(work, seconds, usual, _MIN_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
+    return StepCoefficients(*fit_step_time(work, seconds, usual, _MIN_SCALE, prior_strength=_PRIOR_STRENGTH).tolist())
 
 
 def fit_sizes(coefficients: StepCoefficients, samples: Sequence[StepSample]) -> list[SizeFactor]:

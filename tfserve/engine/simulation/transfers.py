@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from tfserve.engine.simulation.clock import SimClock
-from tfserve.plan import Ack, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, Copy, CopyId, Direction, StepId
 
 
 class SimLinks(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,12 +46,12 @@ class SimTransfers:
         """Queue copies."""
         for copy in copies:
             self._pending.add(copy.id)
-            self._queues[copy.dir].append(copy)
+            self._queues[copy.direction].append(copy)
         self._start()
 
-    def complete(self, fence: Fence) -> None:
-        """Step `fence`, and all before it, have finished."""
-        self._passed = max(self._passed, fence)
+    def complete(self, step: StepId) -> None:
+        """Step `step`, and all before it, have finished."""
+        self._passed = max(self._passed, step)
         self._start()
 
     def poll(self) -> list[Ack]:
@@ -82,32 +82,36 @@ class SimTransfers:
 
     def _ready(self, copy: Copy) -> bool:
         after = copy.after
-        fence_passed = after.fence is None or after.fence <= self._passed
-        return fence_passed and self._pending.isdisjoint(after.copies)
+        step_has_passed = after.step is None or after.step <= self._passed
+        return step_has_passed and self._pending.isdisjoint(after.copies)
 
     def _run(self, copy: Copy) -> None:
         start_s = self._clock.now()
-        nbytes = copy.ntok * self._token_bytes
-        duration_s = nbytes / self._bytes_per_s[copy.dir]
+        nbytes = copy.num_tokens * self._token_bytes
+        duration_s = nbytes / self._bytes_per_s[copy.direction]
         if any(busy is not None for busy in self._busy.values()):
             duration_s *= self._contention
         if not self._continues(copy, start_s):
             duration_s += self._latency_s
-        self._busy[copy.dir] = copy
+        self._busy[copy.direction] = copy
         ack = Ack(copy.id, True, nbytes, start_s, start_s + duration_s)
         self._clock.call_at(ack.end_s, lambda: self._end(copy, ack))
 
     def _end(self, copy: Copy, ack: Ack) -> None:
-        self._busy[copy.dir] = None
-        self._last[copy.dir] = (copy, ack.end_s)
+        self._busy[copy.direction] = None
+        self._last[copy.direction] = (copy, ack.end_s)
         self._pending.discard(copy.id)
         self._acks.append(ack)
         self._clock.notify()
         self._start()
 
     def _continues(self, copy: Copy, start_s: float) -> bool:
-        last = self._last[copy.dir]
+        last = self._last[copy.direction]
         if last is None:
             return False
         before, end_s = last
-        return start_s == end_s and copy.dev == before.dev + 1 and copy.host == before.host + 1
+        return (
+            start_s == end_s
+            and copy.device_block == before.device_block + 1
+            and copy.host_block == before.host_block + 1
+        )

@@ -14,8 +14,8 @@ _PAGE_BYTES = 4096
 
 def continues(copy: Copy, before: Copy) -> bool:
     """True if `copy` moves the same tokens of the blocks beside those of `before`, on both tiers."""
-    same_tokens = copy.tok0 == before.tok0 and copy.ntok == before.ntok
-    return same_tokens and copy.dev == before.dev + 1 and copy.host == before.host + 1
+    same_tokens = copy.start == before.start and copy.num_tokens == before.num_tokens
+    return same_tokens and copy.device_block == before.device_block + 1 and copy.host_block == before.host_block + 1
 
 
 def take_run(queue: deque[Copy], joins: Callable[[Copy], bool], *, most: int, blocks_per_chunk: int) -> list[Copy]:
@@ -26,7 +26,7 @@ def take_run(queue: deque[Copy], joins: Callable[[Copy], bool], *, most: int, bl
     """
     run = [queue.popleft()]
     while queue and len(run) < most and continues(queue[0], run[-1]):
-        if queue[0].host % blocks_per_chunk == 0 or not joins(queue[0]):
+        if queue[0].host_block % blocks_per_chunk == 0 or not joins(queue[0]):
             break
         run.append(queue.popleft())
     return run
@@ -36,7 +36,7 @@ def take_run(queue: deque[Copy], joins: Callable[[Copy], bool], *, most: int, bl
 class Rectangle:
     """Bytes to move: `rows` rows of `width` bytes, `pitch` bytes apart on both tiers, from these offsets on."""
 
-    dev_offset: int
+    device_offset: int
     host_offset: int
     width: int
     pitch: int
@@ -73,11 +73,11 @@ class BlockGeometry:
         it is one rectangle over all pages of all n blocks.
         """
         page = self.block_size * self.row_bytes
-        begin = first.tok0 * self.row_bytes
-        dev, host = (block * self.block_bytes + begin for block in (first.dev, first.host))
-        if first.ntok == self.block_size:
-            return Rectangle(dev, host, n * self.block_bytes, n * self.block_bytes, 1)
-        return Rectangle(dev, host, first.ntok * self.row_bytes, page, n * self.pages)
+        begin = first.start * self.row_bytes
+        device, host = (block * self.block_bytes + begin for block in (first.device_block, first.host_block))
+        if first.num_tokens == self.block_size:
+            return Rectangle(device, host, n * self.block_bytes, n * self.block_bytes, 1)
+        return Rectangle(device, host, first.num_tokens * self.row_bytes, page, n * self.pages)
 
 
 def blocks_per_chunk(block_bytes: int, chunk_bytes: int) -> int:

@@ -59,7 +59,7 @@ class CudaLink:
             stream.wait_event(mark.end if isinstance(mark, CopyMark) else mark)
         # Blocking events put the thread that waits for them to sleep; it would take a core otherwise.
         begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-        device = self._storage.data_ptr() + what.dev_offset
+        device = self._storage.data_ptr() + what.device_offset
         host = self._host.ctypes.data + what.host_offset
         target, source = (host, device) if direction is Direction.STORE else (device, host)
         begin.record(stream)

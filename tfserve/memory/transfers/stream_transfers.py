@@ -11,7 +11,7 @@ from typing import Protocol
 
 from tfserve.errors import EngineDeadError, failures
 from tfserve.memory.transfers.copy_runs import BlockGeometry, Rectangle, take_run
-from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, StepId
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class StreamTransfers:
         self._clock = clock
         self._queues: dict[Direction, deque[Copy]] = {direction: deque() for direction in Direction}
         self._queued: set[CopyId] = set()
-        self._steps: dict[Fence, Mark] = {}
+        self._steps: dict[StepId, Mark] = {}
         self._passed = -1
         # Guards all state: steps may be launched on a thread of their own, and waiting threads acknowledge on theirs.
         self._lock = threading.RLock()
@@ -79,20 +79,20 @@ class StreamTransfers:
         with self._lock:
             for copy in copies:
                 self._queued.add(copy.id)
-                self._queues[copy.dir].append(copy)
+                self._queues[copy.direction].append(copy)
             self._start()
 
-    def launched(self, fence: Fence, mark: Mark) -> None:
-        """Step `fence` is on the device's compute stream and ends at `mark`. May be called from any thread."""
+    def launched(self, step: StepId, mark: Mark) -> None:
+        """Step `step` is on the device's compute stream and ends at `mark`. May be called from any thread."""
         with self._lock:
-            if fence > self._passed:
-                self._steps[fence] = mark
+            if step > self._passed:
+                self._steps[step] = mark
             self._start()
 
-    def complete(self, fence: Fence) -> None:
-        """Step `fence`, and all before it, have finished."""
+    def complete(self, step: StepId) -> None:
+        """Step `step`, and all before it, have finished."""
         with self._lock:
-            self._passed = max(self._passed, fence)
+            self._passed = max(self._passed, step)
             self._steps = {step: mark for step, mark in self._steps.items() if step > self._passed}
             self._start()
 
@@ -137,7 +137,7 @@ class StreamTransfers:
 
     def _enqueue(self, queue: deque[Copy], after: list[Mark]) -> None:
         first = queue[0]
-        most = max(1, _MAX_RUN_BYTES // (first.ntok * self._geometry.token_bytes))
+        most = max(1, _MAX_RUN_BYTES // (first.num_tokens * self._geometry.token_bytes))
         # One that waits for something else goes by itself: it must not hold up the others.
         run = take_run(
             queue,
@@ -147,7 +147,7 @@ class StreamTransfers:
         )
         self._queued.difference_update(copy.id for copy in run)
         try:
-            mark = self._link.start(first.dir, self._geometry.rectangle(first, len(run)), after)
+            mark = self._link.start(first.direction, self._geometry.rectangle(first, len(run)), after)
         except failures():  # whatever the driver refused, the manager must learn that these copies have ended
             logger.exception("copy %s of %d blocks could not be started", first, len(run))
             now_s = self._clock.now()
@@ -155,16 +155,16 @@ class StreamTransfers:
             self._clock.notify()
             return
         self._marks.update((copy.id, mark) for copy in run)
-        self._started[first.dir].put((run, mark))
+        self._started[first.direction].put((run, mark))
 
     def _waits(self, copy: Copy) -> list[Mark] | None:
         """What a copy must wait for on the device; None if some of that is not there yet."""
         marks: list[Mark] = []
-        fence = copy.after.fence
-        if fence is not None and fence > self._passed:
-            if fence not in self._steps:
+        step = copy.after.step
+        if step is not None and step > self._passed:
+            if step not in self._steps:
                 return None
-            marks.append(self._steps[fence])
+            marks.append(self._steps[step])
         if not self._queued.isdisjoint(copy.after.copies):
             return None
         for other in copy.after.copies:
@@ -197,7 +197,7 @@ class StreamTransfers:
             with self._lock:
                 for i, copy in enumerate(run):
                     del self._marks[copy.id]
-                    nbytes = copy.ntok * self._geometry.token_bytes if ok else 0
+                    nbytes = copy.num_tokens * self._geometry.token_bytes if ok else 0
                     begin_s = start_s + i * share_s
                     self._acks.append(Ack(copy.id, ok, nbytes, begin_s, begin_s + share_s))
             self._clock.notify()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from tfserve.errors import EngineDeadError, failures
 from tfserve.memory.transfers.copy_runs import take_run
-from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, Fence
+from tfserve.plan import Ack, Clock, Copy, CopyId, Direction, StepId
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +97,13 @@ class WorkerTransfers:
         with self._changed:
             self._pending.update(copy.id for copy in copies)
             for copy in copies:
-                self._queues[copy.dir].append(copy)
+                self._queues[copy.direction].append(copy)
             self._changed.notify_all()
 
-    def complete(self, fence: Fence) -> None:
-        """Step `fence`, and all before it, have finished."""
+    def complete(self, step: StepId) -> None:
+        """Step `step`, and all before it, have finished."""
         with self._changed:
-            self._passed = max(self._passed, fence)
+            self._passed = max(self._passed, step)
             self._changed.notify_all()
 
     def poll(self) -> list[Ack]:
@@ -163,12 +163,12 @@ class WorkerTransfers:
 
     def _ready(self, copy: Copy) -> bool:
         after = copy.after
-        fence_passed = after.fence is None or after.fence <= self._passed
-        return fence_passed and self._pending.isdisjoint(after.copies)
+        step_has_passed = after.step is None or after.step <= self._passed
+        return step_has_passed and self._pending.isdisjoint(after.copies)
 
     def _take_run(self, queue: deque[Copy]) -> list[Copy]:
         """The head of the queue, and those after it that continue it on both tiers and may start too."""
-        most = max(1, _MAX_RUN_BYTES // (queue[0].ntok * self._token_bytes))
+        most = max(1, _MAX_RUN_BYTES // (queue[0].num_tokens * self._token_bytes))
         return take_run(queue, self._ready, most=most, blocks_per_chunk=len(self._host.blocks))
 
     def _move(self, run: list[Copy]) -> list[Ack]:
@@ -180,21 +180,27 @@ class WorkerTransfers:
             logger.exception("copy %s of %d blocks failed", first, n)
             now_s = self._clock.now()
             return [Ack(copy.id, False, 0, start_s, now_s) for copy in run]
-        self._pace(first.dir, n * first.ntok * self._token_bytes, start_s)
+        self._pace(first.direction, n * first.num_tokens * self._token_bytes, start_s)
         share_s = (self._clock.now() - start_s) / n
         return [
-            Ack(copy.id, True, copy.ntok * self._token_bytes, start_s + i * share_s, start_s + (i + 1) * share_s)
+            Ack(copy.id, True, copy.num_tokens * self._token_bytes, start_s + i * share_s, start_s + (i + 1) * share_s)
             for i, copy in enumerate(run)
         ]
 
     def _copy(self, first: Copy, n: int) -> None:
         """Move the tokens of `first`, and the same ones of the n - 1 blocks beside it."""
-        source, target = (self._device, self._host) if first.dir is Direction.STORE else (self._host, self._device)
-        src, dst = (first.dev, first.host) if first.dir is Direction.STORE else (first.host, first.dev)
-        if first.ntok == self._block_size:
+        source, target = (
+            (self._device, self._host) if first.direction is Direction.STORE else (self._host, self._device)
+        )
+        src, dst = (
+            (first.device_block, first.host_block)
+            if first.direction is Direction.STORE
+            else (first.host_block, first.device_block)
+        )
+        if first.num_tokens == self._block_size:
             np.copyto(target.blocks[dst : dst + n], source.blocks[src : src + n])
             return
-        tokens = slice(first.tok0, first.tok0 + first.ntok)
+        tokens = slice(first.start, first.start + first.num_tokens)
         np.copyto(target.keys[dst : dst + n, tokens], source.keys[src : src + n, tokens])
         np.copyto(target.values[dst : dst + n, tokens], source.values[src : src + n, tokens])
 

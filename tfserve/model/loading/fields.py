@@ -153,8 +153,8 @@ def read_text(path: Path) -> str:
         raise ModelError(f"{path} is not UTF-8 text ({error}); download it again") from None
 
 
-def require_file(path: Path, most_bytes: int) -> None:
-    """Raise ModelError unless `path` is a file, or a link to one, of at most `most_bytes`.
+def require_file(path: Path, max_bytes: int) -> None:
+    """Raise ModelError unless `path` is a file, or a link to one, of at most `max_bytes`.
 
     Reading a pipe, a socket or a device could block or never end.
     """
@@ -164,9 +164,9 @@ def require_file(path: Path, most_bytes: int) -> None:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     if not stat.S_ISREG(found.st_mode):
         raise ModelError(f"{path} is not a regular file; download it again")
-    if found.st_size > most_bytes:
+    if found.st_size > max_bytes:
         raise ModelError(
-            f"{path} has {found.st_size} bytes; a file of this name has at most {most_bytes}: download it again"
+            f"{path} has {found.st_size} bytes; a file of this name has at most {max_bytes}: download it again"
         )
 
 

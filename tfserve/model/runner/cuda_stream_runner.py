@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from tfserve.plan import Fence, InFlight, Runner, StepPlan, StepResult
+from tfserve.plan import InFlight, Runner, StepId, StepPlan, StepResult
 
 
 class CudaStreamRunner:
@@ -18,7 +18,7 @@ class CudaStreamRunner:
     """
 
     def __init__(self, inner: Runner, stream: torch.cuda.Stream) -> None:
-        self.on_launched: Callable[[Fence, torch.cuda.Event], None] | None = None
+        self.on_launched: Callable[[StepId, torch.cuda.Event], None] | None = None
         self.stream = stream
         self._inner = inner
         self._last_end: torch.cuda.Event | None = None

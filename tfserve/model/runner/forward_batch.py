@@ -1,4 +1,4 @@
-"""ForwardBatch: one step's tokens as arrays, and the block tables of the rows."""
+"""ForwardBatch: one step's tokens as arrays, and the block tables of the batch slots."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tfserve.model.runner.staging import upload
-from tfserve.plan import BlockId, Row, StepPlan
+from tfserve.plan import BlockId, SlotId, StepPlan
 
 
 class BlockTables:
-    """Each row's KV blocks, in order: `ids [rows, max_blocks]` int32; entries past a row's length are stale."""
+    """Each slot's KV blocks, in order: `ids [slots, max_blocks]` int32; entries past a slot's length are stale."""
 
     def __init__(self, num_rows: int, max_blocks: int) -> None:
         self.ids: NDArray[np.int32] = np.zeros((num_rows, max_blocks), np.int32)
         self._lengths = [0] * num_rows
 
-    def clear(self, row: Row) -> None:
-        """Clear a row's block table."""
-        self._lengths[row] = 0
+    def clear(self, slot: SlotId) -> None:
+        """Clear a slot's block table."""
+        self._lengths[slot] = 0
 
-    def extend(self, row: Row, blocks: Sequence[BlockId]) -> None:
-        """Append blocks to a row. Raises ValueError beyond the longest context that the tables were made for."""
-        end = self._lengths[row] + len(blocks)
+    def extend(self, slot: SlotId, blocks: Sequence[BlockId]) -> None:
+        """Append blocks to a slot. Raises ValueError beyond the longest context that the tables were made for."""
+        end = self._lengths[slot] + len(blocks)
         if end > self.ids.shape[1]:
-            raise ValueError(f"row {row} would hold {end} blocks; max_model_len allows {self.ids.shape[1]}")
-        self.ids[row, self._lengths[row] : end] = blocks
-        self._lengths[row] = end
+            raise ValueError(f"slot {slot} would hold {end} blocks; max_model_len allows {self.ids.shape[1]}")
+        self.ids[slot, self._lengths[slot] : end] = blocks
+        self._lengths[slot] = end
 
-    def blocks(self, row: Row) -> NDArray[np.int32]:
-        """A row's block ids, in order."""
-        return self.ids[row, : self._lengths[row]]
+    def blocks(self, slot: SlotId) -> NDArray[np.int32]:
+        """A slot's block ids, in order."""
+        return self.ids[slot, : self._lengths[slot]]
 
-    def length(self, row: Row) -> int:
-        """Number of blocks of a row."""
-        return self._lengths[row]
+    def length(self, slot: SlotId) -> int:
+        """Number of blocks of a slot."""
+        return self._lengths[slot]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,14 @@ def build_batch(plan: StepPlan, tables: BlockTables, last_tokens: Tensor, block_
     Raises ValueError if a sequence has too few blocks for its tokens: writing would corrupt another request's KV.
     """
     seqs = plan.seqs
-    rows = np.array([seq.row for seq in seqs])
+    rows = np.array([seq.slot for seq in seqs])
     starts = np.array([seq.start for seq in seqs])
     query_lens = np.array([seq.n for seq in seqs])
     context_lens = starts + query_lens
     num_blocks = -(-context_lens // block_size)
     for seq, needed in zip(seqs, num_blocks, strict=True):
-        if tables.length(seq.row) < needed:
-            raise ValueError(f"{seq.req}: {tables.length(seq.row)} blocks for {seq.start + seq.n} tokens")
+        if tables.length(seq.slot) < needed:
+            raise ValueError(f"{seq.req}: {tables.length(seq.slot)} blocks for {seq.start + seq.n} tokens")
     block_tables = tables.ids[rows, : num_blocks.max()]
     block_tables[np.arange(block_tables.shape[1]) >= num_blocks[:, None]] = 0
 
@@ -100,7 +100,7 @@ def _input_ids(plan: StepPlan, offsets: NDArray[np.int64], num_tokens: int, last
     rows, holes = [], []
     for seq, offset in zip(plan.seqs, offsets, strict=True):
         if seq.token_ids is None:
-            rows.append(int(seq.row))
+            rows.append(int(seq.slot))
             holes.append(offset)
         else:
             ids[offset : offset + seq.n] = seq.token_ids

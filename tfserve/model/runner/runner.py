@@ -1,4 +1,4 @@
-"""ModelRunner: executes a step's plan and returns tokens. It owns the rows, but no request and no block."""
+"""ModelRunner: executes a step's plan and returns tokens. It owns the slots, but no request and no block."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from tfserve.model.runner.staging import upload
 from tfserve.model.sampling.logprobs import PromptScorer, PromptScores
 from tfserve.model.sampling.sampler import Choices, Sampled, Sampler
 from tfserve.model.sampling.token_masks import TokenMasks
-from tfserve.plan import Fence, InFlight, SeqStep, StepPlan, StepResult
+from tfserve.plan import InFlight, SeqStep, StepId, StepPlan, StepResult
 from tfserve.types import RequestId
 
 
 class ModelRunner:
     """Runs plans on one device: `launch` starts a step, `result` waits for it.
 
-    A row holds a request's block table, its last sampled token and its sampling state. A step that fails raises from
-    `result`; all rows stay, and plans without the failed step's requests are unaffected. If only some rows have no
+    A slot holds a request's block table, its last sampled token and its sampling state. A step that fails raises from
+    `result`; all slots stay, and plans without the failed step's requests are unaffected. If only some slots have no
     token (their logits are not finite, or their grammar allows none), only their requests fail: see
     `StepResult.failed`.
 
@@ -62,7 +62,7 @@ class ModelRunner:
         """Start a step. Does not raise: errors come from `result`."""
         began_s, before_s = time.perf_counter(), self._ended_s
         try:
-            self._seat(plan)
+            self._assign(plan)
             if not plan.seqs:
                 return LaunchedStep(plan.step)
             sampled, prompts = self._step(plan)
@@ -84,24 +84,24 @@ class ModelRunner:
     def close(self) -> None:
         """See plan.Runner; there are no threads here, and CudaStreamRunner waits for its stream."""
 
-    def _seat(self, plan: StepPlan) -> None:
-        """Release rows, enter others, and extend the block tables."""
-        for row in plan.released_rows:
-            self._tables.clear(row)
-            self._sampler.release(row)
-            self._prompts.release(row)
+    def _assign(self, plan: StepPlan) -> None:
+        """Release slots, fill others, and extend the block tables."""
+        for slot in plan.released_slots:
+            self._tables.clear(slot)
+            self._sampler.release(slot)
+            self._prompts.release(slot)
         for entry in plan.entered:
-            self._tables.clear(entry.row)
-            self._tables.extend(entry.row, entry.blocks)
+            self._tables.clear(entry.slot)
+            self._tables.extend(entry.slot, entry.blocks)
             self._sampler.enter(entry)
             self._prompts.enter(entry)
         for seq in plan.seqs:
-            self._tables.extend(seq.row, seq.new_blocks)
+            self._tables.extend(seq.slot, seq.new_blocks)
 
     def _scrub(self, seqs: Iterable[SeqStep]) -> None:
         """Zero the KV of failed sequences: a NaN in it would reach the next request with these blocks."""
         for seq in seqs:
-            (blocks,) = upload(self._kv.device, self._tables.blocks(seq.row).astype("int64"))
+            (blocks,) = upload(self._kv.device, self._tables.blocks(seq.slot).astype("int64"))
             for pages in chain.from_iterable(self._kv.layers):
                 pages.index_fill_(0, blocks, 0)
 
@@ -114,10 +114,10 @@ class ModelRunner:
         if not sampling:
             return None, scored
         logits = self._model.logits(hidden[batch.logits_indices])
-        rows = np.array([seq.row for seq in sampling], np.int64)
-        sampled = self._sampler.sample(logits, rows, [seq.start + seq.n for seq in sampling])
-        (seats,) = upload(self._kv.device, rows)
-        self._last_tokens.index_copy_(0, seats, sampled.token_ids)
+        slots = np.array([seq.slot for seq in sampling], np.int64)
+        sampled = self._sampler.sample(logits, slots, [seq.start + seq.n for seq in sampling])
+        (index,) = upload(self._kv.device, slots)
+        self._last_tokens.index_copy_(0, index, sampled.token_ids)
         if self._backend.reads_stale_kv and not bool(sampled.usable.all()):
             self._scrub(compress(sampling, (~sampled.usable).tolist()))
         return sampled, scored
@@ -134,7 +134,7 @@ class ModelRunner:
 class LaunchedStep:
     """A launched step; `sampling` are the requests that `sampled` has tokens for."""
 
-    fence: Fence
+    step: StepId
     sampling: tuple[RequestId, ...] = ()
     sampled: Sampled | None = None
     prompts: tuple[PromptScores, ...] = ()
@@ -145,7 +145,7 @@ class LaunchedStep:
         """The step's result; waits for the device."""
         chosen = Choices((), (), ()) if self.sampled is None else self.sampled.read()
         return StepResult(
-            self.fence,
+            self.step,
             chosen.tokens,
             chosen.logprobs,
             self.device_s,

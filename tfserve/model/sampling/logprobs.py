@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from tfserve.model.runner.staging import Download, upload
-from tfserve.plan import PromptLogprobs, Row, RowInit, SeqStep
+from tfserve.plan import PromptLogprobs, SeqStep, SlotId, SlotInit
 from tfserve.types import RequestId, TokenLogprob
 
 _ROWS_AT_ONCE = 64
@@ -62,17 +62,19 @@ class PromptScorer:
 
     def __init__(self, logits: Callable[[Tensor], Tensor]) -> None:
         self._logits = logits
-        self._prompts: dict[Row, tuple[tuple[int, ...], int]] = {}  # by row: the prompt and the number of alternatives
+        self._prompts: dict[
+            SlotId, tuple[tuple[int, ...], int]
+        ] = {}  # by slot: the prompt and the number of alternatives
 
-    def enter(self, row: RowInit) -> None:
-        """A request takes a row."""
-        self.release(row.row)
-        if row.params.prompt_logprobs is not None:
-            self._prompts[row.row] = row.token_ids[: row.num_prompt_tokens], row.params.prompt_logprobs
+    def enter(self, init: SlotInit) -> None:
+        """A request takes a slot."""
+        self.release(init.slot)
+        if init.params.prompt_logprobs is not None:
+            self._prompts[init.slot] = init.token_ids[: init.num_prompt_tokens], init.params.prompt_logprobs
 
-    def release(self, row: Row) -> None:
-        """Clear a row; no effect on an empty one."""
-        self._prompts.pop(row, None)
+    def release(self, slot: SlotId) -> None:
+        """Clear a slot; no effect on an empty one."""
+        self._prompts.pop(slot, None)
 
     def score(self, seqs: Sequence[SeqStep], hidden: Tensor) -> tuple[PromptScores, ...]:
         """Log probabilities of the prompt tokens that follow this step's tokens, from their states `hidden` [T, H]."""
@@ -81,7 +83,7 @@ class PromptScorer:
         scored = []
         offset = 0
         for seq in seqs:
-            prompt, count = self._prompts.get(seq.row, ((), 0))
+            prompt, count = self._prompts.get(seq.slot, ((), 0))
             if targets := prompt[seq.start + 1 : seq.start + 1 + seq.n]:
                 states = hidden[offset : offset + len(targets)]
                 scored.append(PromptScores(seq.req, seq.start + 1, self._parts(states, targets, count)))

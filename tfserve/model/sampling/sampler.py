@@ -16,7 +16,7 @@ from tfserve.model.sampling.logprobs import TokenScores
 from tfserve.model.sampling.penalties import Penalties
 from tfserve.model.sampling.token_draw import draw, highest, keep_thresholds, uniform
 from tfserve.model.sampling.token_masks import TokenMasks
-from tfserve.plan import Row, RowInit
+from tfserve.plan import SlotId, SlotInit
 from tfserve.types import TokenLogprob
 
 IntArray = npt.NDArray[np.int64]
@@ -66,7 +66,7 @@ class Choices(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens. Holds each row's parameters and the token counts for its penalties.
+    """Chooses tokens. Holds each slot's parameters and the token counts for its penalties.
 
     The order of processing is vLLM's: log probabilities from the logits as they come, masks of requests with a grammar,
     min_tokens, logit_bias, penalties, greedy choice, temperature, then top-k, top-p, min-p and the draw. A row's token
@@ -88,103 +88,103 @@ class Sampler:
         self._logprobs = np.full(max_num_seqs, -1, np.int64)  # number of alternatives; -1: no log probabilities
         self._edited = np.zeros(max_num_seqs, np.bool_)  # has a mask, min_tokens, logit_bias or a penalty
         self._first_free_end = np.zeros(max_num_seqs, np.int64)  # first position where min_tokens allows the end
-        self._ends: dict[int, IntArray] = {}  # by row with min_tokens: its end-of-sequence and stop tokens
-        self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by row: tokens, and the biases to add
+        self._ends: dict[int, IntArray] = {}  # by slot with min_tokens: its end-of-sequence and stop tokens
+        self._bias: dict[int, tuple[IntArray, npt.NDArray[np.float32]]] = {}  # by slot: tokens, and the biases to add
 
-    def enter(self, row: RowInit) -> None:
-        """Set a row to a request's parameters and count its tokens; after a preemption this restores the same state."""
-        self.release(row.row)
-        params, seat = row.params, row.row
-        self._temperature[seat] = params.temperature
-        self._top_k[seat] = max(params.top_k, 0)
-        self._top_p[seat] = params.top_p
-        self._min_p[seat] = params.min_p
-        self._seed[seat] = row.seed % 2**64
-        self._logprobs[seat] = -1 if params.logprobs is None else params.logprobs
-        self._first_free_end[seat] = row.num_prompt_tokens + params.min_tokens
-        ends = {*row.eos_token_ids, *params.stop_token_ids}
+    def enter(self, init: SlotInit) -> None:
+        """Set a slot to a request's parameters and count its tokens; after a preemption this restores the state."""
+        self.release(init.slot)
+        params, slot = init.params, init.slot
+        self._temperature[slot] = params.temperature
+        self._top_k[slot] = max(params.top_k, 0)
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._seed[slot] = init.seed % 2**64
+        self._logprobs[slot] = -1 if params.logprobs is None else params.logprobs
+        self._first_free_end[slot] = init.num_prompt_tokens + params.min_tokens
+        ends = {*init.eos_token_ids, *params.stop_token_ids}
         if params.min_tokens and ends:
-            self._ends[seat] = np.array(sorted(ends), np.int64)
+            self._ends[slot] = np.array(sorted(ends), np.int64)
         if params.logit_bias:
             tokens = np.array(list(params.logit_bias), np.int64)
-            self._bias[seat] = tokens, np.array(list(params.logit_bias.values()), np.float32)
-        self._penalties.enter(row)
-        self._edited[seat] = seat in self._ends or seat in self._bias or self._penalties.has(seat)
+            self._bias[slot] = tokens, np.array(list(params.logit_bias.values()), np.float32)
+        self._penalties.enter(init)
+        self._edited[slot] = slot in self._ends or slot in self._bias or self._penalties.has(slot)
         if self._masks is not None:
-            self._masks.enter(row)
-            self._edited[seat] |= self._masks.has(seat)
+            self._masks.enter(init)
+            self._edited[slot] |= self._masks.has(slot)
 
-    def release(self, row: Row) -> None:
-        """Clear a row; no effect on an empty one."""
-        self._penalties.release(row)
+    def release(self, slot: SlotId) -> None:
+        """Clear a slot; no effect on an empty one."""
+        self._penalties.release(slot)
         if self._masks is not None:
-            self._masks.release(row)
-        self._ends.pop(row, None)
-        self._bias.pop(row, None)
-        self._edited[row] = False
+            self._masks.release(slot)
+        self._ends.pop(slot, None)
+        self._bias.pop(slot, None)
+        self._edited[slot] = False
 
-    def sample(self, logits: Tensor, rows: Sequence[int] | IntArray, positions: Sequence[int]) -> Sampled:
-        """Choose a token for each of `rows` [N] from `logits` fp32 [N, V]; does not change `logits`.
+    def sample(self, logits: Tensor, slots: Sequence[int] | IntArray, positions: Sequence[int]) -> Sampled:
+        """Choose a token for each of `slots` [N] from `logits` fp32 [N, V]; does not change `logits`.
 
         `positions` are the new tokens' positions in their sequences, prompt included. A row whose logits are not
         finite, or whose grammar allows no token, gets none; the others are not affected.
         """
-        seats, places = np.asarray(rows, np.int64), np.asarray(positions, np.int64)
-        tokens, usable = self._choose(self._edit(logits, seats, places), seats, places)
+        slots, places = np.asarray(slots, np.int64), np.asarray(positions, np.int64)
+        tokens, usable = self._choose(self._edit(logits, slots, places), slots, places)
         chosen = Download(tokens, usable)
-        self._penalties.append(seats, tokens)
+        self._penalties.append(slots, tokens)
         lost: Mapping[int, str] = {}
         if self._masks is not None:
-            lost = self._masks.lost(seats.tolist())
-            self._masks.append(seats.tolist(), chosen)
-        asking = np.flatnonzero(self._logprobs[seats] >= 0)
-        return Sampled(tokens, usable, chosen, lost, asking.tolist(), self._scores(logits, tokens, seats, asking))
+            lost = self._masks.lost(slots.tolist())
+            self._masks.append(slots.tolist(), chosen)
+        asking = np.flatnonzero(self._logprobs[slots] >= 0)
+        return Sampled(tokens, usable, chosen, lost, asking.tolist(), self._scores(logits, tokens, slots, asking))
 
-    def _edit(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
+    def _edit(self, logits: Tensor, slots: IntArray, places: IntArray) -> Tensor:
         """The logits after masks, min_tokens, logit_bias and penalties: a copy if any row has them, else `logits`."""
-        if not self._edited[seats].any():
+        if not self._edited[slots].any():
             return logits
         edited = self._memory("edited", len(logits)).copy_(logits)
         if self._masks is not None:
-            self._masks.apply(edited, seats.tolist())
-        early = [i for i in np.flatnonzero(places < self._first_free_end[seats]).tolist() if seats[i] in self._ends]
+            self._masks.apply(edited, slots.tolist())
+        early = [i for i in np.flatnonzero(places < self._first_free_end[slots]).tolist() if slots[i] in self._ends]
         if early:
-            ends = [self._ends[seats[i]] for i in early]
+            ends = [self._ends[slots[i]] for i in early]
             line, token = upload(self._device, _repeat(early, ends), np.concatenate(ends))
             edited[line, token] = edited.new_full((), -torch.inf)  # copying a Python number would wait for the device
-        biased = [i for i, seat in enumerate(seats) if seat in self._bias]
+        biased = [i for i, slot in enumerate(slots) if slot in self._bias]
         if biased:
-            tokens, values = zip(*(self._bias[seats[i]] for i in biased), strict=True)
+            tokens, values = zip(*(self._bias[slots[i]] for i in biased), strict=True)
             arrays = _repeat(biased, tokens), np.concatenate(tokens), np.concatenate(values)
             line, token, value = upload(self._device, *arrays)
             edited[line, token] += value  # no request names a token twice; accumulate=True would sort on a GPU
-        self._penalties.apply(edited, seats)
+        self._penalties.apply(edited, slots)
         return edited
 
-    def _choose(self, logits: Tensor, seats: IntArray, places: IntArray) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, slots: IntArray, places: IntArray) -> tuple[Tensor, Tensor]:
         """Tokens int64 [N], and bool [N]: false where the logits are not finite and the token is meaningless."""
         peak, tokens = highest(logits)
-        drawing = np.flatnonzero(self._temperature[seats] >= _GREEDY_BELOW)
+        drawing = np.flatnonzero(self._temperature[slots] >= _GREEDY_BELOW)
         if drawing.size:
             (index,) = upload(self._device, drawing)
             weights = torch.index_select(logits, 0, index, out=self._memory("weights", len(drawing)))
             weights -= peak[index][:, None]
-            tokens[index] = self._draw(weights, seats[drawing], places[drawing])
+            tokens[index] = self._draw(weights, slots[drawing], places[drawing])
         usable = torch.isfinite(peak)
         return tokens.masked_fill_(~usable, 0), usable
 
-    def _draw(self, logits: Tensor, seats: IntArray, places: IntArray) -> Tensor:
+    def _draw(self, logits: Tensor, slots: IntArray, places: IntArray) -> Tensor:
         """Tokens int64 [N] drawn from `logits` [N, V], with a highest logit of 0 in each row. Overwrites `logits`."""
-        temperature = self._temperature[seats]
+        temperature = self._temperature[slots]
         if (temperature != 1).any():
             logits /= upload(self._device, temperature)[0][:, None]
         weights = logits.exp_()
-        filters = self._top_k[seats], self._top_p[seats], self._min_p[seats]
+        filters = self._top_k[slots], self._top_p[slots], self._min_p[slots]
         scratch = self._memory("filters", len(weights))
         threshold = keep_thresholds(weights, *filters, scratch)
         if threshold is not None:
             weights *= torch.ge(weights, threshold[:, None], out=scratch)
-        return draw(weights, uniform(self._seed[seats], places))
+        return draw(weights, uniform(self._seed[slots], places))
 
     def _memory(self, purpose: str, rows: int) -> Tensor:
         """Reused memory fp32 [rows, V]: on a CPU, the first write to new pages takes longer than the computation."""
@@ -193,13 +193,13 @@ class Sampler:
             held = self._scratch[purpose] = torch.empty(rows, self._vocab_size, device=self._device)
         return held[:rows]
 
-    def _scores(self, logits: Tensor, tokens: Tensor, seats: IntArray, asking: IntArray) -> TokenScores | None:
-        """Log probabilities of the places `asking` of `seats`."""
+    def _scores(self, logits: Tensor, tokens: Tensor, slots: IntArray, asking: IntArray) -> TokenScores | None:
+        """Log probabilities of the places `asking` of `slots`."""
         if not asking.size:
             return None
         (index,) = upload(self._device, asking)
         raw = torch.index_select(logits, 0, index, out=self._memory("weights", len(asking)))
-        return TokenScores(raw, tokens[index], self._logprobs[seats[asking]].tolist())
+        return TokenScores(raw, tokens[index], self._logprobs[slots[asking]].tolist())
 
 
 def _repeat(places: Sequence[int], lists: Sequence[IntArray]) -> IntArray:

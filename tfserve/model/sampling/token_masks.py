@@ -1,4 +1,4 @@
-"""Masks of allowed tokens for rows with a grammar."""
+"""Masks of allowed tokens for slots with a grammar."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tfserve.errors import failures
 from tfserve.install_hint import install_command
 from tfserve.model.grammars.limits import parser_limits
 from tfserve.model.runner.staging import Download, upload
-from tfserve.plan import Row, RowInit
+from tfserve.plan import SlotId, SlotInit
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -114,20 +114,20 @@ class GrammarCompiler:
 
 
 class _Text:
-    """The state of one row's text in its grammar. `lost` is the reason why it cannot continue; empty as long as it can.
+    """The state of a slot's text in its grammar. `lost` is the reason why it cannot continue; empty as long as it can.
 
     Nothing here raises: an error or panic of llguidance ends only this text.
     """
 
-    def __init__(self, compiler: GrammarCompiler, row: RowInit) -> None:
-        assert row.params.grammar is not None
+    def __init__(self, compiler: GrammarCompiler, init: SlotInit) -> None:
+        assert init.params.grammar is not None
         self.lost = ""
         self._compiler = compiler
-        self._req, self._grammar = row.req, row.params.grammar
+        self._req, self._grammar = init.req, init.params.grammar
         self._matcher: LLMatcher | None = None
         with self._losing():
             self._matcher = compiler.matcher(self._grammar)
-            self._matcher.consume_tokens(list(row.token_ids[row.num_prompt_tokens :]))
+            self._matcher.consume_tokens(list(init.token_ids[init.num_prompt_tokens :]))
 
     def push(self, token: int) -> None:
         """Take the next token."""
@@ -167,9 +167,9 @@ class _Text:
 
 
 class TokenMasks:
-    """The grammar state of each row with a grammar.
+    """The grammar state of each slot with a grammar.
 
-    A row that is entered with output, after a preemption, reads that output again, so no state is saved. A text that
+    A slot that is entered with output, after a preemption, reads that output again, so no state is saved. A text that
     cannot continue (no token is allowed, or one of llguidance's limits is reached) is `lost`: its request must end with
     an error, because its text is incomplete.
 
@@ -179,52 +179,52 @@ class TokenMasks:
 
     def __init__(self, compiler: GrammarCompiler) -> None:
         self.compiler = compiler
-        self._texts: dict[Row, _Text] = {}
+        self._texts: dict[SlotId, _Text] = {}
         self._unread: tuple[Download, list[tuple[int, _Text]]] | None = None  # with their places in the batch
 
-    def enter(self, row: RowInit) -> None:
-        """A request enters a row."""
-        self.release(row.row)
-        if row.params.grammar is not None:
-            self._texts[row.row] = _Text(self.compiler, row)
+    def enter(self, init: SlotInit) -> None:
+        """A request enters a slot."""
+        self.release(init.slot)
+        if init.params.grammar is not None:
+            self._texts[init.slot] = _Text(self.compiler, init)
 
-    def release(self, row: Row) -> None:
-        """Clear a row; no effect on an empty one."""
-        self._texts.pop(row, None)
+    def release(self, slot: SlotId) -> None:
+        """Clear a slot; no effect on an empty one."""
+        self._texts.pop(slot, None)
 
-    def has(self, row: int) -> bool:
-        """True if the row has a grammar."""
-        return row in self._texts
+    def has(self, slot: int) -> bool:
+        """True if the slot has a grammar."""
+        return slot in self._texts
 
-    def apply(self, logits: Tensor, rows: Sequence[int]) -> None:
-        """Set forbidden tokens to -inf in `logits` fp32 [N, V], one line for each of `rows`.
+    def apply(self, logits: Tensor, slots: Sequence[int]) -> None:
+        """Set forbidden tokens to -inf in `logits` fp32 [N, V], one line for each of `slots`.
 
-        Waits for the tokens of the previous step if one of the rows has a grammar. Does not change lost rows.
+        Waits for the tokens of the previous step if one of the slots has a grammar. Does not change lost slots.
         """
-        for line, text in self._among(rows):
+        for line, text in self._among(slots):
             self._read()
             allowed = text.allowed(logits.shape[1])
             if allowed is not None:
                 (forbidden,) = upload(logits.device, allowed == 0)
                 logits[line].masked_fill_(forbidden, -torch.inf)
 
-    def lost(self, rows: Sequence[int]) -> dict[int, str]:
-        """The lost places of `rows` [N] and the reasons; call it after `apply`."""
-        return {line: text.lost for line, text in self._among(rows) if text.lost}
+    def lost(self, slots: Sequence[int]) -> dict[int, str]:
+        """The lost places of `slots` [N] and the reasons; call it after `apply`."""
+        return {line: text.lost for line, text in self._among(slots) if text.lost}
 
-    def append(self, rows: Sequence[int], chosen: Download) -> None:
-        """Record the tokens int64 [N] chosen for `rows` [N]; bool [N] is false for a row without a token."""
-        # Keep the texts, not the rows: when the tokens are read, a row may belong to another request.
-        held = self._among(rows)
+    def append(self, slots: Sequence[int], chosen: Download) -> None:
+        """Record the tokens int64 [N] chosen for `slots` [N]; bool [N] is false for a slot without a token."""
+        # Keep the texts, not the slots: when the tokens are read, a slot may belong to another request.
+        held = self._among(slots)
         if held:
             self._read()
             self._unread = chosen, held
 
-    def _among(self, rows: Sequence[int]) -> list[tuple[int, _Text]]:
-        """The texts of the rows with a grammar, and their places in `rows`."""
+    def _among(self, slots: Sequence[int]) -> list[tuple[int, _Text]]:
+        """The texts of the slots with a grammar, and their places in `slots`."""
         if not self._texts:
             return []
-        return [(place, self._texts[Row(row)]) for place, row in enumerate(rows) if Row(row) in self._texts]
+        return [(place, self._texts[SlotId(slot)]) for place, slot in enumerate(slots) if SlotId(slot) in self._texts]
 
     def _read(self) -> None:
         if self._unread is None:

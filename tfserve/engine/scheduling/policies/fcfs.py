@@ -28,21 +28,21 @@ class Fcfs:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
-        self._decay = (config.reserve_ratio - config.reserve_min_ratio) / config.reserve_decay_steps
-        self.ratio = config.reserve_ratio
+        self._decay = (config.fcfs.reserve_ratio - config.fcfs.reserve_min_ratio) / config.fcfs.reserve_decay_steps
+        self.ratio = config.fcfs.reserve_ratio
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Preempt what the next decode step has no blocks for, else admit what fits."""
         c = snapshot.columns
         running = c.in_state(RequestState.RUNNING)
         if not len(running):
-            self.ratio = self._config.reserve_ratio
+            self.ratio = self._config.fcfs.reserve_ratio
         victims = self._overflow(snapshot, running)
-        admit = () if victims else admissible(snapshot, self.ratio, self._config.reserve_clip_tokens)
+        admit = () if victims else admissible(snapshot, self.ratio, self._config.fcfs.reserve_clip_tokens)
         prefill = bool(admit) or bool((~snapshot.is_decoding[running]).any())
         decode = self.decodes_beside_prefill or not prefill
         if decode and not victims:
-            self.ratio = max(self.ratio - self._decay, self._config.reserve_min_ratio)
+            self.ratio = max(self.ratio - self._decay, self._config.fcfs.reserve_min_ratio)
         return Decision(
             admit=admit, preempt=tuple((req, ResumeBy.RECOMPUTE) for req in c.ids_of(victims)), decode=decode
         )
@@ -121,8 +121,8 @@ def admissible(snapshot: Snapshot, ratio: float, clip: int | None) -> tuple[Requ
     A waiting request is charged its tokens and all it may generate, an admitted one `ratio` of that; `clip` bounds what
     one may generate. Paused requests count with all their KV: they were promised it.
     """
-    c, free_rows = snapshot.columns, snapshot.num_free_rows
-    waiting = c.in_state(RequestState.WAITING)[: max(free_rows, 0)]
+    c, free_slots = snapshot.columns, snapshot.num_free_slots
+    waiting = c.in_state(RequestState.WAITING)[: max(free_slots, 0)]
     if not len(waiting):
         return ()
     remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)

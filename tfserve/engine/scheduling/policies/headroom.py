@@ -17,11 +17,11 @@ _WELL_AHEAD = 0.125
 fewer stalls (H200 a: 1.3 instead of 1.5 %) and 3 % less effective throughput than 0.1."""
 
 _MAX_EXPONENT = 60.0
-_LEAST_SHARE = 0.1
+_MIN_SHARE = 0.1
 """A switch longer than the interval is judged by what follows it, not by the nothing that is left of the interval."""
 
 
-def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> Floats:
+def headroom_s(columns: Columns, now_s: float, background_slack_s: float) -> Floats:
     """Seconds until a request is in want; negative: for how long it has been.
 
     A reader's playback left, less its present stall. Without a first token, less the time since arrival, so that the
@@ -30,11 +30,11 @@ def headroom_s(columns: Columns, now_s: float, background_patience_s: float) -> 
     """
     c = columns
     started = c.has_started
-    reading = np.where(started, c.time_to_empty_s - c.dry_s, c.arrival_s - now_s)
+    reading = np.where(started, c.time_to_empty_s - c.current_stall_s, c.arrival_s - now_s)
     if c.has_reader.all():
         return reading
     away = c.is_waiting | c.is_paused
-    background = background_patience_s - np.where(away, now_s - c.state_since_s, 0.0)
+    background = background_slack_s - np.where(away, now_s - c.state_since_s, 0.0)
     return np.where(~c.has_reader, background, reading)
 
 
@@ -50,12 +50,12 @@ def gain(
 ) -> Floats:
     """What running a request over idling it for one interval is worth, in tokens of one stream's interval; elementwise.
 
-    gain = v t' + gamma (phi(b if idle) - phi(b if run)), phi(b) = exp(-b / (r buffer_scale_s)): v is the value of a
+    gain = v t' + w (phi(b if idle) - phi(b if run)), phi(b) = exp(-b / (r buffer_scale_s)): v is the value of a
     token at the buffer left after the switch of `overhead_s`, t' the share of the interval left then, `speed` tokens/s
     what a running stream gets. It falls with the buffer, because phi goes on below an empty one, past 1.
     """
     interval = config.schedule_interval_s
-    left = np.maximum(interval - overhead_s, _LEAST_SHARE * interval)
+    left = np.maximum(interval - overhead_s, _MIN_SHARE * interval)
     reads = ~np.isnan(rate)
     with np.errstate(invalid="ignore"):
         after = np.maximum(unread - rate * overhead_s, 0.0)
@@ -63,9 +63,9 @@ def gain(
     length = np.maximum(expected_output, 1.0)
     value = (TAU_ZERO - after / length) / (TAU_ZERO - TAU_FULL)
     value = np.minimum(np.maximum(value, 0.0), 1.0)
-    idle = np.exp(np.minimum((interval - headroom) / config.buffer_scale_s, _MAX_EXPONENT))
-    penalty = idle * (1.0 - np.exp(ahead_s / -config.buffer_scale_s))
-    return np.where(reads, value, 0.0) * (left / interval) + config.gamma * penalty
+    idle = np.exp(np.minimum((interval - headroom) / config.tokenflow.buffer_scale_s, _MAX_EXPONENT))
+    penalty = idle * (1.0 - np.exp(ahead_s / -config.tokenflow.buffer_scale_s))
+    return np.where(reads, value, 0.0) * (left / interval) + config.tokenflow.underflow_weight * penalty
 
 
 def loss_order(
@@ -75,18 +75,18 @@ def loss_order(
     rate: Floats,
     num_output: npt.NDArray[Any],
     expected_output: Floats,
-    least_s: Floats,
+    min_unread_s: Floats,
 ) -> Floats:
     """Who loses least by leaving the device, ascending; elementwise, of residents' gains. Only its order has a meaning.
 
-    First requests without a reader; then readers well ahead (over `_WELL_AHEAD` of the output and `least_s` of playback
-    unread), the one whose reader will be through first in front; then the others, least gain first. What the device
-    makes beyond all reading is worth nothing to any reader: it goes to few, who have most to come, and they are
-    done sooner.
+    First requests without a reader; then requests well ahead (over `_WELL_AHEAD` of the output and `min_unread_s`
+    unread), shortest remaining reading time first; then the others, least gain first. What the device makes beyond all
+    reading is worth nothing to any reader: it goes to the few requests that have most to come, and they are done
+    sooner.
     """
     reads = ~np.isnan(rate)
     rate = np.where(reads, rate, 1.0)
     left_s = (unread + np.maximum(expected_output - num_output, 0.0)) / rate
-    is_ahead = (unread > _WELL_AHEAD * expected_output) & (unread > least_s * rate)
+    is_ahead = (unread > _WELL_AHEAD * expected_output) & (unread > min_unread_s * rate)
     order = np.where(is_ahead, left_s / (1.0 + left_s) - 2.0, gains)
     return np.where(reads, order, gains - 4.0)

@@ -27,7 +27,7 @@ POLICIES: dict[str, Entry] = {}
 
 def uses_host(config: SchedulerConfig) -> bool:
     """True if the policy keeps the KV of preempted requests on the host, and may."""
-    return config.offload and POLICIES[config.policy].pauses
+    return config.ablation.offload and POLICIES[config.policy].pauses
 
 
 def register(

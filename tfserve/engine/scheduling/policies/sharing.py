@@ -95,11 +95,11 @@ def round_trip_s(snapshot: Snapshot, *, offload: bool) -> tuple[Floats, Mask]:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What a choice of residents must fit into: blocks each row needs, blocks and seats there are."""
+    """What a choice of residents must fit into: blocks each row needs, blocks and batch slots there are."""
 
     need: Ints
     capacity: int
-    max_rows: int
+    max_slots: int
 
 
 def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
@@ -107,7 +107,7 @@ def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
     chosen: list[int] = []
     free = sizes.capacity
     for row, blocks in zip(order.tolist(), sizes.need[order].tolist(), strict=True):
-        if len(chosen) == sizes.max_rows:
+        if len(chosen) == sizes.max_slots:
             break
         if blocks <= free or not chosen:
             chosen.append(row)
@@ -115,7 +115,7 @@ def fill(order: RowIndex, sizes: Sizes) -> RowIndex:
     return np.array(chosen, np.intp)
 
 
-def exchange(
+def swap_decision(
     snapshot: Snapshot,
     leave: Sequence[int],
     come: Sequence[int],
@@ -124,7 +124,7 @@ def exchange(
     loads: Mask,
     made_for: Mapping[int, int] | None = None,
 ) -> Decision:
-    """The orders that take the rows `leave` off the device and bring the rows `come` onto it.
+    """The decision that takes the rows `leave` off the device and brings the rows `come` onto it.
 
     `by_host` says which requests keep their KV on the host, if there is room for what is not there yet; `loads`, which
     paused ones load it and do not recompute. `made_for` has the row that each of `leave` makes room for, where known.
@@ -180,32 +180,32 @@ def out_of_blocks(snapshot: Snapshot) -> bool:
     return int(snapshot.next_step_blocks.sum()) > snapshot.memory.num_free_blocks
 
 
-class TimeShared:
-    """Base of the controls: a pass ranks everybody, fills the device in that order, and exchanges accordingly."""
+class RankedPolicy:
+    """Base of policies that rank: a pass ranks all requests, fills the device in that order, and swaps accordingly."""
 
     offload = True
 
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
-        self._exchange_s = -np.inf
+        self._swap_s = -np.inf
         self._output_then: dict[RequestId, int] = {}
         """Output tokens of requests that came without their KV, at that time."""
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Exchange every interval; in between, when something happened or blocks run out, only fill up or shed."""
+        """Swap every interval; in between, when something happened or blocks run out, only backfill or evict."""
         c = snapshot.columns
         if not len(c):
             return Decision()
-        if snapshot.now_s + 1e-9 >= self._exchange_s:
-            self._exchange_s = snapshot.now_s + self._config.schedule_interval_s
+        if snapshot.now_s + 1e-9 >= self._swap_s:
+            self._swap_s = snapshot.now_s + self._config.schedule_interval_s
             decision = self._pass(snapshot, self._sizes(snapshot))
         elif self._ticker.due(snapshot.now_s, c.num_events) or out_of_blocks(snapshot):
             decision = self._pass(snapshot, self._sizes(snapshot), keep=c.in_state(RequestState.RUNNING))
         else:
-            return Decision(wake_s=self._exchange_s)
+            return Decision(wake_s=self._swap_s)
         self._ticker.ran(snapshot.now_s, c.num_events)
-        return msgspec.structs.replace(decision, wake_s=self._exchange_s)
+        return msgspec.structs.replace(decision, wake_s=self._swap_s)
 
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:
         """All rows but those being loaded, best first; `fill` takes the first that fit."""
@@ -229,11 +229,11 @@ class TimeShared:
         running = c.in_state(RequestState.RUNNING)
         leave = running[~np.isin(running, chosen)]
         come = chosen[~c.is_running[chosen]]
-        _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.offload)
+        _, by_host = round_trip_s(snapshot, offload=self.offload and self._config.ablation.offload)
         _, loads = return_s(snapshot)
         for row in come[~loads[come]].tolist():
             self._output_then[c.ids[row]] = int(c.num_output[row])
-        return exchange(snapshot, leave.tolist(), come.tolist(), by_host=by_host, loads=loads)
+        return swap_decision(snapshot, leave.tolist(), come.tolist(), by_host=by_host, loads=loads)
 
     def _catching_up(self, snapshot: Snapshot) -> RowIndex:
         """Residents still computing what they came for, up to the token after it, unless that is held back.

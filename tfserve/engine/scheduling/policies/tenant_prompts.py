@@ -8,7 +8,7 @@ import numpy as np
 from tfserve.arrays import Floats, Ints, RowIndex
 from tfserve.engine.scheduling.policy import Decision, ResumeBy, Snapshot
 
-_LEAST_CHUNK = 64
+_MIN_CHUNK = 64
 """Prompt tokens of each tenant in a step of several tenants' prompts, at least: a shorter step saves little."""
 
 _SHARED_STEP_S = 0.1
@@ -50,7 +50,7 @@ def _short_step(snapshot: Snapshot, rows: RowIndex, limit: int | None) -> int:
 
     A token of a long prompt attends to what is computed of it, and takes longer.
     """
-    c, n = snapshot.columns, _LEAST_CHUNK
+    c, n = snapshot.columns, _MIN_CHUNK
     start = int(np.where(c.is_running[rows], c.num_computed[rows], 0).max())
     cost = snapshot.cost
     took_s = cost.step_s(0, 0, n, n * (start + n / 2)) - cost.step_s(0, 0)
@@ -79,6 +79,6 @@ def _quotas(pending: Ints, tenant: Ints, weight: Floats, budget: int) -> dict[in
     for each, tokens, of in zip(tenant.tolist(), pending.tolist(), weight.tolist(), strict=True):
         totals[each] = totals.get(each, 0) + tokens
         weights[each] = of
-    least = min(max(total, _LEAST_CHUNK) / weights[each] for each, total in totals.items())
+    least = min(max(total, _MIN_CHUNK) / weights[each] for each, total in totals.items())
     per_weight = min(least, max(budget, 0) / sum(weights.values()))
     return {each: min(total, int(np.ceil(per_weight * weights[each]))) for each, total in totals.items()}

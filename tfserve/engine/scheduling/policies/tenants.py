@@ -1,6 +1,6 @@
 """Tenants: what is short is shared between tenants by weight, whatever the policy. Torch-free.
 
-The measure is max-min fairness of what a tenant holds on the device now: its share of the seats or of the blocks,
+The measure is max-min fairness of what a tenant holds on the device now: its share of the slots or of the blocks,
 whichever is larger, by its weight (Ghodsi et al., Dominant Resource Fairness, NSDI 2011). Nothing is remembered of what
 a tenant had before.
 """
@@ -18,14 +18,20 @@ from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.policies.headroom import headroom_s
 from tfserve.engine.scheduling.policies.registry import uses_host
-from tfserve.engine.scheduling.policies.sharing import exchange, resident_blocks, return_s, round_trip_s, usable_blocks
+from tfserve.engine.scheduling.policies.sharing import (
+    resident_blocks,
+    return_s,
+    round_trip_s,
+    swap_decision,
+    usable_blocks,
+)
 from tfserve.engine.scheduling.policies.tenant_prompts import prompts_in_order, share_prompts
 from tfserve.engine.scheduling.policy import Decision, Policy, Snapshot
 
-_MOST_CREDIT_S = 1.0
+_MAX_CREDIT_S = 1.0
 """How long tenants that hold little may run alone at a stretch."""
 
-_MOST_WANTING = 64
+_MAX_WANTING = 64
 """Requests considered in one pass for what other tenants hold."""
 
 
@@ -42,7 +48,7 @@ class Tenants:
         self._own_time = OwnTime()
 
     def decide(self, policy: Policy, snapshot: Snapshot) -> Decision:
-        """The policy's decision, in turn with exchanges between tenants."""
+        """The policy's decision, in turn with swaps between tenants."""
         if snapshot.columns.num_tenants < 2:
             self._own_time.skip(snapshot.now_s)
             return policy.decide(snapshot)
@@ -79,7 +85,7 @@ class OwnTime:
         c = snapshot.columns
         self._account(snapshot.now_s)
         prompts = prompts_in_order(snapshot, decision)
-        reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.critical_s)
+        reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.tokenflow.low_buffer_s)
         needy = np.unique(np.concatenate([c.tenant[reads], c.tenant[prompts[~c.has_started[prompts]]]]))
         levels = holdings.now
         rich = np.flatnonzero(levels > 2 * levels[needy].min()) if len(needy) else needy
@@ -106,25 +112,25 @@ class OwnTime:
 
     def _account(self, now_s: float) -> None:
         """Count the time since the step before, for or against such steps."""
-        took_s = 0.0 if self._last_s is None else min(now_s - self._last_s, _MOST_CREDIT_S)
+        took_s = 0.0 if self._last_s is None else min(now_s - self._last_s, _MAX_CREDIT_S)
         self._last_s = now_s
         gained_s = -took_s * (1 - self._share) if self._was_own else took_s * self._share
-        self._credit_s = min(self._credit_s + gained_s, _MOST_CREDIT_S)
+        self._credit_s = min(self._credit_s + gained_s, _MAX_CREDIT_S)
 
 
 @dataclass(frozen=True)
 class Holdings:
     """What each tenant holds on the device, by its number. `need` is what each request needs there, in blocks.
 
-    `spare` are blocks that residents will not need soon; `num_seats` and `num_blocks` are all there are.
+    `spare` are blocks that residents will not need soon; `num_slots` and `num_blocks` are all there are.
     """
 
     need: Ints
-    seats: Ints
+    slots: Ints
     blocks: Ints
     weight: Floats
     spare: int
-    num_seats: int
+    num_slots: int
     num_blocks: int
 
     @classmethod
@@ -139,18 +145,18 @@ class Holdings:
         blocks = np.bincount(tenant, weights=need[resident], minlength=count).astype(np.int64)
         return cls(
             need=need,
-            seats=np.bincount(tenant, minlength=count),
+            slots=np.bincount(tenant, minlength=count),
             blocks=blocks,
             weight=weight,
             spare=usable - int(blocks.sum()),
-            num_seats=snapshot.max_num_seqs,
+            num_slots=snapshot.max_num_seqs,
             num_blocks=max(usable, 1),
         )
 
-    def levels(self, tenant: Ints, seats: Ints, blocks: Ints) -> Floats:
+    def levels(self, tenant: Ints, slots: Ints, blocks: Ints) -> Floats:
         """How much each tenant would hold with so much more, by its weight: 1 is the whole device at weight 1."""
         share = np.maximum(
-            (self.seats[tenant] + seats) / self.num_seats, (self.blocks[tenant] + blocks) / self.num_blocks
+            (self.slots[tenant] + slots) / self.num_slots, (self.blocks[tenant] + blocks) / self.num_blocks
         )
         levels: Floats = share / self.weight[tenant]
         return levels
@@ -158,7 +164,7 @@ class Holdings:
     @property
     def now(self) -> Floats:
         """What each tenant holds, by its number."""
-        numbers = np.arange(len(self.seats))
+        numbers = np.arange(len(self.slots))
         return self.levels(numbers, np.zeros_like(numbers), np.zeros_like(numbers))
 
     def worse_off(self, columns: Columns, rows: RowIndex) -> RowIndex:
@@ -181,10 +187,10 @@ def fair_turn(columns: Columns, holdings: Holdings) -> RowIndex:
     tenant, need = c.tenant[rows], holdings.need[rows]
     first = np.flatnonzero(np.diff(tenant, prepend=-1))
     sizes = np.diff(first, append=len(rows))
-    seats = np.arange(len(rows)) - np.repeat(first, sizes) + 1
+    slots = np.arange(len(rows)) - np.repeat(first, sizes) + 1
     blocks = np.cumsum(need)
     blocks = blocks - np.repeat(blocks[first] - need[first], sizes)
-    return rows[np.lexsort((c.seq[rows], holdings.levels(tenant, seats, blocks)))]
+    return rows[np.lexsort((c.seq[rows], holdings.levels(tenant, slots, blocks)))]
 
 
 def in_fair_order(columns: Columns, turn: RowIndex) -> Columns:
@@ -207,7 +213,7 @@ def in_fair_order(columns: Columns, turn: RowIndex) -> Columns:
 
 
 def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, turn: RowIndex) -> Decision | None:
-    """Exchanges that make the holdings of tenants more even; None if there are none to make.
+    """Swaps that make the holdings of tenants more even; None if there are none to make.
 
     A request that waits, or whose reader is about to run dry, comes in the place of requests of a tenant that still
     holds no less than its own without them. It comes into free memory, too, where another tenant could be reduced for
@@ -217,28 +223,28 @@ def take_back(snapshot: Snapshot, config: SchedulerConfig, holdings: Holdings, t
     rows = holdings.worse_off(c, np.concatenate([np.flatnonzero(c.is_paused), turn]))
     if not len(rows):
         return None
-    headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
+    headroom = headroom_s(c, snapshot.now_s, config.tokenflow.background_slack_s)
     seconds, loads = return_s(snapshot)
-    is_due = headroom <= seconds + config.critical_s
+    is_due = headroom <= seconds + config.tokenflow.low_buffer_s
     rows = rows[c.is_waiting[rows] | is_due[rows]]
     waits = c.is_waiting[rows]
     # The poorest tenant first; of a tenant, readers about to run dry, then waiting requests in their turn.
     urgency = np.where(waits, np.arange(len(rows)), headroom[rows])
     wanting = rows[np.lexsort((urgency, waits, holdings.now[c.tenant[rows]]))]
-    exchanges = _Exchanges(snapshot, holdings, may_crowd=config.overload == "shed")
-    for row in wanting[:_MOST_WANTING].tolist():
-        exchanges.consider(row, from_readers=bool(is_due[row]))
-    if not exchanges.coming:
+    swaps = _Swaps(snapshot, holdings, may_crowd=config.overload == "shed")
+    for row in wanting[:_MAX_WANTING].tolist():
+        swaps.consider(row, from_readers=bool(is_due[row]))
+    if not swaps.coming:
         return None
     _, by_host = round_trip_s(snapshot, offload=uses_host(config))
-    decision = exchange(
-        snapshot, exchanges.leaving, exchanges.coming, by_host=by_host, loads=loads, made_for=exchanges.made_for
+    decision = swap_decision(
+        snapshot, swaps.leaving, swaps.coming, by_host=by_host, loads=loads, made_for=swaps.made_for
     )
     return msgspec.structs.replace(decision, wake_s=snapshot.now_s)
 
 
-class _Exchanges:
-    """Builds up exchanges one by one, and follows what tenants hold after each."""
+class _Swaps:
+    """Plans swaps one by one, and follows what tenants hold after each."""
 
     def __init__(self, snapshot: Snapshot, holdings: Holdings, *, may_crowd: bool) -> None:
         c = snapshot.columns
@@ -249,11 +255,11 @@ class _Exchanges:
         self.made_for: dict[int, int] = {}
         self._snapshot = snapshot
         # Lists: what follows looks at them one by one.
-        self._seats, self._blocks = holdings.seats.tolist(), holdings.blocks.tolist()
+        self._slots, self._blocks = holdings.slots.tolist(), holdings.blocks.tolist()
         self._weight, self._need = holdings.weight.tolist(), holdings.need
-        self._num_seats, self._num_blocks = holdings.num_seats, holdings.num_blocks
+        self._num_slots, self._num_blocks = holdings.num_slots, holdings.num_blocks
         self._spare = holdings.spare
-        self._free_seats = snapshot.num_free_rows
+        self._free_slots = snapshot.num_free_slots
         running = np.flatnonzero(c.is_running)
         # The next to leave is the last: it has most to read; of requests without a token, least is computed of it.
         order = np.lexsort((c.seq[running], -c.num_computed[running], c.time_to_empty_s[running]))
@@ -261,7 +267,7 @@ class _Exchanges:
         for row, tenant in zip(running[order].tolist(), c.tenant[running[order]].tolist(), strict=True):
             self._residents.setdefault(tenant, []).append(row)
         pending = np.where(snapshot.is_decoding, 0, c.num_uncomputed)[running]
-        self._pending = np.bincount(c.tenant[running], weights=pending, minlength=len(holdings.seats))
+        self._pending = np.bincount(c.tenant[running], weights=pending, minlength=len(holdings.slots))
 
     def consider(self, row: int, *, from_readers: bool) -> None:
         """Let a request come if it may, in exchange for as few as make room for it."""
@@ -293,21 +299,21 @@ class _Exchanges:
             row = self._residents[other][left[other]]
             if not from_readers and has_reader[row]:
                 continue
-            seats, blocks = gone[other]
-            gone[other] = seats - 1, blocks - int(self._need[row])
+            slots, blocks = gone[other]
+            gone[other] = slots - 1, blocks - int(self._need[row])
             if self._level(other, *gone[other]) < level - 1e-9:
                 return
             yield row
 
-    def _level(self, tenant: int, seats: int, blocks: int) -> float:
+    def _level(self, tenant: int, slots: int, blocks: int) -> float:
         """What a tenant would hold with so much more, by its weight."""
-        seats, blocks = self._seats[tenant] + seats, self._blocks[tenant] + blocks
-        level: float = max(seats / self._num_seats, blocks / self._num_blocks) / self._weight[tenant]
+        slots, blocks = self._slots[tenant] + slots, self._blocks[tenant] + blocks
+        level: float = max(slots / self._num_slots, blocks / self._num_blocks) / self._weight[tenant]
         return level
 
     def _has_room(self, need: int, victims: list[int]) -> bool:
         freed = sum(int(self._need[victim]) for victim in victims)
-        return need <= self._spare + freed and self._free_seats + len(victims) > 0
+        return need <= self._spare + freed and self._free_slots + len(victims) > 0
 
     def _put_on(self, row: int, victims: list[int]) -> None:
         for victim in victims:
@@ -320,12 +326,12 @@ class _Exchanges:
         c = self._snapshot.columns
         self._pending[c.tenant[row]] += 0 if c.is_paused[row] else c.num_tokens[row]
 
-    def _count(self, row: int, seats: int) -> None:
-        tenant, blocks = int(self._snapshot.columns.tenant[row]), seats * int(self._need[row])
-        self._seats[tenant] += seats
+    def _count(self, row: int, slots: int) -> None:
+        tenant, blocks = int(self._snapshot.columns.tenant[row]), slots * int(self._need[row])
+        self._slots[tenant] += slots
         self._blocks[tenant] += blocks
         self._spare -= blocks
-        self._free_seats -= seats
+        self._free_slots -= slots
 
 
 def _need(snapshot: Snapshot, config: SchedulerConfig) -> Ints:
@@ -333,8 +339,8 @@ def _need(snapshot: Snapshot, config: SchedulerConfig) -> Ints:
     if not config.policy.startswith("fcfs"):
         return resident_blocks(snapshot)
     c = snapshot.columns
-    ratio = {"fcfs-reserve": 1.0, "fcfs-greedy": 0.0}.get(config.policy, config.reserve_min_ratio)
-    clip = {"fcfs-reserve": None, "fcfs-greedy": 0}.get(config.policy, config.reserve_clip_tokens)
+    ratio = {"fcfs-reserve": 1.0, "fcfs-greedy": 0.0}.get(config.policy, config.fcfs.reserve_min_ratio)
+    clip = {"fcfs-reserve": None, "fcfs-greedy": 0}.get(config.policy, config.fcfs.reserve_clip_tokens)
     remaining = c.num_remaining if clip is None else np.minimum(c.num_remaining, clip)
     growth = np.where(c.is_waiting, remaining, np.ceil(ratio * remaining).astype(np.int64))
     return np.maximum(snapshot.blocks_for(c.num_tokens + np.maximum(growth, 1)), c.device_blocks)

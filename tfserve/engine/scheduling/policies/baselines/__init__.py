@@ -1,1 +1,1 @@
-"""Baselines: policies from other papers, and controls that tell what each part of TokenFlow is worth."""
+"""Baselines: policies from other papers, and simple ones that tell what each part of TokenFlow is worth."""

@@ -7,7 +7,7 @@ import numpy as np
 from tfserve.arrays import Floats, Mask, RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.registry import register
-from tfserve.engine.scheduling.policies.sharing import Sizes, TimeShared, fill, stream_speed
+from tfserve.engine.scheduling.policies.sharing import RankedPolicy, Sizes, fill, stream_speed
 from tfserve.engine.scheduling.policy import Snapshot
 
 _TTFT_S = 1.0
@@ -21,7 +21,7 @@ _MAX_PREEMPTIONS = 1.0
 
 
 @register("andes", ignores=("priority",))
-class Andes(TimeShared):
+class Andes(RankedPolicy):
     """Serves those whose quality of experience gains most per token of KV; preemption gives the KV up."""
 
     offload = False

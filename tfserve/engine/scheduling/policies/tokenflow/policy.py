@@ -12,10 +12,10 @@ from tfserve.engine.scheduling.policies.fcfs import admissible
 from tfserve.engine.scheduling.policies.headroom import headroom_s
 from tfserve.engine.scheduling.policies.registry import register
 from tfserve.engine.scheduling.policies.sharing import Ticker, out_of_blocks
-from tfserve.engine.scheduling.policies.tokenflow.balance import Balance
+from tfserve.engine.scheduling.policies.tokenflow.admission import AdmissionLimit, estimate_capacity, predicted_wait_s
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import to_drop
-from tfserve.engine.scheduling.policies.tokenflow.prefill import PromptShare, pending_tokens, prefill_order
-from tfserve.engine.scheduling.policies.tokenflow.working_set import WorkingSet, measure, predicted_wait_s
+from tfserve.engine.scheduling.policies.tokenflow.prefill_budget import PrefillBudget, pending_tokens, prefill_order
+from tfserve.engine.scheduling.policies.tokenflow.swaps import SwapPlanner
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 from tfserve.engine.scheduling.reasons import Cause
 from tfserve.types import RequestId
@@ -26,7 +26,7 @@ _ROUNDING_S = 1e-6
 
 @register("tokenflow", pauses=True, ignores=())
 class TokenFlow:
-    """Two steps: who is let in (the working set), and who of them is on the device (the balance of buffers).
+    """Two steps: which requests are admitted (the working set), and which of them are on the device (the swaps).
 
     It remembers when it last looked, what one stream then got of a full device, whether a newcomer then lacked memory,
     until when no buffer can be low, how large the working set is, whether admission has fallen back, and what share of
@@ -37,8 +37,8 @@ class TokenFlow:
     def __init__(self, config: SchedulerConfig) -> None:
         self._config = config
         self._ticker = Ticker(config.schedule_interval_s)
-        self._working_set = WorkingSet()
-        self._prompt_share = PromptShare(config)
+        self._admission = AdmissionLimit()
+        self._prefill_budget = PrefillBudget(config)
         self._calm_until_s = -np.inf
         self._calm_since = (-1, -1)
         self._hurry_s = np.inf
@@ -49,7 +49,7 @@ class TokenFlow:
     @property
     def is_fallback(self) -> bool:
         """True while the rates add up to more than the capacity and admission is first come, first served."""
-        return self._working_set.is_fallback
+        return self._admission.is_fallback
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """A full pass under stress when one is due, or when blocks run out; the share of prompts in every step."""
@@ -76,10 +76,10 @@ class TokenFlow:
         if snapshot.now_s < self._calm_until_s and self._calm_since == (c.num_events, c.num_readings):
             # A request that leaves the device comes back with an event, or is seen here.
             return bool(np.count_nonzero(c.is_running) < len(c))
-        if is_stressed(snapshot, self._config.critical_s):
+        if is_stressed(snapshot, self._config.tokenflow.low_buffer_s):
             return True
-        least_s = float(c.time_to_empty_s[c.has_started].min(initial=np.inf))
-        self._calm_until_s = snapshot.now_s + least_s - self._config.critical_s - _ROUNDING_S
+        min_unread_s = float(c.time_to_empty_s[c.has_started].min(initial=np.inf))
+        self._calm_until_s = snapshot.now_s + min_unread_s - self._config.tokenflow.low_buffer_s - _ROUNDING_S
         self._calm_since = (c.num_events, c.num_readings)
         return False
 
@@ -92,34 +92,34 @@ class TokenFlow:
 
     def _pass(self, snapshot: Snapshot) -> Decision:
         c, config = snapshot.columns, self._config
-        load = measure(snapshot, config)
-        self._working_set.move(load, snapshot, config)
-        balance = Balance(snapshot, config, may_recompute=snapshot.now_s >= self._recompute_s)
-        balance.shrink()
-        balance.bring_back()
-        if balance.recompute_pays_s:
-            self._recompute_s = snapshot.now_s + balance.recompute_pays_s
-        newcomers = _newcomers(snapshot, balance.headroom)
-        room = self._working_set.room_for(newcomers, load, snapshot, config)
+        capacity = estimate_capacity(snapshot, config)
+        self._admission.update(capacity, snapshot, config)
+        planner = SwapPlanner(snapshot, config, may_recompute=snapshot.now_s >= self._recompute_s)
+        planner.evict_overflow()
+        planner.resume_due()
+        if planner.recompute_pays_s:
+            self._recompute_s = snapshot.now_s + planner.recompute_pays_s
+        newcomers = _newcomers(snapshot, planner.headroom)
+        room = self._admission.num_admissible(newcomers, capacity, snapshot, config)
         self._hurry_s = np.inf
-        if balance.let_in(newcomers[:room]):
+        if planner.admit(newcomers[:room]):
             # A request without a reader is in want once its patience ends. Without readers no step makes a victim.
             if c.has_reader.any():
-                wanted_s = snapshot.now_s + float(balance.headroom[newcomers[:room]].min())
+                wanted_s = snapshot.now_s + float(planner.headroom[newcomers[:room]].min())
                 self._hurry_s = wanted_s + config.schedule_interval_s
         else:
-            balance.fill_up()
-        decision = balance.orders()
+            planner.backfill()
+        decision = planner.decision()
         refused: tuple[tuple[RequestId, float], ...] = ()
-        if self._working_set.is_fallback and not balance.leaving and not balance.coming:
-            fitting = admissible(snapshot, config.reserve_ratio, config.reserve_clip_tokens)
+        if self._admission.is_fallback and not planner.leaving and not planner.coming:
+            fitting = admissible(snapshot, config.fcfs.reserve_ratio, config.fcfs.reserve_clip_tokens)
             if config.overload != "shed":
                 # What first come, first served would let in beside everybody's whole output is no risk.
                 decision = Decision(admit=fitting)
             elif not decision.admit and not snapshot.is_member.any():
                 # No reader stalls if one request is served whose rate is beyond the device.
                 decision = Decision(admit=fitting[:1])
-        if self._working_set.is_fallback and config.overload == "shed":
+        if self._admission.is_fallback and config.overload == "shed":
             admitted = set(decision.admit)
             # A request without a reader adds nothing to the sum of rates: it waits for what is left over.
             late = [row for row in newcomers[room:].tolist() if c.has_reader[row] and c.ids[row] not in admitted]
@@ -127,30 +127,30 @@ class TokenFlow:
             refused = tuple(
                 (c.ids[row], predicted_wait_s(snapshot, config, ahead, joining)) for ahead, row in enumerate(late)
             )
-        self._ticker.timer_s = balance.next_return_s()
+        self._ticker.timer_s = planner.next_return_s()
         returning = {req for req, _ in decision.resume}
         drop = tuple(req for req in to_drop(snapshot) if req not in returning)
-        waits = Cause.CAPACITY if self._working_set.is_fallback else None
+        waits = Cause.CAPACITY if self._admission.is_fallback else None
         return msgspec.structs.replace(decision, drop=drop, reject=refused, wake_s=self._ticker.next_s, waits=waits)
 
     def _go_on(self, snapshot: Snapshot, decision: Decision) -> Decision:
         """Add who gets prompt tokens and how many."""
         c, config = snapshot.columns, self._config
         if np.count_nonzero(c.is_running) == np.count_nonzero(snapshot.is_decoding):
-            self._prompt_share.rest()
+            self._prefill_budget.rest()
             return decision
-        headroom = headroom_s(c, snapshot.now_s, config.background_patience_s)
+        headroom = headroom_s(c, snapshot.now_s, config.tokenflow.background_slack_s)
         order = prefill_order(snapshot, headroom)
-        tokens = self._prompt_share.tokens(snapshot, headroom)
+        tokens = self._prefill_budget.tokens(snapshot, headroom)
         return msgspec.structs.replace(decision, order=c.ids_of(order), prefill_tokens=tokens)
 
 
-def is_stressed(snapshot: Snapshot, critical_s: float) -> bool:
-    """True if a request waits, is off the device, or has less than `critical_s` to read."""
+def is_stressed(snapshot: Snapshot, low_buffer_s: float) -> bool:
+    """True if a request waits, is off the device, or has less than `low_buffer_s` to read."""
     c = snapshot.columns
     if np.count_nonzero(c.is_running) < len(c):
         return True
-    return bool((c.has_started & (c.time_to_empty_s < critical_s)).any())
+    return bool((c.has_started & (c.time_to_empty_s < low_buffer_s)).any())
 
 
 def _newcomers(snapshot: Snapshot, headroom: Floats) -> RowIndex:

@@ -1,4 +1,4 @@
-"""Victims: who may be put out for others in one pass of the balance. Torch-free."""
+"""Victims: the requests that one pass may evict for others. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Way = Literal["affords", "survives"]
 class Victims:
     """Residents that may be evicted, least loss first, one element each.
 
-    Lists, because they are looked at one by one. `can_go` says who affords a switch, and who survives one with the
-    margin that admission asks for. `left` are the indices of those still there. `most` bounds the headroom of those
-    that can go, and of all: it only falls.
+    Lists, because they are looked at one by one. `can_go` says which ones afford a switch, and which survive one with
+    the margin that admission asks for. `left` are the indices of those still there. `max_headroom` is a bound for those
+    that can go, and for all: it only falls.
     """
 
     def __init__(
@@ -37,28 +37,28 @@ class Victims:
         self.has_reader: list[bool] = has_reader.tolist()
         self.can_go: dict[Way, list[bool]] = {"affords": affords.tolist(), "survives": survives.tolist()}
         self.left = list(range(len(rows)))
-        self.most: dict[Way | None, float] = {}
+        self.max_headroom: dict[Way | None, float] = {}
         self._bound("affords")
         self._bound("survives")
 
     def make_room(
         self,
         blocks: int,
-        rows: int,
+        slots: int,
         headroom: float,
         *,
         for_reader: bool,
         way: Way,
-        least_s: float,
-        relief_s: float,
+        min_unread_s: float,
+        starvation_gap_s: float,
     ) -> list[int]:
-        """The first of those left that together free `blocks` and `rows`; empty if there are too few.
+        """The first of those left that together free `blocks` and `slots`; empty if there are too few.
 
-        A victim must have `least_s` to read, and be able to go; or be better off by `relief_s`. A request without a
-        reader only displaces requests that have one: between two without, a switch gains nothing for either.
+        A victim must have `min_unread_s` to read, and be able to go; or be better off by `starvation_gap_s`. A request
+        without a reader only displaces requests that have one: between two without, a switch gains nothing for either.
         """
-        least_s -= 1e-9
-        if self.most[None] - headroom < relief_s and self.most[way] < least_s:
+        min_unread_s -= 1e-9
+        if self.max_headroom[None] - headroom < starvation_gap_s and self.max_headroom[way] < min_unread_s:
             return []
         can_go, headrooms, need = self.can_go[way], self.headroom, self.need
         chosen: list[int] = []
@@ -66,16 +66,16 @@ class Victims:
             if not for_reader and not self.has_reader[index]:
                 continue
             has = headrooms[index]
-            if has - headroom >= relief_s or (has >= least_s and can_go[index]):
+            if has - headroom >= starvation_gap_s or (has >= min_unread_s and can_go[index]):
                 chosen.append(index)
                 blocks -= need[index]
-                rows -= 1
-                if blocks <= 0 and rows <= 0:
+                slots -= 1
+                if blocks <= 0 and slots <= 0:
                     return chosen
         self._bound(way)
         return []
 
     def _bound(self, way: Way) -> None:
         can_go, headrooms = self.can_go[way], self.headroom
-        self.most[None] = max((headrooms[index] for index in self.left), default=-np.inf)
-        self.most[way] = max((headrooms[index] for index in self.left if can_go[index]), default=-np.inf)
+        self.max_headroom[None] = max((headrooms[index] for index in self.left), default=-np.inf)
+        self.max_headroom[way] = max((headrooms[index] for index in self.left if can_go[index]), default=-np.inf)

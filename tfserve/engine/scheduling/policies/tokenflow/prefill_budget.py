@@ -28,14 +28,14 @@ def prefill_order(snapshot: Snapshot, headroom: Floats) -> RowIndex:
     return rows[np.lexsort((c.seq[rows], headroom[rows], c.num_output[rows] > 0))]
 
 
-class PromptShare:
+class PrefillBudget:
     """How many prompt tokens each step takes, so that readers go on reading meanwhile.
 
-    A step may last until the tightest decoding reader has stalled, in all, by `stall_per_wait` of the longest wait for
-    a first token on the device (`critical_s` at most); but at least `min_prefill_share` of the time goes to prompts, so
-    that first tokens come even when readers cannot all be kept going. Where a step takes long for having prompts at
-    all, they come in chunks that are worth it, and the steps between only decode; `_owed_s` is the prompts' share of
-    those.
+    A step may last until the tightest decoding reader has stalled, in all, by `stall_budget_per_wait` of the longest
+    wait for a first token on the device (`low_buffer_s` at most). At least `min_prefill_share` of the time goes to
+    prompts, so that first tokens come even when readers cannot all be kept going. Where a step takes long for having
+    prompts at all, they come in chunks that are worth it, and the steps between only decode; `_owed_s` is the prompts'
+    share of those.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -60,10 +60,10 @@ class PromptShare:
         token_s = max(cost.prefill_s_per_token, 1e-12)
         decode_s = cost.step_s(int(np.count_nonzero(decoding)), float(c.num_tokens[decoding].sum()))
         wait_s = -float(headroom[prompts & ~c.has_started].min(initial=0.0))
-        excused_s = min(config.stall_per_wait * wait_s, config.critical_s)
+        excused_s = min(config.tokenflow.stall_budget_per_wait * wait_s, config.tokenflow.low_buffer_s)
         tightest_s = c.time_to_empty_s[readers] + np.maximum(excused_s - c.stall_s[readers], 0.0)
         slack_s = _SAFETY * float(tightest_s.min()) - decode_s
-        self._owed_s += decode_s * config.min_prefill_share / (1 - config.min_prefill_share)
+        self._owed_s += decode_s * config.tokenflow.min_prefill_share / (1 - config.tokenflow.min_prefill_share)
         num_tokens = int((max(slack_s, self._owed_s) - cost.prompts_s) / token_s)
         worth = int(min(_WORTH * cost.prompts_s / token_s, pending_tokens(snapshot), snapshot.max_num_batched_tokens))
         if num_tokens < worth:

@@ -1,4 +1,4 @@
-"""How many requests the node can promise to feed, and what those meet whom it cannot (docs/scheduling.md)."""
+"""Admission control: how many requests can be served at their rates, and what happens beyond (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _LEAVE_FALLBACK = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What is promised against what there is. `capacity` and `demand` in tokens/s; `bound` in requests."""
+class Capacity:
+    """What the device can make, and what is asked of it. `demand` in tokens/s, `bound` in requests."""
 
-    capacity: float
+    tokens_per_s: float
     demand: float
     bound: float
     num_members: int
 
 
-def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
+def estimate_capacity(snapshot: Snapshot, config: SchedulerConfig) -> Capacity:
     """Capacity, demand and the most requests that both rates and memory allow.
 
     Memory bounds only who keeps KV while off the device; without a host tier that is recomputed instead, and so are
     readers far ahead where the host is full.
-    Capacity is Gamma over batches of requests of average length at half of their output, less the share of their
+    The capacity is that of batches of requests of average length at half of their output, less the share of their
     prompts, and of recomputing what is preempted where nothing is offloaded.
     """
     c, memory = snapshot.columns, snapshot.memory
@@ -39,36 +39,38 @@ def measure(snapshot: Snapshot, config: SchedulerConfig) -> Load:
     output = max(float(c.expected_output.sum()) / len(c), 1.0)
     prompt = float(c.num_prompt.sum()) / len(c)
     prefill = prompt / output
-    if not config.offload:
+    if not config.ablation.offload:
         prefill += c.total_preemptions / max(c.num_added, 1) * (prompt + output / 2) / output
-    capacity = snapshot.cost.gamma(prompt + output / 2, memory.num_blocks * memory.block_size, prefill)
+    tokens_per_s = snapshot.cost.capacity_tokens_per_s(
+        prompt + output / 2, memory.num_blocks * memory.block_size, prefill
+    )
     reads = c.has_reader
     demand = float(c.rate[reads & member].sum())
     bound = float("inf")
-    if config.offload and memory.num_host_blocks:
+    if config.ablation.offload and memory.num_host_blocks:
         bound = (memory.num_blocks + memory.num_host_blocks) * memory.block_size / (prompt + output / 2)
         # Their KV can be given up: they take no memory from others.
         bound += int(np.count_nonzero(member & is_far_ahead(snapshot)))
     if reads.any() and config.overload != "share":
-        bound = min(bound, capacity / float(c.rate[reads].mean()))
-    return Load(capacity, demand, bound, int(np.count_nonzero(member)))
+        bound = min(bound, tokens_per_s / float(c.rate[reads].mean()))
+    return Capacity(tokens_per_s, demand, bound, int(np.count_nonzero(member)))
 
 
 @dataclass(slots=True)
-class WorkingSet:
+class AdmissionLimit:
     """How large the working set may be now, and whether admission has fallen back to first come first served."""
 
     size: float | None = None
     is_fallback: bool = False
     shrunk_s: float = -np.inf
 
-    def move(self, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> None:
+    def update(self, capacity: Capacity, snapshot: Snapshot, config: SchedulerConfig) -> None:
         """One pass: towards the bound, or while copies queue down, once an interval; never below what is resident.
 
         It starts at the bound, so that a first burst is let in at once.
         """
-        step = config.working_set_step
-        bound = min(load.bound, float(len(snapshot.columns) + snapshot.max_num_seqs))
+        step = config.tokenflow.working_set_step
+        bound = min(capacity.bound, float(len(snapshot.columns) + snapshot.max_num_seqs))
         if self.size is None:
             self.size = bound
         queue_s = max(snapshot.cost.queue_s(direction) for direction in Direction)
@@ -83,27 +85,34 @@ class WorkingSet:
         c = snapshot.columns
         self.size = max(self.size, float(np.count_nonzero(c.is_running | c.is_loading)))
 
-    def room_for(self, newcomers: RowIndex, load: Load, snapshot: Snapshot, config: SchedulerConfig) -> int:
+    def num_admissible(
+        self, newcomers: RowIndex, capacity: Capacity, snapshot: Snapshot, config: SchedulerConfig
+    ) -> int:
         """How many of `newcomers`, in this order, may join: the set has room and all rates together can be met.
 
         When they cannot, admission falls back until they can be met with a tenth to spare. An empty node lets the first
         in whatever it asks for.
         """
         if config.overload == "share":
-            return self._room(load, len(newcomers))
+            return self._room(capacity, len(newcomers))
         rates = np.where(snapshot.columns.has_reader, snapshot.columns.rate, 0.0)[newcomers]
-        demand = load.demand + np.cumsum(rates)
-        if self.is_fallback and len(newcomers) and demand[0] > _LEAVE_FALLBACK * load.capacity and load.num_members:
+        demand = capacity.demand + np.cumsum(rates)
+        if (
+            self.is_fallback
+            and len(newcomers)
+            and demand[0] > _LEAVE_FALLBACK * capacity.tokens_per_s
+            and capacity.num_members
+        ):
             return 0
-        feasible = int(np.count_nonzero(demand <= load.capacity + 1e-9))
-        if load.num_members == 0 and len(newcomers):
+        feasible = int(np.count_nonzero(demand <= capacity.tokens_per_s + 1e-9))
+        if capacity.num_members == 0 and len(newcomers):
             feasible = max(feasible, 1)
         self.is_fallback = feasible < len(newcomers)
-        return self._room(load, feasible)
+        return self._room(capacity, feasible)
 
-    def _room(self, load: Load, wanted: int) -> int:
-        size = load.bound if self.size is None else self.size
-        return max(min(int(size + 1e-6) - load.num_members, wanted), int(load.num_members == 0 and wanted > 0))
+    def _room(self, capacity: Capacity, wanted: int) -> int:
+        size = capacity.bound if self.size is None else self.size
+        return max(min(int(size + 1e-6) - capacity.num_members, wanted), int(capacity.num_members == 0 and wanted > 0))
 
 
 def predicted_wait_s(
@@ -117,7 +126,7 @@ def predicted_wait_s(
     c = snapshot.columns
     if not len(c):
         return 0.0
-    capacity, reading = measure(snapshot, config).capacity, snapshot.is_member & c.has_reader
+    capacity, reading = estimate_capacity(snapshot, config).tokens_per_s, snapshot.is_member & c.has_reader
     if joining is not None:
         reading[joining] = c.has_reader[joining]
     demand = float(c.rate[reading].sum())

@@ -1,4 +1,4 @@
-"""Balance: who of the working set is on the device, the second step of a pass (docs/scheduling.md)."""
+"""SwapPlanner: which admitted requests are on the device, the second step of a pass (docs/scheduling.md)."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from tfserve.arrays import Floats, Mask, RowIndex
 from tfserve.config import SchedulerConfig
 from tfserve.engine.scheduling.policies.headroom import gain, headroom_s, loss_order
 from tfserve.engine.scheduling.policies.sharing import (
-    exchange,
     resident_blocks,
     return_s,
     round_trip_s,
     stream_speed,
+    swap_decision,
     usable_blocks,
 )
 from tfserve.engine.scheduling.policies.tokenflow.far_ahead import is_far_ahead
-from tfserve.engine.scheduling.policies.tokenflow.prefill import pending_tokens
+from tfserve.engine.scheduling.policies.tokenflow.prefill_budget import pending_tokens
 from tfserve.engine.scheduling.policies.tokenflow.victims import Victims, Way
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 
-_MOST_EXCHANGES = 64
-"""Exchanges considered in one pass; the rest waits for the next."""
+_MAX_SWAPS = 64
+"""Swaps considered in one pass; the rest waits for the next."""
 
-_MOST_VICTIMS = 2 * _MOST_EXCHANGES
+_MAX_VICTIMS = 2 * _MAX_SWAPS
 """Residents considered for them, least loss first."""
 
 _STAY_PER_RECOMPUTE = 10.0
 """A request to be recomputed stays this many times as long as that takes: a recompute is device time lost to all."""
 
 
-class Balance:
+class SwapPlanner:
     """A local search that starts from who is resident. Each method moves requests across the boundary of the device.
 
     A resident pays no overhead, so the start is the greedy choice as far as it is affordable to reach. Spare
-    memory is filled by gain; beyond that an exchange must raise the total gain, fit, and pass the hysteresis. Those off
+    memory is filled by gain; beyond that a swap must raise the total gain, fit, and pass the hysteresis. Those off
     the device come back lazily: they displace a resident only when what they have left to read nears what it takes to
     return.
     """
@@ -51,7 +51,7 @@ class Balance:
         self.coming: list[int] = []
         self._made_for: dict[int, int] = {}
         """The row that each of `leaving` makes room for; the others make room for the residents' growth."""
-        self.headroom: Floats = headroom_s(c, snapshot.now_s, config.background_patience_s)
+        self.headroom: Floats = headroom_s(c, snapshot.now_s, config.tokenflow.background_slack_s)
         self._snapshot = snapshot
         self._config = config
         self._speed = stream_speed(snapshot)
@@ -62,9 +62,9 @@ class Balance:
         self._need = resident_blocks(snapshot)
         self._usable = usable_blocks(snapshot, config.watermark)
         self._spare = self._usable - int(np.dot(self._need, self._resident))
-        self._free_rows = snapshot.num_free_rows
+        self._free_slots = snapshot.num_free_slots
         self._away = np.flatnonzero(snapshot.is_member & ~self._resident)
-        self._is_due = self.headroom <= self._return_s + config.critical_s + 1e-9
+        self._is_due = self.headroom <= self._return_s + config.tokenflow.low_buffer_s + 1e-9
         self._lacks_memory = False
         """Whether a request without a reader is due to return and finds no memory."""
 
@@ -73,7 +73,7 @@ class Balance:
     @cached_property
     def _round_trip(self) -> tuple[Floats, Mask]:
         """For each resident, the seconds of leaving and coming back; and whether that is by the host."""
-        return round_trip_s(self._snapshot, offload=self._config.offload)
+        return round_trip_s(self._snapshot, offload=self._config.ablation.offload)
 
     @cached_property
     def _stay_s(self) -> Floats:
@@ -81,7 +81,7 @@ class Balance:
         switch_s, by_host = self._round_trip
         recompute_s = np.where(by_host, 0.0, switch_s)
         recompute_s = np.where(self._running, recompute_s, np.where(self._loads, 0.0, self._return_s))
-        return np.maximum(self._config.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
+        return np.maximum(self._config.tokenflow.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
 
     @cached_property
     def _victims(self) -> Victims:
@@ -98,16 +98,16 @@ class Balance:
             num_output=c.num_output[rows],
             expected_output=c.expected_output[rows],
             # Of a short answer, a large share is little to read: a request that left with less would be due at once.
-            least_s=self._round_trip[0][rows] + config.critical_s,
+            min_unread_s=self._round_trip[0][rows] + config.tokenflow.low_buffer_s,
         )
-        if len(rows) > _MOST_VICTIMS:
+        if len(rows) > _MAX_VICTIMS:
             # No other request, ties included, can be among the first: the others need not be sorted.
-            first = loss <= np.partition(loss, _MOST_VICTIMS - 1)[_MOST_VICTIMS - 1]
+            first = loss <= np.partition(loss, _MAX_VICTIMS - 1)[_MAX_VICTIMS - 1]
             rows, gains, loss = rows[first], gains[first], loss[first]
-        order = np.lexsort((-self.headroom[rows], loss))[:_MOST_VICTIMS]
+        order = np.lexsort((-self.headroom[rows], loss))[:_MAX_VICTIMS]
         rows, gains = rows[order], gains[order]
         switch_s, left_s = self._round_trip[0][rows], c.time_to_empty_s[rows]
-        margin_s = config.buffer_conservativeness * (switch_s + config.schedule_interval_s)
+        margin_s = config.tokenflow.buffer_conservativeness * (switch_s + config.schedule_interval_s)
         return Victims(
             rows,
             self.headroom[rows],
@@ -118,16 +118,16 @@ class Balance:
             survives=left_s >= margin_s - 1e-9,
         )
 
-    def orders(self) -> Decision:
-        """Who is to be preempted, resumed and admitted, and how."""
+    def decision(self) -> Decision:
+        """Which requests are preempted, resumed and admitted, and how."""
         if not self.leaving and not self.coming:
             return Decision()
         by_host = self._round_trip[1]
-        return exchange(
+        return swap_decision(
             self._snapshot, self.leaving, self.coming, by_host=by_host, loads=self._loads, made_for=self._made_for
         )
 
-    def shrink(self) -> None:
+    def evict_overflow(self) -> None:
         """Take off the device what its growing requests no longer fit into; one resident stays in any case."""
         if self._spare >= 0:
             return
@@ -153,25 +153,25 @@ class Balance:
                 break
             self._take_off(row)
 
-    def bring_back(self) -> None:
-        """Return those whose playback runs out, most gain first: into spare memory, else in exchange."""
+    def resume_due(self) -> None:
+        """Resume requests whose playback runs out, most gain first: into spare memory, else by a swap."""
         due = self._away[self._is_due[self._away]]
         if not len(due):
             return
         due, gains = self._by_gain(due)
-        due = due[:_MOST_EXCHANGES]
+        due = due[:_MAX_SWAPS]
         columns = [values[due].tolist() for values in (self._need, self._loads, self.headroom)]
         for row, gain_of, need, loads, headroom in zip(due.tolist(), gains.tolist(), *columns, strict=False):
             room = need
             if not loads and need + self._growth_blocks(self._stay_s[row]) > self._spare:
                 # A recompute that growth soon undoes is device time for nothing. The starving displace those too who
                 # would grow: what it takes of the device is not theirs to grow in.
-                if headroom > -self._config.relief_s or not self._may_recompute:
+                if headroom > -self._config.tokenflow.starvation_gap_s or not self._may_recompute:
                     continue
                 room = self._room_to_stay(need, self._stay_s[row])
             # Among the starving a gap would only move the stall about.
-            least_s = max(headroom, 0.0) + self._config.swap_gap_s
-            victims = self._make_room(row, room, "affords", least_s, self._config.relief_s)
+            min_unread_s = max(headroom, 0.0) + self._config.tokenflow.min_swap_gain_s
+            victims = self._make_room(row, room, "affords", min_unread_s, self._config.tokenflow.starvation_gap_s)
             if victims is not None and sum(self._victims.gain[index] for index in victims) < gain_of:
                 if room > need:
                     self._may_recompute, self.recompute_pays_s = False, self._price_s(row, victims)
@@ -180,16 +180,16 @@ class Balance:
         has_reader = self._snapshot.columns.has_reader
         self._lacks_memory = any(not has_reader[row] and row not in came for row in due.tolist())
 
-    def let_in(self, newcomers: RowIndex) -> bool:
+    def admit(self, newcomers: RowIndex) -> bool:
         """Admit in this order while there is memory, or victims that survive it; True if one is left for memory.
 
         The gap to a victim's buffer is taken from how long the newcomer has waited, not from an empty buffer. No
         resident leaves for a prompt whose turn does not come in the next step with prompts.
         """
-        most_pending = self._snapshot.max_num_batched_tokens
-        exchanges, pending = 0, pending_tokens(self._snapshot)
+        max_pending = self._snapshot.max_num_batched_tokens
+        swaps, pending = 0, pending_tokens(self._snapshot)
         is_left, has_reader = False, self._snapshot.columns.has_reader
-        relief_s = self._config.relief_s if self._config.overload == "share" else np.inf
+        starvation_gap_s = self._config.tokenflow.starvation_gap_s if self._config.overload == "share" else np.inf
         uncomputed = self._snapshot.columns.num_uncomputed
         columns = [values[newcomers].tolist() for values in (self._need, self._is_due, self.headroom, uncomputed)]
         for row, need, is_due, headroom, tokens in zip(newcomers.tolist(), *columns, strict=True):
@@ -201,11 +201,13 @@ class Balance:
             room = need + self._room_to_grow() if is_background else need
             if self._fits(room):
                 victims: list[int] | None = []
-            elif not is_due or exchanges == _MOST_EXCHANGES or pending >= most_pending:
+            elif not is_due or swaps == _MAX_SWAPS or pending >= max_pending:
                 victims = None
             else:
-                victims = self._make_room(row, room, "survives", headroom + self._config.swap_gap_s, relief_s)
-                exchanges += 1
+                victims = self._make_room(
+                    row, room, "survives", headroom + self._config.tokenflow.min_swap_gain_s, starvation_gap_s
+                )
+                swaps += 1
             if victims is not None:
                 self._put_on(row, need, victims)
                 pending += tokens
@@ -216,18 +218,18 @@ class Balance:
                 return True
         return is_left
 
-    def fill_up(self) -> None:
-        """Bring back anybody for whom there is memory to stay a while: the device never idles for want of urgency."""
+    def backfill(self) -> None:
+        """Resume any request that has memory to stay a while: the device never idles for want of urgency."""
         # Most passes end here: there is no room, and no request needs to be ranked for it.
-        least = self._growth_blocks(self._config.min_residency_s)
+        min_spare = self._growth_blocks(self._config.tokenflow.min_residency_s)
         is_empty = not self._num_residents and not self.coming
-        if not len(self._away) or not (self._spare > least or is_empty):
+        if not len(self._away) or not (self._spare > min_spare or is_empty):
             return
         away, gains = self._by_gain(self._worth_returning())
         if not len(away):
             return
-        if self._spare > least:
-            self._fill_up_with(self._in_priority(away, gains), least)
+        if self._spare > min_spare:
+            self._backfill_with(self._in_priority(away, gains), min_spare)
         if not self._num_residents and not self.coming:
             # Alone, anything fits that was validated, watermark or not.
             row = int(away[0])
@@ -248,11 +250,11 @@ class Balance:
             return self._away
         return self._away[~(dropped & far[self._away])]
 
-    def _fill_up_with(self, rows: RowIndex, least: float) -> None:
+    def _backfill_with(self, rows: RowIndex, min_spare: float) -> None:
         came = set(self.coming)
         columns = [values[rows].tolist() for values in (self._need, self._stay_s)]
         for row, need, stay_s in zip(rows.tolist(), *columns, strict=True):
-            if self._free_rows <= 0 or self._spare <= least:
+            if self._free_slots <= 0 or self._spare <= min_spare:
                 break
             if row not in came and need + self._growth_blocks(stay_s) <= self._spare:
                 self._put_on(row, need, [])
@@ -262,7 +264,7 @@ class Balance:
         later = self._away[~self._is_due[self._away]]
         if not len(later):
             return float("inf")
-        lead_s = self.headroom[later] - self._return_s[later] - self._config.critical_s
+        lead_s = self.headroom[later] - self._return_s[later] - self._config.tokenflow.low_buffer_s
         return self._snapshot.now_s + float(lead_s.min())
 
     def _growth_blocks(self, seconds: float) -> float:
@@ -277,7 +279,7 @@ class Balance:
         """
         if not self._num_residents and not self.coming:
             return 0
-        return math.ceil(self._growth_blocks(self._config.min_residency_s))
+        return math.ceil(self._growth_blocks(self._config.tokenflow.min_residency_s))
 
     def _room_to_stay(self, need: int, seconds: float) -> int:
         """Blocks to make free for one that needs so many, if the rest of the device is to grow for that long."""
@@ -317,25 +319,27 @@ class Balance:
         return rows[np.lexsort((-gains, np.where(background, c.priority[rows], 0), background))]
 
     def _fits(self, need: int) -> bool:
-        return need <= self._spare and self._free_rows > 0
+        return need <= self._spare and self._free_slots > 0
 
-    def _make_room(self, row: int, need: int, way: Way, least_s: float, relief_s: float) -> list[int] | None:
+    def _make_room(
+        self, row: int, need: int, way: Way, min_unread_s: float, starvation_gap_s: float
+    ) -> list[int] | None:
         """Victims to evict for `row`, least loss first; none if it fits, None if that cannot be done.
 
-        They have `least_s` to read and can go that way. A starving request evicts residents that are better off by
-        `relief_s`, even if these cannot afford it.
+        They have `min_unread_s` to read and can go that way. A starving request evicts residents that are better off by
+        `starvation_gap_s`, even if these cannot afford it.
         """
         if self._fits(need):
             return []
-        missing, rows = need - self._spare, 1 - self._free_rows
+        missing, slots = need - self._spare, 1 - self._free_slots
         victims = self._victims.make_room(
             missing,
-            rows,
+            slots,
             float(self.headroom[row]),
             for_reader=bool(self._snapshot.columns.has_reader[row]),
             way=way,
-            least_s=least_s,
-            relief_s=relief_s,
+            min_unread_s=min_unread_s,
+            starvation_gap_s=starvation_gap_s,
         )
         return victims or None
 
@@ -346,9 +350,9 @@ class Balance:
             self._made_for[int(self._victims.rows[index])] = row
         self.coming.append(row)
         self._spare -= need
-        self._free_rows -= 1
+        self._free_slots -= 1
 
     def _take_off(self, row: int) -> None:
         self.leaving.append(row)
         self._spare += int(self._need[row])
-        self._free_rows += 1
+        self._free_slots += 1

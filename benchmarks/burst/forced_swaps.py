@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.engine.scheduling.policies.sharing import exchange, out_of_blocks, resident_blocks
+from tfserve.engine.scheduling.policies.sharing import out_of_blocks, resident_blocks, swap_decision
 from tfserve.engine.scheduling.policy import Decision, Snapshot
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.memory.transfers.worker_transfers import TierArrays
-from tfserve.plan import InFlight, Row, Runner, StepPlan
+from tfserve.plan import InFlight, Runner, SlotId, StepPlan
 
 
 class Carousel:
@@ -46,7 +46,7 @@ class Carousel:
             come.append(row)
             free -= int(need[row])
         all_rows = np.full(len(c), self._load)
-        return exchange(snapshot, running.tolist(), come, by_host=all_rows, loads=c.is_paused)
+        return swap_decision(snapshot, running.tolist(), come, by_host=all_rows, loads=c.is_paused)
 
 
 @dataclass
@@ -64,24 +64,24 @@ class KVWitness:
     checked: int = 0
     tokens: int = 0
     wrong: list[str] = field(default_factory=list)
-    _tables: dict[Row, list[int]] = field(default_factory=dict)
-    _entering: set[Row] = field(default_factory=set)
+    _tables: dict[SlotId, list[int]] = field(default_factory=dict)
+    _entering: set[SlotId] = field(default_factory=set)
     _copies: dict[str, npt.NDArray[np.generic]] = field(default_factory=dict)
 
     def launch(self, plan: StepPlan) -> InFlight:
         """Compare the KV of resumed requests, run the step, copy the KV that it wrote."""
         for entry in plan.entered:
-            self._tables[entry.row] = [int(block) for block in entry.blocks]
-            self._entering.add(entry.row)
+            self._tables[entry.slot] = [int(block) for block in entry.blocks]
+            self._entering.add(entry.slot)
         for seq in plan.seqs:
-            self._tables[seq.row] += seq.new_blocks
-            if seq.row in self._entering:
-                self._entering.remove(seq.row)
-                self._compare(seq.req, seq.row, seq.start)
+            self._tables[seq.slot] += seq.new_blocks
+            if seq.slot in self._entering:
+                self._entering.remove(seq.slot)
+                self._compare(seq.req, seq.slot, seq.start)
         flight = self.inner.launch(plan)
         flight.result()  # the step has run, and no KV was moved since
         for seq in plan.seqs:
-            written = self._read(seq.row, seq.start, seq.start + seq.n)
+            written = self._read(seq.slot, seq.start, seq.start + seq.n)
             copy = self._copies.get(seq.req)
             if copy is None:
                 copy = self._copies[seq.req] = np.empty((self.max_model_len, *written.shape[1:]), written.dtype)
@@ -92,17 +92,17 @@ class KVWitness:
         """Close the runner inside."""
         self.inner.close()
 
-    def _compare(self, req: str, row: Row, num_tokens: int) -> None:
+    def _compare(self, req: str, slot: SlotId, num_tokens: int) -> None:
         if num_tokens == 0:
             return
         self.checked += 1
         self.tokens += num_tokens
-        if self._copies[req][:num_tokens].tobytes() != self._read(row, 0, num_tokens).tobytes():
+        if self._copies[req][:num_tokens].tobytes() != self._read(slot, 0, num_tokens).tobytes():
             self.wrong.append(req)
 
-    def _read(self, row: Row, start: int, end: int) -> npt.NDArray[np.generic]:
-        """K and V of tokens [start, end) of a row, `[tokens, 2, ...]`, copied."""
+    def _read(self, slot: SlotId, start: int, end: int) -> npt.NDArray[np.generic]:
+        """K and V of tokens [start, end) of a slot, `[tokens, 2, ...]`, copied."""
         position = np.arange(start, end)
         size = self.kv.keys.shape[1]
-        place = np.array(self._tables[row])[position // size], position % size
+        place = np.array(self._tables[slot])[position // size], position % size
         return np.stack([self.kv.keys[place], self.kv.values[place]], axis=1)

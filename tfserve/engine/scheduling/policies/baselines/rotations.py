@@ -6,12 +6,12 @@ import numpy as np
 
 from tfserve.arrays import RowIndex
 from tfserve.engine.scheduling.policies.registry import register
-from tfserve.engine.scheduling.policies.sharing import Sizes, TimeShared
+from tfserve.engine.scheduling.policies.sharing import RankedPolicy, Sizes
 from tfserve.engine.scheduling.policy import Snapshot
 
 
 @register("round-robin", pauses=True)
-class RoundRobin(TimeShared):
+class RoundRobin(RankedPolicy):
     """Everybody in turn: those off the device longest come, those on it longest go; blind to buffers."""
 
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:  # noqa: ARG002 - Andes looks at them
@@ -25,7 +25,7 @@ class RoundRobin(TimeShared):
 
 
 @register("earliest-underflow", pauses=True, ignores=("priority",))
-class EarliestUnderflow(TimeShared):
+class EarliestUnderflow(RankedPolicy):
     """Smallest buffer in seconds first, nothing else; no first token yet is an empty buffer."""
 
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:  # noqa: ARG002 - Andes looks at them
