@@ -43,6 +43,6 @@ def test_a_benchmark_runs_to_its_end(name, tmp_path):
     words = (SMALL | SLOW)[name].format(out=tmp_path).split()
     command = [sys.executable, "-m", f"benchmarks.{name}", *words]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=900, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout + done.stderr

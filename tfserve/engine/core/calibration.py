@@ -44,47 +44,65 @@ def calibrate(
     chunk = min(_CHUNK, block_size - _PROMPT - 3, config.max_num_batched_tokens, max_model_len - _PROMPT - 3)
     if rows < 1 or chunk < 1:
         return
-    every = range(rows)
-    one = [_decode(0, _PROMPT + 2)]
-    steps = [
-        ([_prompt(row, 0, _PROMPT) for row in every], 0),
-        ([_decode(row, _PROMPT) for row in every], rows),
-        (one, 1),
-        # The cost of prompts has two parts: a constant per step with prompts, and a cost per token.
-        ([_prompt(rows - 1, _PROMPT + 1, -(-chunk // _GROWTH))], 0),
-        ([_prompt(rows - 1, _PROMPT + 1, chunk)], 0),
-        ([_decode(row, _PROMPT + 1) for row in every], rows),
-        (one, 1),
-    ]
-    entered = tuple(
-        SlotInit(SlotId(row), f"calibration-{row}", SamplingParams(temperature=0), 0, (0,) * _PROMPT, _PROMPT)
-        for row in every
-    )
-    samples = []
-    end_s = float("inf")
-    for number, (seqs, n_decode) in enumerate(steps):
-        if number >= _NEEDED and clock.now() > end_s:
-            break
-        plan = StepPlan(StepId(-1), tuple(seqs), n_decode, entered if number == 0 else ())
-        result = runner.launch(plan).result()
-        if number == 0:
-            end_s = clock.now() + _MAX_S
-        else:
-            samples.append(sample_of(plan.seqs, n_decode, result.device_s))
+    bench = _Bench(runner, clock)
+    bench.run_short(rows, chunk)
     start = _PROMPT + 1 + chunk
     room = min((num_blocks - rows) * block_size, max_model_len) - start - 1
-    n = min(_GROWTH * chunk, room, config.max_num_batched_tokens)
-    grown = False
-    while n > 0 and clock.now() < end_s and not (grown and _is_compute_bound(samples)):
-        grown = True
-        blocks = range(-(-start // block_size), -(-(start + n) // block_size))
-        chunks = (_prompt(rows - 1, start, n, tuple(BlockId(rows + index) for index in blocks)),)
-        result = runner.launch(StepPlan(StepId(-1), chunks, 0)).result()
-        samples.append(sample_of(chunks, 0, result.device_s))
-        start, room = start + n, room - n
-        n = min(_GROWTH * n, room, config.max_num_batched_tokens)
-    runner.launch(StepPlan(StepId(-1), (), 0, (), tuple(SlotId(row) for row in every))).result()
-    cost.calibrate(samples)
+    most = config.max_num_batched_tokens
+    bench.run_growing(rows - 1, start, room, n=_GROWTH * chunk, most=most, block_size=block_size)
+    runner.launch(StepPlan(StepId(-1), (), 0, (), tuple(SlotId(row) for row in range(rows)))).result()
+    cost.calibrate(bench.samples)
+
+
+class _Bench:
+    """Runs steps one after the other and keeps what they took, without the first one."""
+
+    def __init__(self, runner: Runner, clock: Clock) -> None:
+        self.samples: list[StepSample] = []
+        self._runner = runner
+        self._clock = clock
+        self._end_s = float("inf")
+
+    def run_short(self, rows: int, chunk: int) -> None:
+        """Enter `rows` requests; decode all of them and one of them; two chunks of a prompt, at most `chunk` tokens."""
+        every = range(rows)
+        one = [_decode(0, _PROMPT + 2)]
+        steps = [
+            ([_prompt(row, 0, _PROMPT) for row in every], 0),
+            ([_decode(row, _PROMPT) for row in every], rows),
+            (one, 1),
+            # The cost of prompts has two parts: a constant per step with prompts, and a cost per token.
+            ([_prompt(rows - 1, _PROMPT + 1, -(-chunk // _GROWTH))], 0),
+            ([_prompt(rows - 1, _PROMPT + 1, chunk)], 0),
+            ([_decode(row, _PROMPT + 1) for row in every], rows),
+            (one, 1),
+        ]
+        entered = tuple(
+            SlotInit(SlotId(row), f"calibration-{row}", SamplingParams(temperature=0), 0, (0,) * _PROMPT, _PROMPT)
+            for row in every
+        )
+        warm_up, *others = steps
+        self._launch(*warm_up, entered)
+        self._end_s = self._clock.now() + _MAX_S
+        for number, (seqs, n_decode) in enumerate(others, 1):
+            if number < _NEEDED or self._clock.now() <= self._end_s:
+                self.samples.append(self._launch(seqs, n_decode))
+
+    def run_growing(self, row: int, start: int, room: int, *, n: int, most: int, block_size: int) -> None:
+        """Chunks of a row's prompt from token `start` on, until one is compute bound."""
+        n = min(n, room, most)
+        grown = False
+        while n > 0 and self._clock.now() < self._end_s and not (grown and _is_compute_bound(self.samples)):
+            grown = True
+            blocks = range(-(-start // block_size), -(-(start + n) // block_size))
+            chunk = _prompt(row, start, n, tuple(BlockId(row + 1 + index) for index in blocks))
+            self.samples.append(self._launch([chunk], 0))
+            start, room = start + n, room - n
+            n = min(_GROWTH * n, room, most)
+
+    def _launch(self, seqs: Sequence[SeqStep], n_decode: int, entered: tuple[SlotInit, ...] = ()) -> StepSample:
+        plan = StepPlan(StepId(-1), tuple(seqs), n_decode, entered)
+        return sample_of(plan.seqs, n_decode, self._runner.launch(plan).result().device_s)
 
 
 def _is_compute_bound(samples: Sequence[StepSample]) -> bool:
