@@ -23,7 +23,8 @@ def generate(config: EngineConfig, prompt: str, max_tokens: int, temperature: fl
     times = last.times
     if times is not None and times.first_token_s is not None and times.finished_s is not None:
         ttft = times.first_token_s - times.arrival_s
-        rate = (last.num_output_tokens - 1) / max(1e-9, times.finished_s - times.first_token_s)
+        num_read = last.num_output_tokens - last.num_thought_tokens
+        rate = (num_read - 1) / max(1e-9, times.finished_s - times.first_token_s)
         print(
             f"[{last.num_prompt_tokens} prompt tokens, {last.num_output_tokens} output tokens,"
             f" first after {ttft:.2f} s, then {rate:.1f} tokens/s]",

@@ -10,6 +10,7 @@ from tfserve.types import (
     EngineInfo,
     EngineStats,
     FinishReason,
+    Place,
     RequestId,
     RequestTimes,
     SamplingParams,
@@ -24,7 +25,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
     `rate` has the default filled in (`is_rate_assumed`: the request named none). Of requests without a rate, the
     smallest `priority` is served first. `siblings` are more requests for the same prompt: they differ only in id and
-    seed, which counts up.
+    seed, which counts up. `begins_in` is where the text begins; None: all of it is answer.
     """
 
     request_id: RequestId
@@ -36,6 +37,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag=True):
     is_rate_assumed: bool = False
     tenant: Tenant = ONE_TENANT
     siblings: tuple[RequestId, ...] = ()
+    begins_in: Place | None = None
 
     @property
     def request_ids(self) -> tuple[RequestId, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -34,6 +35,31 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+class Place(enum.Enum):
+    """Where a text is: before its first word, in its thoughts, behind them, or in its answer."""
+
+    BEFORE = enum.auto()
+    THOUGHTS = enum.auto()
+    BEHIND = enum.auto()
+    ANSWER = enum.auto()
+
+
+class PromptTokens(list[int]):
+    """Token ids of a prompt after which the text begins in `begins_in`: the model may think before it answers.
+
+    Thoughts have no reader: playback starts with the first token of the answer. After any other prompt all of the text
+    is answer.
+    """
+
+    def __init__(self, token_ids: Iterable[int], begins_in: Place) -> None:
+        super().__init__(token_ids)
+        self.begins_in = begins_in
+
+    def copy(self) -> PromptTokens:
+        """The same prompt once more."""
+        return PromptTokens(self, self.begins_in)
 
 
 class SamplingParams(Checked, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -140,8 +166,9 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 class RequestTimes(msgspec.Struct, frozen=True, array_like=True):
     """Times of a request, in seconds of the engine's clock, and its number of preemptions.
 
-    `stall_s` is the time its reader had nothing to read after the first token, by estimate or by the reader's reports.
-    None without a reader, or if neither the request nor a report has given the rate.
+    `first_token_s` is that of the answer: None for one that ended in its thoughts. `stall_s` is the time its reader had
+    nothing to read after the first token, by estimate or by the reader's reports. None without a reader, or if neither
+    the request nor a report has given the rate.
     """
 
     arrival_s: float
@@ -159,7 +186,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     request, None for the model's own end-of-sequence token. `error` is set if `finish_reason` is ERROR. `retry_after_s`
     is set if the request was refused before it started, because the engine is overloaded. `recurs` is true if the same
     request would fail again. `prompt_logprobs`, if asked for, come with the first output: for all prompt tokens but the
-    first, which has no prediction.
+    first, which has no prediction. The first `num_thought_tokens` of the `num_output_tokens` are the model's thoughts,
+    tags included; 0 unless the prompt says that it may think.
     """
 
     request_id: RequestId
@@ -175,6 +203,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     times: RequestTimes | None = None
     retry_after_s: float | None = None
     recurs: bool = False
+    num_thought_tokens: int = 0
 
     @property
     def finished(self) -> bool:
@@ -189,6 +218,7 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     tokens are generated and not read; they last for `time_to_empty_s`. `stall_s` is the time without anything to read;
     None without a reader, or if `rate` is the server's default and there was no report (`is_rate_assumed`).
     `reason` says why the request waits, is paused, or came back; None for one that has only been let in.
+    The first `num_thought_tokens` of its output are thoughts, or may yet be; no reader has them to read.
     """
 
     id: RequestId
@@ -205,6 +235,7 @@ class StreamState(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     is_rate_assumed: bool = False
     reason: str | None = None
+    num_thought_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,8 @@ class Ask:
     rate: float | None = 20.0
     max_tokens: int | None = None
     priority: int = 0
+    thoughts: int = 0
+    """Tokens of the output that come before the answer."""
 
 
 H200 = StepCoefficients(4e-3, 2e-5, 2.7e-8, 2.9e-5, 1e-9)
@@ -122,6 +124,7 @@ class Driver:
                 max_tokens=ask.max_tokens or ask.output,
                 rate=ask.rate,
                 priority=ask.priority,
+                may_think=ask.thoughts > 0,
             )
         for req, (end, blocks, tokens) in list(self.evictions.items()):
             if end <= self.now:
@@ -251,6 +254,8 @@ class Driver:
         for i in sampled:
             req = ids[i]
             self.times[req].append(self.now)
+            if len(self.times[req]) == self.asks[req].thoughts:
+                self.tracker.on_answer(req, self.asks[req].thoughts, self.now)
             if len(self.times[req]) == self.asks[req].output:
                 self._finish(req)
 
@@ -309,7 +314,7 @@ class Driver:
 
     def served(self) -> list[Served]:
         return [
-            Served(ask.arrival_s, math.nan if ask.rate is None else ask.rate, np.array(self.times[req]))
+            Served(ask.arrival_s, math.nan if ask.rate is None else ask.rate, np.array(self.times[req][ask.thoughts :]))
             for req, ask in self.asks.items()
             if req not in self.rejected
         ]

@@ -104,6 +104,7 @@ class Scene:
         return self
 
     def _started(self, req, unread_s, prompt, output, max_tokens, rate, **more) -> None:
+        """With `may_think` among the rest, all of its output are thoughts."""
         first = self.now_s - 60.0
         self.tracker.add(req, arrival_s=first, num_prompt=prompt, max_tokens=max_tokens, rate=rate, **more)
         self.tracker.on_tokens([req], output, first)

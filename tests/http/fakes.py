@@ -15,11 +15,13 @@ from tfserve.engine.scheduling.token_buffer import resolve_rate
 from tfserve.errors import ConfigError, EngineDeadError, EngineStalledError, ModelError, QueueFullError, RequestError
 from tfserve.messages import StepOutputs
 from tfserve.model.text.chat_template import ToolFormat
+from tfserve.model.text.thoughts import thought_counter
 from tfserve.types import (
     ONE_TENANT,
     EngineInfo,
     EngineStats,
     FinishReason,
+    PromptTokens,
     RequestOutput,
     RequestTimes,
     SamplingParams,
@@ -84,6 +86,8 @@ class FakeStream:
         self.is_refused = False
         self.num_output_tokens = 0
         self.num_chars = 0
+        self.num_thought_tokens = 0
+        self.thoughts = thought_counter(getattr(prompt, "begins_in", None), engine.tokenizer)
         self.token_s: list[float] = []
         self.played: list[int] = []
         self._engine = engine
@@ -91,6 +95,10 @@ class FakeStream:
         self._ended = False
         self._is_called = False
         self._spoken = False
+
+    @property
+    def may_think(self) -> bool:
+        return self.thoughts is not None and not self.thoughts.is_over
 
     @property
     def num_waiting(self) -> int:
@@ -111,6 +119,9 @@ class FakeStream:
             (each.prompt_logprobs for each in pending if each.prompt_logprobs is not None), None
         )
         self.num_output_tokens += len(output.token_ids)
+        if self.thoughts is not None:
+            self.thoughts.push(output.token_ids)
+            self.num_thought_tokens = output.num_thought_tokens = self.thoughts.num_tokens
         self.num_chars += len(output.text)
         if self._engine.death:
             self._notify()
@@ -249,7 +260,7 @@ class FakeEngine:
         assert request_id not in {stream.request_id for stream in self.live}
         if self.death:
             raise EngineDeadError(self.death)
-        ids = list(prompt)
+        ids = prompt.copy() if isinstance(prompt, PromptTokens) else list(prompt)
         for token in ids:
             if not 0 <= token < VOCAB:
                 raise RequestError("prompt", f"token id {token} is not in the vocabulary [0, {VOCAB})")
@@ -259,7 +270,7 @@ class FakeEngine:
             raise RequestError("prompt", f"the prompt has {len(ids)} tokens", "context_length_exceeded")
         if self.queue_full:
             raise QueueFullError("too many requests wait", retry_after_s=2.4)
-        msgspec.msgpack.encode((ids, params))  # the real one sends them to another process
+        msgspec.msgpack.encode((list(ids), params))  # the real one sends them to another process
         stream = FakeStream(self, request_id, ids, params)
         stream.rate = resolve_rate(20.0 if rate is msgspec.UNSET else rate, 20.0)
         stream.asked_rate = rate

@@ -95,6 +95,21 @@ async def test_a_readers_report_reaches_the_engine(start: StartServer, report: A
     opened.close()
 
 
+async def test_a_report_counts_the_answer_without_its_thoughts(start: StartServer) -> None:
+    server = await start(reply=None)
+    server.engine.tokenizer.thinks = True
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True}
+    async with server.post("/v1/chat/completions", body) as response:
+        stream = server.engine.live[0]
+        stream.say("<think>ab</think>")
+        stream.say("hello")
+        while b'"hello"' not in await response.content.readuntil(b"\n\n"):
+            pass
+        async with server.post(f"/v1/streams/{stream.request_id}/buffer", {"played_tokens": 9}) as reply:
+            assert await reply.json() == {"id": stream.request_id, "played_tokens": 5, "unread_tokens": 0}
+        response.close()
+
+
 @pytest.mark.parametrize(
     ("report", "param"),
     [

@@ -48,6 +48,24 @@ async def test_a_request_is_counted_once_with_its_times(start: StartServer) -> N
     assert 0 < seen["effective_tokens_total", ""] <= 8
 
 
+async def test_first_tokens_and_gaps_are_those_of_the_answer_behind_the_thoughts(start: StartServer) -> None:
+    server = await start(reply="<think>a b c</think>yes")
+    server.engine.tokenizer.thinks = True
+    body = {"messages": [{"role": "user", "content": "x"}], "consumption_rate": 20}
+    async with server.post("/v1/chat/completions", body) as response:
+        assert (await response.json())["usage"]["completion_tokens_details"] == {"reasoning_tokens": 20}
+    seen = await scrape(server)
+    assert seen["request_generation_tokens_sum", ""] == 23
+    assert seen["time_to_first_token_seconds_count", ""] == 1
+    assert seen["inter_token_latency_seconds_count", ""] == 2
+    server.engine.reply = "<think>a b c"
+    async with server.post("/v1/chat/completions", body) as response:
+        await response.read()
+    seen = await scrape(server)
+    assert seen["time_to_first_token_seconds_count", ""] == 1
+    assert seen["e2e_request_latency_seconds_count", ""] == 2
+
+
 async def test_what_names_no_rate_is_not_scored_for_a_reader(start: StartServer) -> None:
     server = await start()
     for body in ({"prompt": "abc"}, {"prompt": "abc", "stream": True}):

@@ -100,3 +100,20 @@ async def test_a_reader_who_leaves_while_text_is_kept_back_is_noticed(start: Sta
     await response.content.readuntil(b"\n\n")
     response.close()
     await asyncio.wait_for(server.engine.live[0].aborted.wait(), 2)
+
+
+async def test_thoughts_are_not_paced_and_the_answer_behind_them_is(start: StartServer) -> None:
+    server = await start(reply=None, pacing="smooth")
+    server.engine.tokenizer.thinks = True
+    body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "consumption_rate": 0.01}
+    async with server.post("/v1/chat/completions", body) as response:
+        for text in ("<think>", "a", "b", "c", "</think>"):
+            server.engine.live[0].say(text)
+        told = b""
+        while b'"abc"' not in told:
+            told = await response.content.readuntil(b"\n\n")
+        for letter in "xy":
+            server.engine.live[0].say(letter)
+        first = await response.content.readuntil(b"\n\n")
+        response.close()
+    assert json.loads(first.removeprefix(b"data: "))["choices"][0]["delta"]["content"] == "x"

@@ -11,8 +11,10 @@ from tests.http.conftest import Running, StartServer
 from tests.http.fakes import FakeTokenizer
 from tests.http.test_answers import stream
 from tests.http.test_tools import HERMES_CALL, TOOLS
-from tfserve.http.reasoning import Place, ThoughtCounter, ThoughtParser, first_place
+from tfserve.http.reasoning import ThoughtParser
 from tfserve.model.text.chat_template import ChatTemplate
+from tfserve.model.text.thoughts import ThoughtCounter, first_place
+from tfserve.types import Place
 
 CHAT = "/v1/chat/completions"
 ASK: Any = [{"role": "user", "content": "Why?"}]

@@ -77,11 +77,13 @@ def replay(profile: FittedProfile, trace: Trace, name: str) -> Comparison:
     begin_s = trace.requests[0].arrival_s
     requests = [_again(request, begin_s, head.scheduler.default_rate) for request in trace.requests]
     run = SimEngine(limits.machine(), head.scheduler, requests).run()
-    answered = [served for served in run.served if len(served.token_s)]
+    # The simulation does not tell thoughts from answers: a first token is the one where the answer began.
+    both = zip(run.served, [request.thought_tokens for request in trace.requests], strict=True)
+    answered = [(served, first) for served, first in both if len(served.token_s) > first]
     if not answered:
         raise TfserveError(f"{name}: on the profile, every request would be refused; give a trace of fewer requests")
-    simulated_ttft = np.array([served.token_s[0] - served.arrival_s for served in answered])
-    simulated_end = max(float(served.token_s[-1]) for served in answered)
+    simulated_ttft = np.array([served.token_s[first] - served.arrival_s for served, first in answered])
+    simulated_end = max(float(served.token_s[-1]) for served in run.served if len(served.token_s))
     measured_ttft = np.array([r.first_token_s - r.arrival_s for r in trace.requests if r.first_token_s is not None])
     measured_end = max(request.finished_s for request in trace.requests) - begin_s
     tokens = sum(request.output_tokens for request in trace.requests)

@@ -39,6 +39,7 @@ from tfserve.model.loading.config import load_model_config
 from tfserve.model.loading.fields import loading
 from tfserve.model.loading.hub import resolve_model
 from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.thoughts import thought_counter
 from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.types import (
     ONE_TENANT,
@@ -148,13 +149,13 @@ class Engine:
         self, messages: Conversation, params: SamplingParams | None = None, *, rate: ConsumptionRate = None
     ) -> RequestOutput:
         """Answer a conversation, formatted by the model's chat template; blocks. Otherwise as `generate`."""
-        return self.generate([self._prepare.prompt_of(messages)], params, rate=rate)[0]
+        return self.generate([self._prepare.prompt_of(messages, params)], params, rate=rate)[0]
 
     def stream_chat(
         self, messages: Conversation, params: SamplingParams | None = None, *, rate: ConsumptionRate | UnsetType = UNSET
     ) -> AsyncIterator[RequestOutput]:
         """Yield the answer to a conversation as it is generated. Otherwise as `stream`."""
-        return self.stream(self._prepare.prompt_of(messages), params, rate=rate)
+        return self.stream(self._prepare.prompt_of(messages, params), params, rate=rate)
 
     async def stream(
         self,
@@ -222,7 +223,7 @@ class Engine:
         self._tell(request_id, AbortRequest(request_id))
 
     def report_played(self, request_id: RequestId, num_tokens: int) -> None:
-        """Report that the reader has read `num_tokens` of the output. The report replaces the scheduler's estimate.
+        """Report that the reader has read `num_tokens` of the answer. The report replaces the scheduler's estimate.
 
         With rate "auto" the reports also set the rate. Unknown and finished ids are ignored.
         Raises RequestError unless `num_tokens` is an integer, EngineStalledError if the engine takes no more reports.
@@ -314,7 +315,8 @@ class Engine:
 
     def _buffer(self, message: AddRequest, request_id: RequestId) -> OutputBuffer:
         detokenizer = Detokenizer.for_params(self.tokenizer, message.params)
-        return OutputBuffer(request_id, len(message.prompt_token_ids), detokenizer)
+        thoughts = thought_counter(message.begins_in, self.tokenizer)
+        return OutputBuffer(request_id, len(message.prompt_token_ids), detokenizer, thoughts)
 
     def _send(self, message: AddRequest, sinks: Sequence[Sink]) -> None:
         """Send a message; the outputs of its requests go to `sinks`, one each."""

@@ -44,6 +44,7 @@ class Result:
     logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
     prompt_logprobs: PackedLogprobs = field(default_factory=PackedLogprobs)
     finish_reason: str = ""
+    num_thought_tokens: int = 0
 
     @property
     def size(self) -> int:
@@ -57,6 +58,7 @@ class Result:
         self.logprobs.extend(output.logprobs or ())
         self.prompt_logprobs.extend(output.prompt_logprobs or ())
         self.finish_reason = output.finish_reason or ""
+        self.num_thought_tokens = output.num_thought_tokens
 
 
 class Renderer(ChunkRenderer, Protocol):

@@ -19,7 +19,7 @@ from tfserve.http.known_fields import CHAT_FIELDS
 from tfserve.http.off_loop import off_loop
 from tfserve.http.parsing import BodyParser
 from tfserve.http.protocol import ChatRequest, UsageWish
-from tfserve.http.reasoning import Place, ThoughtCounter, ThoughtParser, first_place
+from tfserve.http.reasoning import ThoughtParser
 from tfserve.http.rendering import AnswerHead, logprob, tells_nothing
 from tfserve.http.replies import (
     UNSET,
@@ -41,8 +41,9 @@ from tfserve.http.route import Route, register
 from tfserve.http.structured import response_grammar
 from tfserve.http.tool_parsing import new_call_id, tool_call_parser
 from tfserve.http.tools import ToolPlan
+from tfserve.model.text.thoughts import first_place
 from tfserve.model.text.tokenizer import Tokenizer
-from tfserve.types import EngineInfo, FinishReason, RequestOutput, Tenant, TokenLogprob
+from tfserve.types import EngineInfo, FinishReason, Place, PromptTokens, RequestOutput, Tenant, TokenLogprob
 
 
 class ChatRenderer:
@@ -58,8 +59,9 @@ class ChatRenderer:
         """Events for what is new in choice `index`: the role comes first, the finish reason with the last text."""
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = _Choice(self._reading, self._head.tokenizer)
-        thoughts, content, calls = choice.read(output.text, output.token_ids, output.finished)
+            choice = self._choices[index] = _Choice(self._reading)
+        choice.num_thought_tokens = output.num_thought_tokens
+        thoughts, content, calls = choice.read(output.text, output.finished)
         if tells_nothing(output):
             return b""
         start = b""
@@ -99,8 +101,9 @@ class ChatRenderer:
         return head.body(ChatCompletion, choices, self._counted(usage))
 
     def _whole_choice(self, index: int, result: Result) -> ChatChoice:
-        choice = self._choices[index] = _Choice(self._reading, self._head.tokenizer)
-        thoughts, content, calls = choice.read("".join(result.text), result.token_ids, finished=True)
+        choice = self._choices[index] = _Choice(self._reading)
+        choice.num_thought_tokens = result.num_thought_tokens
+        thoughts, content, calls = choice.read("".join(result.text), finished=True)
         message = AssistantMessage(content)
         if thoughts or calls:
             message.content = content or None
@@ -155,13 +158,13 @@ class Reading:
 class _Choice:
     """One choice as far as it has come: its thoughts, and which tool calls there were in it. The role begins it."""
 
-    def __init__(self, reading: Reading, tokenizer: Tokenizer) -> None:
+    def __init__(self, reading: Reading) -> None:
         tools = reading.tools
         self.has_begun = False
+        self.num_thought_tokens = 0
         self._format = tools.format
         self._parser = None if tools.format is None else tool_call_parser(tools.format, tools.names)
         self._thinker = None if reading.place is None else ThoughtParser(reading.place)
-        self._counter = None if reading.place is None else ThoughtCounter(reading.place, tokenizer)
         self._shows_thoughts = reading.shows_thoughts
         self._most_calls = math.inf if reading.parallel else 1
         self._num_calls = 0
@@ -171,12 +174,7 @@ class _Choice:
         """True if all further text is text for the reader."""
         return self._parser is None and (self._thinker is None or self._thinker.is_over)
 
-    @property
-    def num_thought_tokens(self) -> int:
-        """Tokens of the thoughts so far."""
-        return 0 if self._counter is None else self._counter.num_tokens
-
-    def read(self, text: str, token_ids: Sequence[int], finished: bool) -> tuple[str, str, list[ToolCallReply]]:
+    def read(self, text: str, finished: bool) -> tuple[str, str, list[ToolCallReply]]:
         """New thoughts, new text for the reader and new calls in `text`, which is the last if `finished`."""
         thoughts = ""
         if self._thinker is not None:
@@ -184,8 +182,6 @@ class _Choice:
             if finished:
                 rest, more = self._thinker.finish()
                 thoughts, text = thoughts + rest, text + more
-        if self._counter is not None:
-            self._counter.push(token_ids)
         content, calls = self._calls(text, finished)
         return thoughts if self._shows_thoughts else "", content, calls
 
@@ -242,9 +238,10 @@ async def _prepare(asked: ChatRequest, size: int, model: str, engine: Engine, te
     text = await off_loop(size, chat_prompt, tokenizer, asked.messages, asked, tools.for_template)
     # The template has written the special tokens already.
     prompt = await encode_prompt(engine, text, add_special_tokens=bool(asked.add_special_tokens))
-    reading = Reading(tools, parallel, _place(asked, tokenizer, text, grammar), asked.include_reasoning is not False)
+    place = _place(asked, tokenizer, text, grammar)
+    reading = Reading(tools, parallel, place, asked.include_reasoning is not False)
     renderer = ChatRenderer(AnswerHead("chatcmpl", model, tokenizer, asked.usage_wish), reading)
-    return Job([prompt], params, asked.num_samples, renderer)
+    return Job([PromptTokens(prompt, place or Place.ANSWER)], params, asked.num_samples, renderer)
 
 
 _PARSER = BodyParser(ChatRequest, CHAT_FIELDS)

@@ -57,7 +57,9 @@ class Metrics:
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
             return Counter(PREFIX + name, text, labels, registry=self._registry)
 
-        self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _FIRST_S)
+        self._ttft = histogram(
+            "time_to_first_token_seconds", "From arrival to the first token of the answer.", _FIRST_S
+        )
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE_S)
         self._queue = histogram("request_queue_time_seconds", "From arrival until the request was let in.", _WHOLE_S)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)
@@ -137,8 +139,10 @@ class Metrics:
             self._queue.observe(times.first_scheduled_s - times.arrival_s)
         if not len(at):
             return
-        self._ttft.observe(max(at[0] - times.arrival_s, 0.0))
         self._whole.observe(max(at[-1] - times.arrival_s, 0.0))
+        at = at[stream.num_thought_tokens :]
+        if len(at):
+            self._ttft.observe(max(at[0] - times.arrival_s, 0.0))
         self._gaps.observe(np.diff(at))
         if times.stall_s is not None:
             self._effective.inc(effective_tokens(Served(times.arrival_s, stream.rate, at)))

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from tfserve.http.tool_parsing import overlap
 from tfserve.model.text.chat_template import THOUGHT_TAGS
-from tfserve.model.text.tokenizer import Tokenizer
+from tfserve.types import Place
 
 _BEGIN, _END = THOUGHT_TAGS
-_BEGIN_BYTES, _END_BYTES = _BEGIN.encode(), _END.encode()
-
-
-class Place(enum.Enum):
-    """Where a text is: before its first word, in its thoughts, behind them, or in its answer."""
-
-    BEFORE = enum.auto()
-    THOUGHTS = enum.auto()
-    BEHIND = enum.auto()
-    ANSWER = enum.auto()
-
-
-def first_place(prompt: str, continued: str | None) -> Place:
-    """Where an answer to `prompt` begins; `continued` is the text of the final message, if the answer continues it."""
-    prompt = prompt[-_TAIL_CHARS:].rstrip()
-    if prompt.endswith(_BEGIN):
-        return Place.THOUGHTS
-    if continued is None:
-        return Place.ANSWER if prompt.endswith(_END) else Place.BEFORE
-    if continued.rfind(_BEGIN) > continued.rfind(_END):
-        return Place.THOUGHTS
-    return Place.ANSWER if continued.strip() else Place.BEFORE
-
-
-_TAIL_CHARS = 1024
 
 
 class Parted(NamedTuple):
@@ -102,36 +75,3 @@ class ThoughtParser:
         thoughts, self._held = self._held[:certain], self._held[certain:]
         self._has_thought = self._has_thought or bool(thoughts)
         return thoughts
-
-
-class ThoughtCounter:
-    """How many of one text's tokens belong to its thoughts: all up to the token that completes </think>."""
-
-    def __init__(self, place: Place, tokenizer: Tokenizer) -> None:
-        self.num_tokens = 0
-        self._place = place
-        self._tokenizer = tokenizer
-        self._num_undecided = 0
-        self._tail = b""
-
-    def push(self, token_ids: Sequence[int]) -> None:
-        """Take more tokens."""
-        if self._place is Place.ANSWER:
-            return
-        for token_id in token_ids:
-            self._tail += self._tokenizer.token_bytes(token_id)
-            self._num_undecided += 1
-            if self._place is Place.BEFORE:
-                self._tail = self._tail.lstrip()
-                if self._tail.startswith(_BEGIN_BYTES):
-                    self._place, self._tail = Place.THOUGHTS, self._tail.removeprefix(_BEGIN_BYTES)
-                elif not _BEGIN_BYTES.startswith(self._tail):
-                    self._place = Place.ANSWER
-                    return
-            if self._place is Place.THOUGHTS:
-                self.num_tokens += self._num_undecided
-                self._num_undecided = 0
-                if _END_BYTES in self._tail:
-                    self._place = Place.ANSWER
-                    return
-                self._tail = self._tail[1 - len(_END_BYTES) :]

@@ -215,7 +215,9 @@ class EventWriter:
         now_s = self._loop.time()
         batch: list[tuple[int, RequestOutput]] = []
         for index in self._group.unfinished:
-            allowed = pacers[index].allowed(self._group.streams[index].num_waiting, now_s)
+            stream = self._group.streams[index]
+            # Thoughts have no reader to pace them for.
+            allowed = None if stream.may_think else pacers[index].allowed(stream.num_waiting, now_s)
             if allowed != 0:
                 batch += self._group.take(index, allowed)
         if self._pace_timer is not None:

@@ -42,7 +42,10 @@ INTERVAL = {
 
 
 class PlayedReport(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Body of POST /v1/streams/{id}/buffer: what has been read so far of the whole answer, in tokens or characters."""
+    """Body of POST /v1/streams/{id}/buffer: what has been read so far of the whole answer, in tokens or characters.
+
+    Thoughts before the answer do not count.
+    """
 
     played_tokens: Count | None = None
     played_chars: Count | None = None
@@ -115,7 +118,7 @@ async def buffer(request: web.Request) -> web.Response:
         raise RequestError("id", message, "no_reader")
     num_tokens = _num_played(report, stream)
     stream.report_played(num_tokens)
-    unread = stream.num_output_tokens - num_tokens
+    unread = _num_sent(stream) - num_tokens
     return json_response(PlayedReply(id=stream.request_id, played_tokens=num_tokens, unread_tokens=unread))
 
 
@@ -152,13 +155,18 @@ def pause_before(interval_s: float, num_viewers: int, size: int) -> float:
     return interval_s if least_s <= interval_s else least_s * random.uniform(1.0, 1.5)  # not all at the same time
 
 
+def _num_sent(stream: RequestStream) -> int:
+    """Tokens of the answer that were sent."""
+    return stream.num_output_tokens - stream.num_thought_tokens
+
+
 def _num_played(report: PlayedReport, stream: RequestStream) -> int:
     """Tokens read, of those sent; characters are converted by the answer's own average."""
     given = [value for value in (report.played_tokens, report.played_chars) if value is not None]
     if len(given) != 1 or given[0] < 0:
         message = "give either played_tokens or played_chars, a count of 0 or more since the answer's start"
         raise RequestError("played_chars" if report.played_tokens is None and given else "played_tokens", message)
-    sent = stream.num_output_tokens
+    sent = _num_sent(stream)
     if report.played_tokens is not None:
         return min(report.played_tokens, sent)
     share = min(given[0] / stream.num_chars, 1.0) if stream.num_chars else 0.0

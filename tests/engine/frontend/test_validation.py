@@ -14,12 +14,18 @@ import torch
 from tests.scripted import scripted_engine, write_scripted_model
 from tfserve.engine.frontend.validation import as_count, as_priority, as_rate
 from tfserve.errors import RequestError
-from tfserve.messages import AddRequest, ReportPlayed
-from tfserve.types import SamplingParams
+from tfserve.messages import AddRequest, ReportPlayed, ToCore
+from tfserve.types import Place, SamplingParams
 
 
 class Whole(int):
     """An integer that msgspec does not encode."""
+
+
+@pytest.mark.parametrize("place", [*Place, None])
+def test_where_a_text_begins_reaches_the_core(place):
+    sent = AddRequest("a", [1], SamplingParams(), 0.0, begins_in=place)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=ToCore) == sent
 
 
 class Named(StrEnum):

@@ -16,7 +16,7 @@ from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.engine import Engine
 from tfserve.errors import RequestError
 from tfserve.model.grammars.grammar import json_schema_grammar
-from tfserve.types import FinishReason, SamplingParams
+from tfserve.types import FinishReason, Place, PromptTokens, SamplingParams
 
 NUM_REQUESTS, NUM_TOKENS = 12, 48
 SHARED = {"schedule_interval_s": 0.02, "min_residency_s": 0.02}
@@ -35,7 +35,10 @@ def model_dir(tiny_llama3):
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
-    """Every second one sampled, with a seed of its own; every third bound to a grammar, every fourth scored."""
+    """Every second one sampled, with a seed of its own; every third bound to a grammar, every fourth scored.
+
+    Every fourth, and no scored one, is in its thoughts.
+    """
     prompts = [[3 + (i * 7 + k) % 500 for k in range(10 + 5 * i)] for i in range(NUM_REQUESTS)]
     greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     params = [
@@ -48,7 +51,7 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
         params[i] = msgspec.structs.replace(
             params[i], prompt_logprobs=scored, grammar=grammar, ignore_eos=grammar is None
         )
-    return prompts, params
+    return [PromptTokens(p, Place.THOUGHTS) if i % 4 == 1 else p for i, p in enumerate(prompts)], params
 
 
 def run(model_dir, scheduler: SchedulerConfig, num_blocks: int, host_kv_gib: float | None = None, **settings):
@@ -72,6 +75,7 @@ def run(model_dir, scheduler: SchedulerConfig, num_blocks: int, host_kv_gib: flo
             assert [entry.token_id for entry in output.prompt_logprobs] == prompt[1:]
         for output in outputs[2::3]:
             assert set(output.text) <= set("[]-0123456789, \n\r\t")
+        assert [output.num_thought_tokens > 0 for output in outputs] == [i % 4 == 1 for i in range(NUM_REQUESTS)]
         return [output.token_ids for output in outputs], engine.stats()
 
 

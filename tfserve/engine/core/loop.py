@@ -28,9 +28,10 @@ from tfserve.messages import (
     TokenOutput,
 )
 from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.thoughts import ThoughtCounter, thought_counter
 from tfserve.model.text.tokenizer import Tokenizer
 from tfserve.plan import Clock, Direction, InFlight, Runner, StepId, StepPlan, StepResult
-from tfserve.types import EngineStats, FinishReason, RequestId, SamplingParams, nth_seed
+from tfserve.types import EngineStats, FinishReason, Place, RequestId, SamplingParams, nth_seed
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +77,8 @@ class EngineCore:
 
     Up to `pipeline_depth` steps run at once. At 2, a step is launched before the host knows the tokens of the previous
     step, so the device does not wait for the host. If a request has ended in the previous step, its extra token is
-    dropped. `trace` records every step and every finished request. `tokenizer` is for stop strings; None if no request
-    has any.
+    dropped. `trace` records every step and every finished request. `tokenizer` is for stop strings and thoughts;
+    None if no request has any.
 
     An exception in a step fails the requests of that step, and the loop continues. A request whose tokens cannot be
     decoded fails alone. Any other exception is a bug in the engine: it leaves `run`, and the caller must call `close`.
@@ -238,6 +239,7 @@ class EngineCore:
             priority=message.priority,
             tenant=message.tenant,
             detokenizer=self._detokenizer(params) if params.stop else None,
+            thoughts=None if message.begins_in is None else self._thoughts(message.begins_in),
         )
         self._requests[request.id] = request
         self._num_prompt_tokens += request.num_prompt_tokens
@@ -246,6 +248,10 @@ class EngineCore:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer:
         assert self._tokenizer is not None
         return Detokenizer.for_params(self._tokenizer, params)
+
+    def _thoughts(self, begins_in: Place) -> ThoughtCounter | None:
+        assert self._tokenizer is not None
+        return thought_counter(begins_in, self._tokenizer)
 
     def _launch(self, plan: StepPlan) -> None:
         touched = {seq.req for seq in plan.seqs} | {entry.req for entry in plan.entered}
@@ -313,8 +319,10 @@ class EngineCore:
     def _append(self, request: Request, token: int, now_s: float) -> tuple[Finish | None, str | None]:
         """Append a token to a request. Returns how the request finished with it (or None) and an error (or None)."""
         try:
-            return request.append(token, now_s), None
-        except failures() as error:  # the tokenizer failed while the text was searched for stop strings
+            if request.first_token_s is None:
+                self._scheduler.on_early_token(request, token, now_s)
+            return request.append(token), None
+        except failures() as error:  # the tokenizer failed while the text was searched for stop strings, or tags
             logger.exception("the text of request %s cannot be made", request.id)
             return (FinishReason.ERROR, None), _words(error)
 

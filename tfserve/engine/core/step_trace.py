@@ -79,7 +79,10 @@ class TraceStep(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
-    """A finished request: its parameters and its result. Times by the engine's clock."""
+    """A finished request: its parameters and its result. Times by the engine's clock.
+
+    The first `thought_tokens` of the output are thoughts; `first_token_s` is of the answer behind them.
+    """
 
     arrival_s: float
     prompt_tokens: _Positive
@@ -90,6 +93,7 @@ class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     finished_s: float
     num_preemptions: _Count
     priority: int = 0
+    thought_tokens: _Count = 0
 
 
 TraceLine = TraceHead | TraceStep | TraceRequest
@@ -166,6 +170,7 @@ class StepTrace:
                 finished_s=finished_s,
                 num_preemptions=num_preemptions,
                 priority=request.priority,
+                thought_tokens=request.num_thoughts,
             )
         )
 

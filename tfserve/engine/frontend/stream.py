@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from tfserve.errors import EngineDeadError, RequestError
 from tfserve.messages import TokenOutput
 from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.thoughts import ThoughtCounter
 from tfserve.packed_logprobs import PackedLogprobs
 from tfserve.types import FinishReason, RequestId, RequestOutput
 
@@ -18,16 +19,25 @@ class OutputBuffer:
     """Collects a request's TokenOutputs; `take` returns everything new as one RequestOutput.
 
     Waiting tokens take twelve bytes each: text is made when it is taken. Waiting log probabilities are packed.
-    `token_s` is the arrival time of each token by time.monotonic; `num_chars` is the length of the text taken so far.
+    `token_s` is the arrival time of each token by time.monotonic. Of what was taken so far, `num_thought_tokens` are
+    `thoughts`, which count if there are any to come, and `num_chars` is about the length of the answer without them.
     """
 
-    def __init__(self, request_id: RequestId, num_prompt_tokens: int, detokenizer: Detokenizer) -> None:
+    def __init__(
+        self,
+        request_id: RequestId,
+        num_prompt_tokens: int,
+        detokenizer: Detokenizer,
+        thoughts: ThoughtCounter | None = None,
+    ) -> None:
         self.request_id = request_id
         self.num_prompt_tokens = num_prompt_tokens
         self.num_output_tokens = 0
+        self.num_thought_tokens = 0
         self.num_chars = 0
         self.token_s = array("d")
         self._detokenizer = detokenizer
+        self._thoughts = thoughts
         self._tokens = array("i")
         self._logprobs = PackedLogprobs()
         self._prompt_logprobs: PackedLogprobs | None = None
@@ -52,6 +62,11 @@ class OutputBuffer:
         return len(self._tokens)
 
     @property
+    def may_think(self) -> bool:
+        """True until a token of the answer, or the end of the thoughts before it, has been taken."""
+        return self._thoughts is not None and not self._thoughts.is_over
+
+    @property
     def is_refused(self) -> bool:
         """True if the policy has refused the request and that output was not taken yet."""
         return self._last is not None and self._last.retry_after_s is not None
@@ -70,13 +85,14 @@ class OutputBuffer:
         self.num_output_tokens += len(tokens)
         of_prompt, self._prompt_logprobs = self._prompt_logprobs, None
         text = self._text(tokens, last)
-        self.num_chars += len(text)
+        self.num_chars += len(text) if self._thoughts is None else self._part(self._thoughts, tokens, len(text))
         output = RequestOutput(
             request_id=self.request_id,
             text=text,
             token_ids=tokens,
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=self.num_output_tokens,
+            num_thought_tokens=self.num_thought_tokens,
             logprobs=self._logprobs.take(len(tokens)) if self._logprobs else None,
             prompt_logprobs=None if of_prompt is None else list(of_prompt),
         )
@@ -88,6 +104,12 @@ class OutputBuffer:
             output.retry_after_s = last.retry_after_s
             output.recurs = last.recurs
         return output
+
+    def _part(self, thoughts: ThoughtCounter, tokens: Sequence[int], num_chars: int) -> int:
+        """Count the thoughts among new tokens; how many of their characters are the answer's, by its share of them."""
+        thoughts.push(tokens)
+        num_new, self.num_thought_tokens = thoughts.num_tokens - self.num_thought_tokens, thoughts.num_tokens
+        return num_chars * max(len(tokens) - num_new, 0) // max(len(tokens), 1)
 
     def _text(self, tokens: Sequence[int], last: TokenOutput | None) -> str:
         if last is None:
@@ -146,8 +168,18 @@ class RequestStream:
         return self._buffer.num_output_tokens
 
     @property
+    def num_thought_tokens(self) -> int:
+        """Those of them that are thoughts."""
+        return self._buffer.num_thought_tokens
+
+    @property
+    def may_think(self) -> bool:
+        """True until a token of the answer, or the end of the thoughts before it, has been taken."""
+        return self._buffer.may_think
+
+    @property
     def num_chars(self) -> int:
-        """Characters of text taken so far."""
+        """About how many characters of the answer were taken so far."""
         return self._buffer.num_chars
 
     @property
@@ -198,7 +230,7 @@ class RequestStream:
         self._abort(self.request_id)
 
     def report_played(self, num_tokens: int) -> None:
-        """Report that the reader has read `num_tokens` so far; this replaces the scheduler's estimate."""
+        """Report that the reader has read `num_tokens` of the answer; this replaces the scheduler's estimate."""
         self._report_played(self.request_id, num_tokens)
 
     def put(self, output: TokenOutput, now_s: float) -> None:

@@ -34,7 +34,8 @@ class Columns:
     """Live requests at one moment, one row each, in no particular order (`seq` is the order of arrival).
 
     Arrays are views of the RequestTable: read only, and true until something is carried out.
-    `num_output` counts the tokens that steps under way will sample: they come, whatever is decided now. `rate` is NaN
+    `num_output` counts the tokens that steps under way will sample: they come, whatever is decided now. The first
+    `num_thoughts` of them are thoughts; with `may_think`, those to come are too, until the answer begins. `rate` is NaN
     for a request without a reader. `tenant` numbers the tenants from 0 (`num_tenants` are live, there may be gaps), and
     `weight` is the tenant's. `host_tokens` are on the host and acknowledged. `mean_output` is the average
     output of requests that ended by themselves, or were cut beyond it. `num_events` counts arrivals, departures and
@@ -55,6 +56,8 @@ class Columns:
     state_since_s: Floats
     num_prompt: Ints
     num_output: Ints
+    num_thoughts: Ints
+    may_think: Mask
     num_computed: Ints
     max_tokens: Ints
     device_blocks: Ints
@@ -102,9 +105,30 @@ class Columns:
         return ~np.isnan(self.rate)
 
     @cached_property
-    def has_started(self) -> Mask:
-        """Requests that have their first token."""
+    def num_answer(self) -> Ints:
+        """Tokens of the answer: what there is to read."""
+        return np.where(self.may_think, 0, self.num_output - self.num_thoughts)
+
+    @cached_property
+    def has_output(self) -> Mask:
+        """Requests that have generated a token, if only of their thoughts."""
         return self.num_output > 0
+
+    @cached_property
+    def has_started(self) -> Mask:
+        """Requests that have the first token of their answer: reading starts with it."""
+        return self.num_answer > 0
+
+    @cached_property
+    def thinks(self) -> Mask:
+        """Requests that have generated thoughts, and nothing to read yet."""
+        mask: Mask = self.has_output & ~self.has_started
+        return mask
+
+    @cached_property
+    def is_read(self) -> Mask:
+        """Requests with a rate, unless they think: thoughts have no reader."""
+        return self.has_reader & ~self.thinks
 
     @cached_property
     def num_tokens(self) -> Ints:
@@ -129,6 +153,11 @@ class Columns:
             # A request past the average is expected to go on for a while.
             expected = np.minimum(expected, np.maximum(self.mean_output, 1.25 * self.num_output))
         return expected
+
+    @cached_property
+    def expected_answer(self) -> Floats:
+        """The same without the thoughts."""
+        return self.expected_output - self.num_thoughts
 
     @cached_property
     def playback(self) -> Playback:
@@ -158,13 +187,13 @@ class Columns:
     @cached_property
     def unread(self) -> Floats:
         """The buffer in tokens."""
-        return self.num_output - self.playback.consumed
+        return self.num_answer - self.playback.consumed
 
     @cached_property
     def time_to_empty_s(self) -> Floats:
-        """The buffer in seconds; 0 before the first token and infinite without a reader."""
+        """The buffer in seconds; 0 before the first token and infinite where there is no reader."""
         seconds = np.where(self.has_started, self.unread / self.rate, 0.0)
-        seconds[np.isnan(self.rate)] = np.inf
+        seconds[~self.is_read] = np.inf
         return seconds
 
     def in_state(self, state: RequestState) -> RowIndex:

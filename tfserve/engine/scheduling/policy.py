@@ -96,16 +96,16 @@ class Snapshot:
 
     @cached_property
     def is_member(self) -> Mask:
-        """Requests that have been let in: on the device, on the host, or preempted after their first token."""
+        """Requests that have been let in: on the device, on the host, or preempted after their first output."""
         c = self.columns
-        mask: Mask = ~c.is_waiting | c.has_started
+        mask: Mask = ~c.is_waiting | c.has_output
         return mask
 
     @cached_property
     def is_decoding(self) -> Mask:
         """Requests on the device that lack only their newest token."""
         c = self.columns
-        mask: Mask = c.is_running & (c.num_uncomputed == 1) & c.has_started
+        mask: Mask = c.is_running & (c.num_uncomputed == 1) & c.has_output
         return mask
 
     @cached_property
@@ -167,7 +167,7 @@ def held_back(columns: Columns, generate_ahead_s: float | None) -> Mask:
     """Requests not to decode now, under any policy: their readers have more than `generate_ahead_s` unread."""
     if generate_ahead_s is None:
         return np.zeros(len(columns), np.bool_)
-    return columns.has_reader & (columns.time_to_empty_s > generate_ahead_s)
+    return columns.is_read & (columns.time_to_empty_s > generate_ahead_s)
 
 
 def held_on_device(columns: Columns, generate_ahead_s: float | None) -> tuple[RowIndex, float | None]:

@@ -9,6 +9,7 @@ from tfserve.engine.scheduling.reasons import Reason
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.table import RowRef
 from tfserve.model.text.detokenizer import Detokenizer
+from tfserve.model.text.thoughts import ThoughtCounter
 from tfserve.packed_logprobs import PackedLogprobs
 from tfserve.plan import PromptLogprobs, SlotId
 from tfserve.types import (
@@ -41,7 +42,7 @@ class Request:
     steps have ended. There is no prefill phase and no decode phase: a request catches num_computed_tokens up with
     num_tokens.
     `max_tokens` is resolved, never None, and at least 1: a prompt that is only scored ends at its first token, which is
-    dropped. `detokenizer` exists only where stop strings must be looked for.
+    dropped. `detokenizer` exists only where stop strings must be looked for, `thoughts` where the model may think.
     `rate` is the `consumption_rate` of its reader: tokens/s, a name, or None for no reader; then `priority`
     counts, smaller first. `is_rate_assumed`: the request named none.
     `tenant` is for whom it is served.
@@ -63,6 +64,7 @@ class Request:
     priority: int = 0
     tenant: Tenant = ONE_TENANT
     detokenizer: Detokenizer | None = None
+    thoughts: ThoughtCounter | None = None
     entry: RowRef = field(init=False)
     slot: SlotId | None = None
     is_finished: bool = False
@@ -111,6 +113,11 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_thoughts(self) -> int:
+        """Tokens that are known to be thoughts."""
+        return 0 if self.thoughts is None else self.thoughts.num_tokens
+
+    @property
     def is_decoding(self) -> bool:
         """True when only the newest token lacks KV, and it is not the prompt's own."""
         table, row = self.entry.table, self.entry.index  # asked of every running request before every step
@@ -138,11 +145,9 @@ class Request:
         scored, self.prompt_logprobs = self.prompt_logprobs, None
         return None if scored is None else list(scored)
 
-    def append(self, token: int, now_s: float) -> Finish | None:
+    def append(self, token: int) -> Finish | None:
         """Take the next token; how the request finished with it and what stop string or token ended it, or None."""
         self.token_ids.append(token)
-        if self.first_token_s is None:
-            self.first_token_s = now_s
         if token in self.stop_token_ids and self.num_output_tokens >= self.params.min_tokens:
             own = token in self.params.stop_token_ids
             return FinishReason.STOP, token if own else None

@@ -126,6 +126,7 @@ class Scheduler:
             is_rate_assumed=request.is_rate_assumed,
             priority=request.priority,
             tenant=request.tenant,
+            may_think=request.thoughts is not None,
         )
 
     def finish(self, request: Request, *, completed: bool) -> None:
@@ -225,6 +226,17 @@ class Scheduler:
     def deliver(self, reqs: Sequence[RequestId], now_s: float) -> None:
         """Each of these requests has a new token, and its reader gets it now."""
         self._tracker.on_tokens(reqs, 1, now_s)
+
+    def on_early_token(self, request: Request, token: int, now_s: float) -> None:
+        """A token, delivered and not yet appended, of a request with none to read: of its thoughts, or the first."""
+        thoughts = request.thoughts
+        if thoughts is not None and not thoughts.is_over:
+            thoughts.push((token,))
+            if thoughts.is_over:
+                self._tracker.on_answer(request.id, thoughts.num_tokens, now_s)
+            if thoughts.num_tokens > request.num_output_tokens or not thoughts.is_over:
+                return
+        request.first_token_s = now_s
 
     def observe(self, plan: StepPlan, device_s: float) -> None:
         """Learn from how long a step took."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
-from tfserve.arrays import Mask
+from tfserve.arrays import Floats, Mask
 from tfserve.engine.scheduling.columns import Columns
 from tfserve.engine.scheduling.reasons import Cause
 from tfserve.engine.scheduling.request import Request
@@ -33,55 +33,26 @@ def stream_states(
     """
     c = columns
     order = np.argsort(c.seq)
-    table = zip(
-        c.ids_of(order),
-        c.state[order].tolist(),
-        (now_s - c.arrival_s[order]).tolist(),
-        c.num_prompt[order].tolist(),
-        c.num_output[order].tolist(),
-        c.max_tokens[order].tolist(),
-        c.rate[order].tolist(),
-        is_rate_assumed[order].tolist(),
-        c.unread[order].tolist(),
-        c.time_to_empty_s[order].tolist(),
-        c.stall_s[order].tolist(),
-        (c.first_token_s - c.arrival_s)[order].tolist(),
-        c.num_preemptions[order].tolist(),
-        strict=True,
-    )
-    return [
-        StreamState(
-            id=req,
-            phase=_NAMES[phase],
-            age_s=age_s,
-            num_prompt_tokens=num_prompt,
-            num_output_tokens=num_output,
-            max_tokens=max_tokens,
-            rate=_known(rate),
-            is_rate_assumed=assumed,
-            num_unread=unread,
-            time_to_empty_s=_known(empty_s),
-            stall_s=None if assumed or math.isnan(rate) else stall_s,
-            ttft_s=_known(ttft_s),
-            num_preemptions=preemptions,
-            reason=reasons[req],
-        )
-        for (
-            req,
-            phase,
-            age_s,
-            num_prompt,
-            num_output,
-            max_tokens,
-            rate,
-            assumed,
-            unread,
-            empty_s,
-            stall_s,
-            ttft_s,
-            preemptions,
-        ) in table
-    ]
+    ids = c.ids_of(order)
+    has_named_rate = ~is_rate_assumed & ~np.isnan(c.rate)
+    fields: dict[str, Iterable[Any]] = {
+        "id": ids,
+        "phase": map(_NAMES.__getitem__, c.state[order].tolist()),
+        "age_s": (now_s - c.arrival_s[order]).tolist(),
+        "num_prompt_tokens": c.num_prompt[order].tolist(),
+        "num_output_tokens": c.num_output[order].tolist(),
+        "num_thought_tokens": c.num_thoughts[order].tolist(),
+        "max_tokens": c.max_tokens[order].tolist(),
+        "rate": _known(c.rate[order]),
+        "is_rate_assumed": is_rate_assumed[order].tolist(),
+        "num_unread": c.unread[order].tolist(),
+        "time_to_empty_s": _known(c.time_to_empty_s[order]),
+        "stall_s": _known(np.where(has_named_rate, c.stall_s, np.nan)[order]),
+        "ttft_s": _known((c.first_token_s - c.arrival_s)[order]),
+        "num_preemptions": c.num_preemptions[order].tolist(),
+        "reason": map(reasons.__getitem__, ids),
+    }
+    return [StreamState(**dict(zip(fields, values, strict=True))) for values in zip(*fields.values(), strict=True)]
 
 
 def state_before_queue(request: Request, default_rate: float, now_s: float) -> StreamState:
@@ -93,7 +64,7 @@ def state_before_queue(request: Request, default_rate: float, now_s: float) -> S
         num_prompt_tokens=request.num_prompt_tokens,
         num_output_tokens=0,
         max_tokens=request.max_tokens,
-        rate=_known(resolve_rate(request.rate, default_rate)),
+        rate=_known(np.array([resolve_rate(request.rate, default_rate)]))[0],
         is_rate_assumed=request.is_rate_assumed or request.rate == AUTO,
         num_unread=0.0,
         time_to_empty_s=None,
@@ -104,6 +75,6 @@ def state_before_queue(request: Request, default_rate: float, now_s: float) -> S
     )
 
 
-def _known(value: float) -> float | None:
+def _known(values: Floats) -> list[float | None]:
     """NaN and infinity, which JSON lacks, become None."""
-    return value if math.isfinite(value) else None
+    return [value if math.isfinite(value) else None for value in values.tolist()]

@@ -30,6 +30,8 @@ COLUMNS: dict[str, tuple[type, float]] = {
     "num_prompt": (np.int64, 0),
     "num_output": (np.int64, 0),
     "num_in_flight": (np.int64, 0),
+    "num_thoughts": (np.int64, 0),
+    "may_think": (np.bool_, False),
     "num_computed": (np.int64, 0),
     "max_tokens": (np.int64, 0),
     "device_blocks": (np.int64, 0),

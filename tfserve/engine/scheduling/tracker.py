@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tfserve.arrays import Mask, RowIndex
+from tfserve.arrays import Ints, Mask, RowIndex
 from tfserve.engine.scheduling.columns import Columns, Reading
 from tfserve.engine.scheduling.state import RequestState
 from tfserve.engine.scheduling.table import COLUMNS, RequestTable, RowRef
@@ -58,9 +58,11 @@ class Tracker:
         is_rate_assumed: bool = False,
         priority: int = 0,
         tenant: Tenant = ONE_TENANT,
+        may_think: bool = False,
     ) -> RowRef:
         """Take a new request in, as WAITING; its row. `rate` as `consumption_rate`; RequestError if it is none.
 
+        `may_think`: its tokens count as thoughts until `on_answer`.
         `is_rate_assumed`: the request did not name it; "auto" names none either. What then counts as a stall is not
         known, until a report comes.
         """
@@ -75,6 +77,7 @@ class Tracker:
             state_since_s=arrival_s,
             num_prompt=num_prompt,
             max_tokens=max_tokens,
+            may_think=may_think,
             is_auto=rate == AUTO,
             is_rate_assumed=is_rate_assumed or rate == AUTO,
         )
@@ -120,15 +123,35 @@ class Tracker:
         counts = np.broadcast_to(np.asarray(n, np.int64), rows.shape)
         rows, counts = rows[counts > 0], counts[counts > 0]
         self._advance(rows, now_s)
-        first = rows[np.isnan(table["first_token_s"][rows])]
-        if len(first):
-            table["first_token_s"][first] = now_s
-            self._num_readings += 1
+        is_early = np.isnan(table["first_token_s"][rows])
+        if is_early.any():
+            self._on_early_tokens(rows[is_early], counts[is_early], now_s)
         table["num_output"][rows] += counts
         table["num_in_flight"][rows] = np.maximum(table["num_in_flight"][rows] - counts, 0)
 
+    def _on_early_tokens(self, rows: RowIndex, counts: Ints, now_s: float) -> None:
+        """Tokens of requests that had none to read: their thoughts, which start no reading, or the first to read."""
+        table = self.table
+        thinks = table["may_think"][rows]
+        table["num_thoughts"][rows] += np.where(thinks, counts, 0)
+        table["since_s"][rows[thinks]] = np.inf
+        self._on_first_tokens(rows[~thinks], now_s)
+
+    def _on_first_tokens(self, rows: RowIndex, now_s: float) -> None:
+        if len(rows):
+            self.table["first_token_s"][rows] = self.table["since_s"][rows] = now_s
+            self._num_readings += 1
+
+    def on_answer(self, req: RequestId, num_thoughts: int, now_s: float) -> None:
+        """The thoughts of a request have turned out to be its first `num_thoughts` tokens, and all else its answer."""
+        table, row = self.table, self.table.row(req)
+        table["may_think"][row] = False
+        table["num_thoughts"][row] = num_thoughts
+        if table["num_output"][row] > num_thoughts:
+            self._on_first_tokens(np.array([row]), now_s)
+
     def on_played(self, req: RequestId, num_tokens: int, now_s: float) -> None:
-        """A client reports having played `num_tokens` in all; this replaces the estimate, and reading goes on from it.
+        """A client reports having played `num_tokens` of the answer; this replaces the estimate, and reading goes on.
 
         With rate "auto", successive reports without a stall in between also give the rate. Before the first token there
         is nothing to play and a report means nothing.
@@ -143,7 +166,7 @@ class Tracker:
             return
         self._num_readings += 1
         self._advance(np.array([row]), now_s)
-        rate, delivered = float(table["rate"][row]), int(table["num_output"][row])
+        rate, delivered = float(table["rate"][row]), int(table["num_output"][row] - table["num_thoughts"][row])
         fastest = max(self._max_rate, 0.0 if np.isnan(rate) else rate)
         played = min(max(num_tokens, 0), delivered, int(fastest * reading_s))
         since, stall = table["report_s"][row], table["stall_s"][row]
@@ -189,7 +212,7 @@ class Tracker:
             num_tenants=len(self._tenants),
             num_added=self._num_added,
             total_preemptions=self.num_preemptions,
-            reading=Reading(view("num_output"), *map(view, Reading._fields[1:])),
+            reading=Reading(view("num_output") - view("num_thoughts"), *map(view, Reading._fields[1:])),
         )
 
     def _play(self, rows: RowIndex, now_s: float) -> Playback:
@@ -197,7 +220,7 @@ class Tracker:
         return play(
             now_s,
             rate=table["rate"][rows],
-            generated=table["num_output"][rows],
+            generated=table["num_output"][rows] - table["num_thoughts"][rows],
             consumed=table["consumed"][rows],
             since_s=table["since_s"][rows],
             stall_s=table["stall_s"][rows],

@@ -47,6 +47,8 @@ const scale = (box, share) => { box.firstElementChild.style.transform = `scaleX(
 const put = (box, text) => { if (box.textContent !== text) box.textContent = text; };
 // What counts as late or as too early is known only where the request or a report has said how fast the answer is read.
 const isRead = (stream) => stream.rate !== null && !stream.is_rate_assumed;
+// Thoughts are not read: the answer's tokens are.
+const answered = (stream) => stream.num_output_tokens - stream.num_thought_tokens;
 const hasText = (stream) => stream.ttft_s !== null && (!isRead(stream) || stream.time_to_empty_s >= 0.05);
 
 function rowOf(id) {
@@ -75,16 +77,16 @@ function drawStream(stream) {
     row.sign.setAttribute("aria-label", own ? `your stream, ${phase}` : phase);
   }
   scale(row.bar, first === null ? 0 : rate === null ? 1 : left / FULL_S);
-  const value = first === null ? `waits ${stream.age_s.toFixed(0)} s` : rate === null ? `${stream.num_output_tokens} tok` : `${left.toFixed(1)} s`;
+  const value = first === null ? `${stream.num_thought_tokens ? "thinks" : "waits"} ${stream.age_s.toFixed(0)} s` : rate === null ? `${stream.num_output_tokens} tok` : `${left.toFixed(1)} s`;
   put(row.value, own ? `you ${value}` : value);
-  row.about = `${stream.id}\n${phase}${stream.reason === null ? "" : `: ${stream.reason}`}; ${stream.num_output_tokens} of at most ${stream.max_tokens} tokens, ${stream.num_unread.toFixed(0)} unread; ` +
+  row.about = `${stream.id}\n${phase}${stream.reason === null ? "" : `: ${stream.reason}`}; ${stream.num_output_tokens} of at most ${stream.max_tokens} tokens, ${stream.num_thought_tokens ? `${stream.num_thought_tokens} of thoughts, ` : ""}${stream.num_unread.toFixed(0)} unread; ` +
     `read at ${rate === null ? "no rate" : `${rate.toFixed(1)} tokens/s${stream.is_rate_assumed ? ", assumed" : ""}`}\n` +
     `${stream.stall_s === null ? "" : `stalled ${stream.stall_s.toFixed(1)} s, `}${stream.num_preemptions} preemptions`;
 }
 
 // A token counts fully while less than a tenth of the answer is unread, and not at all beyond a fifth.
 function effectiveOf(stream) {
-  const fresh = stream.num_output_tokens - (outputs.get(stream.id) ?? 0);
+  const fresh = Math.max(answered(stream) - (outputs.get(stream.id) ?? 0), 0);
   return fresh * (!isRead(stream) ? 1 : Math.min(Math.max(2 - stream.num_unread / (0.1 * stream.max_tokens), 0), 1));
 }
 
@@ -124,7 +126,7 @@ function show(picture) {
     if (stream.ttft_s === null) { unbegun += 1; longest = Math.max(longest, stream.age_s); }
   }
   for (const [id, row] of rows) if (!seen.has(id)) { row.box.remove(); rows.delete(id); }
-  outputs = new Map(data.map((stream) => [stream.id, stream.num_output_tokens]));
+  outputs = new Map(data.map((stream) => [stream.id, answered(stream)]));
   drawSpeeds(picture, effective, data.some(isRead));
   put($("served"), data.length ? `${served} of ${data.length}` : "–");
   scale($("served-meter"), served / data.length || 0);
@@ -191,7 +193,7 @@ function say(kind, text) {
 // An answer: what has come of it, and how much is read. One token is about four characters, until we know better.
 class Answer {
   constructor() {
-    Object.assign(this, { text: "", tokens: 0, read: 0, id: null, over: false, usage: null, stop: new AbortController() });
+    Object.assign(this, { text: "", tokens: 0, thoughts: 0, read: 0, id: null, over: false, usage: null, stop: new AbortController() });
     this.line = say("assistant playing", "");
     this.ticked = performance.now();
     this.timer = setInterval(() => this.tick(), TICK_MS);
@@ -203,7 +205,7 @@ class Answer {
   take(chunk) {
     this.id = chunk.id;
     for (const choice of chunk.choices) this.text += choice.delta.content ?? "";
-    if (chunk.usage) { this.usage = chunk.usage; this.tokens = chunk.usage.completion_tokens; }
+    if (chunk.usage) { this.usage = chunk.usage; this.thoughts = chunk.usage.completion_tokens_details?.reasoning_tokens ?? 0; this.tokens = chunk.usage.completion_tokens - this.thoughts; }
     this.draw();
   }
   tick() {
@@ -221,7 +223,7 @@ class Answer {
     if (isAtEnd) talk.scrollTop = talk.scrollHeight;
     const seconds = (this.text.length - this.read) / (this.charsPerToken * $("speed").value);
     scale($("mine"), seconds / FULL_S);
-    put($("mine-text"), this.isDone ? "all read" : this.text ? `${seconds.toFixed(1)} s ahead of you` : "waiting for text");
+    put($("mine-text"), this.isDone ? "all read" : this.text ? `${seconds.toFixed(1)} s ahead of you` : this.thoughts ? "thinking" : "waiting for text");
     $("stop").hidden = this.isDone;
     $("send").hidden = !this.over;
     put($("stop"), this.over ? "Show all" : "Stop");

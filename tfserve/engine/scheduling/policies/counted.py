@@ -51,3 +51,11 @@ def as_counted(snapshot: Snapshot, share: float) -> Snapshot:
         read_area=np.where(is_over, 0.0, reading.read_area),
     )
     return replace(snapshot, columns=replace(c, rate=np.where(is_over, share, c.rate), reading=counted))
+
+
+def as_unread(snapshot: Snapshot) -> Snapshot:
+    """The snapshot as if requests had no reader while they think (docs/decisions/018-thoughts-have-no-reader.md)."""
+    c = snapshot.columns
+    if not c.thinks.any():
+        return snapshot
+    return replace(snapshot, columns=replace(c, rate=np.where(c.thinks, np.nan, c.rate)))

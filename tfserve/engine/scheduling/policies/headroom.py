@@ -24,18 +24,17 @@ _MIN_SHARE = 0.1
 def headroom_s(columns: Columns, now_s: float, background_slack_s: float) -> Floats:
     """Seconds until a request is in want; negative: for how long it has been.
 
-    A reader's playback left, less its present stall. Without a first token, less the time since arrival, so that the
-    queue is first come first served. Without a reader, a constant less the time off the device: it counts as a request
-    with that much to read, and in the end comes to its turn.
+    A reader's playback left, less its present stall. Before any output, less the time since arrival, so that the queue
+    is first come first served. Without a reader, and while it thinks, a constant less the time off the device: it
+    counts as a request with that much to read, and in the end comes to its turn.
     """
     c = columns
-    started = c.has_started
-    reading = np.where(started, c.time_to_empty_s - c.current_stall_s, c.arrival_s - now_s)
-    if c.has_reader.all():
+    reading = np.where(c.has_started, c.time_to_empty_s - c.current_stall_s, c.arrival_s - now_s)
+    if c.is_read.all():
         return reading
     away = c.is_waiting | c.is_paused
     background = background_slack_s - np.where(away, now_s - c.state_since_s, 0.0)
-    return np.where(~c.has_reader, background, reading)
+    return np.where(~c.is_read, background, reading)
 
 
 def gain(

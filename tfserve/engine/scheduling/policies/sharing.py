@@ -161,7 +161,7 @@ def _reasons(
 
     def unread_s(row: int) -> float | None:
         seconds = float(c.time_to_empty_s[row])
-        return seconds if math.isfinite(seconds) else None
+        return seconds if math.isfinite(seconds) and c.has_started[row] else None
 
     def leaves(row: int) -> Reason:
         if row in made_for:
@@ -172,7 +172,7 @@ def _reasons(
         return Reason(Cause.DUE if row in displacing else Cause.SPARE_MEMORY, unread_s(row))
 
     left = {c.ids[row]: leaves(row) for row in leave}
-    return left | {c.ids[row]: returns(row) for row in come if c.has_started[row]}
+    return left | {c.ids[row]: returns(row) for row in come if c.has_output[row]}
 
 
 def out_of_blocks(snapshot: Snapshot) -> bool:

@@ -85,7 +85,7 @@ class OwnTime:
         c = snapshot.columns
         self._account(snapshot.now_s)
         prompts = prompts_in_order(snapshot, decision)
-        reads = snapshot.is_decoding & c.has_reader & (c.time_to_empty_s < config.tokenflow.low_buffer_s)
+        reads = snapshot.is_decoding & c.is_read & (c.time_to_empty_s < config.tokenflow.low_buffer_s)
         needy = np.unique(np.concatenate([c.tenant[reads], c.tenant[prompts[~c.has_started[prompts]]]]))
         levels = holdings.now
         rich = np.flatnonzero(levels > 2 * levels[needy].min()) if len(needy) else needy
@@ -287,7 +287,7 @@ class _Swaps:
 
     def _victims(self, tenant: int, level: float, *, from_readers: bool) -> Iterator[int]:
         """Residents that may leave for one that raises `tenant` to `level`, of the fullest tenant first."""
-        has_reader = self._snapshot.columns.has_reader
+        is_read = self._snapshot.columns.is_read
         left = {other: len(rows) for other, rows in self._residents.items() if other != tenant}
         gone = dict.fromkeys(left, (0, 0))
         while left:
@@ -297,7 +297,7 @@ class _Swaps:
                 continue
             left[other] -= 1
             row = self._residents[other][left[other]]
-            if not from_readers and has_reader[row]:
+            if not from_readers and is_read[row]:
                 continue
             slots, blocks = gone[other]
             gone[other] = slots - 1, blocks - int(self._need[row])

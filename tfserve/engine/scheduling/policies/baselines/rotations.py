@@ -29,7 +29,7 @@ class EarliestUnderflow(RankedPolicy):
     """Smallest buffer in seconds first, nothing else; no first token yet is an empty buffer."""
 
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:  # noqa: ARG002 - Andes looks at them
-        """By time to empty, then by arrival."""
+        """By time to empty, then by arrival; one that thinks has no first token yet."""
         c = snapshot.columns
-        order = np.lexsort((c.seq, c.time_to_empty_s))
+        order = np.lexsort((c.seq, np.where(c.thinks & c.has_reader, 0.0, c.time_to_empty_s)))
         return order[~c.is_loading[order]]

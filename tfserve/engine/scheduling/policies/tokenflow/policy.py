@@ -110,28 +110,33 @@ class TokenFlow:
         else:
             planner.backfill()
         decision = planner.decision()
-        refused: tuple[tuple[RequestId, float], ...] = ()
         if self._admission.is_fallback and not planner.leaving and not planner.coming:
             fitting = admissible(snapshot, config.fcfs.reserve_ratio, config.fcfs.reserve_clip_tokens)
             if config.overload != "shed":
-                # What first come, first served would let in beside everybody's whole output is no risk.
+                # What first come, first served would let in beside the whole output of all running requests is no risk.
                 decision = Decision(admit=fitting)
             elif not decision.admit and not snapshot.is_member.any():
                 # No reader stalls if one request is served whose rate is beyond the device.
                 decision = Decision(admit=fitting[:1])
-        if self._admission.is_fallback and config.overload == "shed":
-            admitted = set(decision.admit)
-            # A request without a reader adds nothing to the sum of rates: it waits for what is left over.
-            late = [row for row in newcomers[room:].tolist() if c.has_reader[row] and c.ids[row] not in admitted]
-            joining = newcomers[:room]
-            refused = tuple(
-                (c.ids[row], predicted_wait_s(snapshot, config, ahead, joining)) for ahead, row in enumerate(late)
-            )
+        refused = self._refused(snapshot, newcomers, room, decision)
         self._ticker.timer_s = planner.next_return_s()
         returning = {req for req, _ in decision.resume}
         drop = tuple(req for req in to_drop(snapshot) if req not in returning)
         waits = Cause.CAPACITY if self._admission.is_fallback else None
         return msgspec.structs.replace(decision, drop=drop, reject=refused, wake_s=self._ticker.next_s, waits=waits)
+
+    def _refused(
+        self, snapshot: Snapshot, newcomers: RowIndex, room: int, decision: Decision
+    ) -> tuple[tuple[RequestId, float], ...]:
+        """Under `shed`: the newcomers beyond the first `room`, and in how many seconds there may be room for them."""
+        c, config = snapshot.columns, self._config
+        if not self._admission.is_fallback or config.overload != "shed":
+            return ()
+        admitted = set(decision.admit)
+        # A request without a reader adds nothing to the sum of rates: it waits for what is left over.
+        late = [row for row in newcomers[room:].tolist() if c.has_reader[row] and c.ids[row] not in admitted]
+        joining = newcomers[:room]
+        return tuple((c.ids[row], predicted_wait_s(snapshot, config, ahead, joining)) for ahead, row in enumerate(late))
 
     def _go_on(self, snapshot: Snapshot, decision: Decision) -> Decision:
         """Add who gets prompt tokens and how many."""

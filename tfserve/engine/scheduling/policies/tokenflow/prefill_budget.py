@@ -50,7 +50,7 @@ class PrefillBudget:
         """Most prompt tokens for the coming step; None if no reader depends on it."""
         c, config = snapshot.columns, self._config
         decoding = snapshot.is_decoding
-        readers = decoding & c.has_reader
+        readers = decoding & c.is_read
         prompts = c.is_running & ~decoding
         if not readers.any() or not prompts.any():
             self._owed_s = 0.0

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from tfserve.arrays import Floats, Mask, RowIndex
+from tfserve.arrays import Floats, Ints, Mask, RowIndex
 from tfserve.config import SchedulerConfig
+from tfserve.engine.scheduling.policies.counted import as_unread
 from tfserve.engine.scheduling.policies.headroom import gain, headroom_s, loss_order
 from tfserve.engine.scheduling.policies.sharing import (
     resident_blocks,
@@ -43,6 +44,7 @@ class SwapPlanner:
     """
 
     def __init__(self, snapshot: Snapshot, config: SchedulerConfig, *, may_recompute: bool = True) -> None:
+        snapshot = as_unread(snapshot)
         c = snapshot.columns
         self.recompute_pays_s = 0.0
         """How long the device must go on until a recompute that displaced one has cost no more than its share."""
@@ -84,6 +86,11 @@ class SwapPlanner:
         return np.maximum(self._config.tokenflow.min_residency_s, _STAY_PER_RECOMPUTE * recompute_s)
 
     @cached_property
+    def _latest(self) -> Ints:
+        """Which of several requests that think is to leave first: the latest, so that the others are soon done."""
+        return np.where(self._snapshot.columns.thinks, -self._snapshot.columns.seq, 0)
+
+    @cached_property
     def _victims(self) -> Victims:
         """Residents that decode and have had their minimum stay, least loss first."""
         snapshot, config = self._snapshot, self._config
@@ -95,8 +102,8 @@ class SwapPlanner:
             gains,
             unread=c.unread[rows],
             rate=c.rate[rows],
-            num_output=c.num_output[rows],
-            expected_output=c.expected_output[rows],
+            num_output=c.num_answer[rows],
+            expected_output=c.expected_answer[rows],
             # Of a short answer, a large share is little to read: a request that left with less would be due at once.
             min_unread_s=self._round_trip[0][rows] + config.tokenflow.low_buffer_s,
         )
@@ -104,7 +111,7 @@ class SwapPlanner:
             # No other request, ties included, can be among the first: the others need not be sorted.
             first = loss <= np.partition(loss, _MAX_VICTIMS - 1)[_MAX_VICTIMS - 1]
             rows, gains, loss = rows[first], gains[first], loss[first]
-        order = np.lexsort((-self.headroom[rows], loss))[:_MAX_VICTIMS]
+        order = np.lexsort((self._latest[rows], -self.headroom[rows], loss))[:_MAX_VICTIMS]
         rows, gains = rows[order], gains[order]
         switch_s, left_s = self._round_trip[0][rows], c.time_to_empty_s[rows]
         margin_s = config.tokenflow.buffer_conservativeness * (switch_s + config.schedule_interval_s)
@@ -147,7 +154,7 @@ class SwapPlanner:
         """None can leave without a stall: most left to read first; one that must recompute, if it has just come."""
         others = np.setdiff1d(np.flatnonzero(self._running), willing)
         latest = np.where(self._round_trip[1], 0.0, -self._snapshot.columns.state_since_s)
-        order = others[np.lexsort((-self.headroom[others], latest[others]))]
+        order = others[np.lexsort((self._latest[others], -self.headroom[others], latest[others]))]
         for row in order[:-1].tolist():
             if self._spare >= 0:
                 break
@@ -301,7 +308,7 @@ class SwapPlanner:
             unread=c.unread[rows],
             headroom=self.headroom[rows],
             rate=c.rate[rows],
-            expected_output=c.expected_output[rows],
+            expected_output=c.expected_answer[rows],
             overhead_s=np.where(self._resident[rows], 0.0, self._return_s[rows]),
             speed=self._speed,
         )
