@@ -1,8 +1,9 @@
-"""Returns freed memory, which the C library keeps, to the system."""
+"""The memory of tfserve's own processes: what is freed goes back to the system, what stays is not looked at again."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
 
@@ -15,6 +16,15 @@ class _Mallinfo2(ctypes.Structure):
     """glibc's struct mallinfo2 (malloc.h): `fordblks` are the bytes of free blocks in all heaps."""
 
     _fields_ = (("before", 8 * ctypes.c_size_t), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
+
+
+def freeze_heap() -> None:
+    """Leave all present objects out of garbage collection from now on; for a process that has loaded everything.
+
+    A full collection looks at every object and nothing else runs meanwhile: those of the libraries take 30 to 90 ms.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def trim_heap(every_s: float = _LOOK_EVERY_S) -> None:

@@ -9,6 +9,8 @@ import json
 import random
 import threading
 import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from tests.http.conftest import Running, StartServer
 from tests.scripted import scripted_server, write_scripted_model
 from tfserve.http import completions
 from tfserve.http.completions import CompletionRenderer
-from tfserve.http.packing import unpacked
 from tfserve.http.streams import VIEWED_BYTES_PER_S, pause_before
 from tfserve.model.grammars.schema_limits import check_schema
 
@@ -110,9 +111,10 @@ async def test_choices_that_begin_with_long_prompts_are_worded_off_the_event_loo
         first.setdefault(index, threading.get_ident())
         return chunk(self, index, *args)
 
-    def noted_whole(self: CompletionRenderer, *args: Any) -> bytes:
-        first[0] = threading.get_ident()
-        return whole(self, *args)
+    def noted_whole(self: CompletionRenderer, *args: Any) -> Iterator[bytes]:
+        for piece in whole(self, *args):
+            first.setdefault(0, threading.get_ident())
+            yield piece
 
     monkeypatch.setattr(CompletionRenderer, "chunk", noted_chunk)
     monkeypatch.setattr(CompletionRenderer, "whole", noted_whole)
@@ -173,11 +175,19 @@ async def test_packed_bodies_are_unpacked_off_the_event_loop(
 ) -> None:
     at: list[int] = []
 
-    def noted(*args: Any) -> bytes | None:
-        at.append(threading.get_ident())
-        return unpacked(*args)
+    class Noted:
+        def __init__(self, window: int) -> None:
+            self._stream = decompressobj(window)
 
-    monkeypatch.setattr("tfserve.http.reading.unpacked", noted)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._stream, name)
+
+        def decompress(self, *args: Any) -> bytes:
+            at.append(threading.get_ident())
+            return self._stream.decompress(*args)
+
+    decompressobj = zlib.decompressobj
+    monkeypatch.setattr(zlib, "decompressobj", Noted)
     server = await start()
     data = gzip.compress(json.dumps({"prompt": "x", "user": random.Random(1).randbytes(100_000).hex()}).encode())
     async with server.post(PLAIN, data, headers={"Content-Encoding": "gzip"}) as response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,8 +69,8 @@ class Renderer(ChunkRenderer, Protocol):
         """The answer's id; unique."""
         ...
 
-    def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
-        """The JSON body of an answer that is not streamed."""
+    def whole(self, results: Sequence[Result], usage: Usage) -> Iterator[bytes]:
+        """The JSON body of an answer that is not streamed, in pieces."""
         ...
 
 
@@ -171,8 +171,16 @@ async def _whole(group: RequestGroup, renderer: Renderer, num_echoed: int) -> we
         for index, output in await group.next():
             results[index].add(output)
     size = num_echoed + sum(result.size for result in results)
-    body = await off_loop(size, renderer.whole, results, group.usage)
-    return web.Response(body=body, content_type=JSON)
+    pieces = renderer.whole(results, group.usage)
+    if size < LONG:
+        return web.Response(body=b"".join(pieces), content_type=JSON)
+    return web.Response(body=_sent_in_pieces(pieces), content_type=JSON)
+
+
+async def _sent_in_pieces(pieces: Iterator[bytes]) -> AsyncIterator[bytes]:
+    """Each piece is made off the loop once the client has taken those before it."""
+    while piece := await off_loop(LONG, next, pieces, b""):
+        yield piece
 
 
 def _check_room(service: Service, num_prompts: int, num_choices: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -94,11 +94,10 @@ class ChatRenderer:
         """The event with token counts; empty when the client did not ask for it."""
         return self._head.usage_event(ChatChunk, self._counted(usage))
 
-    def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
-        """The JSON body of an answer that is not streamed."""
-        head = self._head
-        choices = [head.part(self._whole_choice(index, result)) for index, result in enumerate(results)]
-        return head.body(ChatCompletion, choices, self._counted(usage))
+    def whole(self, results: Sequence[Result], usage: Usage) -> Iterator[bytes]:
+        """The JSON body of an answer that is not streamed, in pieces."""
+        choices = (self._whole_choice(index, result) for index, result in enumerate(results))
+        return self._head.whole(ChatCompletion, choices, lambda: self._counted(usage))
 
     def _whole_choice(self, index: int, result: Result) -> ChatChoice:
         choice = self._choices[index] = _Choice(self._reading)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -86,22 +86,15 @@ class CompletionRenderer:
         """The event with token counts; empty when the client did not ask for it."""
         return self._head.usage_event(Completion, usage)
 
-    def whole(self, results: Sequence[Result], usage: Usage) -> bytes:
-        """The JSON body of an answer that is not streamed."""
-        head = self._head
-        choices = [
-            head.part(
-                self._choice(
-                    index,
-                    "".join(result.text),
-                    list(result.prompt_logprobs),
-                    list(result.logprobs),
-                    result.finish_reason,
-                )
+    def whole(self, results: Sequence[Result], usage: Usage) -> Iterator[bytes]:
+        """The JSON body of an answer that is not streamed, in pieces."""
+        choices = (
+            self._choice(
+                index, "".join(result.text), list(result.prompt_logprobs), list(result.logprobs), result.finish_reason
             )
             for index, result in enumerate(results)
-        ]
-        return head.body(Completion, choices, usage)
+        )
+        return self._head.whole(Completion, choices, lambda: usage)
 
     def _choice(
         self,

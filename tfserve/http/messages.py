@@ -10,6 +10,7 @@ import msgspec
 from tfserve import strict_json
 from tfserve.errors import RequestError
 from tfserve.http.documented import documented
+from tfserve.http.parts import MAX_PARTS, num_parts
 
 MAX_MESSAGES = 2048
 """Most messages of one request (OpenAI's limit)."""
@@ -111,8 +112,11 @@ def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 def _call_for_template(call: ToolCall, where: str) -> dict[str, Any]:
     """Templates print the arguments as JSON themselves, so they get the object."""
     name = f"{where}.function.arguments"
+    text = call.function.arguments or "{}"
+    if num_parts(text.encode(errors="replace"), MAX_PARTS) > MAX_PARTS:
+        raise RequestError(name, f"{name} holds more than {MAX_PARTS} objects, lists and fields; send fewer")
     try:
-        arguments = strict_json.loads(call.function.arguments or "{}")
+        arguments = strict_json.loads(text)
     except ValueError as error:
         raise RequestError(name, f"{name} is not valid JSON: {error}") from None
     if not isinstance(arguments, dict):

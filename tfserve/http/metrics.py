@@ -57,9 +57,7 @@ class Metrics:
         def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
             return Counter(PREFIX + name, text, labels, registry=self._registry)
 
-        self._ttft = histogram(
-            "time_to_first_token_seconds", "From arrival to the first token of the answer.", _FIRST_S
-        )
+        self._ttft = histogram("time_to_first_token_seconds", "From arrival to the answer's first token.", _FIRST_S)
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE_S)
         self._queue = histogram("request_queue_time_seconds", "From arrival until the request was let in.", _WHOLE_S)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKENS)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import ApiError
+from tfserve.http.off_loop import LONG, native_off_loop
 
 _WINDOWS: dict[str, Sequence[int]] = {
     "gzip": (16 + zlib.MAX_WBITS,),
@@ -15,6 +17,9 @@ _WINDOWS: dict[str, Sequence[int]] = {
 }
 
 _KNOWN = "gzip, deflate"
+
+_PIECE_BYTES = 256 * 1024
+"""What is unpacked at once, which takes about a millisecond."""
 
 
 def packing_of(content_encoding: str) -> str | None:
@@ -28,17 +33,25 @@ def packing_of(content_encoding: str) -> str | None:
     return names[0]
 
 
-def unpacked(body: bytes, packing: str, max_bytes: int) -> bytes | None:
-    """The body without its packing; None if it is larger than `max_bytes`. Raises ApiError (400) if it is broken."""
+async def unpacked(body: bytes, packing: str, max_bytes: int, hold: BodyHold) -> bytes | None:
+    """The body without its packing; None if it is larger than `max_bytes`.
+
+    What comes out is counted in `hold` piece by piece, for few bytes may stand for many. Raises ApiError for a body
+    that is broken (400), and where there is no room for it (503).
+    """
     for window in _WINDOWS[packing]:
         stream = zlib.decompressobj(window)
+        data, rest = bytearray(), body
         try:
-            data = stream.decompress(body, max_bytes + 1)
+            while piece := await native_off_loop(LONG, stream.decompress, rest, _PIECE_BYTES):
+                data += piece
+                if len(data) > max_bytes:
+                    return None
+                hold.resize(len(body) + len(data))
+                rest = stream.unconsumed_tail
         except zlib.error:
             continue
-        if len(data) > max_bytes:
-            return None
         if stream.eof and not stream.unused_data:
-            return data
+            return bytes(data)
     message = f"The body cannot be unpacked; it does not come as it says (Content-Encoding: {packing})."
     raise ApiError(400, message, code="invalid_body")

@@ -9,10 +9,11 @@ import re
 from typing import Any, Generic, TypeVar
 
 import msgspec
-import numpy as np
 
 from tfserve.errors import NOT_JSON, RequestError
 from tfserve.http.known_fields import Fields
+from tfserve.http.off_loop import rest
+from tfserve.http.parts import MAX_PARTS, num_parts
 from tfserve.http.shapes import body_fix
 from tfserve.misfit import NotJsonError, find_misfit, plain_json
 from tfserve.strict_json import deepest, mend
@@ -26,15 +27,6 @@ MAX_REMEMBERED = 256
 
 _LONGEST_NAME = 80
 """Characters of such a name that are remembered and logged: a client may send one as long as a body."""
-
-
-PART_BYTES = 80
-"""Memory of an object, list or member: for an empty list, forty times what its text takes."""
-
-MAX_PARTS = 65_536
-"""Most objects, lists and members of objects in a body: making one takes as long as reading fifty bytes of text."""
-
-_PART_BEGINS = (b"{", b"[", b":")
 
 
 class BodyParser(Generic[Body]):
@@ -55,7 +47,9 @@ class BodyParser(Generic[Body]):
             raise RequestError(None, f"The body holds more than {MAX_PARTS} objects, lists and fields; send fewer")
         value = self._decode(mend(body.removeprefix(codecs.BOM_UTF8)))
         try:
+            rest()
             value = self._fix(value, "")
+            rest()
             try:
                 return msgspec.convert(value, self._struct, str_keys=True)
             except msgspec.ValidationError:
@@ -93,16 +87,3 @@ class BodyParser(Generic[Body]):
         if name not in self._logged and len(self._logged) < MAX_REMEMBERED:
             self._logged.add(name)
             log.info("Ignoring the unknown request field %.80r (logged once)", name)
-
-
-def num_parts(body: bytes, enough: int = 0) -> int:
-    """How many objects, lists and members are in a body; about, where there are not more than `enough`."""
-    most = sum(map(body.count, _PART_BEGINS))  # counts bytes inside strings, too
-    return most if most <= enough else _num_parts(body)
-
-
-def _num_parts(body: bytes) -> int:
-    """How many of the bytes that begin a part are outside strings: behind an even number of quotes."""
-    text = np.frombuffer(body.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
-    in_string = np.cumsum(text == ord('"'), dtype=np.uint8) % 2 == 1
-    return sum(int(np.count_nonzero((text == ord(byte)) & ~in_string)) for byte in _PART_BEGINS)

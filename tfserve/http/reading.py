@@ -6,9 +6,10 @@ from aiohttp import StreamReader, http_exceptions, web
 
 from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import JSON, ApiError
-from tfserve.http.off_loop import native_off_loop, off_loop
+from tfserve.http.off_loop import off_loop
 from tfserve.http.packing import packing_of, unpacked
-from tfserve.http.parsing import PART_BYTES, Body, BodyParser, num_parts
+from tfserve.http.parsing import Body, BodyParser
+from tfserve.http.parts import PART_BYTES, num_parts
 
 BODY_TIMEOUT_S = 60.0
 """How long a client has to send its request's body."""
@@ -47,7 +48,7 @@ async def read_body(request: web.Request, max_bytes: int, hold: BodyHold) -> byt
         message = "The body cannot be read; it does not come as its headers say."
         raise ApiError(400, message, code="invalid_body", headers={"Connection": "close"}) from None
     if body is not None and packing is not None:
-        body = await native_off_loop(len(body), unpacked, body, packing, max_bytes)
+        body = await unpacked(body, packing, max_bytes, hold)
     if body is None:
         message = f"The body is larger than {max_bytes} bytes, this server's limit (server.max_body_bytes)."
         raise ApiError(413, message, code="body_too_large")

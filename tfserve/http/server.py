@@ -18,7 +18,7 @@ from aiohttp import web
 from tfserve.config import EngineConfig
 from tfserve.engine.engine import Engine
 from tfserve.errors import TfserveError
-from tfserve.heap import trim_heap
+from tfserve.heap import freeze_heap, trim_heap
 from tfserve.http.app import create_app
 from tfserve.http.banner import banner
 from tfserve.http.connections import MAX_CONNECTIONS, create_runner
@@ -155,6 +155,7 @@ class _Server:
         engine.on_death(die)
         if self._config.engine_process != "off":
             os.nice(NICENESS)  # only now: the engine's process would have inherited it
+        freeze_heap()
         self._service.ready(engine)
         self._tell(banner(engine.info, self._service, url))
 

@@ -16,6 +16,9 @@ Fix = Callable[[Any, str], Any]
 
 _MAY_NEED_FIX = frozenset({float, list, dict})
 
+_LOOKED_AT_ONCE = 65_536
+"""Items of a list that one call looks at, which keeps the interpreter lock: a prompt may be millions of token ids."""
+
 
 def body_fix(struct: type[msgspec.Struct], fields: Fields, on_unknown: Callable[[str], None]) -> Fix:
     """The Fix of a whole body, which may have `fields` beside those of `struct`.
@@ -68,8 +71,7 @@ class _Maker:
         named = _holds_structs(kind.item_type)
 
         def fix_list(value: Any, path: str) -> Any:
-            # A prompt may be a million token ids.
-            if not isinstance(value, list) or not _MAY_NEED_FIX & set(map(type, value)):
+            if not isinstance(value, list) or not _may_need_fix(value):
                 return value
             return [fix(item, f"{path}[{number}]" if named else path) for number, item in enumerate(value)]
 
@@ -138,6 +140,11 @@ def _bounded(kind: type[str | list[Any] | dict[str, Any]], most: int, fix: Fix |
         return value if fix is None else fix(value, path)
 
     return check
+
+
+def _may_need_fix(items: list[Any]) -> bool:
+    begins = range(0, len(items), _LOOKED_AT_ONCE)
+    return any(not _MAY_NEED_FIX.isdisjoint(map(type, items[begin : begin + _LOOKED_AT_ONCE])) for begin in begins)
 
 
 def _whole(value: Any, _path: str) -> Any:

@@ -18,7 +18,7 @@ import msgspec
 from tfserve.config import EngineConfig
 from tfserve.engine.core.loop import EngineCore, Inbox
 from tfserve.errors import ConfigError, TfserveError
-from tfserve.heap import trim_heap
+from tfserve.heap import freeze_heap, trim_heap
 from tfserve.logs import log_to_stderr
 from tfserve.messages import Failed, Ready, ToCore, ToFront
 
@@ -42,6 +42,7 @@ def main(fd: int) -> int:
         from tfserve.engine.core.build import build_core
 
         core, info = build_core(config, lambda outputs: _send(conn, outputs))
+        freeze_heap()
         box.append(core.inbox)
         inbox_ready.set()
         _send(conn, Ready(info))
