@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 
 from benchmarks.paper.cases import Case
+from benchmarks.paper.hardware import capacity, prefill_tokens_per_s
 from tfserve.arrays import Floats
 from tfserve.engine.scheduling.qos import TAU_FULL, TAU_ZERO, Served, fluid_effective_throughput, prefill_bound_s
 from tfserve.engine.simulation.engine import SimRequest
-from tfserve.engine.simulation.hardware import capacity, prefill_tokens_per_s
 
 _BINS = 1000
 

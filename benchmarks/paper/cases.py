@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
+from benchmarks.paper.hardware import PROFILES, Profile
 from benchmarks.paper.workloads import Burst, Normal, Poisson, Workload
-from tfserve.engine.simulation.hardware import PROFILES, Profile
 
 BASELINE = "fcfs"
 """The case that ratios are taken against, where an experiment has it."""

@@ -21,9 +21,9 @@ from benchmarks.paper.cases import (
     Experiment,
     cases_of,
 )
+from benchmarks.paper.hardware import PROFILES
 from benchmarks.paper.reviewer import reviewers_questions
 from benchmarks.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload
-from tfserve.engine.simulation.hardware import PROFILES
 
 _SHORT_H200, _LONG_H200 = Normal(512, 2048), Normal(1024, 4096)
 _BURST_B = Workload(arrivals=Burst(80), lengths=Normal(1024, 2048))

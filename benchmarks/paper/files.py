@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from benchmarks.paper.cases import Experiment
+from benchmarks.paper.hardware import Profile
 from benchmarks.paper.runs import Outcome, Task
 from benchmarks.paper.summary import METRICS, RATIOS, Line
-from tfserve.engine.simulation.hardware import Profile
 
 _LONGEST = 30
 """Cases that timing.json names."""

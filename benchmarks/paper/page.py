@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from benchmarks.paper.cases import Experiment
+from benchmarks.paper.hardware import Profile
 from benchmarks.paper.summary import Estimate, Line
 from benchmarks.paper.targets import Target, targets
-from tfserve.engine.simulation.hardware import Profile
 
 _OURS = ("tokenflow", "full")
 

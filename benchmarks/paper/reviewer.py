@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from benchmarks.paper.cases import BASELINE, BURST_A, MAIN, PAIR, POLICIES, RTX, SHORT, Case, Experiment, against
+from benchmarks.paper.hardware import Profile, capacity
 from benchmarks.paper.workloads import Burst, Poisson, Workload
-from tfserve.engine.simulation.hardware import Profile, capacity
 
 
 def reviewers_questions() -> list[Experiment]:

@@ -12,12 +12,12 @@ from benchmarks.paper import cli as paper_cli
 from benchmarks.paper.bounds import fluid_of_run, peak_demand
 from benchmarks.paper.cases import Case, Experiment
 from benchmarks.paper.experiments import experiments
+from benchmarks.paper.hardware import PROFILES
 from benchmarks.paper.summary import Estimate
 from benchmarks.paper.targets import targets
 from benchmarks.paper.workloads import Burst, Normal, Poisson, Sampled, Trace, Workload, read_columns
 from tfserve.config import config_from
 from tfserve.engine.scheduling.qos import Served, effective_tokens
-from tfserve.engine.simulation.hardware import PROFILES
 from tfserve.errors import TfserveError
 
 

@@ -53,7 +53,7 @@ class KVCacheManager:
     How much KV each request has is written to `counters`, and kept nowhere else.
 
     `run_tokens` bounds the contiguous stretch that a new request is placed in, so that a few long limits do not
-    scatter everybody else.
+    scatter all other requests.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from benchmarks.paper.hardware import PROFILES, Roofline, capacity
 from tfserve.config import EngineConfig, SchedulerConfig
 from tfserve.engine.core.calibration import calibrate
 from tfserve.engine.core.step_trace import CopyTotals, Trace, TraceHead, TraceStep
@@ -16,12 +17,13 @@ from tfserve.engine.scheduling.qos import score
 from tfserve.engine.simulation.clock import SimClock
 from tfserve.engine.simulation.engine import SimEngine, SimMachine, SimRequest
 from tfserve.engine.simulation.fitted import FitError, FittedProfile, MeasuredCost, fit
-from tfserve.engine.simulation.hardware import LLAMA3_8B, PROFILES, QWEN25_32B, Roofline, capacity
 from tfserve.engine.simulation.runner import SimRunner
 from tfserve.engine.simulation.transfers import SimLinks
 from tfserve.errors import TfserveError
 
 RTX = PROFILES["4090-llama3-8b"]
+LLAMA3_8B = RTX.model
+QWEN25_32B = PROFILES["h200-qwen2.5-32b"].model
 
 
 def requests(count: int, prompt: int, output: int, gap_s: float = 0.0, looseness: int = 1) -> list[SimRequest]:

@@ -22,7 +22,7 @@ _MAX_PREEMPTIONS = 1.0
 
 @register("andes", ignores=("priority",))
 class Andes(RankedPolicy):
-    """Serves those whose quality of experience gains most per token of KV; preemption gives the KV up."""
+    """Serves the requests whose quality of experience gains most per token of KV; preemption gives the KV up."""
 
     offload = False
 

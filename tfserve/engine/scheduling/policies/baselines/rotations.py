@@ -12,7 +12,7 @@ from tfserve.engine.scheduling.policy import Snapshot
 
 @register("round-robin", pauses=True)
 class RoundRobin(RankedPolicy):
-    """Everybody in turn: those off the device longest come, those on it longest go; blind to buffers."""
+    """Every request in turn: the longest off the device comes, the longest on it leaves; blind to buffers."""
 
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:  # noqa: ARG002 - Andes looks at them
         """Unfinished prompts keep their place; then requests off the device, then residents, latest first."""

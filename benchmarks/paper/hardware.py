@@ -6,7 +6,9 @@ are assumptions; a profile fitted to measured steps (engine/simulation/fitted.py
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -16,8 +18,6 @@ from tfserve.plan import StepPlan
 
 _BYTES_PER_VALUE = 2
 """bf16 weights and KV."""
-
-MIB = 2**20
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,75 +75,6 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     def kv_bytes_per_token(self) -> int:
         """K and V of one token over all layers."""
         return _BYTES_PER_VALUE * 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-
-RTX_4090 = Gpu(
-    name="RTX 4090",
-    memory_bytes=24564 * MIB,
-    memory_bytes_per_s=1008e9,
-    flops=165e12,
-    compute_share=0.75,
-    memory_share=0.85,
-    link_bytes_per_s=24e9,
-)
-A6000 = Gpu(
-    name="A6000",
-    memory_bytes=49140 * MIB,
-    memory_bytes_per_s=768e9,
-    flops=155e12,
-    compute_share=0.6,
-    memory_share=0.85,
-    link_bytes_per_s=24e9,
-)
-H100 = Gpu(
-    name="H100",
-    memory_bytes=81559 * MIB,
-    memory_bytes_per_s=3350e9,
-    flops=989e12,
-    compute_share=0.45,
-    memory_share=0.8,
-    link_bytes_per_s=50e9,
-)
-H200 = Gpu(
-    name="H200",
-    memory_bytes=143771 * MIB,
-    memory_bytes_per_s=4800e9,
-    flops=989e12,
-    compute_share=0.45,
-    memory_share=0.8,
-    link_bytes_per_s=50e9,
-)
-
-LLAMA3_8B = ModelShape(
-    name="Llama3-8B",
-    num_layers=32,
-    hidden=4096,
-    intermediate=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
-QWEN2_7B = ModelShape(
-    name="Qwen2-7B",
-    num_layers=28,
-    hidden=3584,
-    intermediate=18944,
-    num_heads=28,
-    num_kv_heads=4,
-    head_dim=128,
-    vocab_size=152064,
-)
-QWEN25_32B = ModelShape(
-    name="Qwen2.5-32B",
-    num_layers=64,
-    hidden=5120,
-    intermediate=27648,
-    num_heads=40,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=152064,
-)
 
 
 class Roofline:
@@ -217,59 +148,18 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-PROFILES = {
-    "4090-llama3-8b": Profile(
-        gpu=RTX_4090,
-        model=LLAMA3_8B,
-        memory_fraction=0.9,
-        host_kv_bytes=48e9,
-        max_num_seqs=256,
-        max_num_batched_tokens=2048,
-    ),
-    "a6000-llama3-8b": Profile(
-        gpu=A6000,
-        model=LLAMA3_8B,
-        memory_fraction=0.9,
-        host_kv_bytes=96e9,
-        max_num_seqs=256,
-        max_num_batched_tokens=2048,
-    ),
-    "a6000-qwen2-7b": Profile(
-        gpu=A6000,
-        model=QWEN2_7B,
-        memory_fraction=0.9,
-        host_kv_bytes=96e9,
-        max_num_seqs=512,
-        max_num_batched_tokens=2048,
-    ),
-    "h100-llama3-8b": Profile(
-        gpu=H100,
-        model=LLAMA3_8B,
-        memory_fraction=0.5,
-        host_kv_bytes=192e9,
-        max_num_seqs=512,
-        max_num_batched_tokens=8192,
-        block_size=256,
-    ),
-    "h200-llama3-8b": Profile(
-        gpu=H200,
-        model=LLAMA3_8B,
-        memory_fraction=0.3,
-        host_kv_bytes=192e9,
-        max_num_seqs=512,
-        max_num_batched_tokens=8192,
-        block_size=256,
-    ),
-    "h200-qwen2.5-32b": Profile(
-        gpu=H200,
-        model=QWEN25_32B,
-        memory_fraction=0.9,
-        host_kv_bytes=192e9,
-        max_num_seqs=512,
-        max_num_batched_tokens=8192,
-        block_size=256,
-    ),
-}
+def _read_profiles() -> dict[str, Profile]:
+    """The set-ups of hardware.toml, which names devices and models once each."""
+    tables = tomllib.loads((Path(__file__).parent / "data" / "hardware.toml").read_text())
+    return {
+        name: msgspec.convert(
+            profile | {"gpu": tables["gpus"][profile["gpu"]], "model": tables["models"][profile["model"]]}, Profile
+        )
+        for name, profile in tables["profiles"].items()
+    }
+
+
+PROFILES = _read_profiles()
 """The TokenFlow paper's set-ups, by name: what `benchmarks.paper` simulates, and more."""
 
 
