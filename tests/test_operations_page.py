@@ -113,6 +113,12 @@ def test_the_keys_of_the_interval_line_are_explained():
     assert set(re.findall(r"(\w+)=", example[1])) == logged
 
 
+def test_the_setting_that_contributors_are_shown_is_in_the_code():
+    shown = re.findall(r"^ +(\w+: Annotated\[.*)$", (ROOT / "docs" / "contributing.md").read_text(), re.MULTILINE)
+    assert len(shown) == 1
+    assert shown[0] in (ROOT / "tfserve" / "config.py").read_text()
+
+
 def test_messages_are_those_of_the_code():
     code = "\n".join(path.read_text() for path in (ROOT / "tfserve").rglob("*.py"))
     table = rows("Messages")

@@ -82,7 +82,11 @@ def write_tiny_model(folder: Path) -> Path:
 
 # The probe.
 def probe(url: str, model: str, pipe: Connection) -> None:
-    """Read one stream after the other. Answer each message on `pipe` with the worst gap since, in seconds."""
+    """Read one stream after the other. Answer each message on `pipe` with the worst gap since, in seconds.
+
+    The message True asks for a new stream first, and is answered at its first token: after a stream that ends during
+    an attack, the next one waits for a place like any other request, which is no gap.
+    """
     parts = urllib.parse.urlsplit(url)
     address = (parts.hostname or "", parts.port or 80)
     body = json.dumps({"model": model, **PROBE}).encode()
@@ -92,6 +96,7 @@ def probe(url: str, model: str, pipe: Connection) -> None:
     selector.register(pipe, selectors.EVENT_READ)
     stream: socket.socket | None = None
     last_s, worst_s = time.monotonic(), 0.0
+    is_asked = False
     while True:
         if stream is None:
             with suppress(OSError):
@@ -101,9 +106,13 @@ def probe(url: str, model: str, pipe: Connection) -> None:
         for key, _ in selector.select(0.05):
             if key.fileobj is pipe:
                 try:
-                    pipe.recv()
+                    is_asked = pipe.recv()
                 except EOFError:
                     return
+                if is_asked:
+                    _end(selector, stream)
+                    stream = None
+                    break
                 pipe.send(max(worst_s, time.monotonic() - last_s))
                 worst_s = 0.0
             elif stream is not None:
@@ -113,15 +122,27 @@ def probe(url: str, model: str, pipe: Connection) -> None:
                 if b"data: {" in data and b'"error"' not in data:
                     now_s = time.monotonic()
                     worst_s, last_s = max(worst_s, now_s - last_s), now_s
+                    if is_asked:
+                        pipe.send(0.0)
+                        worst_s, is_asked = 0.0, False
                 if not data:
-                    selector.unregister(stream)
-                    stream.close()
+                    _end(selector, stream)
                     stream = None
+
+
+def _end(selector: selectors.BaseSelector, stream: socket.socket | None) -> None:
+    if stream is not None:
+        selector.unregister(stream)
+        stream.close()
 
 
 # The attacker.
 def attack(name: str, target: Target, pipe: Connection) -> None:
-    """Prepare the attack, report ready, wait for the start message, attack, and report the result."""
+    """Prepare the attack, report ready, wait for the start message, attack, and report the result.
+
+    Its own work takes only time that the server leaves over: a client has a machine of its own.
+    """
+    os.nice(19)
     run = attacks()[name].prepare(target)
     pipe.send(None)
     pipe.recv()
@@ -221,8 +242,9 @@ def served(root: Path, model: str, settings: Mapping[str, str]) -> Iterator[tupl
         child.join()
 
 
-def worst_gap_s(pipe: Connection) -> float:
-    pipe.send(None)
+def worst_gap_s(pipe: Connection, *, is_new: bool = False) -> float:
+    """The probe's worst gap since the last call; with `is_new`, the probe begins a new stream."""
+    pipe.send(is_new)
     answer: float = pipe.recv()
     return answer
 
@@ -234,7 +256,7 @@ def measure(name: str, target: Target, pipe: Connection) -> Outcome:
     attacker.start()
     ours.recv()
     time.sleep(0.5)
-    worst_gap_s(pipe)
+    worst_gap_s(pipe, is_new=True)
     time.sleep(QUIET_S)
     quiet_s, before = worst_gap_s(pipe), memory(target)
     watch = Watch(target)

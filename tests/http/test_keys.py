@@ -16,6 +16,7 @@ from tests.http.test_observability import scrape
 from tfserve.config import config_from
 from tfserve.errors import ConfigError, TfserveError
 from tfserve.http.keys import ENVIRONMENT, Keyring, peer
+from tfserve.http.routes import ROUTES
 from tfserve.settings import ApiKey
 from tfserve.types import FinishReason
 
@@ -142,6 +143,16 @@ async def test_requests_per_minute(start: StartServer) -> None:
     async with server.post(PLAIN, {"prompt": "x"}, headers=by("bob")) as response:
         assert response.status == 200
         assert not any(name.lower().startswith("x-ratelimit") for name in response.headers)
+
+
+@pytest.mark.parametrize(
+    "path", [route.path for route in ROUTES if route.body is not None and "model" in route.body.__struct_fields__]
+)
+async def test_every_request_for_the_model_counts_even_a_bad_one(start: StartServer, path: str) -> None:
+    server = await start(api_keys=[KEYS[0] | {"requests_per_minute": 1}])
+    for status in (400, 429):
+        async with server.post(path, {}, headers=by("alice")) as response:
+            assert response.status == status
 
 
 async def test_tokens_per_minute(start: StartServer) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from tfserve.model.decoder import Decoder
 from tfserve.model.loading.config import load_model_config
 from tfserve.model.loading.loader import load_model
+from tfserve.model.models.base import FAMILIES
 
 TINY = [
     *("tiny_llama3", "tiny_qwen25", "tiny_qwen25_untied"),
@@ -55,6 +56,10 @@ def load(path: Path, dtype: str = "float32", quantization: str | None = None) ->
 def reference(path: Path, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager")
     return model(ids[None]).logits[0].float()
+
+
+def test_every_family_has_a_tiny_checkpoint(request: pytest.FixtureRequest) -> None:
+    assert {load_model_config(request.getfixturevalue(name)).architecture for name in TINY} == set(FAMILIES)
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from tfserve.http.answer import Job, answer
 from tfserve.http.keys import CALLER
 from tfserve.http.parsing import BodyParser
 from tfserve.http.protocol import GenerationRequest
-from tfserve.http.reading import read
+from tfserve.http.reading import ASKED_ERRORS, asked_of
 from tfserve.http.service import SERVICE
 from tfserve.types import Tenant
 
-ERRORS = (400, 404, 413, 429, 500, 503)
-"""Statuses of generation endpoints that come with an error object."""
+ERRORS = (*ASKED_ERRORS, 500)
+"""Statuses of generation endpoints, beside those of reading a body."""
 
 LOWERED_RATE = web.RequestKey("lowered_rate", float)
 """The rate that the request is served at, noted on the HTTP request where it is less than was asked for."""
@@ -34,17 +34,13 @@ async def generate(request: web.Request, parser: BodyParser[Asked], prepare: Pre
     """Answer one request. Raises ApiError, RequestError, QueueFullError, EngineDeadError."""
     service = request.app[SERVICE]
     engine = service.engine
-    caller = request[CALLER]
-    caller.limits.on_request()
-    with service.bodies.hold() as hold:
-        asked, size = await read(request, parser, service.config.server.max_body_bytes, hold)
-        service.check_model(asked.model)
+    async with asked_of(request, parser) as (asked, size):
         names = asked.names
         rate, max_rate = asked.reading_rate, service.config.scheduler.max_rate
         if exceeds(rate, max_rate):
             rate = request[LOWERED_RATE] = max_rate
         try:
-            job = await prepare(asked, size, service.model_name, engine, caller.tenant)
+            job = await prepare(asked, size, service.model_name, engine, request[CALLER].tenant)
         except RequestError as error:
             raise error.renamed(names) from None
     priority, stream = asked.priority or 0, bool(asked.stream)

@@ -9,6 +9,7 @@ import msgspec
 import tfserve
 from tfserve.http.documented import settle
 from tfserve.http.errors import ErrorBody
+from tfserve.http.reading import BODY_ERRORS
 from tfserve.http.route import Route
 from tfserve.http.routes import ROUTES
 
@@ -53,8 +54,8 @@ def _described(route: Route, secured: bool) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": good}}
     for status, meaning in route.also.items():
         responses[str(status)] = {"description": meaning, "content": _content(route.reply)}
-    bodily = () if route.body is None else (408, 415)
-    for status in (*route.errors, *bodily, *((401,) if secured else ())):
+    bodily = () if route.body is None else BODY_ERRORS
+    for status in sorted({*route.errors, *bodily, *((401,) if secured else ())}):
         content = {"application/json": {"schema": _ref(ErrorBody)}}
         responses[str(status)] = {"description": _MEANINGS[status], "content": content}
     described: dict[str, Any] = {"summary": route.summary, "responses": responses}

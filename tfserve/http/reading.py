@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
+
 from aiohttp import StreamReader, http_exceptions, web
 
 from tfserve.http.bodies import BodyHold
 from tfserve.http.errors import JSON, ApiError
+from tfserve.http.keys import CALLER
 from tfserve.http.off_loop import off_loop
 from tfserve.http.packing import packing_of, unpacked
 from tfserve.http.parsing import Body, BodyParser
 from tfserve.http.parts import PART_BYTES, num_parts
+from tfserve.http.service import SERVICE
 
 BODY_TIMEOUT_S = 60.0
 """How long a client has to send its request's body."""
 
+BODY_ERRORS = (400, 408, 413, 415, 503)
+"""Statuses of every endpoint that reads a body."""
+
+ASKED_ERRORS = (404, 429)
+"""Further statuses of an endpoint that reads its body by `asked_of`."""
+
 _FEW_PARTS = 1000
 """Parts of a body that need not be counted exactly."""
+
+
+@contextlib.asynccontextmanager
+async def asked_of(request: web.Request, parser: BodyParser[Body]) -> AsyncIterator[tuple[Body, int]]:
+    """The body of a request for the model, and its size in bytes; the body's memory stays counted within the block.
+
+    The request counts towards the limits of its key. A body that names a `model` must name the one that is served.
+    Raises as `read`; ApiError for a key beyond its limits (429) and for another model (404).
+    """
+    service = request.app[SERVICE]
+    request[CALLER].limits.on_request()
+    with service.bodies.hold() as hold:
+        asked, size = await read(request, parser, service.config.server.max_body_bytes, hold)
+        service.check_model(getattr(asked, "model", None))
+        yield asked, size
 
 
 async def read(request: web.Request, parser: BodyParser[Body], max_bytes: int, hold: BodyHold) -> tuple[Body, int]:

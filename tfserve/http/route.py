@@ -15,7 +15,8 @@ class Route:
     """An address with its method. `handler` gets each request; its Service is at `request.app[SERVICE]`.
 
     `reply` is the Struct of the answer, or the media type of one that is no JSON; `body` is the Struct of the request;
-    `chunk` is what the events of a streamed answer hold; `errors` are the statuses that come with an error object;
+    `chunk` is what the events of a streamed answer hold; `errors` are the statuses that come with an error object,
+    beside those of reading a body (`BODY_ERRORS`) and a missing key;
     `also` are statuses that come with `reply`, too; `query` has the schemas of what may follow the address.
 
     An open route needs no API key. A request of a routine route comes every few seconds for as long as the server, or a

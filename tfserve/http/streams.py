@@ -204,7 +204,7 @@ register(
         "Report how much of an answer its reader has read",
         PlayedReply,
         PlayedReport,
-        errors=(400, 404, 413, 503),
+        errors=(404,),
         is_routine=True,
     ),
     Route(
@@ -214,6 +214,6 @@ register(
         "End a request that is under way",
         AbortReply,
         AbortBody,
-        errors=(400, 404, 413),
+        errors=(404,),
     ),
 )

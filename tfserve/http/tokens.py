@@ -10,13 +10,12 @@ from aiohttp import web
 from tfserve.engine.frontend.validation import check_tokens
 from tfserve.errors import RequestError
 from tfserve.http.chat_prompt import TemplateVariables, chat_prompt
-from tfserve.http.keys import CALLER
 from tfserve.http.known_fields import TOKENIZE_FIELDS
 from tfserve.http.messages import Messages
 from tfserve.http.off_loop import ENCODING, native_off_loop, off_loop
 from tfserve.http.parsing import BodyParser
 from tfserve.http.protocol import TokenId
-from tfserve.http.reading import read
+from tfserve.http.reading import ASKED_ERRORS, asked_of
 from tfserve.http.replies import json_response
 from tfserve.http.route import Route, register
 from tfserve.http.service import SERVICE
@@ -78,12 +77,8 @@ _DETOKENIZE = BodyParser(DetokenizeRequest, {})
 
 async def tokenize(request: web.Request) -> web.Response:
     """POST /tokenize. Raises ApiError, RequestError."""
-    service = request.app[SERVICE]
-    request[CALLER].limits.on_request()
-    with service.bodies.hold() as hold:
-        asked, size = await read(request, _TOKENIZE, service.config.server.max_body_bytes, hold)
-        engine = service.engine
-        service.check_model(asked.model)
+    async with asked_of(request, _TOKENIZE) as (asked, size):
+        engine = request.app[SERVICE].engine
         text, special = await _text(asked, size, engine.tokenizer)
         limit = max(MAX_TOKENIZE_CHARS, _CHARS_PER_TOKEN * engine.info.max_model_len)
         if len(text) > limit:
@@ -98,22 +93,16 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def detokenize(request: web.Request) -> web.Response:
     """POST /detokenize. Raises ApiError, RequestError."""
-    service = request.app[SERVICE]
-    engine = service.engine
-    request[CALLER].limits.on_request()
-    with service.bodies.hold() as hold:
-        asked, _ = await read(request, _DETOKENIZE, service.config.server.max_body_bytes, hold)
-    service.check_model(asked.model)
-    limit = engine.info.max_model_len
-    if len(asked.tokens) > limit:
-        message = f"tokens: {len(asked.tokens)} tokens are more than a text of this model has; send at most {limit}"
-        raise RequestError("tokens", message)
-    if asked.tokens:
-        check_tokens(asked.tokens, engine.info.vocab_size, "tokens")
-    skips = bool(asked.skip_special_tokens)
-    return json_response(
-        DetokenizeReply(await off_loop(len(asked.tokens), engine.tokenizer.decode, asked.tokens, skips))
-    )
+    engine = request.app[SERVICE].engine
+    async with asked_of(request, _DETOKENIZE) as (asked, _):
+        tokens, limit = asked.tokens, engine.info.max_model_len
+        if len(tokens) > limit:
+            message = f"tokens: {len(tokens)} tokens are more than a text of this model has; send at most {limit}"
+            raise RequestError("tokens", message)
+        if tokens:
+            check_tokens(tokens, engine.info.vocab_size, "tokens")
+        skips = bool(asked.skip_special_tokens)
+        return json_response(DetokenizeReply(await off_loop(len(tokens), engine.tokenizer.decode, tokens, skips)))
 
 
 async def _text(asked: TokenizeRequest, size: int, tokenizer: Tokenizer) -> tuple[str, bool]:
@@ -140,8 +129,6 @@ def _plain_text(asked: TokenizeRequest) -> str:
     return asked.prompt or ""
 
 
-_ERRORS = (400, 404, 413, 429, 503)
-
 register(
     Route(
         "POST",
@@ -150,9 +137,15 @@ register(
         "The token ids of a text or a conversation",
         TokenizeReply,
         TokenizeRequest,
-        errors=_ERRORS,
+        errors=ASKED_ERRORS,
     ),
     Route(
-        "POST", "/detokenize", detokenize, "The text of token ids", DetokenizeReply, DetokenizeRequest, errors=_ERRORS
+        "POST",
+        "/detokenize",
+        detokenize,
+        "The text of token ids",
+        DetokenizeReply,
+        DetokenizeRequest,
+        errors=ASKED_ERRORS,
     ),
 )

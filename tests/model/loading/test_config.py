@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+import transformers
+from transformers import MistralConfig
 
 from tests.model.test_parity import TINY
 from tfserve.errors import ModelError
 from tfserve.model.loading.config import Llama3RopeScaling, ModelConfig, load_model_config
-from tfserve.model.models.base import FAMILIES
+from tfserve.model.models.base import FAMILIES, register
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,12 +32,6 @@ LLAMA: dict[str, Any] = {
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
-CONFIG_CLASSES = {
-    "LlamaForCausalLM": LlamaConfig,
-    "MistralForCausalLM": MistralConfig,
-    "Qwen2ForCausalLM": Qwen2Config,
-    "Qwen3ForCausalLM": Qwen3Config,
-}
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", **SCALING}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -61,6 +58,18 @@ def test_both_spellings_of_config_json_mean_the_same(name: str, load: Any, reque
     old["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     old["torch_dtype"] = old.pop("dtype")
     assert load(old) == load(new)
+
+
+def test_the_readme_names_every_family() -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    assert set(re.findall(r"\| `(\w+)` \| (?:`\w+`)? ?\|$", readme, re.MULTILINE)) == set(FAMILIES)
+
+
+def test_two_families_with_the_same_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+        register(FAMILIES["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match="qwen3"):
+        register(msgspec.structs.replace(FAMILIES["Qwen3ForCausalLM"], architecture="OtherForCausalLM"))
 
 
 def test_llama3_rope_scaling_is_read_with_its_older_type_key_too(load: Any) -> None:
@@ -94,7 +103,7 @@ def test_biases_follow_the_architecture(load: Any) -> None:
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_missing_head_dim_means_what_transformers_takes_for_it(architecture: str, load: Any) -> None:
     fields: dict[str, Any] = LLAMA | {"architectures": [architecture]}
-    theirs = CONFIG_CLASSES[architecture].from_dict(fields)
+    theirs = getattr(transformers, architecture).config_class.from_dict(fields)
     head_dim = getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)  # Qwen2 has no such key
     assert load(fields).head_dim == head_dim
 

@@ -1,3 +1,9 @@
-"""The supported model families. To add one, add a file here that registers it, and its name to this line."""
+"""The supported model families. Every module of this package is imported, and registers."""
 
-from tfserve.model.models import llama, mistral, qwen2, qwen3  # noqa: F401
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -129,7 +129,10 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Register `family`."""
+    """Register `family`. ValueError for a class, or a name in GGUF files, that another family has."""
+    for other in FAMILIES.values():
+        if family.architecture == other.architecture or (family.gguf is not None and family.gguf == other.gguf):
+            raise ValueError(f"two families have the class {other.architecture} or the GGUF name {other.gguf}")
     FAMILIES[family.architecture] = family
 
 

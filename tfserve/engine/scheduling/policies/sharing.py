@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -180,7 +181,7 @@ def out_of_blocks(snapshot: Snapshot) -> bool:
     return int(snapshot.next_step_blocks.sum()) > snapshot.memory.num_free_blocks
 
 
-class RankedPolicy:
+class RankedPolicy(ABC):
     """Base of policies that rank: a pass ranks all requests, fills the device in that order, and swaps accordingly."""
 
     offload = True
@@ -207,9 +208,9 @@ class RankedPolicy:
         self._ticker.ran(snapshot.now_s, c.num_events)
         return msgspec.structs.replace(decision, wake_s=self._swap_s)
 
+    @abstractmethod
     def rank(self, snapshot: Snapshot, sizes: Sizes) -> RowIndex:
         """All rows but those being loaded, best first; `fill` takes the first that fit."""
-        raise NotImplementedError
 
     def _sizes(self, snapshot: Snapshot) -> Sizes:
         need = resident_blocks(snapshot, round(self._config.schedule_interval_s * stream_speed(snapshot)))
