@@ -119,7 +119,6 @@ def _stream_transfers(
     geometry = BlockGeometry(2 * layout.num_layers, layout.block_size, row_bytes)
     per_chunk = blocks_per_chunk(geometry.block_bytes, _CHUNK_BYTES)
     host = HostPool(num_blocks, (geometry.block_bytes,), np.uint8)
-    host.prefer_large_pages()
     link = CudaLink(device.storage, host.data, chunk_bytes=per_chunk * geometry.block_bytes, compute=runner.stream)
     transfers = StreamTransfers(link, geometry, per_chunk, clock)
     runner.on_launched = transfers.launched

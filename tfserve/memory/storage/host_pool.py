@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 
 import numpy as np
 import numpy.typing as npt
 
 from tfserve.errors import ConfigError
-from tfserve.memory.storage.pages import lazy_pages
 
 _GIB = 1024**3
+_PAGE_BYTES = 4096
 _KEEP_FREE = 0.1
 """Share of the memory available now that is left to everything else."""
 
@@ -59,20 +57,19 @@ class HostPool:
     """
 
     def __init__(self, num_blocks: int, block_shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
-        shape, items = (num_blocks, *block_shape), np.dtype(dtype)
         try:
-            self._memory = lazy_pages(math.prod(shape) * items.itemsize)
-        except OSError:
+            self.data = _empty_pages((num_blocks, *block_shape), np.dtype(dtype))
+        except MemoryError:
             raise ConfigError("host_kv_gib", f"cannot reserve {num_blocks} KV blocks; set a smaller value") from None
-        self.data: npt.NDArray[np.generic] = np.frombuffer(self._memory, items).reshape(shape)
-
-    def prefer_large_pages(self) -> None:
-        """For a pool that is pinned, and so takes all of its memory at the start: a driver pins large pages faster."""
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block."""
         return int(self.data[0].nbytes)
+
+
+def _empty_pages(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> npt.NDArray[np.generic]:
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _PAGE_BYTES, np.uint8)
+    skip = -raw.ctypes.data % _PAGE_BYTES
+    return raw[skip : skip + nbytes].view(dtype).reshape(shape)
