@@ -1,9 +1,11 @@
-"""A process that has freed memory gives it back, wherever in its heap that was."""
+"""A process gives freed memory back, wherever in its heap that was, and does not keep a kernel for every batch size."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+
+import pytest
 
 SCRIPT = """
 import time, psutil
@@ -30,3 +32,36 @@ assert all(len(set(block)) == 1 for block in kept)
 def test_memory_that_was_freed_in_pieces_goes_back_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
     assert int(done.stdout) <= 80_000_000
+
+
+SIZES = """
+import sys, psutil, torch
+from tfserve.heap import bound_kernel_caches
+from tfserve.model.layers.linear import Linear, WeightFormat
+
+if sys.argv[1] == "bounded":
+    bound_kernel_caches()
+torch.set_num_threads(1)
+layer = Linear(64, 128, False, WeightFormat.choose(torch.float32, torch.device("cpu"), None))
+layer.load(torch.ones(128, 64), None)
+
+def grown(sizes):
+    before = psutil.Process().memory_info().rss
+    for rows in sizes:
+        layer(torch.ones(rows, 64))
+    return psutil.Process().memory_info().rss - before
+
+grown(range(1, 100))
+print(grown(range(100, 500)))
+"""
+
+
+def test_ever_new_batch_sizes_do_not_make_a_process_grow() -> None:
+    def growth(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", SIZES, how], check=True, capture_output=True, text=True)
+        return int(done.stdout)
+
+    unbounded = growth("unbounded")
+    if unbounded < 20_000_000:
+        pytest.skip("this build of torch keeps no kernels")
+    assert growth("bounded") < unbounded / 4
