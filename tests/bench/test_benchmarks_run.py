@@ -35,7 +35,12 @@ SLOW = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_benchmark_can_be_imported(name):
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in {"benchmarks", "tests", "tfserve"}:
+            raise
+        pytest.skip(f"an extra is not installed: {error}")
 
 
 @pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
