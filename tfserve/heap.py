@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import threading
 import time
 
 _LOOK_EVERY_S = 5.0
 _STEP_BYTES = 16 * 2**20
 """Returning memory blocks other allocations, for about 0.1 ms per MiB."""
-
-
-_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
-_MAX_KERNELS = 64
-"""Of 5 shapes of linear layers: a dozen batch sizes. A new size costs a step 2 ms."""
 
 
 class _Mallinfo2(ctypes.Structure):
@@ -31,16 +25,6 @@ def freeze_heap() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def bound_kernel_caches() -> None:
-    """Bound the compiled kernels that oneDNN and torch's layer over it keep; for a process that has not computed yet.
-
-    Both keep one for each batch size of a linear layer, 1,024 by default: an engine that has seen 256 lengths of
-    prompts grows by 0.4 GB that no budget knows, and by 15 MB with this bound. A variable that is set already is kept.
-    """
-    for name in _KERNEL_CACHES:
-        os.environ.setdefault(name, str(_MAX_KERNELS))
 
 
 def trim_heap(every_s: float = _LOOK_EVERY_S) -> None:

@@ -18,7 +18,7 @@ import msgspec
 from tfserve.config import EngineConfig
 from tfserve.engine.core.loop import EngineCore, Inbox
 from tfserve.errors import ConfigError, TfserveError
-from tfserve.heap import bound_kernel_caches, freeze_heap, trim_heap
+from tfserve.heap import freeze_heap, trim_heap
 from tfserve.logs import log_to_stderr
 from tfserve.messages import Failed, Ready, ToCore, ToFront
 
@@ -30,7 +30,6 @@ def main(fd: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     trim_heap()
-    bound_kernel_caches()
     conn = Connection(fd)
     config = msgspec.msgpack.decode(conn.recv_bytes(), type=EngineConfig)
     log_to_stderr(config.log_level, config.log_format, "engine")
