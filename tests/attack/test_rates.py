@@ -12,8 +12,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.attack.test_tenants import KEYS
 from tests.free_blocks import until_all_free
 from tests.http.conftest import Running
+from tests.http.test_keys import by
 from tests.scripted import scripted_server, write_scripted_model
 
 PLAIN = "/v1/completions"
@@ -88,7 +90,7 @@ SLOW = pytest.mark.slow
         ("shed", 1, 1e6),
         ("queue", 20, 0.01),
         *(pytest.param(overload, 40, 0.01, marks=SLOW) for overload in ("queue", "share", "shed")),
-        *(pytest.param(overload, 20, 1e6, marks=SLOW) for overload in ("share", "shed")),
+        pytest.param("share", 20, 1e6, marks=SLOW),
     ],
 )
 async def test_honest_readers_are_served_beside_rates_of_all_kinds(
@@ -109,6 +111,29 @@ async def test_honest_readers_are_served_beside_rates_of_all_kinds(
             if count > 1:
                 assert not all(task.done() for task in hostile), "honest readers waited for all of the others"
         await asyncio.wait_for(blocks_are_back(server), 30)
+
+
+async def test_under_shed_another_key_is_served_beside_one_that_has_all_that_can_be_promised(model_dir: Path) -> None:
+    settings: dict[str, Any] = {"num_gpu_blocks_override": 260, "host_kv_gib": 0.01}
+    settings |= {"scheduler": {"overload": "shed"}, "server": {"api_keys": KEYS}}
+
+    async def hostile(server: Running) -> int:
+        async with server.post(PLAIN, {**HOSTILE, "consumption_rate": 1e6}, headers=by("hostile")) as response:
+            await response.read()
+            return int(response.status)
+
+    async with scripted_server(model_dir, "a b c ", ends=False, **settings) as server:
+        tasks = [asyncio.ensure_future(hostile(server)) for _ in range(40)]
+        await asyncio.wait_for(asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED), 60)
+        assert 429 in {task.result() for task in tasks if task.done()}, "the engine is not overloaded"
+        for _ in range(8):
+            async with asyncio.timeout(60), server.post(PLAIN, HONEST, headers=by("honest")) as response:
+                assert response.status == 200
+                await response.read()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait_for(until_all_free(server.engine), 30)
 
 
 # -- reports
